@@ -1,0 +1,68 @@
+"""Packaging metadata of atesd and atesd_kernels. pyproject.toml holds the build system and tool settings only.
+
+Version ranges: the lower bounds are the oldest releases with the interfaces the code calls, the upper bounds stop at
+the next major release. The versions tested together are pinned in the Makefile.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# What `atesd train quickstart` needs without a GPU: reasoning-gym writes the problems, gguf reads the model.
+BASE = [
+    "torch>=2.6",
+    "transformers>=5.0,<6",
+    "accelerate>=1.10,<2",
+    "peft>=0.18,<1",
+    "datasets>=4.0,<6",
+    "safetensors>=0.5,<1",
+    "gguf>=0.17,<1",
+    "reasoning-gym>=0.1.23,<0.2",
+    "matplotlib>=3.8,<4",
+    "numpy>=1.26,<3",
+    "pyyaml>=6,<7",
+    "tqdm>=4.66,<5",
+]
+GPU = ["triton>=3.2; platform_system == 'Linux'", "liger-kernel>=0.6,<1; platform_system == 'Linux'"]
+EVAL = ["math-verify>=0.8,<1"]
+TRL = ["trl>=1.0,<2"]
+LIGER = ["liger-kernel>=0.6,<1; platform_system == 'Linux'"]
+BENCH = ["pytest>=8,<10", "pytest-benchmark>=5,<6", "psutil>=5.9,<8", *TRL, *LIGER]
+# triton: its interpreter and its offline compiler run on machines without a GPU.
+TEST = ["pytest>=8,<10", "hypothesis>=6.100,<7", "ruff>=0.9,<1", "triton>=3.2; platform_system == 'Linux'"]
+TEST += [*EVAL, *TRL, *LIGER]
+
+README = Path(__file__).parent / "README.md"
+
+setup(
+    name="atesd",
+    version="0.1.0",
+    description="Adaptive teacher exposure for on-policy self-distillation, and the fused losses it trains with",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["atesd", "atesd.*", "atesd_kernels", "atesd_kernels.*"]),
+    package_data={"atesd": ["py.typed", "recipes/*.yaml"], "atesd_kernels": ["py.typed"]},
+    zip_safe=False,
+    install_requires=BASE,
+    extras_require={
+        "gpu": GPU,
+        "flash": ["flash-attn>=2.7,<3; platform_system == 'Linux'"],
+        "vllm": ["vllm>=0.10; platform_system == 'Linux'"],
+        "eval": EVAL,
+        "bench": BENCH,
+        "test": TEST,
+    },
+    entry_points={"console_scripts": ["atesd=atesd.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

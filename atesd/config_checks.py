@@ -1,0 +1,129 @@
+"""What a configuration may not say: each refusal names the field, the value seen and what to do instead.
+
+Separate from config.py because it is the list a reader looks for when a run is refused. Nothing here loads a model,
+a dataset or torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from importlib import util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from atesd.config import ATESDConfig
+
+TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab", "trackio")
+LEARNED_POLICIES = ("atesd", "one_step")
+AT_LEAST_ONE = (
+    "lora_r lora_alpha max_prompt_length num_generations max_completion_length hold_window lookahead policy_batch_size "
+    "policy_hidden_size probe_every max_steps per_device_train_batch_size gradient_accumulation_steps "
+    "max_nonfinite_steps logging_steps save_steps save_total_limit"
+).split()
+AT_LEAST_ZERO = (
+    "num_probe_problems num_eval_problems top_k warmup_steps weight_decay lambda_gt entropy_coef seed".split()
+)
+POSITIVE = "learning_rate temperature scoring_temperature adam_epsilon max_grad_norm policy_learning_rate".split()
+POSITIVE_OR_ABSENT = "entry_clip token_clip chunk_bytes num_train_problems".split()
+FRACTIONS = "beta ema_decay alpha_min alpha_max reward_gamma".split()
+BELOW_ONE = "lora_dropout adam_beta1 adam_beta2".split()
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: the message names it, the value seen and what to do."""
+
+
+def check(config: ATESDConfig) -> None:
+    """Raises ConfigError for the first setting that cannot be used."""
+    check_ranges(config)
+    check_combinations(config)
+    check_places(config)
+
+
+def require(config: ATESDConfig, name: str, holds: bool, what: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {getattr(config, name)!r}; it must be {what}")
+
+
+def check_ranges(config: ATESDConfig) -> None:
+    for name in AT_LEAST_ONE:
+        require(config, name, getattr(config, name) >= 1, "at least 1")
+    for name in AT_LEAST_ZERO:
+        require(config, name, getattr(config, name) >= 0, "at least 0")
+    for name in POSITIVE:
+        require(config, name, 0 < getattr(config, name) < float("inf"), "a positive number")
+    for name in POSITIVE_OR_ABSENT:
+        value = getattr(config, name)
+        require(config, name, value is None or value > 0, "positive, or 0 for off")
+    for name in FRACTIONS:
+        require(config, name, 0 <= getattr(config, name) <= 1, "between 0 and 1")
+    for name in BELOW_ONE:
+        require(config, name, 0 <= getattr(config, name) < 1, "at least 0 and below 1")
+    require(config, "top_p", 0 < config.top_p <= 1, "above 0 and at most 1")
+    for name in ("student_chat_template_kwargs", "teacher_chat_template_kwargs"):
+        require(config, name, isinstance(parse_json(getattr(config, name)), dict), 'a JSON object like {"key": true}')
+
+
+def check_combinations(config: ATESDConfig) -> None:
+    if config.entry_clip is not None and config.token_clip is not None:
+        raise ConfigError(
+            f"entry_clip ({config.entry_clip}) and token_clip ({config.token_clip}) exclude each other: "
+            f"set one of them to 0"
+        )
+    if config.alpha_min > config.alpha_max:
+        raise ConfigError(f"alpha_min ({config.alpha_min}) is above alpha_max ({config.alpha_max}): swap them")
+    if config.exposure_policy == "fixed":
+        given = config.fixed_alpha is not None and 0 <= config.fixed_alpha <= 1
+        require(config, "fixed_alpha", given, "between 0 and 1, for exposure_policy is 'fixed'")
+    elif config.fixed_alpha is not None:
+        raise ConfigError(
+            f"fixed_alpha ({config.fixed_alpha}) would be ignored, for exposure_policy is {config.exposure_policy!r}: "
+            f"leave it out, or set exposure_policy to 'fixed'"
+        )
+    learned = config.exposure_policy in LEARNED_POLICIES
+    if learned and config.progress_signal == "probe_nll" and config.num_probe_problems == 0:
+        raise ConfigError(
+            "progress_signal is 'probe_nll' but num_probe_problems is 0, so there is nothing to measure it on: "
+            "set num_probe_problems to 8 or more, or progress_signal to 'distill_loss'"
+        )
+    trackers = config.report_to.replace(" ", "").split(",")
+    for tracker in trackers:
+        what = f"made of {', '.join(TRACKERS)}{suggest(tracker, TRACKERS)}"
+        require(config, "report_to", tracker in TRACKERS, what)
+    alone = trackers == ["none"] or "none" not in trackers
+    require(config, "report_to", alone, "none, or trackers without none")
+    if config.rollout_engine == "vllm" and util.find_spec("vllm") is None:
+        raise ConfigError("rollout_engine is 'vllm', not installed here: pip install 'atesd[vllm]', or use 'hf'")
+
+
+def check_places(config: ATESDConfig) -> None:
+    if config.prompt_templates is not None:
+        require(config, "prompt_templates", Path(config.prompt_templates).is_file(), "a file that exists")
+    model, data = config.model_name_or_path, config.dataset_name
+    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).expanduser().is_dir():
+        raise ConfigError(
+            f"model_name_or_path is {model!r}, and there is no such folder: give a model's folder or its Hub id"
+        )
+    if data.endswith((".json", ".jsonl", ".parquet")) and not Path(data).expanduser().is_file():
+        raise ConfigError(f"dataset_name is {data!r}, and there is no such file: give a file, a folder or a Hub name")
+    out = config.output_dir
+    if out is not None and not config.resume and (Path(out) / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"output_dir {out!r} already holds a run: go on with it by --resume {out}, choose another output_dir, "
+            f"or delete it"
+        )
+
+
+def parse_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -146,7 +146,7 @@ def as_flags(settings: Mapping[str, Any]) -> list[str]:
     return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()]
 
 
-def config_parser(**settings: Any) -> Any:
+def config_parser() -> Any:
     """The HfArgumentParser for `atesd train`; it raises ConfigError instead of ending the process."""
     from transformers.hf_argparser import HfArgumentParser
 
@@ -155,7 +155,7 @@ def config_parser(**settings: Any) -> Any:
             raise ConfigError(message)
 
     usage = "atesd train RECIPE_OR_YAML [--flag value ...]\n       atesd train --resume RUN_DIR"
-    return Parser(groups.GROUPS, usage=usage, allow_abbrev=False, formatter_class=HelpFormatter, **settings)
+    return Parser(groups.GROUPS, usage=usage, allow_abbrev=False, formatter_class=HelpFormatter)
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from atesd.config import ATESDConfig
 
+SPECIAL_MODEL = "smollm2-135m-instruct"
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab", "trackio")
 LEARNED_POLICIES = ("atesd", "one_step")
 AT_LEAST_ONE = (

@@ -124,7 +124,7 @@ class ExposureFields:
     entropy_target: float = option(
         -0.5,
         "our choice",
-        "H_target: entropy of the Beta, in nats, above which it is penalised; Beta(2, 2) has -0.125.",
+        "H_target: Beta entropy, in nats, above which it is penalised; Beta(2, 2) has -0.125.",
     )
     entropy_coef: float = option(0.1, "our choice", "Weight c_t of the entropy bound at the end of the run.")
     probe_every: int = option(1, "our choice", "Steps between measurements of the probe NLL.")

@@ -1,0 +1,154 @@
+"""Checkpoints that are whole or absent: written beside, flushed to the disk, then renamed into place.
+
+Separate from the trainer because the promise (a kill or a full disk at any moment leaves the previous checkpoint valid)
+is kept here and nowhere else. Layout of RUN_DIR/checkpoints/step-000012: `state.pt`, and `adapter/` in peft's format.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import re
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CHECKPOINTS = "checkpoints"
+STATE = "state.pt"
+NAME = re.compile(r"step-(\d{6,})")
+STAGING = ".writing-"
+PLAIN = (str, int, float, bool, bytes, type(None), torch.Tensor, torch.dtype, torch.device, torch.Size)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read: the message says which one is still good, and what to do."""
+
+
+def save_checkpoint(
+    run_dir: str | os.PathLike[str],
+    step: int,
+    payload: dict[str, Any],
+    adapter_writer: Callable[[Path], None] | None,
+    keep: int,
+) -> Path:
+    """Writes RUN_DIR/checkpoints/step-<step> and removes all but the last `keep`.
+
+    Args:
+        payload: tensors, state dicts and plain values (numbers, strings, dicts, lists, tuples); other types are refused
+            by name here, rather than at resume.
+        adapter_writer: called with the folder to write the adapter into, e.g. `model.save_pretrained`; None for none.
+        keep: checkpoints to keep, at least 1. The one before is only removed when the new one is whole.
+
+    Raises:
+        CheckpointError: the disk is full; the previous checkpoint stays valid, and no part of the new one is left.
+        TypeError: a payload value of a type that could not be read back.
+    """
+    for place, kind in unreadable(payload, "payload"):
+        raise TypeError(
+            f"{place} is a {kind}; a checkpoint holds tensors, numbers, strings, dicts, lists and tuples: convert it "
+            f"(numpy arrays with .tolist() or torch.from_numpy)"
+        )
+    folder = Path(run_dir) / CHECKPOINTS
+    final = folder / f"step-{step:06d}"
+    staging = folder / f"{STAGING}{final.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        staging.mkdir()
+        # A file object, not a path: torch then lets the operating system's error through.
+        with (staging / STATE).open("wb") as file:
+            torch.save(payload, file)
+        if adapter_writer is not None:
+            adapter_writer(staging / "adapter")
+        for path in [*(p for p in staging.rglob("*")), staging]:
+            fsync(path)
+        if final.exists():
+            final.rename(folder / f"{STAGING}replaced-{final.name}")
+        staging.rename(final)
+        fsync(folder)
+    except Exception as error:  # whatever it was, no part is left; then it goes on to the caller
+        shutil.rmtree(staging, ignore_errors=True)
+        if not is_full_disk(error):
+            raise
+        previous = latest_checkpoint(run_dir)
+        kept = f"{previous} is whole and valid" if previous else "there is no earlier checkpoint"
+        raise CheckpointError(
+            f"the disk of {folder} is full: the checkpoint of step {step} could not be written. {kept}. "
+            f"Free some space, then go on with: atesd train --resume {run_dir}"
+        ) from error
+    remove_leftovers(folder)
+    for _, old in list_checkpoints(run_dir)[: -max(1, keep)]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
+    """The newest whole checkpoint of a run; half-written ones, left by a kill, are not looked at."""
+    found = list_checkpoints(run_dir)
+    return found[-1][1] if found else None
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The payload of a checkpoint, its tensors on the CPU. Runs no code from the file (`weights_only`).
+
+    Raises:
+        CheckpointError: there is no checkpoint at `path`, or it is damaged.
+    """
+    file = Path(path) / STATE
+    if not file.is_file():
+        raise CheckpointError(f"{path} is no checkpoint: it has no {STATE}. A run's are in RUN_DIR/{CHECKPOINTS}")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}); delete {path} to resume from the one before it") from error
+
+
+def list_checkpoints(run_dir: str | os.PathLike[str]) -> list[tuple[int, Path]]:
+    """(step, path) of every whole checkpoint, oldest first. A folder has its name only once everything is in it."""
+    paths = (Path(run_dir) / CHECKPOINTS).glob("step-*")
+    named = ((NAME.fullmatch(path.name), path) for path in paths if (path / STATE).is_file())
+    return sorted((int(match.group(1)), path) for match, path in named if match)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a killed process left half-written, and a checkpoint that was replaced."""
+    for path in folder.glob(f"{STAGING}*"):
+        shutil.rmtree(path)
+
+
+def fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether a full disk or quota is behind `error`; torch and safetensors wrap the system's own in theirs."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def unreadable(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    """(place, type) of each value in `payload` that `torch.load(weights_only=True)` would refuse."""
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            yield from unreadable(item, f"{place}[{key!r}]")
+    elif type(value) in (list, tuple, set):
+        for index, item in enumerate(value):
+            yield from unreadable(item, f"{place}[{index}]")
+    elif type(value) not in PLAIN and not isinstance(value, torch.Tensor):
+        yield place, type(value).__name__

@@ -1,0 +1,91 @@
+"""Loads the language model and its tokenizer, and puts the LoRA adapter on.
+
+Separate from the trainer so that evaluation, benches and tests get exactly the model a run trains.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atesd.config_checks import SPECIAL_MODEL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from atesd.config import ATESDConfig
+
+
+class ModelLoadError(RuntimeError):
+    """A model that cannot be loaded: the message says which, why, and what to do."""
+
+
+def load_model_and_tokenizer(config: ATESDConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model a run trains, on the CPU and in train mode, with its tokenizer.
+
+    Base weights are held in `torch_dtype`; with `use_peft` they are frozen and a float32 LoRA adapter (a `PeftModel`)
+    is trained on top, initialised from torch's global random state. The tokenizer pads on the left and has a pad token.
+
+    Raises:
+        ModelLoadError: no such folder or Hub id, a damaged folder, or LoRA targets the model does not have.
+
+    Example:
+        >>> from atesd.config import ATESDConfig
+        >>> model, tokenizer = load_model_and_tokenizer(ATESDConfig())  # doctest: +SKIP
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = model_path(config.model_name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.torch_dtype))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(
+            f"model_name_or_path is {config.model_name_or_path!r}, which does not load: {first_line(error)}\n"
+            f"Give a folder with a model and tokenizer, a Hub id you can reach from here, or {SPECIAL_MODEL!r}."
+        ) from error
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        # Padding is masked everywhere, so any token will do.
+        tokenizer.pad_token = tokenizer.eos_token
+    if config.use_peft:
+        model = add_lora(model, config)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model.train(), tokenizer
+
+
+def model_path(name: str) -> str:
+    if name == SPECIAL_MODEL:
+        from atesd.smollm import smollm2_path
+
+        return str(smollm2_path())
+    local = Path(name).expanduser()
+    if local.is_dir() and not (local / "config.json").is_file():
+        found = ", ".join(sorted(path.name for path in local.iterdir())[:8]) or "nothing"
+        raise ModelLoadError(f"model_name_or_path is {name!r}, a folder without config.json; it holds: {found}")
+    return str(local) if local.is_dir() else name
+
+
+def add_lora(model: Any, config: ATESDConfig) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    targets = config.lora_target_modules
+    settings = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
+        task_type="CAUSAL_LM",
+    )
+    try:
+        # Adapters of a bfloat16 base are float32: AdamW's small steps would be lost in bfloat16.
+        return get_peft_model(model, settings, autocast_adapter_dtype=True)
+    except ValueError as error:
+        raise ModelLoadError(f"lora_target_modules is {targets!r}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,97 @@
+"""The command line: `atesd train | report | doctor`. Separate so that nothing else knows about argv or exit codes.
+
+Nothing heavy is imported before a command needs it: `atesd --help` answers at once, and a mistyped flag is refused
+before torch loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from atesd import __version__
+from atesd.config_checks import ConfigError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 done, 1 it failed, 2 it was asked for something impossible."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command != "train":
+        parser.error(f"unexpected {' '.join(rest)!r}")
+    try:
+        if arguments.command == "train":
+            return train(argv[argv.index("train") + 1 :])
+        if arguments.command == "report":
+            return report(Path(arguments.run_dir))
+        return doctor()
+    except ConfigError as error:
+        return fail(error, 2)
+    except KeyboardInterrupt:
+        return fail("stopped; go on with: atesd train --resume RUN_DIR", 130)
+    except Exception as error:
+        if os.environ.get("ATESD_TRACEBACK") or not written_for_people(error):
+            raise
+        return fail(f"{error}\n(ATESD_TRACEBACK=1 shows where this was raised)", 1)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="atesd", description="Adaptive teacher exposure for on-policy self-distillation."
+    )
+    parser.add_argument("--version", action="version", version=f"atesd {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    # `train` has a flag for every field of the configuration, which HfArgumentParser makes once it is asked for.
+    commands.add_parser("train", add_help=False, help="train a recipe or YAML file, or go on with a run (--resume)")
+    show = commands.add_parser("report", help="draw RUN_DIR/report.html, of a finished run or one under way")
+    show.add_argument("run_dir", metavar="RUN_DIR")
+    commands.add_parser("doctor", help="versions, devices, and which backends work here and why others do not")
+    return parser
+
+
+def train(argv: list[str]) -> int:
+    from atesd.config import config_parser, load_config, recipes
+
+    if not argv or {"-h", "--help"} & set(argv):
+        config_parser().print_help()
+        print(f"\nrecipes that ship with atesd: {', '.join(recipes())}")
+        return 0 if argv else 2
+    recipe, flags = (None, argv) if argv[0].startswith("-") else (argv[0], argv[1:])
+    config = load_config(recipe, flags)
+
+    from atesd import trainer
+
+    print(f"run directory: {config.output_dir}", flush=True)
+    run_dir = trainer.train(config)
+    print(f"report: {Path(run_dir) / 'report.html'}")
+    return 0
+
+
+def report(run_dir: Path) -> int:
+    from atesd.report import write_report
+
+    print(write_report(run_dir))
+    return 0
+
+
+def doctor() -> int:
+    from atesd.doctor import describe
+
+    print(describe())
+    return 0
+
+
+def written_for_people(error: BaseException) -> bool:
+    """Whether a `raise` of this project is behind `error`: its message says all. Others need a traceback."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(frame.filename).parent.is_relative_to(Path(__file__).parent)
+    return ours and (frame.line or "").startswith("raise ")
+
+
+def fail(message: object, code: int) -> int:
+    print(f"atesd: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,46 @@
+# make train   everything from nothing: environment, model, the quickstart run and its report
+# make test    the same environment with the test extra, and the tests
+#
+# PYTHON=python3.12 picks another interpreter, VENV=path another environment, ARGS="--max_steps 4" adds arguments.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+INPUTS := setup.py pyproject.toml constraints.txt
+
+.PHONY: train test lint bench model clean
+.DELETE_ON_ERROR:
+
+train: model
+	$(BIN)/atesd train quickstart $(ARGS)
+
+# Fetched and converted by a process of its own, once for this user.
+model: $(VENV)/.installed
+	$(BIN)/python -m atesd.smollm
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests $(ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m pytest bench $(ARGS)
+
+# The stamps make a second `make` a matter of seconds: pip runs again only when what is installed has changed.
+$(VENV)/.installed: $(INPUTS) | $(BIN)/python
+	$(INSTALL) .
+	@touch $@
+
+$(VENV)/.installed-%: $(INPUTS) | $(BIN)/python
+	$(INSTALL) ".[$*]"
+	@touch $@ $(VENV)/.installed
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

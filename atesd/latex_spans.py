@@ -1,0 +1,119 @@
+r"""Where in a text no cut may fall: LaTeX mathematics and code fences, and where the last ``\boxed{}`` is.
+
+Separate from ``segmentation.py`` because it answers one question by scanning once, in time linear in the text: model
+output can be long and hostile, and every rollout is searched for its box.
+"""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["last_boxed", "protected_spans"]
+
+# A candidate opener: code fence, environment, \[ \( , $$ or $; escaped characters are consumed so they open nothing.
+_OPENER = re.compile(r"```|\\begin\s*\{([^{}]*)\}|\\\[|\\\(|\\.|\$\$|\$", re.DOTALL)
+_BLANK_LINE = re.compile(r"\n[ \t]*\n")
+_SENTENCE_INSIDE = re.compile(r"[.?!]\s+[A-Z]|\n")
+_BOX_OR_BRACE = re.compile(r"\\f?boxed\s*\{|\\.|[{}]", re.DOTALL)
+_BARE_BOX = re.compile(r"\\boxed[ \t]+([^\s$.,;]+)")
+_MAX_DOLLARS_TRIED = 4  # closers tried per inline "$" before it is taken for a plain dollar sign: keeps the scan linear
+
+
+def protected_spans(text: str) -> list[tuple[int, int]]:
+    r"""Disjoint, ordered ``(start, end)`` spans of code fences, display and inline mathematics, and environments.
+
+    A dollar sign followed by a digit is money unless it closes like mathematics does (no space before the closing
+    dollar, no digit after it, no sentence end between), so "$5 and $6" is not protected and "$5x$" is.
+
+    >>> text = "Let $x = 3. Y$ cost $5."
+    >>> [text[a:b] for a, b in protected_spans(text)]
+    ['$x = 3. Y$']
+    """
+    spans: list[tuple[int, int]] = []
+    hopeless: set[str] = set()  # closers already known not to occur further on
+    position = 0
+    while (opener := _OPENER.search(text, position)) is not None:
+        token, start = opener.group(), opener.start()
+        position = opener.end()
+        if token == "$":
+            end = _inline_end(text, start)
+        elif token == "$$" or token == "```" or token in (r"\[", r"\("):
+            closer = {r"\[": r"\]", r"\(": r"\)"}.get(token, token)
+            end = _find(text, closer, position, hopeless)
+        elif opener.group(1) is not None:
+            end = _environment_end(text, opener.group(1), position, hopeless)
+        else:  # an escaped character such as \$
+            end = -1
+        if end > 0:
+            spans.append((start, end))
+            position = end
+    return spans
+
+
+def last_boxed(text: str) -> tuple[int, int, str] | None:
+    r"""``(start, end, content)`` of the ``\boxed{...}`` that opens last and closes; ``None`` without one.
+
+    Braces nest; ``\{`` and ``\}`` do not count. An empty box, or one cut off by the end of the text, is ignored.
+
+    >>> last_boxed(r"\boxed{1} then \boxed{\frac{1}{2}} and \boxed{3")[2]
+    '\\frac{1}{2}'
+    """
+    best: tuple[int, int, str] | None = None
+    open_at: list[tuple[int, int]] = []  # (start of the command or -1 for a plain brace, start of the content)
+    for match in _BOX_OR_BRACE.finditer(text):
+        token = match.group()
+        if token == "}":
+            start, content = open_at.pop() if open_at else (-1, 0)
+            if start > (best[0] if best else -1) and (filled := text[content : match.end() - 1].strip()):
+                best = (start, match.end(), filled)
+        elif token == "{":
+            open_at.append((-1, match.end()))
+        elif token.endswith("{") and "boxed" in token:
+            open_at.append((match.start(), match.end()))
+    if best is not None:
+        return best
+    bare = list(_BARE_BOX.finditer(text))[-1:]  # "\boxed 5" is legal TeX
+    return (bare[0].start(), bare[0].end(), bare[0].group(1)) if bare else None
+
+
+def _find(text: str, closer: str, position: int, hopeless: set[str]) -> int:
+    """End of the next ``closer``, or -1; remembers a closer that is never found, so it is looked for once."""
+    if closer in hopeless:
+        return -1
+    found = text.find(closer, position)
+    if found < 0:
+        hopeless.add(closer)
+        return -1
+    return found + len(closer)
+
+
+def _environment_end(text: str, name: str, position: int, hopeless: set[str]) -> int:
+    r"""End of the ``\end{name}`` that matches, counting nested environments of the same name."""
+    if name in hopeless:
+        return -1
+    depth = 1
+    for match in re.compile(r"\\(begin|end)\s*\{" + re.escape(name) + r"\}").finditer(text, position):
+        depth += 1 if match.group(1) == "begin" else -1
+        if depth == 0:
+            return match.end()
+    hopeless.add(name)
+    return -1
+
+
+def _inline_end(text: str, start: int) -> int:
+    """End of the inline formula opened by the dollar at ``start``, or -1 when that dollar is money or a stray."""
+    money = text[start + 1 : start + 2].isdigit()
+    position = start + 1
+    for _ in range(1 if money else _MAX_DOLLARS_TRIED):
+        close = text.find("$", position)
+        while close > 0 and text[close - 1] == "\\":
+            close = text.find("$", close + 1)
+        if close < 0 or _BLANK_LINE.search(text, position - 1, close):
+            return -1
+        followed_by_digit = text[close + 1 : close + 2].isdigit()
+        spaced = text[close - 1].isspace()
+        inside = text[start + 1 : close]
+        if not followed_by_digit and inside.strip() and not (money and (spaced or _SENTENCE_INSIDE.search(inside))):
+            return close + 1
+        position = close + 1
+    return -1

@@ -1,0 +1,96 @@
+r"""The wording of the student's and the teacher's prompts, and how a user replaces it.
+
+Separate from ``prompts.py`` because this is text a user edits, while that file turns it into token ids. The structure
+follows OPSD (arXiv 2601.18734): the student reads the problem, the teacher reads problem, reference and a transition
+that asks it to solve the problem itself. The words, and the two forms for a partly or wholly hidden reference, are
+our choice.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import yaml
+
+__all__ = ["PromptTemplates"]
+
+_SLOT = re.compile(r"\{(problem|reference|answer|transition)\}")
+_TRANSITION = (
+    "Read this until it is clear to you, but do not copy it. Now solve the problem yourself, in your own words: "
+    "reason step by step, and put your final answer within \\boxed{}."
+)
+# What each template must and must not show; a slot that is neither is optional.
+_RULES = {
+    "student": ({"problem"}, {"reference", "transition"}),
+    "teacher": ({"problem", "reference"}, set()),
+    "teacher_partial": ({"problem", "reference", "answer"}, set()),
+    "teacher_answer_only": ({"problem", "answer"}, {"reference"}),
+}
+
+
+@dataclass(frozen=True)
+class PromptTemplates:
+    r"""Templates with the slots ``{problem}``, ``{reference}``, ``{answer}``, ``{transition}``; other braces are text.
+
+    ``student``             the problem only.
+    ``teacher``             alpha = 1: the whole solution. This is OPSD's prompt.
+    ``teacher_partial``     alpha between: the first floor(alpha*m) segments (at least one) and the final answer.
+    ``teacher_answer_only`` floor(alpha*m) = 0: the final answer only, with no word about a reference solution.
+    ``transition``          what the teacher is told to do, the same at every alpha.
+    ``system``              a system message for both, or ``None`` for the chat template's own default.
+
+    >>> PromptTemplates(system="You are a careful mathematician.").system
+    'You are a careful mathematician.'
+
+    Raises ValueError when a template lacks a slot it needs or shows the student what it must not see.
+    """
+
+    student: str = "{problem}\n\nReason step by step, and put your final answer within \\boxed{}."
+    teacher: str = "{problem}\n\nHere is a reference solution to this problem:\n\n{reference}\n\n{transition}"
+    transition: str = _TRANSITION
+    system: str | None = None
+    teacher_partial: str = (
+        "{problem}\n\nHere is the beginning of a reference solution to this problem:\n\n{reference}\n\n"
+        "Its final answer is: {answer}\n\n{transition}"
+    )
+    teacher_answer_only: str = "{problem}\n\nThe final answer to this problem is: {answer}\n\n{transition}"
+
+    def __post_init__(self) -> None:
+        for name, (needed, forbidden) in _RULES.items():
+            slots = set(_SLOT.findall(getattr(self, name)))
+            if missing := sorted(needed - slots):
+                raise ValueError(f"prompt template {name!r} lacks {{{missing[0]}}}: {getattr(self, name)!r}")
+            if shown := sorted(forbidden & slots):
+                raise ValueError(f"prompt template {name!r} must not contain {{{shown[0]}}}: {getattr(self, name)!r}")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> PromptTemplates:
+        """Read templates from a YAML or JSON file holding any of the fields; the others keep their defaults."""
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"prompt_templates: no such file: {path}")
+        try:
+            text = path.read_text(encoding="utf-8")
+            content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"prompt_templates: {path} cannot be read: {error}") from error
+        known = [field.name for field in fields(cls)]
+        if not isinstance(content, dict) or (unknown := sorted(set(map(str, content)) - set(known))):
+            seen = unknown if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"prompt_templates: {path} must map some of {known} to strings, got {seen}")
+        for name, value in content.items():
+            if not isinstance(value, str) and not (name == "system" and value is None):
+                raise ValueError(f"prompt_templates: {name!r} in {path} must be a string, got {value!r}")
+        return cls(**content)
+
+
+def fill(template: str, **values: str) -> str:
+    r"""Replace the slots in one pass: braces in LaTeX, and slot names inside the inserted text, stay as they are.
+
+    >>> fill("{problem} in \\boxed{}", problem="Simplify {answer}")
+    'Simplify {answer} in \\boxed{}'
+    """
+    return _SLOT.sub(lambda slot: values.get(slot[1], slot[0]), template)

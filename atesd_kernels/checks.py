@@ -1,0 +1,138 @@
+"""Input checks, all before any matrix product: what was wrong, the value seen, what to do."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
+    if not condition:
+        raise error(message)
+
+
+def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """`hidden` `[..., H]`, `weight` `[V, H]`, `bias` `[V]`: shapes, devices, floating dtypes."""
+    require(
+        hidden.dim() >= 2,
+        f"{name}_hidden must be [..., H] with a leading dimension, got {tuple(hidden.shape)}; use hidden[None].",
+    )
+    require(weight.dim() == 2, f"{name}_weight must be [V, H], got {tuple(weight.shape)}.")
+    require(
+        hidden.shape[-1] == weight.shape[1],
+        f"{name}_hidden has size {hidden.shape[-1]}, but {name}_weight is [V, H] = {tuple(weight.shape)}; "
+        "pass the head's weight as nn.Linear stores it.",
+    )
+    for label, tensor in ((f"{name}_hidden", hidden), (f"{name}_weight", weight), (f"{name}_bias", bias)):
+        if tensor is None:
+            continue
+        require(tensor.dtype in FLOATS, f"{label} has dtype {tensor.dtype}; use one of {FLOATS}.", TypeError)
+        require(
+            tensor.device == hidden.device,
+            f"{label} is on {tensor.device}, {name}_hidden on {hidden.device}; move them together.",
+        )
+    if bias is not None:
+        require(
+            bias.shape == weight.shape[:1],
+            f"{name}_bias must be [V] = [{weight.shape[0]}], got {tuple(bias.shape)}.",
+        )
+
+
+def check_pair(student: Tensor, teacher: Tensor, what: str) -> None:
+    """Leading dimensions, dtype and device of the two models' inputs agree."""
+    require(
+        student.shape[:-1] == teacher.shape[:-1],
+        f"student_{what} and teacher_{what} must have the same leading dimensions, got {tuple(student.shape)} and "
+        f"{tuple(teacher.shape)}; both must hold the response tokens, in the same order.",
+    )
+    require(
+        student.dtype == teacher.dtype,
+        f"student_{what} is {student.dtype}, teacher_{what} {teacher.dtype}; cast one of them.",
+        TypeError,
+    )
+    require(
+        student.device == teacher.device,
+        f"student_{what} is on {student.device}, teacher_{what} on {teacher.device}; move them together.",
+    )
+
+
+def check_vocabulary(student: int, teacher: int) -> None:
+    require(
+        student == teacher,
+        f"student and teacher vocabularies differ: {student} and {teacher} entries. If one is padded, cut its head to "
+        "the common tokens (weight[:V]), or extend the other with rows whose bias is -inf.",
+    )
+
+
+def check_token_tensor(name: str, tensor: Tensor | None, lead: torch.Size, device: torch.device) -> None:
+    if tensor is None:
+        return
+    require(
+        tensor.shape == lead,
+        f"{name} must have the leading shape {tuple(lead)}, got {tuple(tensor.shape)}.",
+    )
+    require(tensor.device == device, f"{name} is on {tensor.device}, the hidden states on {device}.")
+
+
+def check_scalars(
+    *,
+    temperature: float,
+    teacher_temperature: float | None = None,
+    softcap: float | None = None,
+    entry_clip: float | None = None,
+    token_clip: float | None = None,
+    chunk_bytes: int | None = None,
+    reduction: str = "none",
+) -> None:
+    for name, value in (
+        ("temperature", temperature),
+        ("teacher_temperature", teacher_temperature),
+        ("softcap", softcap),
+        ("chunk_bytes", chunk_bytes),
+        ("token_clip", token_clip),
+    ):
+        require(
+            value is None or (value > 0 and math.isfinite(value)), f"{name} must be positive and finite, got {value}."
+        )
+    require(
+        entry_clip is None or math.isfinite(entry_clip),
+        f"entry_clip must be finite, got {entry_clip}; None is no clip.",
+    )
+    require(reduction in REDUCTIONS, f"unknown reduction {reduction!r}; known: {', '.join(map(repr, REDUCTIONS))}.")
+
+
+def check_dtypes(compute_dtype: torch.dtype, logits_dtype: torch.dtype, **tensors: Tensor | None) -> None:
+    """Operands share a dtype (autocast brings them to one), and logits are not narrower than they are."""
+    require(logits_dtype in FLOATS, f"logits_dtype must be one of {FLOATS}, got {logits_dtype}.", TypeError)
+    if compute_dtype != torch.float64:  # whose logits are float64 whatever was asked
+        require(
+            logits_dtype.itemsize >= compute_dtype.itemsize,
+            f"logits_dtype={logits_dtype} is narrower than the inputs ({compute_dtype}); cast the inputs instead.",
+            TypeError,
+        )
+    for name, tensor in tensors.items():
+        require(
+            tensor is None or tensor.dtype == compute_dtype,
+            f"{name} is {None if tensor is None else tensor.dtype}, but the other inputs are {compute_dtype}; cast it, "
+            "or run under torch.autocast.",
+            TypeError,
+        )
+
+
+def check_targets(targets: Tensor, counted: Tensor | None, vocab: int) -> None:
+    """Counted targets lie in [0, V). On a GPU this is the caller's promise: looking would stop the stream."""
+    if targets.device.type != "cpu" or not targets.numel():
+        return
+    outside = (targets < 0) | (targets >= vocab)
+    if counted is not None:
+        outside &= counted.bool()
+    if outside.any():
+        raise ValueError(
+            f"targets must lie in [0, {vocab}), got {targets[outside][0].item()} at {outside.sum().item()} counted "
+            "token(s); mask out ignored positions (such as -100) with mask=."
+        )

@@ -1,0 +1,281 @@
+"""Every divergence on one screen: its term, its derivative, its Triton twin.
+
+A divergence between a teacher `p` and a student `q` is a sum of terms over the vocabulary, `D = sum_v l_v`. All a
+backend needs from it is the term and its derivative by the student's log-probability, `u_v = dl_v / d log q_v`;
+loss, gradient, clips, weights and statistics follow from these two (see `torch_chunked`).
+
+Self-distillation compares nearly equal distributions, where `l` and `u` as written in textbooks are differences of
+almost equal numbers. For an f-divergence, `D = sum q f(r)` with `r = p/q`, adding a multiple of `sum (p - q) = 0`
+changes nothing, so we also write the *centred* pair, whose values vanish at `p = q` to second and first order:
+
+    l' = l - k (p - q),    u' = u + k q,    k = f'(1),     x = log p - log q,    e = expm1(x) = (p - q) / q
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class DivergenceTerm:
+    """One divergence, as two lines of mathematics.
+
+    Attributes:
+        name: what users pass as `divergence=`.
+        term: `(log_p, log_q, beta) -> (l, u)`, elementwise, any shape and floating dtype. The definition.
+        centred: `(x, q, beta) -> (l', u')`, accurate where `p` and `q` nearly agree. Optional: without it the backends
+            use `term`, which is right but loses digits at small divergences.
+        slope: `(beta) -> k`, the multiple of `p - q` that `centred` leaves out of `l`.
+        sum_u: `(c, mean_d) -> sum_v u'_v` from one sweep's statistics, where `c = lse_t - lse_s` and `mean_d` is the
+            mean logit difference under `q`. Optional: it saves the unclipped gradient a sweep over the vocabulary.
+        smooth: False if `u` jumps at `p = q`, in which case logit differences are kept in fp32.
+        triton: `"module:function"` of the `@triton.jit` twin. Optional: without it the torch backend is used.
+        needs_beta: `(beta) -> None`, raises ValueError where this divergence has no meaning.
+    """
+
+    name: str
+    term: Callable[[Tensor, Tensor, float], Pair]
+    centred: Callable[[Tensor, Tensor, float], Pair] | None = None
+    slope: Callable[[float], float] = lambda beta: 0.0
+    sum_u: Callable[[Tensor, Tensor], Tensor] | None = None
+    smooth: bool = True
+    triton: str | None = None
+    needs_beta: Callable[[float], None] = lambda beta: None
+
+
+def times_log(p: Tensor, log_ratio: Tensor) -> Tensor:
+    """`p * log_ratio`, with `0 * anything = 0`: an impossible token contributes nothing."""
+    return torch.where(p > 0, p * log_ratio, 0.0)
+
+
+# Forward KL, KL(p || q): f(r) = r log r, k = 1.
+def forward_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Pair:
+    p = log_p.exp()
+    return times_log(p, log_p - log_q), -p
+
+
+def forward_kl_centred(x: Tensor, q: Tensor, beta: float) -> Pair:
+    e = torch.expm1(x)
+    return torch.addcmul(x, x, e).sub_(e).mul_(q), -(q * e)
+
+
+# Reverse KL, KL(q || p): f(r) = -log r, k = -1.
+def reverse_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Pair:
+    q = log_q.exp()
+    l = times_log(q, log_q - log_p)
+    return l, l + q
+
+
+def reverse_kl_centred(x: Tensor, q: Tensor, beta: float) -> Pair:
+    return (torch.expm1(x) - x).mul_(q), -(q * x)
+
+
+# Generalised Jensen-Shannon, beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q: k = 0.
+def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Pair:
+    p, q = log_p.exp(), log_q.exp()
+    log_m = _log_mixture(log_p, log_q, beta)
+    u = (1 - beta) * times_log(q, log_q - log_m)
+    return beta * times_log(p, log_p - log_m) + u, u
+
+
+def jsd_centred(x: Tensor, q: Tensor, beta: float) -> Pair:
+    e = torch.expm1(x)
+    log_m = torch.log1p(beta * e)  # log(m / q)
+    u = (log_m * q).mul_(beta - 1)
+    return ((x - log_m).mul_(beta * q).mul_(e + 1)).add_(u), u
+
+
+# Jeffreys, KL(p || q) + KL(q || p): f(r) = (r - 1) log r, k = 0.
+def jeffreys(log_p: Tensor, log_q: Tensor, beta: float) -> Pair:
+    (l_f, u_f), (l_r, u_r) = forward_kl(log_p, log_q, beta), reverse_kl(log_p, log_q, beta)
+    return l_f + l_r, u_f + u_r
+
+
+def jeffreys_centred(x: Tensor, q: Tensor, beta: float) -> Pair:
+    e = torch.expm1(x)
+    return x * e * q, (e + x).mul_(q).neg_()
+
+
+# Skew KL, KL(p || beta p + (1 - beta) q): k = 1 - beta. beta = 0 is forward KL.
+def skew_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Pair:
+    p = log_p.exp()
+    log_m = _log_mixture(log_p, log_q, beta)
+    return times_log(p, log_p - log_m), (beta - 1) * times_log(p, (log_q - log_m).exp())
+
+
+def skew_kl_centred(x: Tensor, q: Tensor, beta: float) -> Pair:
+    e = torch.expm1(x)
+    b_e = beta * e
+    l = (x - torch.log1p(b_e)).mul_(e + 1).sub_(e, alpha=1 - beta).mul_(q)
+    return l, (e * q).mul_(-((1 - beta) ** 2)).div_(b_e + 1)
+
+
+# Skew reverse KL, KL(q || (1 - beta) q + beta p): k = -beta. beta = 1 is reverse KL.
+def skew_reverse_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Pair:
+    q = log_q.exp()
+    log_m = _log_mixture(log_p, log_q, beta)
+    l = times_log(q, log_q - log_m)
+    return l, l + beta * times_log(q, (log_p - log_m).exp())
+
+
+def skew_reverse_kl_centred(x: Tensor, q: Tensor, beta: float) -> Pair:
+    b_e = beta * torch.expm1(x)
+    log_m = torch.log1p(b_e)
+    u = (b_e * (1 - beta)).div_(b_e + 1).sub_(log_m).mul_(q)
+    return (b_e - log_m).mul_(q), u
+
+
+# Total variation, sum |p - q| / 2. Its derivative jumps at p = q.
+def total_variation(log_p: Tensor, log_q: Tensor, beta: float) -> Pair:
+    p, q = log_p.exp(), log_q.exp()
+    return (p - q).abs() / 2, q * torch.sign(q - p) / 2
+
+
+def total_variation_centred(x: Tensor, q: Tensor, beta: float) -> Pair:
+    return (torch.expm1(x) * q).abs_().div_(2), torch.sign(x).mul_(q).mul_(-0.5)
+
+
+# Alpha divergence with a = 1 - beta: (sum p^a q^(1-a) - 1) / (a (a - 1)), written with the non-negative term
+# f(r) = (r^a - 1 - a (r - 1)) / (a (a - 1)), so its term is already centred: k = 0.
+# beta = 0 is forward KL, beta = 1 reverse KL, beta = 1/2 four times the squared Hellinger distance.
+def alpha_divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Pair:
+    a = 1 - beta
+    p, q = log_p.exp(), log_q.exp()
+    if a == 1:
+        l, u = forward_kl(log_p, log_q, beta)
+        return l - (p - q), u + q
+    if a == 0:
+        l, u = reverse_kl(log_p, log_q, beta)
+        return l + (p - q), u - q
+    power = torch.where((p > 0) & (q > 0), (a * log_p + (1 - a) * log_q).exp(), 0.0)
+    return (power - a * p - (1 - a) * q) / (a * (a - 1)), (q - power) / a
+
+
+def alpha_divergence_centred(x: Tensor, q: Tensor, beta: float) -> Pair:
+    a = 1 - beta
+    if a == 1:
+        return forward_kl_centred(x, q, beta)
+    if a == 0:
+        return reverse_kl_centred(x, q, beta)
+    e_a = torch.expm1(a * x)  # r^a - 1
+    return (e_a - a * torch.expm1(x)).mul_(q / (a * (a - 1))), (e_a * q).mul_(-1 / a)
+
+
+def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """`log(beta p + (1 - beta) q)`; -inf where neither distribution has mass."""
+    if beta == 0:
+        return log_q
+    if beta == 1:
+        return log_p
+    weight = torch.tensor([beta, 1 - beta], dtype=log_p.dtype, device=log_p.device).log()
+    return torch.logaddexp(log_p + weight[0], log_q + weight[1])
+
+
+def _skew_kl_beta(beta: float) -> None:
+    if beta == 1:
+        raise ValueError("skew_kl with beta=1 is KL(p || p), always zero; use beta < 1 (beta=0 is forward KL).")
+
+
+def _skew_reverse_kl_beta(beta: float) -> None:
+    if beta == 0:
+        raise ValueError("skew_reverse_kl with beta=0 is KL(q || q), always zero; use beta > 0 (beta=1 is reverse KL).")
+
+
+_TRITON = "atesd_kernels.kernels.terms"
+FORWARD_KL = DivergenceTerm(
+    "forward_kl",
+    forward_kl,
+    forward_kl_centred,
+    slope=lambda beta: 1.0,
+    sum_u=lambda c, mean_d: torch.zeros_like(c),  # sum (q - p)
+    triton=f"{_TRITON}:forward_kl",
+)
+REVERSE_KL = DivergenceTerm(
+    "reverse_kl",
+    reverse_kl,
+    reverse_kl_centred,
+    slope=lambda beta: -1.0,
+    sum_u=lambda c, mean_d: c - mean_d,  # -sum q x
+    triton=f"{_TRITON}:reverse_kl",
+)
+JEFFREYS = DivergenceTerm(
+    "jeffreys", jeffreys, jeffreys_centred, sum_u=lambda c, mean_d: c - mean_d, triton=f"{_TRITON}:jeffreys"
+)
+_REGISTRY: dict[str, DivergenceTerm] = {
+    d.name: d
+    for d in (
+        FORWARD_KL,
+        REVERSE_KL,
+        JEFFREYS,
+        DivergenceTerm("jsd", jsd, jsd_centred, triton=f"{_TRITON}:jsd"),
+        DivergenceTerm(
+            "skew_kl",
+            skew_kl,
+            skew_kl_centred,
+            slope=lambda beta: 1 - beta,
+            triton=f"{_TRITON}:skew_kl",
+            needs_beta=_skew_kl_beta,
+        ),
+        DivergenceTerm(
+            "skew_reverse_kl",
+            skew_reverse_kl,
+            skew_reverse_kl_centred,
+            slope=lambda beta: -beta,
+            triton=f"{_TRITON}:skew_reverse_kl",
+            needs_beta=_skew_reverse_kl_beta,
+        ),
+        DivergenceTerm(
+            "total_variation",
+            total_variation,
+            total_variation_centred,
+            smooth=False,
+            triton=f"{_TRITON}:total_variation",
+        ),
+        DivergenceTerm("alpha", alpha_divergence, alpha_divergence_centred, triton=f"{_TRITON}:alpha_divergence"),
+    )
+}
+
+
+def register_divergence(term: DivergenceTerm) -> DivergenceTerm:
+    """Make a divergence of your own available by name to every loss of this package.
+
+    Args:
+        term: its name and mathematics. `term.term` receives `(log_p, log_q, beta)` and returns `(l, u)`.
+
+    Raises:
+        ValueError: if the name belongs to a different divergence already.
+
+    Example:
+        >>> import torch
+        >>> from atesd_kernels import DivergenceTerm, register_divergence
+        >>> def squared(log_p, log_q, beta):  # sum (p - q)^2
+        ...     p, q = log_p.exp(), log_q.exp()
+        ...     return (p - q) ** 2, 2 * q * (q - p)
+        >>> register_divergence(DivergenceTerm("squared", squared)).name
+        'squared'
+    """
+    known = _REGISTRY.setdefault(term.name, term)
+    if known is not term and known != term:
+        raise ValueError(f"divergence {term.name!r} is already registered; give yours another name.")
+    return known
+
+
+def get_divergence(divergence: str | DivergenceTerm, beta: float) -> DivergenceTerm:
+    """The term of that name, with its `beta` checked; JSD's endpoints resolve to the KLs they stand for."""
+    if isinstance(divergence, DivergenceTerm):
+        divergence = register_divergence(divergence).name
+    if divergence not in _REGISTRY:
+        raise ValueError(f"unknown divergence {divergence!r}; known: {', '.join(sorted(_REGISTRY))}.")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must lie in [0, 1], got {beta}.")
+    if divergence == "jsd" and beta in (0, 1):
+        return REVERSE_KL if beta else FORWARD_KL
+    term = _REGISTRY[divergence]
+    term.needs_beta(beta)
+    return term

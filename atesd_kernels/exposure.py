@@ -1,0 +1,60 @@
+"""Exposure spans: log-probabilities over a reference whose prefix the teacher was shown.
+
+A teacher that reads the first part of a reference solution repeats it at will. Scoring it on the part it has not seen
+asks the question that matters: does the exposed prefix help with the rest?
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .losses import linear_logprobs
+
+
+def exposure_mask(lengths: Tensor, exposed: Tensor, max_length: int) -> Tensor:
+    """`[B, max_length]` bool, true at tokens `exposed[b] <= i < lengths[b]`; computed on the tensors' device."""
+    position = torch.arange(max_length, device=lengths.device)
+    return (position >= exposed[:, None]) & (position < lengths[:, None])
+
+
+def exposure_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lengths: Tensor,
+    exposed: Tensor,
+    **options,
+) -> Tensor:
+    """Mean log-probability of each sequence's tokens `[exposed, length)`: those after the exposed prefix.
+
+    Args:
+        hidden: `[B, T, H]`; the state that predicts `targets[b, i]`.
+        weight: `[V, H]`.
+        targets: `[B, T]` int; positions outside the span may hold anything.
+        lengths: `[B]` int, tokens of each sequence, at most T.
+        exposed: `[B]` int, how many of them the teacher was shown.
+        **options: as for `linear_logprobs`, without `mask` and `return_stats`.
+
+    Returns:
+        `[B]` fp32 (fp64 for fp64 inputs), in nats per token; 0 for a sequence with no token in its span.
+
+    Raises:
+        ValueError: if shapes disagree; TypeError for wrong dtypes.
+
+    Example:
+        >>> import torch
+        >>> from atesd_kernels import exposure_logprobs
+        >>> hidden, head = torch.zeros(2, 4, 8), torch.zeros(100, 8)
+        >>> targets = torch.zeros(2, 4, dtype=torch.long)
+        >>> exposure_logprobs(hidden, head, targets, torch.tensor([4, 3]), torch.tensor([1, 3])).exp()
+        tensor([0.0100, 1.0000])
+    """
+    checks.require(hidden.dim() == 3, f"hidden must be [B, T, H], got {tuple(hidden.shape)}.")
+    for name, tensor in (("lengths", lengths), ("exposed", exposed)):
+        checks.check_token_tensor(name, tensor, hidden.shape[:1], hidden.device)
+        checks.require(not tensor.is_floating_point(), f"{name} must be integers, got {tensor.dtype}.", TypeError)
+    mask = exposure_mask(lengths, exposed, hidden.shape[1])
+    logprobs = linear_logprobs(hidden, weight, targets, mask=mask, **options)
+    return logprobs.sum(1) / mask.sum(1).clamp_min(1)

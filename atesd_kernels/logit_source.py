@@ -1,0 +1,182 @@
+"""Where the torch backend's logits come from and where their gradient goes: a linear head, or given logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import matmul
+from .spec import DivergenceSpec, LogprobSpec, accumulate_dtype
+
+
+class LinearGradients:
+    """Accumulates the gradients of a linear head's inputs, chunk by chunk and block by block."""
+
+    def __init__(self, spec: DivergenceSpec | LogprobSpec, hidden: Tensor, weight: Tensor, bias: Tensor | None):
+        self.spec, self.hidden, self.weight, self.bias = spec, hidden, weight, bias
+        self.num_rows, self.vocab, self.device = hidden.shape[0], weight.shape[0], hidden.device
+        self.dtype = accumulate_dtype(spec.compute_dtype)
+        # entries of q - p as small as 1e-6 carry the gradient's direction; fp16 ends there
+        self.grad_scale = 1024.0 if spec.compute_dtype == torch.float16 else 1.0
+        self.hidden_grad = torch.zeros_like(hidden) if spec.hidden_grad else None
+        self.weight_grad = torch.zeros(weight.shape, dtype=self.dtype, device=self.device) if spec.weight_grad else None
+        self.bias_grad = torch.zeros(self.vocab, dtype=self.dtype, device=self.device) if spec.bias_grad else None
+
+    def load(self, index: Tensor) -> None:
+        """Fix the chunk's rows."""
+        self.index = index
+        self.rows = self.hidden[index].to(self.spec.compute_dtype)
+        self.rows_grad = (
+            torch.zeros(self.rows.shape, dtype=self.dtype, device=self.device) if self.spec.hidden_grad else None
+        )
+
+    def take_gradient(self, cols: slice, g: Tensor) -> None:
+        """Propagate a block's gradient `[R, C]`, in the compute dtype, to hidden states, head and bias."""
+        if self.rows_grad is not None:
+            self.rows_grad += matmul.hidden_grad(g, self.weight[cols].to(g.dtype))
+        if self.weight_grad is not None:
+            matmul.add_weight_grad(self.weight_grad[cols], g, self.rows)
+        if self.bias_grad is not None:
+            self.bias_grad[cols] += g.sum(0, dtype=self.dtype)
+
+    def finish_rows(self) -> None:
+        if self.rows_grad is not None:
+            self.hidden_grad[self.index] = (self.rows_grad / self.grad_scale).to(self.hidden_grad.dtype)
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        def finished(grad, like):
+            return None if grad is None else grad.div_(self.grad_scale).to(like.dtype)
+
+        return self.hidden_grad, finished(self.weight_grad, self.weight), finished(self.bias_grad, self.bias)
+
+
+class LinearLogits(LinearGradients):
+    """Teacher and student logits of a chunk, block by block, from hidden states and heads.
+
+    With a shared head the second block is `D = (H_t - H_s) W^T`: the difference of two nearly equal hidden states is
+    rounded once and then multiplied, instead of subtracting two rounded logits. With separate heads it is T, and for
+    fp32 inputs both are formed in fp64: their difference is what the loss is made of.
+    """
+
+    def __init__(self, spec: DivergenceSpec, h_s, w_s, h_t, w_t, bias_s, bias_t):
+        super().__init__(spec, h_s, w_s, bias_s)
+        self.h_t, self.w_t, self.bias_t = h_t, w_t, bias_t
+        self.is_delta = w_t is None
+        self.may_be_infinite = bias_s is not None or bias_t is not None
+        self.s_dtype = torch.float64 if spec.compute_dtype == torch.float64 else spec.logits_dtype
+        self.other_dtype = self._delta_dtype() if self.is_delta else self.s_dtype
+        if not self.is_delta and spec.compute_dtype == torch.float32 and spec.logits_dtype == torch.float32:
+            self.s_dtype = self.other_dtype = torch.float64
+        self.bytes_per_logit = self.s_dtype.itemsize + self.other_dtype.itemsize
+
+    def _delta_dtype(self) -> torch.dtype:
+        """The inputs' dtype, if D is a plain product; fp32 if more than its rounding error would be rounded away."""
+        spec = self.spec
+        plain = self.bias_t is None and spec.temperature == spec.teacher_temperature and spec.term.smooth
+        return spec.compute_dtype if plain else self.dtype
+
+    def load(self, index: Tensor) -> None:
+        super().load(index)
+        if self.is_delta:
+            difference = self.h_t[index].to(self.dtype) - self.hidden[index].to(self.dtype)
+            self.rows_t = difference.to(self.spec.compute_dtype if self.spec.term.smooth else self.dtype)
+        else:
+            self.rows_t = self.h_t[index].to(self.spec.compute_dtype)
+
+    def block(self, cols: slice) -> tuple[Tensor, Tensor]:
+        """Scaled student logits and D (or T) for the vocabulary entries `cols`: two `[R, C]`."""
+        w_s = self.weight[cols].to(self.spec.compute_dtype)
+        s = matmul.logits(self.rows, w_s, self.s_dtype)
+        if self.is_delta:
+            return self._scale_delta(s, matmul.logits(self.rows_t, w_s.to(self.rows_t.dtype), self.other_dtype), cols)
+        t = matmul.logits(self.rows_t, self.w_t[cols].to(self.spec.compute_dtype), self.other_dtype)
+        return (
+            scale_logits(s, self.spec.temperature, _cols(self.bias, cols), self.spec.softcap),
+            scale_logits(t, self.spec.teacher_temperature, _cols(self.bias_t, cols), self.spec.softcap),
+        )
+
+    def _scale_delta(self, s: Tensor, d: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
+        """Bias, softcap and temperatures, applied to the student's logits and to the difference."""
+        spec = self.spec
+        bias_s, bias_t = _cols(self.bias, cols), _cols(self.bias_t, cols)
+        if bias_s is not None:
+            s = s.add_(bias_s)
+        if bias_t is not None:
+            shift = bias_t.to(self.dtype) - (0 if bias_s is None else bias_s.to(self.dtype))
+            # a token both models exclude differs by nothing
+            d = d.add_(torch.nan_to_num(shift, nan=0.0, posinf=torch.inf, neginf=-torch.inf))
+        if spec.softcap is not None:
+            cap = spec.softcap
+            tanh_s, tanh_d = torch.tanh(s / cap), torch.tanh(d / cap).to(s.dtype)
+            # tanh(a + b) - tanh(a) = tanh(b) (1 - tanh(a)^2) / (1 + tanh(a) tanh(b))
+            d = (cap * tanh_d * (1 - tanh_s * tanh_s) / (1 + tanh_s * tanh_d)).to(d.dtype)
+            s = cap * tanh_s
+        if spec.temperature != spec.teacher_temperature:
+            d = d.div_(spec.teacher_temperature).add_(s, alpha=1 / spec.teacher_temperature - 1 / spec.temperature)
+        elif spec.temperature != 1:
+            d = d.div_(spec.temperature)
+        return s if spec.temperature == 1 else s.div_(spec.temperature), d
+
+    def gradient_storage(self, block: Tensor) -> Tensor:
+        return block.view(self.spec.compute_dtype)
+
+
+class StudentLogits(LinearGradients):
+    """One model's logits, for log-probabilities."""
+
+    def block(self, cols: slice) -> Tensor:
+        out_dtype = torch.float64 if self.spec.compute_dtype == torch.float64 else self.spec.logits_dtype
+        z = matmul.logits(self.rows, self.weight[cols].to(self.spec.compute_dtype), out_dtype)
+        return scale_logits(z, self.spec.temperature, _cols(self.bias, cols), self.spec.softcap)
+
+
+class GivenLogits:
+    """The same interface over logits the caller holds; the gradient goes to a tensor of their size."""
+
+    is_delta = False
+    may_be_infinite = True
+    grad_scale = 1.0
+
+    def __init__(self, spec: DivergenceSpec, student_logits: Tensor, teacher_logits: Tensor):
+        self.spec, self.student_logits, self.teacher_logits = spec, student_logits, teacher_logits
+        self.num_rows, self.vocab = student_logits.shape
+        self.device = student_logits.device
+        self.dtype = self.s_dtype = accumulate_dtype(student_logits.dtype)
+        self.bytes_per_logit = 2 * self.dtype.itemsize
+        self.grad = torch.zeros_like(student_logits) if spec.any_grad else None
+
+    def load(self, index: Tensor) -> None:
+        self.index = index
+
+    def block(self, cols: slice) -> tuple[Tensor, Tensor]:
+        spec = self.spec
+        s, t = (z[self.index, cols].to(self.dtype) for z in (self.student_logits, self.teacher_logits))
+        return (
+            scale_logits(s, spec.temperature, None, spec.softcap),
+            scale_logits(t, spec.teacher_temperature, None, spec.softcap),
+        )
+
+    def gradient_storage(self, block: Tensor) -> Tensor:
+        return block
+
+    def take_gradient(self, cols: slice, g: Tensor) -> None:
+        self.grad[self.index, cols] = g.to(self.grad.dtype)
+
+    def finish_rows(self) -> None:
+        pass
+
+    def gradients(self) -> tuple[Tensor | None, None, None]:
+        return self.grad, None, None
+
+
+def scale_logits(z: Tensor, temperature: float, bias: Tensor | None, softcap: float | None) -> Tensor:
+    """`softcap * tanh((z + bias) / softcap) / temperature`, in place."""
+    if bias is not None:
+        z = z.add_(bias)
+    if softcap is not None:
+        z = z.div_(softcap).tanh_().mul_(softcap)
+    return z if temperature == 1 else z.div_(temperature)
+
+
+def _cols(bias: Tensor | None, cols: slice) -> Tensor | None:
+    return None if bias is None else bias[cols]

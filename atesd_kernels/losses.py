@@ -1,0 +1,345 @@
+"""The public losses: validate, flatten, pick a backend, reduce."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks, ops
+from .divergences import DivergenceTerm, get_divergence
+from .planning import choose_backend
+from .stats import TokenStats
+
+
+def linear_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None = None,
+    *,
+    divergence: str | DivergenceTerm = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    targets: Tensor | None = None,
+    entry_clip: float | None = None,
+    token_clip: float | None = None,
+    reduction: str = "mean",
+    num_tokens: int | float | Tensor | None = None,
+    backend: str = "auto",
+    chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype = torch.float32,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, TokenStats]:
+    """Divergence between teacher and student next-token distributions, straight from hidden states.
+
+    With `s = student_hidden @ student_weight.T / temperature`, `q = softmax(s)`, and likewise `p` for the teacher, the
+    loss is the divergence of `p` and `q` summed over the vocabulary, computed in chunks: no `[tokens, vocab]` tensor
+    ever exists. The teacher gets no gradient.
+
+    Args:
+        student_hidden: `[..., H]`, fp32, bf16, fp16, or fp64 (backend "torch"); at least one leading dimension.
+        student_weight: `[V, H]`, the head as `nn.Linear` stores it, same dtype as the hidden states.
+        teacher_hidden: `[..., H_t]`, same leading dimensions and dtype.
+        teacher_weight: `[V, H_t]`. None, or the student's own tensor, is the shared head: logit differences are then
+            computed from differences of hidden states, which is what keeps bf16 gradients right. Separate heads use
+            fp32 logits (fp64 for fp32 inputs on backend "torch").
+        divergence: "forward_kl" KL(p||q), "reverse_kl" KL(q||p), "jsd", "jeffreys", "skew_kl", "skew_reverse_kl",
+            "total_variation", "alpha", or a `DivergenceTerm`. See `divergences.py` for the formulas.
+        beta: shape of "jsd", "skew_*" and "alpha", in [0, 1]. For "jsd" as in TRL and Liger: 0 is forward KL, 1 is
+            reverse KL, between them `beta KL(p||m) + (1-beta) KL(q||m)` with `m = beta p + (1-beta) q`.
+        temperature: divides both models' logits. No T^2 factor is applied to the loss (OPSD applies none).
+        teacher_temperature: the teacher's, if it differs.
+        student_bias, teacher_bias: `[V]`, added to the logits. An entry at -inf on both sides does not exist. With a
+            shared head the teacher uses the student's bias unless given its own.
+        softcap: logits become `softcap * tanh(logits / softcap)` before the temperature, as in Gemma.
+        mask: `[...]`, bool or 0/1; tokens where it is false cost nothing and have no influence.
+        token_weight: `[...]`, a constant factor per token (it gets no gradient). Does not change the mean's denominator.
+        targets: `[...]` int, sampled tokens, for the log-probabilities in `TokenStats`.
+        entry_clip: upper bound on each (token, vocabulary entry) term before the sum, as OPSD does; the gradient of a
+            clipped entry's term is zero. The loss may then be negative, because terms of a KL may.
+        token_clip: upper bound on each token's divergence; a clipped token has no gradient.
+        reduction: "mean" over counted tokens, "sum", or "none" (per-token values, zero where masked).
+        num_tokens: replaces the mean's denominator, for gradient accumulation and data parallelism.
+        backend: "auto", "torch", "triton", "triton_tiled".
+        chunk_bytes: budget for the chunk of logits, the only vocabulary-sized temporary. Our choice: 80 MiB on a CPU,
+            1 GiB on a GPU.
+        logits_dtype: of the student's logits (and of separate teacher logits). bf16 is faster and costs 2 to 3 % of
+            the gradient.
+        return_stats: also return `TokenStats`.
+
+    Returns:
+        The loss, fp32 (fp64 for fp64 inputs): a scalar, or `[...]` for `reduction="none"`. With `return_stats`, the
+        pair of it and `TokenStats`. All tokens masked, or none given: 0, with zero gradients. Non-finite hidden states
+        give a non-finite loss; they are not hidden.
+
+    Raises:
+        ValueError, TypeError: before any computation, naming the argument, the value seen and what to do.
+
+    Example:
+        >>> import torch
+        >>> from atesd_kernels import linear_divergence
+        >>> _ = torch.manual_seed(0)
+        >>> head = torch.randn(1000, 64) * 0.1
+        >>> student = torch.randn(2, 5, 64, requires_grad=True)
+        >>> teacher = student.detach() + 0.1 * torch.randn(2, 5, 64)
+        >>> loss = linear_divergence(student, head, teacher, divergence="forward_kl", temperature=1.1)
+        >>> loss.backward()
+        >>> round(loss.item(), 3), tuple(student.grad.shape)
+        (0.002, (2, 5, 64))
+    """
+    if teacher_weight is student_weight:
+        teacher_weight = None
+    checks.check_head("student", student_hidden, student_weight, student_bias)
+    checks.check_pair(student_hidden, teacher_hidden, "hidden")
+    checks.check_head(
+        "teacher", teacher_hidden, student_weight if teacher_weight is None else teacher_weight, teacher_bias
+    )
+    if teacher_weight is not None:
+        checks.check_vocabulary(student_weight.shape[0], teacher_weight.shape[0])
+    checks.check_scalars(
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        softcap=softcap,
+        entry_clip=entry_clip,
+        token_clip=token_clip,
+        chunk_bytes=chunk_bytes,
+        reduction=reduction,
+    )
+    lead, device = student_hidden.shape[:-1], student_hidden.device
+    for name, tensor in (("mask", mask), ("token_weight", token_weight), ("targets", targets)):
+        checks.check_token_tensor(name, tensor, lead, device)
+    term = get_divergence(divergence, beta)
+    compute_dtype = _compute_dtype(student_hidden)
+    autocast = compute_dtype != student_hidden.dtype
+    checks.check_dtypes(
+        compute_dtype,
+        logits_dtype,
+        **({} if autocast else {"student_weight": student_weight, "teacher_weight": teacher_weight}),
+    )
+    backend = choose_backend(backend, device, compute_dtype, term.triton is not None)
+    hidden_grad, weight_grad, bias_grad = _wanted(student_hidden, student_weight, student_bias)
+    weighted = reduction != "none" and (weight_grad or bias_grad)
+    flat_mask, flat_weight = _flat_mask(mask), None if token_weight is None else token_weight.detach().reshape(-1)
+    value, stats, *_ = ops.linear_divergence_op(
+        student_hidden.reshape(-1, student_hidden.shape[-1]),
+        student_weight,
+        student_bias,
+        teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
+        None if teacher_weight is None else teacher_weight.detach(),
+        _teacher_bias(teacher_weight, teacher_bias, student_bias),
+        flat_mask,
+        flat_weight if weighted else None,
+        None if targets is None else targets.reshape(-1),
+        backend,
+        term.name,
+        float(beta),
+        float(temperature),
+        float(temperature if teacher_temperature is None else teacher_temperature),
+        softcap,
+        entry_clip,
+        token_clip,
+        logits_dtype,
+        compute_dtype,
+        chunk_bytes,
+        return_stats,
+        weighted,
+        hidden_grad,
+        weight_grad,
+        bias_grad,
+    )
+    loss = _reduce(value, weighted, lead, flat_mask, flat_weight, reduction, num_tokens)
+    return (loss, _stats(stats, lead, targets is not None)) if return_stats else loss
+
+
+def divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    divergence: str | DivergenceTerm = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    targets: Tensor | None = None,
+    entry_clip: float | None = None,
+    token_clip: float | None = None,
+    reduction: str = "mean",
+    num_tokens: int | float | Tensor | None = None,
+    backend: str = "auto",
+    chunk_bytes: int | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, TokenStats]:
+    """`linear_divergence` for those who already hold logits, `[..., V]` each; the same options, same results.
+
+    The arithmetic is fp32 whatever the logits' dtype, but digits that bf16 logits have lost stay lost: prefer
+    `linear_divergence`. Beside the gradient, which has the logits' size, memory is `chunk_bytes`.
+
+    Example:
+        >>> import torch
+        >>> from atesd_kernels import divergence
+        >>> divergence(torch.zeros(3, 10), torch.zeros(3, 10)).item()
+        0.0
+    """
+    checks.require(student_logits.dim() >= 2, f"student_logits must be [..., V], got {tuple(student_logits.shape)}.")
+    checks.check_pair(student_logits, teacher_logits, "logits")
+    checks.check_vocabulary(student_logits.shape[-1], teacher_logits.shape[-1])
+    checks.require(
+        student_logits.dtype in checks.FLOATS, f"logits must be floating, got {student_logits.dtype}.", TypeError
+    )
+    checks.check_scalars(
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        softcap=softcap,
+        entry_clip=entry_clip,
+        token_clip=token_clip,
+        chunk_bytes=chunk_bytes,
+        reduction=reduction,
+    )
+    lead, device = student_logits.shape[:-1], student_logits.device
+    for name, tensor in (("mask", mask), ("token_weight", token_weight), ("targets", targets)):
+        checks.check_token_tensor(name, tensor, lead, device)
+    term = get_divergence(divergence, beta)
+    backend = choose_backend(backend, device, student_logits.dtype, term.triton is not None)
+    flat_mask, flat_weight = _flat_mask(mask), None if token_weight is None else token_weight.detach().reshape(-1)
+    value, stats, _ = ops.divergence_op(
+        student_logits.reshape(-1, student_logits.shape[-1]),
+        teacher_logits.detach().reshape(-1, teacher_logits.shape[-1]),
+        flat_mask,
+        None if targets is None else targets.reshape(-1),
+        backend,
+        term.name,
+        float(beta),
+        float(temperature),
+        float(temperature if teacher_temperature is None else teacher_temperature),
+        softcap,
+        entry_clip,
+        token_clip,
+        chunk_bytes,
+        return_stats,
+        student_logits.requires_grad and torch.is_grad_enabled(),
+    )
+    loss = _reduce(value, False, lead, flat_mask, flat_weight, reduction, num_tokens)
+    return (loss, _stats(stats, lead, targets is not None)) if return_stats else loss
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+    chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype = torch.float32,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, TokenStats]:
+    """Log-probability of each target token, differentiable, without a `[tokens, vocab]` tensor.
+
+    Args:
+        hidden: `[..., H]`; the state that predicts `targets[...]` (shift before the call).
+        weight: `[V, H]`; bias: `[V]`; softcap, temperature, chunk_bytes, logits_dtype: as in `linear_divergence`.
+        targets: `[...]` int in [0, V). Masked positions may hold anything, such as -100.
+        mask: `[...]`; masked tokens cost nothing and return 0.
+        return_stats: also return `TokenStats` with the student's fields; the teacher's are None.
+
+    Returns:
+        `[...]` fp32 (fp64 for fp64 inputs), in nats. Arbitrary upstream gradients are exact.
+
+    Raises:
+        ValueError, TypeError: before any computation.
+
+    Example:
+        >>> import torch
+        >>> from atesd_kernels import linear_logprobs
+        >>> hidden, head = torch.zeros(1, 4, 8), torch.zeros(100, 8)
+        >>> linear_logprobs(hidden, head, torch.tensor([[1, 2, 3, 4]])).exp()
+        tensor([[0.0100, 0.0100, 0.0100, 0.0100]])
+    """
+    checks.check_head("student", hidden, weight, bias)
+    checks.check_scalars(temperature=temperature, softcap=softcap, chunk_bytes=chunk_bytes)
+    lead = hidden.shape[:-1]
+    checks.check_token_tensor("targets", targets, lead, hidden.device)
+    checks.check_token_tensor("mask", mask, lead, hidden.device)
+    checks.require(not targets.is_floating_point(), f"targets must be integers, got {targets.dtype}.", TypeError)
+    compute_dtype = _compute_dtype(hidden)
+    checks.check_dtypes(compute_dtype, logits_dtype, **({} if compute_dtype != hidden.dtype else {"weight": weight}))
+    backend = choose_backend(backend, hidden.device, compute_dtype, True)
+    value, stats, *_ = ops.linear_logprobs_op(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        targets.reshape(-1),
+        _flat_mask(mask),
+        None,
+        backend,
+        float(temperature),
+        softcap,
+        logits_dtype,
+        compute_dtype,
+        chunk_bytes,
+        return_stats,
+        False,
+        *_wanted(hidden, weight, bias),
+    )
+    value = value.reshape(lead)
+    if not return_stats:
+        return value
+    stats = _stats(stats, lead, True)
+    return value, stats._replace(teacher_entropy=None, teacher_logprob=None, top1_agree=None)
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of the matrix products: autocast's where it is on, else the inputs'."""
+    device = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
+
+
+def _wanted(*tensors: Tensor | None) -> tuple[bool, ...]:
+    enabled = torch.is_grad_enabled()
+    return tuple(enabled and t is not None and t.requires_grad for t in tensors)
+
+
+def _flat_mask(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.reshape(-1).bool()
+
+
+def _teacher_bias(teacher_weight, teacher_bias, student_bias) -> Tensor | None:
+    """None where the shared head's bias cancels in the logit difference."""
+    if teacher_bias is None or (teacher_weight is None and teacher_bias is student_bias):
+        return None
+    return teacher_bias.detach()
+
+
+def _reduce(value, weighted: bool, lead, mask, token_weight, reduction: str, num_tokens) -> Tensor:
+    if not weighted:
+        if token_weight is not None:
+            value = value * token_weight.to(value.dtype)
+        if reduction == "none":
+            return value.reshape(lead)
+        value = value.sum()
+    if reduction == "sum":
+        return value
+    if num_tokens is None:
+        num_tokens = max(lead.numel(), 1) if mask is None else mask.sum().clamp_min(1)
+    return value / num_tokens
+
+
+def _stats(stats: Tensor, lead: torch.Size, has_targets: bool) -> TokenStats:
+    fields = dict(zip(TokenStats._fields, stats.detach().reshape(-1, *lead).unbind(0), strict=True))
+    fields["top1_agree"] = fields["top1_agree"] > 0
+    if not has_targets:
+        fields["student_logprob"] = fields["teacher_logprob"] = None
+    return TokenStats(**fields)

@@ -1,0 +1,72 @@
+"""The three matrix products of a linear loss, each on the fastest road that keeps its promised precision.
+
+The losses want fp32 logits from low-precision operands. A GPU's GEMM can do that (`out_dtype`); on a CPU torch
+rounds the result of a bf16 product to bf16, so the operands are widened block by block instead.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def logits(h: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """`h @ w.T` with `h` `[R, H]`, `w` `[C, H]` of one dtype, rounded once, to `out_dtype`: `[R, C]`."""
+    if out_dtype == h.dtype:
+        return _linear_fp32(h, w) if h.dtype == torch.float32 else torch.mm(h, w.T)
+    if out_dtype == torch.float64 or h.dtype == torch.float64:
+        return torch.mm(h.double(), w.double().T).to(out_dtype)
+    if h.dtype == torch.float32:
+        return _linear_fp32(h, w).to(out_dtype)
+    if h.is_cuda:
+        return torch.mm(h, w.T, out_dtype=out_dtype)
+    with _low_precision_products(h.dtype):
+        return torch.mm(h.float(), w.float().T)
+
+
+def hidden_grad(g: Tensor, w: Tensor) -> Tensor:
+    """`g @ w` with `g` `[R, C]`, `w` `[C, H]` of one dtype: `[R, H]`."""
+    return _linear_fp32(g, w.T) if g.dtype == torch.float32 else torch.mm(g, w)
+
+
+def add_weight_grad(acc: Tensor, g: Tensor, h: Tensor) -> None:
+    """`acc += g.T @ h` with `acc` `[C, H]` in fp32 or fp64."""
+    if g.is_cuda and g.dtype != acc.dtype:
+        acc.add_(torch.mm(g.T, h, out_dtype=acc.dtype))
+    elif g.dtype == torch.float32:
+        acc.add_(_linear_fp32(g.T, h.T))
+    else:
+        acc.add_(torch.mm(g.T, h))
+
+
+def _linear_fp32(x: Tensor, w: Tensor) -> Tensor:
+    """`x @ w.T` in full fp32: no TF32 on a GPU; through oneDNN on a CPU, where torch.mm's own GEMM can be slower."""
+    if x.is_cuda:
+        previous = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        try:
+            return torch.mm(x, w.T)
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = previous
+    if _ONEDNN and x.device.type == "cpu":
+        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    return torch.mm(x, w.T)
+
+
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@contextmanager
+def _low_precision_products(dtype: torch.dtype):
+    """Let oneDNN multiply fp32 operands as bf16: exact here, because the operands were widened from bf16."""
+    if dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        yield
+        return
+    previous = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = previous

@@ -1,0 +1,45 @@
+"""The losses as `nn.Module`: options fixed once, tensors at each call."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from . import losses
+
+
+class _Loss(nn.Module):
+    function: staticmethod
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+    def forward(self, *tensors: Tensor, **arguments):
+        return self.function(*tensors, **{**self.options, **arguments})
+
+
+class LinearDivergence(_Loss):
+    """`linear_divergence` with its options given to the constructor; `mask` and other tensors go to the call.
+
+    Example:
+        >>> from atesd_kernels import LinearDivergence
+        >>> LinearDivergence(divergence="jsd", beta=0.5)
+        LinearDivergence(divergence='jsd', beta=0.5)
+    """
+
+    function = staticmethod(losses.linear_divergence)
+
+
+class Divergence(_Loss):
+    """`divergence` (from logits) as a module."""
+
+    function = staticmethod(losses.divergence)
+
+
+class LinearLogprobs(_Loss):
+    """`linear_logprobs` as a module."""
+
+    function = staticmethod(losses.linear_logprobs)

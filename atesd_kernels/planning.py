@@ -1,0 +1,87 @@
+"""Byte budget -> chunk shape; which backend runs where.
+
+The chunk of logits is the only vocabulary-sized temporary of an op. How large it gets is a budget in bytes
+(`chunk_bytes`), never a function of the number of tokens.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+MIB = 1 << 20
+BACKENDS = ("torch", "triton", "triton_tiled")
+
+# Our choice. CPU: rows enough for the GEMMs to run at full speed (bench/chunk_size.py), at 3 % of the memory of dense
+# logits at N = 2048, V = 49,152. GPU: 1,024 rows of a 152k vocabulary in fp32 S and bf16 D take 0.9 GiB.
+DEFAULT_CHUNK_BYTES = {"cpu": 80 * MIB, "cuda": 1024 * MIB}
+
+# CPU only. A block of the vocabulary is one GEMM; a tile, a few rows of a block, is what the elementwise passes work
+# on while it lies in the processor's cache.
+CPU_BLOCK_COLUMNS = 4096
+CPU_TILE_ROWS = 32
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """How the torch backend walks over `[rows, vocab]`."""
+
+    rows: int  # rows of a chunk
+    columns: int  # vocabulary entries of a block
+    tile_rows: int  # rows of a tile within a block
+
+    @staticmethod
+    def make(num_rows: int, vocab: int, bytes_per_logit: int, device: torch.device, chunk_bytes: int | None):
+        budget = chunk_bytes or DEFAULT_CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"]
+        rows = max(1, min(num_rows, budget // (bytes_per_logit * vocab)))
+        # equal chunks: a last chunk of three rows would run its GEMMs at a tenth of the speed
+        rows = -(-num_rows // -(-num_rows // rows)) if num_rows else 1
+        if device.type == "cpu":
+            return ChunkPlan(rows, min(vocab, CPU_BLOCK_COLUMNS), CPU_TILE_ROWS)
+        return ChunkPlan(rows, vocab, rows)
+
+    def row_chunks(self, num_rows: int):
+        return (slice(i, min(i + self.rows, num_rows)) for i in range(0, num_rows, self.rows))
+
+    def blocks(self, vocab: int) -> list[slice]:
+        return [slice(j, min(j + self.columns, vocab)) for j in range(0, vocab, self.columns)]
+
+    def tiles(self, num_rows: int):
+        return (slice(i, min(i + self.tile_rows, num_rows)) for i in range(0, num_rows, self.tile_rows))
+
+
+def unavailable(backend: str, device: torch.device) -> str | None:
+    """Why `backend` cannot run on `device`, or None if it can."""
+    if backend == "torch":
+        return None
+    if importlib.util.find_spec("atesd_kernels.triton_chunked") is None:
+        return "this build of atesd_kernels has no Triton backends"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs a CUDA or ROCm device, got {device} (TRITON_INTERPRET=1 interprets it on a CPU)"
+    return None
+
+
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, has_triton_twin: bool) -> str:
+    """Resolve `"auto"`, or check an explicit choice.
+
+    Raises:
+        ValueError: unknown backend, or one that cannot run this, with the reason.
+    """
+    if backend == "auto":
+        fits = device.type == "cuda" and dtype != torch.float64 and has_triton_twin
+        return "triton" if fits and unavailable("triton", device) is None else "torch"
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}.")
+    reason = unavailable(backend, device)
+    if reason is None and backend != "torch" and dtype == torch.float64:
+        reason = "it has no float64 path; use backend='torch'"
+    if reason is None and backend != "torch" and not has_triton_twin:
+        reason = "this divergence has no Triton twin (DivergenceTerm.triton); use backend='torch'"
+    if reason is not None:
+        raise ValueError(f"backend {backend!r} is not available: {reason}.")
+    return backend

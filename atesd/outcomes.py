@@ -1,0 +1,91 @@
+"""What the exposure policy is told of a step beyond the loss: the probe NLL and the teacher-grounded score.
+
+Separate from the trainer because these are measurements on reference solutions, without gradient, taken before the
+step's update; the loop only passes them on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from atesd.batching import chunks, pack
+from atesd.exposure import num_exposed
+from atesd.objectives import token_logprobs
+from atesd.problems import Problem
+from atesd.prompts import PromptBuilder
+from atesd.segmentation import Reference
+from atesd.teachers import Teacher, evaluating
+from atesd_kernels.integrations.head import hidden_states_and_head
+
+GROUNDING_PROBLEMS = 2  # problems of a step the grounded score is taken on (our choice: 2 % of a step's time)
+
+
+class OutcomeMeter:
+    """Measures with the model as it stands.
+
+    Args:
+        model, teacher: the student and its teacher.
+        prompts, references: how problems and their reference solutions (by problem id) become tokens.
+        probe: held-out problems; none switches the probe NLL off.
+        probe_every: steps between probe measurements.
+        grounding: "reference" scores all reference tokens the teacher was not shown, "answer" the final answer only,
+            "none" nothing.
+        batch_size: problems in one forward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: Teacher,
+        prompts: PromptBuilder,
+        references: Mapping[str, Reference],
+        probe: list[Problem],
+        *,
+        probe_every: int,
+        grounding: str,
+        batch_size: int,
+    ):
+        self.model, self.teacher, self.prompts, self.references = model, teacher, prompts, references
+        self.backbone, self.head = hidden_states_and_head(model)
+        self.device = self.head.weight.device
+        self.probe, self.probe_every, self.grounding, self.batch_size = probe, probe_every, grounding, batch_size
+
+    @torch.no_grad()
+    def measure(self, step: int, alpha: float, problems: list[Problem]) -> dict[str, float | None]:
+        """`{"probe_nll": ..., "grounded": ...}` of step `step`, None for what is not due."""
+        due = bool(self.probe) and step % self.probe_every == 0
+        with evaluating(self.model):
+            return {
+                "probe_nll": self.probe_nll() if due else None,
+                "grounded": None if self.grounding == "none" else self.grounded(alpha, problems[:GROUNDING_PROBLEMS]),
+            }
+
+    def probe_nll(self) -> float:
+        """Mean over tokens of `-log p_S(y*|x)`: how well the student alone predicts the held-out references."""
+        total, count = 0.0, 0
+        for part in chunks(len(self.probe), self.batch_size):
+            replies = [self.prompts.reference_completion(self.references[p.id])[0] for p in self.probe[part]]
+            batch = pack([self.prompts.student(p) for p in self.probe[part]], replies, self.device)
+            total -= float(token_logprobs(self.backbone, self.head, batch).double().sum())
+            count += len(batch.targets)
+        return total / count
+
+    def grounded(self, alpha: float, problems: list[Problem]) -> float:
+        """Mean over problems of the mean `log p_T^alpha` of the reference tokens the teacher was not shown.
+
+        What it was shown it could copy, so that part of the reply is context here, and costs nothing in the head.
+        """
+        contexts, scored = [], []
+        for problem in problems:
+            reference = self.references[problem.id]
+            ids, ends = self.prompts.reference_completion(reference)
+            shown = num_exposed(alpha, len(ends)) if self.grounding == "reference" else len(ends)
+            cut = ends[shown - 1] if shown else 0
+            contexts.append(self.prompts.teacher(problem, reference, alpha) + ids[:cut])
+            scored.append(ids[cut:])
+        batch = pack(contexts, scored, self.device)
+        logprobs = token_logprobs(self.teacher.backbone_call, self.teacher.head, batch)
+        return sum(float(part.double().mean()) for part in logprobs.split(batch.lengths)) / len(problems)

@@ -1,0 +1,55 @@
+"""Engines that write the student's responses, behind one protocol.
+
+An engine is given prompts as token ids and answers with token ids: text is never tokenised a second time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from atesd.config import ATESDConfig
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response.
+
+    Attributes:
+        prompt_ids: the student's prompt.
+        response_ids: what was sampled, its end-of-sequence token included where one came.
+        truncated: True when `max_completion_length` ended it.
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    truncated: bool
+
+
+class RolloutEngine(Protocol):
+    """Samples one response for each prompt from the student as it is now."""
+
+    def generate(self, prompts: list[list[int]]) -> list[Rollout]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def make_engine(config: ATESDConfig, model: Any, tokenizer: Any, rank: int = 0) -> RolloutEngine:
+    """The engine `config.rollout_engine` names; each process (`rank`) draws other responses."""
+    if config.rollout_engine == "hf":
+        from atesd.rollout.hf import HFEngine
+
+        return HFEngine(
+            model,
+            tokenizer,
+            max_completion_length=config.max_completion_length,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            seed=config.seed + 7919 * rank,
+            bf16=config.bf16,
+        )
+    raise ValueError(f"rollout_engine is {config.rollout_engine!r}; this version generates with 'hf' only.")

@@ -1,0 +1,248 @@
+"""Rollouts by Hugging Face `generate`.
+
+`generate` prepares prompts, masks and cache; the decoding loop is ours (`custom_generate`), because the one inside
+sorts the whole vocabulary for top-p and copies the cache at every token. On a CPU the weights are packed once per call
+for the processor's matrix units, adapters merged: reading weights is the cost of decoding there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
+
+from atesd.rollout import Rollout
+from atesd_kernels.integrations.head import unwrap
+
+
+class HFEngine:
+    """Samples from `model` in this process.
+
+    Args:
+        model: the student, bare or under peft.
+        tokenizer: names the pad and end tokens.
+        max_completion_length: most new tokens of a response.
+        temperature, top_p, top_k: sampling; `top_k=0` and `top_p=1.0` switch the filters off.
+        seed: seeds the engine's own random generator, whose state is checkpointed.
+        bf16: decode in bfloat16 as autocast would (the residual stream stays float32).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        max_completion_length: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        bf16: bool = False,
+    ):
+        self.model, self.bf16 = model, bf16
+        self.device = next(model.parameters()).device
+        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
+        self.pad_id, self.stop_ids = tokenizer.pad_token_id, stop_token_ids(unwrap(model), tokenizer)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.config = GenerationConfig(
+            max_new_tokens=max_completion_length,
+            do_sample=True,
+            pad_token_id=self.pad_id,
+            eos_token_id=self.stop_ids,
+            bos_token_id=tokenizer.bos_token_id,
+        )
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]]) -> list[Rollout]:
+        """One response for each prompt, all decoded as one left-padded batch."""
+        width = max(map(len, prompts))
+        input_ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        dtype = torch.bfloat16 if self.bf16 else next(self.model.parameters()).dtype
+        autocast = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
+        with decoding_model(self.model, dtype) as model, autocast:
+            responses = model.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                generation_config=self.config,
+                past_key_values=buffered_cache(unwrap(model).config, dtype, self.config.max_new_tokens),
+                custom_generate=self.decode,
+            )
+        return [
+            Rollout(prompt, response, truncated=response[-1] not in self.stop_ids)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+
+    def decode(
+        self, model: nn.Module, input_ids: Tensor, generation_config: GenerationConfig, **inputs: Any
+    ) -> list[list[int]]:
+        """The decoding loop `generate` calls. Rows that have ended leave the batch once half of it is done."""
+        mask, cache = inputs.get("attention_mask"), inputs["past_key_values"]
+        if mask is None:  # generate drops a mask without padding
+            mask = torch.ones_like(input_ids)
+        limit = generation_config.max_new_tokens
+        stop_ids = torch.tensor(self.stop_ids, device=self.device)
+        tokens, position = input_ids, mask.cumsum(1).sub(1).clamp(min=0)
+        running = torch.arange(len(input_ids), device=self.device)  # which response each row of the batch writes
+        ended = torch.zeros_like(running, dtype=torch.bool)
+        responses = input_ids.new_full((len(input_ids), limit), self.pad_id)
+        lengths = torch.full_like(running, limit)
+        for step in range(limit):
+            out = model(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            sampled = sample(out.logits[:, -1], self.temperature, self.top_p, self.top_k, self.generator)
+            sampled = torch.where(ended, self.pad_id, sampled)
+            responses[running, step] = sampled
+            ending = torch.isin(sampled, stop_ids) & ~ended  # the pad token may itself be an end token
+            lengths[running[ending]] = step + 1
+            ended |= ending
+            left = int((~ended).sum())
+            if left == 0:
+                break
+            if 2 * left <= len(running):
+                keep = (~ended).nonzero().flatten()
+                cache.batch_select_indices(keep)
+                running, ended, sampled = running[keep], ended[keep], sampled[keep]
+                mask, position = mask[keep], position[keep]
+            tokens, position = sampled[:, None], position[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        return [row[:n] for row, n in zip(responses.tolist(), lengths.tolist(), strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"].cpu())
+
+
+def stop_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Every id that ends a response: the tokenizer's and those the model's generation config adds (end of turn)."""
+    declared = getattr(model.generation_config, "eos_token_id", None)
+    declared = declared if isinstance(declared, list) else [declared]
+    ids = dict.fromkeys(i for i in [tokenizer.eos_token_id, *declared] if i is not None)
+    if not ids:
+        raise ValueError("neither the tokenizer nor the generation config names an end-of-sequence token.")
+    return list(ids)
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator) -> Tensor:
+    """`(batch, vocab)` logits -> `(batch,)` tokens: temperature, then top-k, then top-p among those.
+
+    The order is that of transformers. Only the `top_k` best are ever sorted; top-p keeps the smallest set of tokens
+    whose mass reaches `top_p`.
+    """
+    logits = logits.float() / temperature
+    values, tokens = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # (batch, k), descending
+    probs = values.softmax(-1)
+    if top_p < 1.0:
+        before = probs.cumsum(-1) - probs
+        probs = torch.where(before < top_p, probs, 0.0)
+    return tokens.gather(1, torch.multinomial(probs, 1, generator=generator)).flatten()
+
+
+class BufferedLayer(DynamicLayer):
+    """A growing cache layer that writes into a buffer instead of concatenating at every token, in `dtype`."""
+
+    def __init__(self, dtype: torch.dtype, room: int):
+        super().__init__()
+        self.wanted, self.room = dtype, room
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append `(batch, heads, new, head_dim)` and return everything so far."""
+        start, new = self.get_seq_length(), key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.buffers = [self.allocate(states, new + self.room) for states in (key_states, value_states)]
+        elif start + new > self.buffers[0].shape[-2] or self.keys.shape[0] != self.buffers[0].shape[0]:
+            old = (self.keys, self.values)
+            self.buffers = [self.allocate(states, start + new + self.room) for states in old]
+            for buffer, states in zip(self.buffers, old, strict=True):
+                buffer[:, :, :start] = states
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start : start + new] = states
+        self.keys, self.values = (buffer[:, :, : start + new] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def allocate(self, states: Tensor, room: int) -> Tensor:
+        return states.new_empty((*states.shape[:2], room, states.shape[-1]), dtype=self.wanted)
+
+
+def buffered_cache(config: Any, dtype: torch.dtype, room: int) -> DynamicCache:
+    """The cache transformers would make for `config`, its plain growing layers replaced by buffered ones."""
+    cache = DynamicCache(config=config)
+    cache.layers = [BufferedLayer(dtype, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+class PackedLinear(nn.Module):
+    """A linear layer (and its LoRA update) as one matrix in oneDNN's own layout: 1.6 times faster at batch 8."""
+
+    def __init__(self, source: nn.Module):
+        super().__init__()
+        self.sources = [source]  # in a list, so that it is not a child
+        self.weight = self.bias = None
+
+    def pack(self, dtype: torch.dtype) -> None:
+        source = self.sources[0]
+        linear = getattr(source, "base_layer", source)
+        weight = linear.weight
+        for adapter in getattr(source, "active_adapters", ()):
+            if adapter in source.lora_A:
+                weight = weight + source.get_delta_weight(adapter)
+        self.bias = None if linear.bias is None else linear.bias.to(dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias, "none", [], "")
+
+
+def can_pack(module: nn.Module) -> bool:
+    """Plain linear layers and plain LoRA around them; DoRA and the like keep their own forward."""
+    if type(module) is nn.Linear:
+        return True
+    plain = hasattr(module, "get_delta_weight") and type(getattr(module, "base_layer", None)) is nn.Linear
+    return plain and not any(getattr(module, "use_dora", {}).values())
+
+
+def packed_twin(model: nn.Module) -> nn.Module:
+    """`model` again, sharing every parameter, its linear layers replaced by `PackedLinear`."""
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+
+    def replace_linear(twin: nn.Module, source: nn.Module) -> None:
+        for name, child in source.named_children():
+            if can_pack(child):
+                setattr(twin, name, PackedLinear(child))
+            else:
+                replace_linear(getattr(twin, name), child)
+
+    replace_linear(twin, model)
+    return twin
+
+
+@contextlib.contextmanager
+def decoding_model(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
+    """The model to decode with: on a CPU the packed twin, its matrices freed afterwards; elsewhere `model` itself."""
+    training = model.training
+    packable = next(model.parameters()).device.type == "cpu" and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    if packable and torch.backends.mkldnn.is_available():
+        model = packed_twin(unwrap(model))
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                module.pack(dtype)
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(training)

@@ -1,0 +1,113 @@
+"""The teacher: the student's own network, run without gradient with other weights.
+
+Separate from the trainer because which weights teach is one question with one code path:
+
+| kind   | with LoRA                     | full fine-tuning                     |
+|--------|-------------------------------|--------------------------------------|
+| frozen | the base, adapter switched off | a copy of the first weights          |
+| ema    | a moving average of the adapter | a moving average of all weights     |
+| live   | the student itself            | the student itself                   |
+
+No second model object exists: a copy is a dictionary of tensors, put in place for the length of a forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atesd.batching import PackedBatch, hidden_rows
+from atesd_kernels.integrations.head import HeadSpec, hidden_states_and_head
+
+KINDS = ("frozen", "ema", "live")
+
+
+class Teacher:
+    """Gives hidden states under the teacher's weights.
+
+    Args:
+        model: the student, bare or under peft.
+        kind: one of `KINDS`.
+        ema_decay: weight of the old average at each update.
+        bf16: forwards run under bfloat16 autocast; a frozen copy then keeps its matrices in bfloat16, which autocast
+            would round them to anyway, and everything else (embeddings, norms) as it is, so that nothing is lost.
+    """
+
+    def __init__(self, model: nn.Module, kind: str, *, ema_decay: float = 0.999, bf16: bool = False):
+        if kind not in KINDS:
+            raise ValueError(f"teacher is {kind!r}; known: {', '.join(KINDS)}.")
+        self.model, self.kind, self.decay = model, kind, ema_decay
+        self.backbone, self.student_head = hidden_states_and_head(model)
+        self.disable_adapter = kind == "frozen" and hasattr(model, "disable_adapter")
+        self.sources: dict[str, Tensor] = {}  # trained parameters, by their name in the backbone or "head.*"
+        if kind != "live" and not self.disable_adapter:
+            self.sources = {name: p for name, p in self.backbone.named_parameters() if p.requires_grad}
+            known = {id(p) for p in self.sources.values()}
+            for name in ("weight", "bias"):  # a tied head is already there, as the embedding
+                p = getattr(self.student_head, name)
+                if p is not None and p.requires_grad and id(p) not in known:
+                    self.sources[f"head.{name}"] = p
+        matrices = {id(m.weight) for m in self.backbone.modules() if isinstance(m, nn.Linear)}
+        self.values = {
+            name: p.detach().to(torch.bfloat16, copy=True)
+            if bf16 and kind == "frozen" and id(p) in matrices
+            else p.detach().clone()
+            for name, p in self.sources.items()
+        }
+
+    @property
+    def head(self) -> HeadSpec:
+        """The head under the teacher's weights."""
+        by_source = {id(self.sources[name]): value for name, value in self.values.items()}
+        head = self.student_head
+        weight = by_source.get(id(head.weight), head.weight)
+        return replace(head, weight=weight, bias=by_source.get(id(head.bias), head.bias))
+
+    @property
+    def shares_head(self) -> bool:
+        """Whether student and teacher logits come from the very same head, which makes the loss's delta path exact."""
+        return self.head.weight is self.student_head.weight and self.head.bias is self.student_head.bias
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """`(N, hidden)`: the hidden states that predict the response tokens of `batch`."""
+        return hidden_rows(self.backbone_call, batch)
+
+    @torch.no_grad()
+    def backbone_call(self, **inputs: Any) -> Any:
+        """The backbone under the teacher's weights, without gradient or dropout."""
+        values = {name: value for name, value in self.values.items() if not name.startswith("head.")}
+        with evaluating(self.model), self.model.disable_adapter() if self.disable_adapter else contextlib.nullcontext():
+            return torch.func.functional_call(self.backbone, values, (), inputs) if values else self.backbone(**inputs)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an optimizer step: `average <- decay * average + (1 - decay) * student`; only `ema` changes."""
+        if self.kind == "ema":
+            for name, value in self.values.items():
+                value.lerp_(self.sources[name].detach(), 1.0 - self.decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages. A frozen copy is not saved: it is the model as loaded, before the trained weights."""
+        return {"kind": self.kind, "values": self.values if self.kind == "ema" else {}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["kind"] != self.kind:
+            raise ValueError(f"the checkpoint was made with teacher={state['kind']!r}, not {self.kind!r}.")
+        for name, value in state["values"].items():
+            self.values[name].copy_(value)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout or gradient checkpointing, and back to what it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

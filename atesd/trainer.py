@@ -1,0 +1,317 @@
+"""The method, top to bottom: on-policy self-distillation whose teacher reads part of the reference solution.
+
+    alpha_t        how much of the reference the teacher reads, chosen by the exposure policy and held for H steps
+    y ~ p_S(.|x)   the student answers each problem x, seeing the problem only
+    L = mean over tokens of y of D( p_T(.|x, r_1..r_floor(alpha m), answer, y_<n) || p_S(.|x, y_<n) )
+    the student follows the gradient of L; the policy is told what came of its alpha.
+
+Teacher and student each make one forward a micro-batch, which stops at the hidden states; the loss, its gradient and
+every statistic come from one call of `atesd_kernels.linear_divergence`. Run it with `atesd train quickstart`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+from atesd.batching import ProblemSampler, assert_same_responses, chunks, hidden_rows, pack, use_packed_attention
+from atesd.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from atesd.config import ATESDConfig
+from atesd.exposure import exposed_text
+from atesd.metrics import PhaseTimer, RunLog, peak_memory_bytes
+from atesd.models import load_model_and_tokenizer
+from atesd.objectives import Distillation, TokenTotals
+from atesd.outcomes import OutcomeMeter
+from atesd.policies import make_policy
+from atesd.problems import Problem, load_problems
+from atesd.prompts import PromptBuilder, PromptTemplates
+from atesd.random_state import random_states, set_random_states
+from atesd.report import write_report
+from atesd.rollout import Rollout, make_engine
+from atesd.segmentation import split_reference
+from atesd.teachers import Teacher
+from atesd_kernels.integrations.head import check_head, hidden_states_and_head, unwrap
+
+POLICY_FIELDS = (
+    "max_steps hold_window lookahead policy_batch_size reward_gamma lambda_gt progress_signal alpha_min alpha_max "
+    "policy_learning_rate policy_hidden_size entropy_target entropy_coef fixed_alpha seed"
+).split()
+
+
+class NonFiniteLoss(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+def train(config: ATESDConfig) -> Path:
+    """Train as `config` says and return the run directory.
+
+    The directory holds `config.yaml`, `metrics.jsonl` (a line a step), `samples.jsonl`, `checkpoints/`, the trained
+    adapter (`adapter/`, peft's format; `model/` without LoRA), `summary.json` and `report.html`. With `config.resume`
+    the run continues from its last checkpoint; on a CPU the result is that of the uninterrupted run, to the last bit.
+
+    Raises:
+        ValueError: settings, problems or prompts that cannot be used, before anything is trained.
+        NonFiniteLoss: after `max_nonfinite_steps` such steps in a row.
+    """
+    config.validate()
+    return Trainer(config).run()
+
+
+class Trainer:
+    """Everything a run holds, and its loop: `run` -> `train_step` -> `distill` -> `update`."""
+
+    def __init__(self, config: ATESDConfig):
+        self.config = config
+        self.run_dir = Path(config.resume or config.output_dir)
+        trackers = None if config.report_to == "none" else config.report_to.replace(" ", "").split(",")
+        precision = "bf16" if config.bf16 else "no"
+        self.accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=str(self.run_dir))
+        self.device, rank = self.accelerator.device, self.accelerator.process_index
+        set_seed(config.seed)
+
+        # Problems, each with its reference cut into segments, and prompts checked for length before anything long runs
+        self.problems = load_problems(
+            config.dataset_name,
+            num_train=config.num_train_problems,
+            num_probe=config.num_probe_problems,
+            num_eval=config.num_eval_problems,
+            seed=config.seed,
+            dataset_split=config.dataset_split,
+            problem_column=config.problem_column,
+            solution_column=config.solution_column,
+            answer_column=config.answer_column,
+        )
+        self.references = {
+            p.id: split_reference(p.solution, p.answer) for p in [*self.problems.train, *self.problems.probe]
+        }
+        model, self.tokenizer = load_model_and_tokenizer(config)
+        base = unwrap(model)
+        self.prompts = PromptBuilder(
+            self.tokenizer,
+            PromptTemplates.from_file(config.prompt_templates) if config.prompt_templates else None,
+            student_chat_kwargs=json.loads(config.student_chat_template_kwargs),
+            teacher_chat_kwargs=json.loads(config.teacher_chat_template_kwargs),
+            max_prompt_length=config.max_prompt_length,
+            max_completion_length=config.max_completion_length,
+            context_length=base.config.get_text_config().max_position_embeddings,
+        )
+        for problem in [*self.problems.train, *self.problems.probe]:
+            self.prompts.check(problem, self.references[problem.id])
+        self.sampler = ProblemSampler(len(self.problems.train), config.seed)
+
+        # The student, its rollouts, the teacher and the objective
+        use_packed_attention(base)
+        check_head(model)
+        self.model = model.to(self.device)
+        self.backbone, self.head = hidden_states_and_head(self.model)
+        self.teacher = Teacher(self.model, config.teacher, ema_decay=config.ema_decay, bf16=config.bf16)
+        self.meter = OutcomeMeter(
+            self.model,
+            self.teacher,
+            self.prompts,
+            self.references,
+            self.problems.probe,
+            probe_every=config.probe_every,
+            grounding=config.grounding,
+            batch_size=config.per_device_train_batch_size,
+        )
+        self.objective = Distillation.from_config(config)
+        self.engine = make_engine(config, self.model, self.tokenizer, rank)
+
+        # The optimizer, and the exposure policy: the same on every process, since it sees the same numbers
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),  # no temporary the size of the model
+        )
+        self.scheduler = get_scheduler(
+            config.lr_scheduler_type, self.optimizer, config.warmup_steps, num_training_steps=config.max_steps
+        )
+        settings = {name: getattr(config, name) for name in POLICY_FIELDS}
+        if config.grounding == "none":
+            settings["lambda_gt"] = 0.0
+        self.policy = make_policy(config.exposure_policy, **settings)
+        self.timer = PhaseTimer()
+        self.start, self.nonfinite_in_a_row = 0, 0
+        checkpoint = latest_checkpoint(self.run_dir) if config.resume else None
+        if checkpoint is not None:
+            self.load_state_dict(load_checkpoint(checkpoint))
+
+    def run(self) -> Path:
+        """All steps from where the run stands, then the adapter, a summary and the report."""
+        config, main = self.config, self.accelerator.is_main_process
+        if main:
+            config.save(self.run_dir)
+            self.log = RunLog(self.run_dir, self.start if config.resume else None)
+        self.accelerator.init_trackers("atesd", config=asdict(config))
+        bar = tqdm(range(self.start, config.max_steps), initial=self.start, total=config.max_steps, disable=not main)
+        for t in bar:
+            metrics, sample = self.train_step(t)
+            if main:
+                self.log.log(t + 1, metrics)
+                self.log.sample(t + 1, sample)
+                if (t + 1) % config.logging_steps == 0:
+                    self.accelerator.log(metrics, step=t + 1)
+                shown = {"loss": metrics["loss"], "alpha": metrics["alpha"], "tok/s": metrics["tokens_per_second"]}
+                bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+                if (t + 1) % config.save_steps == 0 or t + 1 == config.max_steps:
+                    writer = self.model.save_pretrained if config.use_peft else None
+                    save_checkpoint(self.run_dir, t + 1, self.state_dict(t + 1), writer, config.save_total_limit)
+            if self.nonfinite_in_a_row >= config.max_nonfinite_steps:
+                raise NonFiniteLoss(
+                    f"the loss or its gradient was not finite in {self.nonfinite_in_a_row} steps in a row (the last is "
+                    f"step {t + 1}). The batches are in {self.run_dir / 'nonfinite'}. Lower learning_rate or "
+                    "max_grad_norm, or run without bf16."
+                )
+        if main:
+            self.model.save_pretrained(self.run_dir / ("adapter" if config.use_peft else "model"))
+            summary = {"steps": config.max_steps, "problems_skipped": self.problems.skipped, **self.policy.finish()}
+            (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            self.log.close()
+            write_report(self.run_dir)
+        self.accelerator.end_training()
+        return self.run_dir
+
+    def train_step(self, t: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """One optimizer step: exposure, rollouts, distillation, update, outcome. Returns metrics and a sample."""
+        config, started = self.config, time.perf_counter()
+        alpha = self.policy.alpha(t)
+
+        # y ~ p_S(.|x): every process takes its share of the step's problems
+        count = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        drawn = self.sampler.draw(count * processes)[rank * count : (rank + 1) * count]
+        problems = [self.problems.train[i] for i in drawn for _ in range(config.num_generations)]
+        with self.timer.phase("rollout"):
+            rollouts = self.engine.generate([self.prompts.student(problem) for problem in problems])
+
+        # What the update has to show for itself is measured before it is made
+        with self.timer.phase("probe"), self.accelerator.autocast():
+            outcome = self.meter.measure(t, alpha, problems)
+        loss, totals, num_tokens = self.distill(problems, rollouts, alpha)
+        with self.timer.phase("optimizer"):
+            grad_norm = self.update(loss)
+        skipped = grad_norm is None
+        if skipped:
+            self.save_nonfinite(t, problems, rollouts, alpha=alpha, loss=loss)
+        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if skipped else 0
+
+        means = (self.sum_over_processes(totals.sum()) / num_tokens).tolist()
+        stats = dict(zip(TokenTotals.NAMES, means, strict=True)) | {"mismatch_p95": totals.p95()}
+        measured = {"loss": loss, "mismatch": stats["mismatch"], "confidence": stats["student_confidence"]}
+        learned = self.policy.observe(t, **(dict.fromkeys(measured) if skipped else measured), **outcome)
+        lengths = [len(r.response_ids) for r in rollouts]
+        seconds = time.perf_counter() - started
+        metrics = {
+            "loss": loss,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": grad_norm,
+            **stats,
+            "response_length": sum(lengths) / len(lengths),
+            "truncated_fraction": sum(r.truncated for r in rollouts) / len(rollouts),
+            "num_tokens": num_tokens,
+            **{("grounded_score" if name == "grounded" else name): v for name, v in outcome.items() if v is not None},
+            **learned,
+            "alpha": alpha,
+            "skipped": int(skipped),
+            "tokens_per_second": num_tokens / seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+            **self.timer.take(),
+            "seconds_step": seconds,
+        }
+        self.scheduler.step()
+        return metrics, self.describe(problems[0], rollouts[0], alpha)
+
+    def distill(self, problems: list[Problem], rollouts: list[Rollout], alpha: float) -> tuple[float, TokenTotals, int]:
+        """Accumulate the gradient of the mean divergence over all response tokens of the step."""
+        local = sum(len(r.response_ids) for r in rollouts)
+        num_tokens = int(self.sum_over_processes(torch.tensor(local, device=self.device)))
+        loss, totals = torch.zeros((), device=self.device), TokenTotals()
+        for part in chunks(len(rollouts), self.config.per_device_train_batch_size * self.config.num_generations):
+            responses = [r.response_ids for r in rollouts[part]]
+            read = [self.prompts.teacher(p, self.references[p.id], alpha) for p in problems[part]]
+            student_batch = pack([r.prompt_ids for r in rollouts[part]], responses, self.device)
+            teacher_batch = pack(read, responses, self.device)
+            assert_same_responses(student_batch, teacher_batch)
+            with self.accelerator.autocast():
+                with self.timer.phase("teacher"):
+                    teacher_hidden = self.teacher.hidden(teacher_batch)
+                with self.timer.phase("student"):
+                    student_hidden = hidden_rows(self.backbone, student_batch)
+                with self.timer.phase("loss_backward"):
+                    teacher_head = None if self.teacher.shares_head else self.teacher.head
+                    part_loss, stats = self.objective(
+                        student_hidden, self.head, teacher_hidden, teacher_head, student_batch.targets, num_tokens
+                    )
+            with self.timer.phase("loss_backward"):
+                self.accelerator.backward(part_loss)
+            loss += part_loss.detach()
+            totals.add(stats)
+        return float(self.sum_over_processes(loss)), totals, num_tokens
+
+    def update(self, loss: float) -> float | None:
+        """Clip and step; None, and no step, where the loss or the gradient is not finite."""
+        if self.accelerator.num_processes > 1:  # gradients of one large batch: no DDP wrapper, one sum a step
+            for p in self.trained.values():
+                p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
+        norm = float(torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm))
+        finite = np.isfinite(loss) and np.isfinite(norm)
+        if finite:
+            self.optimizer.step()
+            self.teacher.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm if finite else None
+
+    def save_nonfinite(
+        self, t: int, alpha: float, loss: float, problems: list[Problem], rollouts: list[Rollout]
+    ) -> None:
+        """Keep the batch of a skipped step for inspection, and say where it is."""
+        path = self.run_dir / "nonfinite" / f"step-{t + 1}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        batch = {"problem_ids": [p.id for p in problems], "rollouts": [asdict(r) for r in rollouts]}
+        torch.save({"step": t + 1, "alpha": alpha, "loss": loss, **batch}, path)
+        tqdm.write(f"step {t + 1} skipped: its loss ({loss}) or gradient is not finite; the batch is in {path}")
+
+    def describe(self, problem: Problem, rollout: Rollout, alpha: float) -> dict[str, Any]:
+        """A line of samples.jsonl."""
+        text = self.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+        exposed = exposed_text(self.references[problem.id], alpha)
+        sample = {"problem_id": problem.id, "problem": problem.problem, "answer": problem.answer, "response": text}
+        return sample | {"truncated": rollout.truncated, "alpha": alpha, "exposed": exposed}
+
+    def sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(value, "sum") if self.accelerator.num_processes > 1 else value
+
+    def stateful(self) -> dict[str, Any]:
+        """All that a continued run needs besides the trained weights and the random states."""
+        names = ("optimizer", "scheduler", "sampler", "engine", "policy", "teacher")
+        return {name: getattr(self, name) for name in names}
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        trained = {name: p.detach() for name, p in self.trained.items()}
+        parts = {name: part.state_dict() for name, part in self.stateful().items()}
+        counters = {"step": step, "nonfinite_in_a_row": self.nonfinite_in_a_row}
+        return {**counters, "trained": trained, "random": random_states(), **parts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.start, self.nonfinite_in_a_row = state["step"], state["nonfinite_in_a_row"]
+        with torch.no_grad():
+            for name, p in self.trained.items():
+                p.copy_(state["trained"][name])
+        for name, part in self.stateful().items():
+            part.load_state_dict(state[name])
+        set_random_states(state["random"])

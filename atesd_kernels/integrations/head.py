@@ -1,0 +1,143 @@
+"""Where a causal language model keeps its backbone and its head.
+
+A loss on hidden states needs the two apart: the part that turns tokens into hidden states, and the linear map (with its
+bias, softcap and scale) that turns those into logits. This file finds both under the wrappers people use, and refuses
+by name what a linear head cannot express; leaving out a bias or a softcap would train silently on wrong logits.
+It is duck-typed: nothing but torch is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """`logits = softcap(scale * (hidden @ weight.T + bias))`, with `softcap(z) = softcap * tanh(z / softcap)`.
+
+    Attributes:
+        weight: `(vocab, hidden)`, the very parameter the model holds.
+        bias: `(vocab,)` or None.
+        softcap: final logit softcap (Gemma) or None.
+        scale: factor on the logits (Cohere, Granite, Falcon-H1); 1.0 for most models.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def temperature(self, temperature: float) -> float:
+        """The temperature that also applies `scale`: `softmax(scale * z / T) = softmax(z / (T / scale))`."""
+        return temperature / self.scale
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits themselves, dense. For checks and single rows, never for a batch."""
+        z = self.scale * nn.functional.linear(hidden, self.weight, self.bias)
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The causal language model under torch.compile, DDP / DataParallel and peft wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            peft = model.active_peft_config
+            if getattr(peft, "is_prompt_learning", False):
+                raise ValueError(
+                    f"peft method {peft.peft_type} adds virtual tokens in front of the model, so hidden states cannot "
+                    "be taken from its backbone. Use an adapter inside the layers (LoRA, DoRA, IA3)."
+                )
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., object], HeadSpec]:
+    """Split `model` into its backbone and its head.
+
+    Args:
+        model: a causal language model as transformers loads it, bare or wrapped by peft, DDP or torch.compile.
+
+    Returns:
+        `(backbone, head)`: calling `backbone(input_ids=..., ...)` gives an output whose `last_hidden_state` is
+        `(batch, length, hidden)`, adapters included; `head` maps its rows to logits.
+
+    Raises:
+        ValueError: naming what stands in the way: no head, an adapter or a wrapper on the head, a head that is not a
+            plain linear layer, sharded parameters, a softcap together with a scale.
+
+    Example:
+        >>> backbone, head = hidden_states_and_head(model)
+        >>> hidden = backbone(input_ids=ids).last_hidden_state
+        >>> loss = linear_divergence(hidden, head.weight, teacher_hidden, softcap=head.softcap)
+    """
+    base = unwrap(model)
+    name = type(base).__name__
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if head is None:
+        raise ValueError(f"{name} has no output embeddings: a causal language model with a linear head is needed.")
+    if hasattr(head, "lora_A") or hasattr(head, "base_layer"):
+        raise ValueError(
+            f"the head of {name} carries an adapter ({type(head).__name__}), which the fused losses would ignore. "
+            "Leave lm_head out of target_modules ('all-linear' already does)."
+        )
+    if hasattr(head, "modules_to_save"):
+        raise ValueError(
+            f"the head of {name} is in modules_to_save, so teacher and student would silently use different copies. "
+            "Take lm_head out of modules_to_save, or train all parameters without peft."
+        )
+    if type(head) is not nn.Linear:
+        raise ValueError(f"the head of {name} is a {type(head).__name__}, not torch.nn.Linear: load it unquantised.")
+    if head.weight.dim() != 2:
+        raise ValueError(f"the head weight of {name} has shape {tuple(head.weight.shape)}: it seems sharded (FSDP).")
+    backbone = getattr(base, getattr(base, "base_model_prefix", ""), None)
+    if not isinstance(backbone, nn.Module):
+        raise ValueError(f"{name} has no separate backbone (looked for '{getattr(base, 'base_model_prefix', '')}').")
+    config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = 1.0
+    if getattr(config, "logit_scale", None) is not None:  # Cohere
+        scale = float(config.logit_scale)
+    elif getattr(config, "logits_scaling", None) is not None:  # Granite divides
+        scale = 1.0 / float(config.logits_scaling)
+    elif getattr(config, "lm_head_multiplier", None) is not None:  # Falcon-H1
+        scale = float(config.lm_head_multiplier)
+    if softcap and scale != 1.0:
+        raise ValueError(f"{name} has both a logit softcap ({softcap}) and a scale ({scale}); their order is unknown.")
+    return backbone, HeadSpec(head.weight, head.bias, float(softcap) if softcap else None, scale)
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Run two tokens and compare `HeadSpec.logits` with the model's own logits.
+
+    This catches every transformation of the logits that no configuration name announces.
+
+    Raises:
+        ValueError: when they differ by more than 1 % of the logits' norm.
+    """
+    base = unwrap(model)
+    backbone, head = hidden_states_and_head(model)
+    training = base.training
+    base.eval()  # dropout would make the two passes differ
+    try:
+        input_ids = torch.tensor([[0, 1]], device=head.weight.device)
+        expected = base(input_ids=input_ids, use_cache=False).logits.float()
+        hidden = backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        got = head.logits(hidden.to(head.weight.dtype)).float()
+    finally:
+        base.train(training)
+    error = float((got - expected).norm() / expected.norm())
+    if not error < 1e-2:
+        raise ValueError(
+            f"{type(base).__name__} changes its logits after the linear head in a way that is not known here "
+            f"(relative difference {error:.2g}): a loss on its hidden states would be wrong."
+        )

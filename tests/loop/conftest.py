@@ -1,0 +1,54 @@
+"""A run small enough for a test: the tiny random Llama on a dozen worked sums from a JSONL file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from atesd.config import ATESDConfig
+
+
+@pytest.fixture(scope="session")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sums") / "sums.jsonl"
+    rows = [
+        {
+            "problem": f"Ann has {n} pens and buys {n + 2}. She gives {n} away. How many are left?",
+            "solution": f"First she has {n} pens.\n\nThen she has {2 * n + 2}.\n\nShe gives {n} away.\n\n#### {n + 2}",
+            "answer": str(n + 2),
+        }
+        for n in range(1, 17)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny_config(tiny_model_path: Path, sums: Path, tmp_path: Path) -> Callable[..., ATESDConfig]:
+    """Settings of a run of a few steps; keyword arguments change them."""
+
+    def make(**changes) -> ATESDConfig:
+        settings = {
+            "model_name_or_path": str(tiny_model_path),
+            "dataset_name": str(sums),
+            "num_probe_problems": 2,
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 3,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_prompt_length": 512,
+            "max_completion_length": 12,
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "learning_rate": 1e-3,
+            "hold_window": 1,
+            "lookahead": 1,
+            "policy_batch_size": 2,
+            "save_steps": 2,
+        }
+        return ATESDConfig(**{**settings, **changes})
+
+    return make

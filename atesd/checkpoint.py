@@ -81,9 +81,10 @@ def save_checkpoint(
             f"the disk of {folder} is full: the checkpoint of step {step} could not be written. {kept}. "
             f"Free some space, then go on with: atesd train --resume {run_dir}"
         ) from error
-    remove_leftovers(folder)
+    # Renamed before they are removed: one removed by half must not look like a checkpoint.
     for _, old in list_checkpoints(run_dir)[: -max(1, keep)]:
-        shutil.rmtree(old)
+        old.rename(folder / f"{STAGING}old-{old.name}")
+    remove_leftovers(folder)
     return final
 
 

@@ -1,0 +1,89 @@
+"""The command line: its answers, exit codes and speed, without training anything."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from atesd import cli
+from atesd.metrics import RunLog
+
+
+def run(*arguments):
+    command = [sys.executable, "-X", "importtime", "-m", "atesd", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_help_names_the_commands_and_imports_nothing_heavy():
+    result = run("--help")
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in ("train", "report", "doctor"))
+    assert not any(f" {heavy}\n" in result.stderr for heavy in ("torch", "transformers", "matplotlib", "numpy"))
+
+
+def test_a_mistyped_flag_is_refused_before_torch_loads():
+    result = run("train", "quickstart", "--max_step", "2")
+    assert result.returncode == 2
+    assert "did you mean max_steps" in result.stderr
+    assert " torch\n" not in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_train_hands_the_configuration_to_the_trainer_and_names_the_report(monkeypatch, capsys, tmp_path):
+    seen = []
+
+    class Trainer:
+        @staticmethod
+        def train(config):
+            seen.append(config)
+            return Path(config.output_dir)
+
+    monkeypatch.setitem(sys.modules, "atesd.trainer", Trainer)
+    monkeypatch.setattr("atesd.trainer", Trainer, raising=False)
+    assert cli.main(["train", "quickstart", "--max_steps", "3", "--output_dir", str(tmp_path / "run")]) == 0
+    assert seen[0].max_steps == 3
+    assert str(tmp_path / "run" / "report.html") in capsys.readouterr().out
+
+
+def test_train_help_explains_the_fields_and_train_alone_is_no_success(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--hold_window" in text
+    assert "[our choice]" in text
+    assert "quickstart" in text
+    assert cli.main(["train"]) == 2
+
+
+def test_report_draws_the_page_and_refuses_a_folder_that_is_no_run(tmp_path, capsys):
+    with RunLog(tmp_path / "run", None) as log:
+        log.log(1, {"loss": 1.0})
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert cli.main(["report", str(tmp_path)]) == 1
+    assert "is no run directory" in capsys.readouterr().err
+
+
+def test_an_error_nobody_wrote_for_people_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "report", lambda run_dir: [][1])
+    with pytest.raises(IndexError):
+        cli.main(["report", "x"])
+
+
+def test_an_unknown_command_or_a_stray_argument_is_a_usage_error(capsys):
+    for arguments in (["trian"], [], ["report", "a", "--b"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        assert ended.value.code == 2
+
+
+def test_doctor_names_versions_devices_and_why_a_backend_is_missing(capsys):
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    import torch
+
+    assert torch.__version__ in text
+    for line in ("cores", "triton_tiled", "vllm", "smollm2"):
+        assert line in text
+    if not torch.cuda.is_available():
+        assert "triton_tiled    not available: " in text

@@ -1,0 +1,128 @@
+"""The configuration: what it reads, what it refuses, and that it says why."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from atesd.config import ATESDConfig, config_parser, load_config, recipes
+from atesd.config_checks import ConfigError
+
+
+def write_yaml(path, **settings):
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    file = write_yaml(tmp_path / "mine.yaml", max_steps=7, learning_rate="3e-5", seed=4)
+    config = load_config(file, ["--max_steps", "9", "--output-dir", "out"])
+    assert (config.max_steps, config.learning_rate, config.seed, config.lora_r) == (9, 3e-5, 4, 64)
+    assert config.output_dir == "out"
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_every_recipe_that_ships_is_valid_and_its_run_directory_carries_its_name(name):
+    assert load_config(name, []).output_dir.startswith(f"runs/{name}-")
+
+
+def test_the_quickstart_updates_its_policy_several_times():
+    config = load_config("quickstart", [])
+    assert config.max_steps >= 12
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps * config.num_generations == 8
+    assert config.max_completion_length <= 96
+    paid_decisions = (config.max_steps - config.lookahead) // config.hold_window
+    assert paid_decisions // config.policy_batch_size >= 3
+
+
+def test_a_saved_configuration_reads_back_as_it_was_absent_values_and_switched_off_clips_included(tmp_path):
+    config = load_config("quickstart", ["--entry_clip", "0", "--num_train_problems", "5", "--no_use_peft"])
+    assert config.entry_clip is None
+    file = config.save(tmp_path)
+    again = load_config(str(file), [])
+    assert again == config
+
+
+def test_a_resumed_run_takes_its_settings_from_its_own_directory(tmp_path):
+    load_config("quickstart", ["--max_steps", "5", "--output_dir", str(tmp_path)]).save(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    config = load_config(None, ["--resume", str(tmp_path)])
+    assert (config.max_steps, config.output_dir, config.resume) == (5, str(tmp_path), str(tmp_path))
+    with pytest.raises(ConfigError, match=r"resume is .* the recipe 'quickstart' has no place"):
+        load_config("quickstart", ["--resume", str(tmp_path)])
+    with pytest.raises(ConfigError, match="no run directory"):
+        load_config(None, ["--resume", str(tmp_path / "elsewhere")])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "told"),
+    [
+        ("quikstart", [], "did you mean quickstart"),
+        ("no/such.yaml", [], "no file 'no/such.yaml'"),
+        ("quickstart", ["--max_step", "3"], "unknown flag '--max_step'; did you mean max_steps"),
+        ("quickstart", ["--max_steps", "many"], "max_steps.*invalid int value: 'many'"),
+        ("quickstart", ["--max_steps", "0"], "max_steps is 0; it must be at least 1"),
+        ("quickstart", ["--teacher", "emma"], "teacher.*'emma'.*frozen"),
+        ("quickstart", ["--learning_rate", "nan"], "learning_rate is nan"),
+        ("quickstart", ["--top_p", "1.5"], "top_p is 1.5"),
+        ("quickstart", ["--alpha_min", "0.8", "--alpha_max", "0.2"], "alpha_min .0.8. is above alpha_max .0.2."),
+        ("quickstart", ["--token_clip", "0.1"], "entry_clip .0.05. and token_clip .0.1. exclude each other"),
+        ("quickstart", ["--exposure_policy", "fixed"], "fixed_alpha is None"),
+        ("quickstart", ["--fixed_alpha", "0.5"], "fixed_alpha .0.5. would be ignored"),
+        ("quickstart", ["--num_probe_problems", "0"], "progress_signal is 'probe_nll' but num_probe_problems is 0"),
+        ("quickstart", ["--report_to", "wandbb"], "did you mean wandb"),
+        ("quickstart", ["--report_to", "none,wandb"], "report_to is 'none,wandb'"),
+        ("quickstart", ["--student_chat_template_kwargs", "[1]"], "student_chat_template_kwargs is .* a JSON object"),
+        ("quickstart", ["--model_name_or_path", "/no/such/model"], "model_name_or_path is '/no/such/model'"),
+        ("quickstart", ["--dataset_name", "missing.jsonl"], "dataset_name is 'missing.jsonl'"),
+        ("quickstart", ["--prompt_templates", "missing.yaml"], "prompt_templates is 'missing.yaml'"),
+        (None, ["quickstart"], "the recipe before the flags"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_by_name_with_the_value_seen(recipe, flags, told):
+    with pytest.raises(ConfigError, match=told):
+        load_config(recipe, flags)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("lern_rate: 1", "unknown key 'lern_rate'.*"),
+        ("learning_rte: 1", "did you mean learning_rate"),
+        ("max_steps: null", "max_steps is null"),
+        ("- a\n- b", "holds list"),
+        ("a: [", "not valid YAML"),
+        ("max_steps: 2.5", "max_steps.*invalid int value: '2.5'"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_its_name(tmp_path, content, told):
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=told) as refusal:
+        load_config(str(tmp_path / "mine.yaml"), [])
+    assert "mine.yaml" in str(refusal.value) or "2.5" in content
+
+
+def test_a_run_is_not_written_over_another(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="already holds a run: go on with it by --resume"):
+        load_config("quickstart", ["--output_dir", str(tmp_path)])
+
+
+def test_help_shows_every_field_in_a_group_with_its_source_and_default():
+    text = " ".join(config_parser().format_help().split())
+    for field in dataclasses.fields(ATESDConfig):
+        assert f"--{field.name} " in text
+        source = field.metadata["help"].split("]")[0] + "]"
+        assert source in ("[paper]", "[OPSD]", "[HF]", "[our choice]")
+    assert text.count("(default: ") >= len(dataclasses.fields(ATESDConfig))
+    assert "teacher exposure (alpha) and its policy:" in text
+
+
+def test_reading_a_configuration_does_not_import_torch():
+    code = (
+        "import sys; from atesd.config import load_config; load_config('quickstart', []); print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"

@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atesd.exposure import exposed_text, num_exposed
@@ -12,6 +12,7 @@ from atesd.segmentation import Reference, split_reference
 REFERENCE = Reference(segments=("One. ", "Two.\n", "Three. "), answer="6", tail="So $\\boxed{6}$.")
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.integers(0, 2000))
 def test_the_count_is_the_floor_of_the_exact_product_for_decimal_exposures(numerator, m):
     alpha = Fraction(numerator, 1000)
@@ -25,12 +26,14 @@ def test_rounding_of_alpha_costs_no_segment(alpha, m, expected):
     assert num_exposed(float32, m) == expected
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(0, 300))
 def test_more_exposure_never_shows_fewer_segments(one, other, m):
     low, high = sorted((one, other))
     assert 0 <= num_exposed(low, m) <= num_exposed(high, m) <= m
 
 
+@settings(deadline=None)
 @given(st.integers(0, 5000))
 def test_the_ends_are_exact(m):
     assert num_exposed(0.0, m) == 0
@@ -38,6 +41,7 @@ def test_the_ends_are_exact(m):
     assert m == 0 or num_exposed(1 - 1e-4, m) == m - (1 if m <= 10_000 else m // 10_000)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200), st.floats(0, 1))
 def test_what_is_exposed_is_a_beginning_of_the_solution(solution, alpha):
     reference = split_reference(solution, "7")

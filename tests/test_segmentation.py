@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atesd.latex_spans import last_boxed, protected_spans
@@ -48,6 +48,7 @@ PIECES = st.sampled_from(
 SOLUTIONS = st.one_of(st.text(), st.lists(PIECES, max_size=40).map("".join))
 
 
+@settings(deadline=None)
 @given(SOLUTIONS)
 def test_joining_the_segments_gives_the_solution_back(solution):
     pieces = segment(solution)
@@ -56,11 +57,13 @@ def test_joining_the_segments_gives_the_solution_back(solution):
     assert not solution.strip() or all(piece.strip() for piece in pieces)
 
 
+@settings(deadline=None)
 @given(SOLUTIONS)
 def test_joining_segments_and_tail_gives_the_solution_back(solution):
     assert split_reference(solution, "42").solution == solution
 
 
+@settings(deadline=None)
 @given(SOLUTIONS)
 def test_no_cut_falls_inside_a_protected_span(solution):
     cut, cuts = 0, set()
@@ -70,6 +73,7 @@ def test_no_cut_falls_inside_a_protected_span(solution):
     assert not any(start < cut < end for start, end in protected_spans(solution) for cut in cuts)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([r"$a. B$", r"\(a. B\)", r"\[a. B\]", r"$$a. B\n\nC$$"]), min_size=1, max_size=6))
 def test_formulas_are_never_split(formulas):
     text = "Note. " + " Then. Also. ".join(f.replace("\\n", "\n") for f in formulas) + " End."

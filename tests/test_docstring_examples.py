@@ -1,0 +1,15 @@
+"""The examples in the docstrings of the text-handling modules say what the code does."""
+
+import doctest
+import importlib
+
+import pytest
+
+
+@pytest.mark.parametrize("name", ["latex_spans", "segmentation", "exposure", "templates", "answer_text", "grading"])
+def test_the_examples_in_the_docstrings_are_true(name):
+    if name == "grading":
+        pytest.importorskip("math_verify", reason="grading needs math-verify (the eval extra)")
+    result = doctest.testmod(importlib.import_module(f"atesd.{name}"))
+    assert result.attempted > 0
+    assert result.failed == 0

@@ -110,8 +110,9 @@ def check_places(config: ATESDConfig) -> None:
         )
     if data.endswith((".json", ".jsonl", ".parquet")) and not Path(data).expanduser().is_file():
         raise ConfigError(f"dataset_name is {data!r}, and there is no such file: give a file, a folder or a Hub name")
-    out = config.output_dir
-    if out is not None and not config.resume and (Path(out) / "metrics.jsonl").exists():
+    out = config.resume or config.output_dir
+    require(config, "output_dir", out is not None, "a folder for the run")
+    if not config.resume and (Path(out) / "metrics.jsonl").exists():
         raise ConfigError(
             f"output_dir {out!r} already holds a run: go on with it by --resume {out}, choose another output_dir, "
             f"or delete it"

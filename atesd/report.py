@@ -150,9 +150,10 @@ def sample_cards(samples: list[dict[str, Any]], count: int = 4) -> list[str]:
     chosen = samples if len(samples) <= count else [samples[0], *samples[-(count - 1) :]]
     cards = []
     for sample in chosen:
-        short = {k: v for k, v in sample.items() if not isinstance(v, str) or (len(v) <= 40 and "\n" not in v)}
+        short = {k: v for k, v in sample.items() if not isinstance(v, str) or (0 < len(v) <= 40 and "\n" not in v)}
         head = " · ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in short.items())
-        body = "".join(f"<p>{text(k)}</p><pre>{text(v)}</pre>" for k, v in sample.items() if k not in short)
+        long = {k: v or "(nothing)" for k, v in sample.items() if k not in short}
+        body = "".join(f"<p>{text(k)}</p><pre>{text(v)}</pre>" for k, v in long.items())
         cards.append(f'<div class="card"><h3>{text(head)}</h3>{body}</div>')
     return cards or ["<p>No sample yet.</p>"]
 

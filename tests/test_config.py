@@ -68,7 +68,7 @@ def test_a_resumed_run_takes_its_settings_from_its_own_directory(tmp_path):
         ("quickstart", ["--learning_rate", "nan"], "learning_rate is nan"),
         ("quickstart", ["--top_p", "1.5"], "top_p is 1.5"),
         ("quickstart", ["--alpha_min", "0.8", "--alpha_max", "0.2"], "alpha_min .0.8. is above alpha_max .0.2."),
-        ("quickstart", ["--token_clip", "0.1"], "entry_clip .0.05. and token_clip .0.1. exclude each other"),
+        ("quickstart", ["--entry_clip", "0.05", "--token_clip", "0.1"], "entry_clip .0.05. and token_clip .0.1. excl"),
         ("quickstart", ["--exposure_policy", "fixed"], "fixed_alpha is None"),
         ("quickstart", ["--fixed_alpha", "0.5"], "fixed_alpha .0.5. would be ignored"),
         ("quickstart", ["--num_probe_problems", "0"], "progress_signal is 'probe_nll' but num_probe_problems is 0"),

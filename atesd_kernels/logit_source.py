@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import matmul
-from .spec import DivergenceSpec, LogprobSpec, accumulate_dtype
+from .spec import DivergenceSpec, LogprobSpec, accumulate_dtype, gradient_dtype
 
 
 class LinearGradients:
@@ -16,11 +16,19 @@ class LinearGradients:
         self.spec, self.hidden, self.weight, self.bias = spec, hidden, weight, bias
         self.num_rows, self.vocab, self.device = hidden.shape[0], weight.shape[0], hidden.device
         self.dtype = accumulate_dtype(spec.compute_dtype)
-        # entries of q - p as small as 1e-6 carry the gradient's direction; fp16 ends there
-        self.grad_scale = 1024.0 if spec.compute_dtype == torch.float16 else 1.0
-        self.hidden_grad = torch.zeros_like(hidden) if spec.hidden_grad else None
+        self.grad_scale: Tensor | None = None  # what take_gradient's input is multiplied by, to be divided out
+        self.hidden_grad = torch.zeros_like(hidden, dtype=gradient_dtype(hidden.dtype)) if spec.hidden_grad else None
         self.weight_grad = torch.zeros(weight.shape, dtype=self.dtype, device=self.device) if spec.weight_grad else None
         self.bias_grad = torch.zeros(self.vocab, dtype=self.dtype, device=self.device) if spec.bias_grad else None
+
+    def scale_gradients(self, row_weight: Tensor | None) -> None:
+        """fp16 ends at 6e-8, and entries of q - p below that carry the gradient's direction: lift them."""
+        if self.spec.compute_dtype == torch.float16 and self.spec.any_grad:
+            largest = torch.ones((), device=self.device) if row_weight is None else row_weight.abs().amax()
+            self.grad_scale = 1024 / largest.float().clamp_min(torch.finfo(torch.float32).tiny)
+
+    def unscaled(self, grad: Tensor) -> Tensor:
+        return grad if self.grad_scale is None else grad.div_(self.grad_scale)
 
     def load(self, index: Tensor) -> None:
         """Fix the chunk's rows."""
@@ -41,11 +49,11 @@ class LinearGradients:
 
     def finish_rows(self) -> None:
         if self.rows_grad is not None:
-            self.hidden_grad[self.index] = (self.rows_grad / self.grad_scale).to(self.hidden_grad.dtype)
+            self.hidden_grad[self.index] = self.unscaled(self.rows_grad).to(self.hidden_grad.dtype)
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         def finished(grad, like):
-            return None if grad is None else grad.div_(self.grad_scale).to(like.dtype)
+            return None if grad is None else self.unscaled(grad).to(gradient_dtype(like.dtype))
 
         return self.hidden_grad, finished(self.weight_grad, self.weight), finished(self.bias_grad, self.bias)
 
@@ -67,13 +75,18 @@ class LinearLogits(LinearGradients):
         self.other_dtype = self._delta_dtype() if self.is_delta else self.s_dtype
         if not self.is_delta and spec.compute_dtype == torch.float32 and spec.logits_dtype == torch.float32:
             self.s_dtype = self.other_dtype = torch.float64
-        self.bytes_per_logit = self.s_dtype.itemsize + self.other_dtype.itemsize
+        self.bytes_per_logit = self.s_dtype.itemsize + max(self.other_dtype.itemsize, self.dtype.itemsize)
 
     def _delta_dtype(self) -> torch.dtype:
         """The inputs' dtype, if D is a plain product; fp32 if more than its rounding error would be rounded away."""
         spec = self.spec
         plain = self.bias_t is None and spec.temperature == spec.teacher_temperature and spec.term.smooth
         return spec.compute_dtype if plain else self.dtype
+
+    def refine(self) -> bool:
+        """Keep D in fp32 from now on; False if it already is."""
+        rounded, self.other_dtype = self.is_delta and self.other_dtype != self.dtype, self.dtype
+        return rounded
 
     def load(self, index: Tensor) -> None:
         super().load(index)
@@ -135,7 +148,7 @@ class GivenLogits:
 
     is_delta = False
     may_be_infinite = True
-    grad_scale = 1.0
+    grad_scale = None
 
     def __init__(self, spec: DivergenceSpec, student_logits: Tensor, teacher_logits: Tensor):
         self.spec, self.student_logits, self.teacher_logits = spec, student_logits, teacher_logits
@@ -143,7 +156,15 @@ class GivenLogits:
         self.device = student_logits.device
         self.dtype = self.s_dtype = accumulate_dtype(student_logits.dtype)
         self.bytes_per_logit = 2 * self.dtype.itemsize
-        self.grad = torch.zeros_like(student_logits) if spec.any_grad else None
+        self.grad = (
+            torch.zeros_like(student_logits, dtype=gradient_dtype(student_logits.dtype)) if spec.any_grad else None
+        )
+
+    def scale_gradients(self, row_weight: Tensor | None) -> None:
+        pass
+
+    def refine(self) -> bool:
+        return False
 
     def load(self, index: Tensor) -> None:
         self.index = index

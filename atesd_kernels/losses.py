@@ -8,6 +8,7 @@ from torch import Tensor
 from . import checks, ops
 from .divergences import DivergenceTerm, get_divergence
 from .planning import choose_backend
+from .spec import accumulate_dtype
 from .stats import TokenStats
 
 
@@ -59,7 +60,7 @@ def linear_divergence(
             shared head the teacher uses the student's bias unless given its own.
         softcap: logits become `softcap * tanh(logits / softcap)` before the temperature, as in Gemma.
         mask: `[...]`, bool or 0/1; tokens where it is false cost nothing and have no influence.
-        token_weight: `[...]`, a constant factor per token (it gets no gradient). Does not change the mean's denominator.
+        token_weight: `[...]`, a constant factor per token (it gets no gradient); the mean's denominator ignores it.
         targets: `[...]` int, sampled tokens, for the log-probabilities in `TokenStats`.
         entry_clip: upper bound on each (token, vocabulary entry) term before the sum, as OPSD does; the gradient of a
             clipped entry's term is zero. The loss may then be negative, because terms of a KL may.
@@ -123,9 +124,8 @@ def linear_divergence(
         **({} if autocast else {"student_weight": student_weight, "teacher_weight": teacher_weight}),
     )
     backend = choose_backend(backend, device, compute_dtype, term.triton is not None)
-    hidden_grad, weight_grad, bias_grad = _wanted(student_hidden, student_weight, student_bias)
-    weighted = reduction != "none" and (weight_grad or bias_grad)
-    flat_mask, flat_weight = _flat_mask(mask), None if token_weight is None else token_weight.detach().reshape(-1)
+    flat_mask = _flat_mask(mask)
+    row_weight = _row_weight(token_weight, mask, lead.numel(), device, compute_dtype, reduction, num_tokens)
     value, stats, *_ = ops.linear_divergence_op(
         student_hidden.reshape(-1, student_hidden.shape[-1]),
         student_weight,
@@ -134,7 +134,7 @@ def linear_divergence(
         None if teacher_weight is None else teacher_weight.detach(),
         _teacher_bias(teacher_weight, teacher_bias, student_bias),
         flat_mask,
-        flat_weight if weighted else None,
+        None if reduction == "none" else row_weight,
         None if targets is None else targets.reshape(-1),
         backend,
         term.name,
@@ -148,12 +148,10 @@ def linear_divergence(
         compute_dtype,
         chunk_bytes,
         return_stats,
-        weighted,
-        hidden_grad,
-        weight_grad,
-        bias_grad,
+        reduction != "none",
+        *_wanted(student_hidden, student_weight, student_bias),
     )
-    loss = _reduce(value, weighted, lead, flat_mask, flat_weight, reduction, num_tokens)
+    loss = _per_token(value, row_weight, lead) if reduction == "none" else value
     return (loss, _stats(stats, lead, targets is not None)) if return_stats else loss
 
 
@@ -208,11 +206,11 @@ def divergence(
         checks.check_token_tensor(name, tensor, lead, device)
     term = get_divergence(divergence, beta)
     backend = choose_backend(backend, device, student_logits.dtype, term.triton is not None)
-    flat_mask, flat_weight = _flat_mask(mask), None if token_weight is None else token_weight.detach().reshape(-1)
+    row_weight = _row_weight(token_weight, mask, lead.numel(), device, student_logits.dtype, reduction, num_tokens)
     value, stats, _ = ops.divergence_op(
         student_logits.reshape(-1, student_logits.shape[-1]),
         teacher_logits.detach().reshape(-1, teacher_logits.shape[-1]),
-        flat_mask,
+        _flat_mask(mask),
         None if targets is None else targets.reshape(-1),
         backend,
         term.name,
@@ -226,7 +224,8 @@ def divergence(
         return_stats,
         student_logits.requires_grad and torch.is_grad_enabled(),
     )
-    loss = _reduce(value, False, lead, flat_mask, flat_weight, reduction, num_tokens)
+    loss = _per_token(value, row_weight, lead)
+    loss = loss if reduction == "none" else loss.sum()
     return (loss, _stats(stats, lead, targets is not None)) if return_stats else loss
 
 
@@ -323,18 +322,19 @@ def _teacher_bias(teacher_weight, teacher_bias, student_bias) -> Tensor | None:
     return teacher_bias.detach()
 
 
-def _reduce(value, weighted: bool, lead, mask, token_weight, reduction: str, num_tokens) -> Tensor:
-    if not weighted:
-        if token_weight is not None:
-            value = value * token_weight.to(value.dtype)
-        if reduction == "none":
-            return value.reshape(lead)
-        value = value.sum()
-    if reduction == "sum":
-        return value
+def _row_weight(token_weight, mask, num_rows: int, device, dtype, reduction: str, num_tokens) -> Tensor | None:
+    """`[N]`, what each row's value counts for in the loss; None where that is 1."""
+    weight = None if token_weight is None else token_weight.detach().reshape(-1).to(accumulate_dtype(dtype))
+    if reduction != "mean":
+        return weight
     if num_tokens is None:
-        num_tokens = max(lead.numel(), 1) if mask is None else mask.sum().clamp_min(1)
-    return value / num_tokens
+        num_tokens = max(num_rows, 1) if mask is None else mask.sum().clamp_min(1)
+    weight = torch.ones(num_rows, dtype=accumulate_dtype(dtype), device=device) if weight is None else weight
+    return weight / num_tokens
+
+
+def _per_token(value: Tensor, row_weight: Tensor | None, lead: torch.Size) -> Tensor:
+    return (value if row_weight is None else value * row_weight).reshape(lead)
 
 
 def _stats(stats: Tensor, lead: torch.Size, has_targets: bool) -> TokenStats:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .spec import DivergenceSpec, LogprobSpec, RowResult, accumulate_dtype
+from .spec import DivergenceSpec, LogprobSpec, RowResult, accumulate_dtype, gradient_dtype
 from .stats import TokenStats
 
 Outputs = list[Tensor]  # value, stats, hidden_grad, weight_grad, bias_grad; empty where not asked for
@@ -36,11 +36,13 @@ def _outputs(result: RowResult, weighted: bool, row_weight: Tensor | None) -> Ou
 
 def _fake(rows: Tensor, dtype, weighted: bool, stats: bool, hidden, weight, bias) -> Outputs:
     acc, n = accumulate_dtype(dtype), rows.shape[0]
-    empty = rows.new_empty(0)
     return [
         rows.new_empty(() if weighted else (n,), dtype=acc),
         rows.new_empty((NUM_STATS, n), dtype=acc) if stats else rows.new_empty(0, dtype=acc),
-        *(empty.new_empty(0, dtype=acc) if t is None else torch.empty_like(t) for t in (hidden, weight, bias)),
+        *(
+            rows.new_empty(0, dtype=acc) if t is None else torch.empty_like(t, dtype=gradient_dtype(t.dtype))
+            for t in (hidden, weight, bias)
+        ),
     ]
 
 
@@ -197,6 +199,7 @@ def _register_autograd(op, names: tuple[str, ...], differentiable: tuple[str, ..
         # rows of a trained head: nothing was formed, backward runs the op again
         ctx.again = any(asked[1:]) and not weighted
         ctx.asked, ctx.weighted = asked, weighted
+        ctx.dtypes = {n: inputs[where[n]].dtype for n in differentiable if inputs[where[n]] is not None}
         ctx.options = [None if isinstance(v, Tensor) else v for v in inputs]
         tensors = {i: v for i, v in enumerate(inputs) if isinstance(v, Tensor)}
         kept = tensors if ctx.again else {}
@@ -225,7 +228,7 @@ def _register_autograd(op, names: tuple[str, ...], differentiable: tuple[str, ..
             scale = upstream if ctx.weighted else upstream[:, None]
         for name, grad, asked in zip(differentiable, formed, ctx.asked, strict=True):
             if asked:
-                result[where[name]] = grad if ctx.again else (grad * scale).to(grad.dtype)
+                result[where[name]] = (grad if ctx.again else grad * scale).to(ctx.dtypes[name])
         return tuple(result)
 
     op.register_autograd(backward, setup_context=setup_context)

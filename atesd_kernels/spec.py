@@ -70,7 +70,7 @@ class RowResult(NamedTuple):
 
     value: Tensor  # [N] divergence after clips, or log-probability; 0 in masked rows
     stats: Tensor | None  # [len(TokenStats), N], in TokenStats' order
-    hidden_grad: Tensor | None  # [N, H]
+    hidden_grad: Tensor | None  # [N, H], in gradient_dtype of the input's, as the others
     weight_grad: Tensor | None  # [V, H]
     bias_grad: Tensor | None  # [V]
 
@@ -78,3 +78,8 @@ class RowResult(NamedTuple):
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32 for everything but float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what a gradient waits for its upstream factor: a loss scaler's would come too late for an fp16 underflow."""
+    return torch.float32 if dtype == torch.float16 else dtype

@@ -24,6 +24,9 @@ from .spec import DivergenceSpec, RowResult
 from .stats import TokenStats
 
 NEAR = 16.0  # exp(2 * NEAR) stays far from fp32 overflow
+# Rounding D to bf16 costs 0.2 % of each logit difference. That is 0.3 % of the gradient where the method lives, and
+# 0.5 % at a mean KL of 1: from this KL(q || p) on, D is kept in fp32.
+ROUNDED_DELTA_KL = 0.25
 
 
 def divergence_rows(
@@ -62,6 +65,7 @@ def _run(spec: DivergenceSpec, source, mask: Tensor | None, row_weight: Tensor |
     # a masked row costs nothing: the chunks are cut from the rows that count
     counted = torch.arange(source.num_rows, device=source.device) if mask is None else mask.nonzero().squeeze(1)
     plan = ChunkPlan.make(len(counted), source.vocab, source.bytes_per_logit, source.device, spec.chunk_bytes)
+    source.scale_gradients(row_weight)
     near = spec.term.centred is not None
     for rows in plan.row_chunks(len(counted)):
         index = counted[rows]
@@ -87,6 +91,9 @@ class Chunk:
         # softcap's derivative needs the logits again; elsewhere softmax within each block takes their place
         self.keeps_logits = not near or spec.softcap is not None
         self.near = near and self._normalise_near()
+        # c - mean d is KL(q || p)
+        if self.near and bool((self.c - self.mean_d).mean() > ROUNDED_DELTA_KL) and source.refine():
+            self._normalise_near()
         if not self.near:
             self.keeps_logits = True
             self._normalise_far()
@@ -248,7 +255,9 @@ class Chunk:
             g.mul_(factor)
         if weight is not None:
             g.mul_(weight[tile, None])
-        self._gradient_view(b)[tile] = g * self.source.grad_scale if self.source.grad_scale != 1 else g
+        if self.source.grad_scale is not None:
+            g.mul_(self.source.grad_scale)
+        self._gradient_view(b)[tile] = g
 
     def _gradient_view(self, b: int) -> Tensor:
         """The teacher's block as a tensor of the gradient's dtype; rows stay where they were, so writes are safe."""

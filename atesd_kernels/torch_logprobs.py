@@ -25,6 +25,7 @@ def logprob_rows(
     stats = value.new_zeros(len(TokenStats._fields), source.num_rows) if spec.stats else None
     counted = torch.arange(source.num_rows, device=source.device) if mask is None else mask.nonzero().squeeze(1)
     plan = ChunkPlan.make(len(counted), source.vocab, spec.logits_dtype.itemsize, source.device, spec.chunk_bytes)
+    source.scale_gradients(row_weight)
     for rows in plan.row_chunks(len(counted)):
         index = counted[rows]
         source.load(index)
@@ -64,6 +65,7 @@ def _gradient(source: StudentLogits, z: Tensor, tile: slice, q: Tensor, here: Te
     if spec.softcap is not None:
         capped = z[tile].to(q.dtype) * (spec.temperature / spec.softcap)
         g = g * (1 - capped * capped)
-    scale = source.grad_scale / spec.temperature
-    g = g * scale if weight is None else g * (weight.to(q.dtype) * scale)[:, None]
+    g = g / spec.temperature if weight is None else g * (weight.to(q.dtype) / spec.temperature)[:, None]
+    if source.grad_scale is not None:
+        g = g * source.grad_scale
     z.view(spec.compute_dtype)[tile, : z.shape[1]] = g

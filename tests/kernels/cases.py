@@ -1,0 +1,95 @@
+"""Random teacher-student pairs and the comparison with float64 that every kernel test makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atesd_kernels import linear_divergence, planning, reference
+
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "jeffreys",
+    "skew_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "alpha",
+)
+# every backend that can run here: the Triton ones on a GPU, or interpreted
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKENDS = [b for b in planning.BACKENDS if planning.unavailable(b, DEVICE) is None]
+
+
+@dataclass
+class Pair:
+    """Inputs of `linear_divergence`: hidden states `[N, H]` and heads `[V, H]`, in the dtype under test."""
+
+    student_hidden: Tensor
+    student_weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        return self.student_hidden, self.student_weight, self.teacher_hidden, self.teacher_weight
+
+
+def make_pair(n=67, h=48, v=1009, *, scale=0.05, dtype=torch.float32, shared=True, teacher_size=None, seed=0) -> Pair:
+    """A pair whose mean KL is roughly `2 * scale ** 2`, for scales up to about 0.5."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g)
+
+    weight = randn(v, h) * 0.3
+    student = randn(n, h)
+    teacher = student.to(dtype).float() + scale * randn(n, h)
+    teacher_weight = None
+    if not shared:
+        teacher_weight = weight.to(dtype).float() + 0.03 * scale * randn(v, h)
+        if teacher_size is not None:  # further hidden units, which add as much as the others differ by
+            teacher = torch.cat([teacher, randn(n, teacher_size - h)], 1)
+            teacher_weight = torch.cat([teacher_weight, 0.3 * scale * randn(v, teacher_size - h)], 1)
+    tensors = (student, weight, teacher, teacher_weight)
+    return Pair(*(None if t is None else t.to(DEVICE, dtype) for t in tensors))
+
+
+def relative_l2(value: Tensor, expected: Tensor) -> float:
+    return ((value.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@dataclass
+class Comparison:
+    loss: float
+    loss_error: float
+    hidden_error: float
+    weight_error: float | None
+    bias_error: float | None
+
+
+def compare(pair: Pair, *, trained_head=True, upstream: Tensor | None = None, backend="torch", **options) -> Comparison:
+    """Loss and gradients of `linear_divergence` against the float64 oracle on the very same (rounded) inputs."""
+
+    def leaf(tensor, dtype=None, wanted=True):
+        return None if tensor is None else tensor.detach().to(dtype or tensor.dtype, copy=True).requires_grad_(wanted)
+
+    results = []
+    for oracle in (False, True):
+        dtype = torch.float64 if oracle else None
+        hidden = leaf(pair.student_hidden, dtype)
+        weight = leaf(pair.student_weight, dtype, trained_head)
+        bias = leaf(options.get("student_bias"), dtype, trained_head)
+        function = reference.linear_divergence if oracle else linear_divergence
+        extra = {} if oracle else {"backend": backend, "chunk_bytes": options.get("chunk_bytes")}
+        known = {k: v for k, v in options.items() if k not in ("chunk_bytes", "student_bias")}
+        loss = function(hidden, weight, pair.teacher_hidden, pair.teacher_weight, student_bias=bias, **known, **extra)
+        (loss if upstream is None else (loss * upstream.to(loss.dtype)).sum()).backward()
+        results.append((loss.detach().double(), hidden.grad, weight.grad, None if bias is None else bias.grad))
+    (loss, *grads), (true_loss, *true_grads) = results
+    errors = [None if t is None or g is None else relative_l2(g, t) for g, t in zip(grads, true_grads, strict=True)]
+    scale = true_loss.abs().mean()
+    return Comparison(true_loss.mean().item(), ((loss - true_loss).abs().mean() / scale).item(), *errors)

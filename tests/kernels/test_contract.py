@@ -1,0 +1,327 @@
+"""What the signature promises beside numbers: shapes, statistics, errors, autograd, compile, autocast."""
+
+import math
+
+import pytest
+import torch
+
+import atesd_kernels as ak
+from atesd_kernels import linear_divergence, linear_logprobs, reference
+
+from .cases import BACKENDS, DEVICE, make_pair, relative_l2
+
+
+def test_leading_shapes_are_free():
+    pair = make_pair(n=12)
+    flat = linear_divergence(*pair.tensors, reduction="none")
+    shaped = linear_divergence(
+        pair.student_hidden.view(2, 3, 2, -1),
+        pair.student_weight,
+        pair.teacher_hidden.view(2, 3, 2, -1),
+        mask=torch.ones(2, 3, 2, device=DEVICE),
+        reduction="none",
+    )
+    assert shaped.shape == (2, 3, 2) and shaped.flatten().equal(flat)
+
+
+def test_strided_inputs_are_read_as_they_are():
+    pair = make_pair(n=12)
+    strided = [t.repeat_interleave(2, 0)[::2].T.contiguous().T for t in pair.tensors[:3]]
+    assert not any(t.is_contiguous() for t in strided)
+    assert torch.allclose(linear_divergence(*strided), linear_divergence(*pair.tensors), rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", ({}, {"softcap": 30.0, "temperature": 1.2}, {"entry_clip": 0.01}))
+@pytest.mark.parametrize("scale", (0.1, 8.0))
+def test_statistics_are_those_of_the_dense_distributions(scale, options, backend):
+    pair = make_pair(scale=scale)
+    targets = torch.randint(0, 1009, (67,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    loss, stats = linear_divergence(
+        *pair.tensors, targets=targets, return_stats=True, reduction="none", backend=backend, **options
+    )
+    scaling = {k: v for k, v in options.items() if k != "entry_clip"}
+    s, t = (reference.logits(h, pair.student_weight, **scaling) for h in (pair.student_hidden, pair.teacher_hidden))
+    for name, value, true in zip(stats._fields, stats, reference.token_stats(s, t, targets), strict=True):
+        assert value.shape == (67,) and not value.requires_grad, name
+        if name == "top1_agree":
+            assert value.dtype == torch.bool and value.equal(true)
+        else:
+            assert relative_l2(value, true) <= 1e-5, name
+    assert ("entry_clip" in options) == (not torch.allclose(loss, stats.divergence))
+
+
+def test_statistics_without_targets_or_teacher_are_none_and_masked_tokens_zero():
+    pair = make_pair()
+    mask = torch.arange(67, device=DEVICE) % 2 == 0
+    _, stats = linear_divergence(*pair.tensors, mask=mask, return_stats=True)
+    assert stats.student_logprob is None and stats.teacher_logprob is None
+    assert (stats.student_entropy[~mask] == 0).all() and (stats.student_entropy[mask] > 0).all()
+    targets = torch.zeros(67, dtype=torch.long, device=DEVICE)
+    value, stats = linear_logprobs(pair.student_hidden, pair.student_weight, targets, return_stats=True)
+    assert stats.student_logprob.equal(value) and stats.teacher_entropy is None and stats.top1_agree is None
+    true = reference.token_stats(*[reference.logits(pair.student_hidden, pair.student_weight)] * 2)
+    assert relative_l2(stats.student_entropy, true.student_entropy) <= 1e-5
+    assert relative_l2(stats.student_top1_prob, true.student_top1_prob) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shared", (True, False))
+@pytest.mark.parametrize("divergence", ("forward_kl", "reverse_kl", "jsd", "total_variation"))
+def test_entries_absent_on_both_sides_contribute_nothing(divergence, shared, backend):
+    pair = make_pair(v=300, shared=shared)
+    bias = torch.zeros(300, device=DEVICE)
+    bias[250:] = -torch.inf
+    hidden = pair.student_hidden.clone().requires_grad_()
+    weights = [None if w is None else w[:250] for w in (pair.student_weight, pair.teacher_weight)]
+    loss = linear_divergence(
+        hidden,
+        pair.student_weight,
+        pair.teacher_hidden,
+        pair.teacher_weight,
+        student_bias=bias,
+        teacher_bias=bias.clone(),
+        divergence=divergence,
+        backend=backend,
+    )
+    loss.backward()
+    short = pair.student_hidden.clone().requires_grad_()
+    expected = linear_divergence(short, weights[0], pair.teacher_hidden, weights[1], divergence=divergence)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert relative_l2(hidden.grad, short.grad) <= 1e-5
+
+
+def test_a_token_only_the_teacher_can_say_costs_what_the_mathematics_says():
+    s, t = torch.zeros(1, 4), torch.zeros(1, 4)
+    s[0, 3] = -torch.inf
+    p, q = t.softmax(1), s.softmax(1)
+    assert ak.divergence(s, t, divergence="forward_kl").item() == math.inf
+    assert ak.divergence(s, t, divergence="reverse_kl").item() == pytest.approx(math.log(4 / 3), rel=1e-5)
+    total_variation = (p - q).abs().sum().item() / 2
+    assert ak.divergence(s, t, divergence="total_variation").item() == pytest.approx(total_variation, rel=1e-5)
+    m = (p + q) / 2
+    jsd = (p * (p / m).log()).sum() / 2 + (q[q > 0] * (q / m)[q > 0].log()).sum() / 2
+    assert ak.divergence(s, t, divergence="jsd").item() == pytest.approx(jsd.item(), rel=1e-5)
+
+
+def test_non_finite_hidden_states_give_a_non_finite_loss():
+    pair = make_pair()
+    for value in (torch.nan, torch.inf):
+        broken = pair.student_hidden.clone()
+        broken[3, 0] = value
+        assert not linear_divergence(broken, *pair.tensors[1:]).isfinite()
+
+
+@pytest.mark.parametrize("n, mask", ((67, torch.zeros(67)), (0, None)))
+def test_nothing_to_learn_from_is_a_zero_loss_with_zero_gradients(n, mask):
+    pair = make_pair(n=n)
+    hidden, weight = pair.student_hidden.clone().requires_grad_(), pair.student_weight.clone().requires_grad_()
+    loss = linear_divergence(hidden, weight, pair.teacher_hidden, mask=None if mask is None else mask.to(DEVICE))
+    loss.backward()
+    assert loss.item() == 0 and (hidden.grad == 0).all() and (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_backward_can_run_twice_and_gives_the_same_again(reduction):
+    pair = make_pair()
+    hidden, weight = pair.student_hidden.clone().requires_grad_(), pair.student_weight.clone().requires_grad_()
+    loss = linear_divergence(hidden, weight, pair.teacher_hidden, reduction=reduction).sum()
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(loss, (hidden, weight))
+    assert all(a.equal(b) and a.norm() > 0 for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("trained_head", (False, True))
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_a_second_derivative_is_refused_rather_than_wrong(reduction, trained_head):
+    pair = make_pair()
+    hidden = pair.student_hidden.clone().requires_grad_()
+    weight = pair.student_weight.clone().requires_grad_(trained_head)
+    loss = linear_divergence(hidden, weight, pair.teacher_hidden, reduction=reduction).sum()
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (gradient**2).sum().backward()
+
+
+def test_only_required_gradients_are_formed():
+    pair = make_pair()
+    for wanted in ((True, False), (False, True), (False, False)):
+        hidden = pair.student_hidden.clone().requires_grad_(wanted[0])
+        weight = pair.student_weight.clone().requires_grad_(wanted[1])
+        loss = linear_divergence(hidden, weight, pair.teacher_hidden)
+        assert loss.requires_grad == any(wanted)
+        if any(wanted):
+            loss.backward()
+        assert (hidden.grad is not None, weight.grad is not None) == wanted
+    teacher = pair.teacher_hidden.clone().requires_grad_()
+    assert not linear_divergence(pair.student_hidden, pair.student_weight, teacher).requires_grad
+
+
+def test_torch_compile_traces_a_caller_without_a_graph_break():
+    pair = make_pair()
+
+    def step(hidden, weight, teacher, mask, targets):
+        loss = linear_divergence(hidden * 1.0, weight, teacher, mask=mask, temperature=1.1, divergence="jsd")
+        return loss + linear_logprobs(hidden, weight, targets, mask=mask).mean()
+
+    mask = torch.arange(67, device=DEVICE) % 3 > 0
+    targets = torch.zeros(67, dtype=torch.long, device=DEVICE)
+    gradients = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        hidden, weight = pair.student_hidden.clone().requires_grad_(), pair.student_weight.clone().requires_grad_()
+        function(hidden, weight, pair.teacher_hidden, mask, targets).backward()
+        gradients.append((hidden.grad, weight.grad))
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="opcheck compares with the CPU implementation")
+def test_the_registered_operators_keep_torch_s_rules():
+    pair = make_pair(n=5, h=4, v=11)
+    hidden = pair.student_hidden.clone().requires_grad_()
+    arguments = (hidden, pair.student_weight, None, pair.teacher_hidden, None, None, None, None, None, "torch")
+    options = ("forward_kl", 0.5, 1.0, 1.0, None, None, None, torch.float32, torch.float32, None)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    for weighted in (False, True):
+        torch.library.opcheck(
+            ak.ops.linear_divergence_op, (*arguments, *options, True, weighted, True, False, False), test_utils=tests
+        )
+
+
+def test_autocast_is_respected():
+    pair = make_pair()
+    hidden, weight = pair.student_hidden.clone().requires_grad_(), pair.student_weight.clone().requires_grad_()
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        loss = linear_divergence(hidden, weight, pair.teacher_hidden)
+    loss.backward()
+    rounded = [t.to(torch.bfloat16) for t in (hidden.detach(), weight.detach())]
+    expected = linear_divergence(*rounded, pair.teacher_hidden.to(torch.bfloat16))
+    assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+    # the difference of the hidden states is taken before autocast rounds it, so it is the better of the two
+    assert loss.item() == pytest.approx(expected.item(), rel=0.05)
+    assert loss.item() != linear_divergence(*pair.tensors).item()
+
+
+def test_no_tensor_of_tokens_by_vocabulary_is_made():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from atesd_kernels import torch_chunked
+    from atesd_kernels.spec import DivergenceSpec
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                Largest.numel = max(Largest.numel, out.numel())
+            return out
+
+    pair = make_pair(n=640, v=5000)
+    rows = 40
+    spec = DivergenceSpec(
+        "forward_kl", 0.5, 1.0, 1.0, None, None, None, torch.float32, torch.float32, 8 * 5000 * rows, True,
+        True, True, False,
+    )  # fmt: skip
+    with Largest():
+        torch_chunked.divergence_rows(spec, *pair.tensors, None, None, None, None, None)
+    assert rows * 4096 <= Largest.numel <= max(rows * 5000, pair.student_weight.numel())
+
+
+def test_a_divergence_of_ones_own_takes_two_lines():
+    def squared(log_p, log_q, beta):
+        p, q = log_p.exp(), log_q.exp()
+        return (p - q) ** 2, 2 * q * (q - p)
+
+    term = ak.DivergenceTerm("squared_distance", squared)
+    pair = make_pair(scale=0.3)
+    hidden = pair.student_hidden.clone().requires_grad_()
+    loss = linear_divergence(hidden, pair.student_weight, pair.teacher_hidden, divergence=term, entry_clip=1e-4)
+    loss.backward()
+    true = pair.student_hidden.double().requires_grad_()
+    expected = reference.linear_divergence(
+        true, pair.student_weight, pair.teacher_hidden, divergence=term, entry_clip=1e-4
+    )
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert relative_l2(hidden.grad, true.grad) <= 1e-4
+    assert ak.register_divergence(term) is term
+    with pytest.raises(ValueError, match="already registered"):
+        ak.register_divergence(ak.DivergenceTerm("squared_distance", lambda log_p, log_q, beta: (log_p, log_q)))
+
+
+def test_modules_are_the_functions_with_options_fixed():
+    pair = make_pair()
+    module = ak.LinearDivergence(divergence="jsd", beta=0.3, temperature=1.1)
+    assert module(*pair.tensors).equal(linear_divergence(*pair.tensors, divergence="jsd", beta=0.3, temperature=1.1))
+    s, t = (h @ pair.student_weight.T for h in (pair.student_hidden, pair.teacher_hidden))
+    assert ak.Divergence()(s, t).equal(ak.divergence(s, t))
+    targets = torch.zeros(67, dtype=torch.long, device=DEVICE)
+    logprobs = ak.LinearLogprobs(temperature=2.0)(pair.student_hidden, pair.student_weight, targets)
+    assert logprobs.equal(linear_logprobs(pair.student_hidden, pair.student_weight, targets, temperature=2.0))
+
+
+def test_exposure_logprobs_average_over_what_the_teacher_has_not_seen():
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(3, 7, 16, generator=g).to(DEVICE), torch.randn(50, 16, generator=g).to(DEVICE)
+    targets = torch.randint(0, 50, (3, 7), generator=g).to(DEVICE)
+    targets[0, 5:] = -100  # padding may hold anything
+    lengths, exposed = torch.tensor([5, 7, 4], device=DEVICE), torch.tensor([2, 0, 4], device=DEVICE)
+    logprobs = reference.linear_logprobs(hidden, weight, targets)
+    expected = [logprobs[0, 2:5].mean().item(), logprobs[1].mean().item(), 0.0]
+    assert ak.exposure_logprobs(hidden, weight, targets, lengths, exposed).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+ERRORS = {
+    "unknown divergence 'kl'; known: alpha, forward_kl": dict(divergence="kl"),
+    "beta must lie in [0, 1], got 1.5": dict(divergence="jsd", beta=1.5),
+    "always zero": dict(divergence="skew_kl", beta=1.0),
+    "temperature must be positive and finite, got 0": dict(temperature=0),
+    "teacher_temperature must be positive": dict(teacher_temperature=-1.0),
+    "token_clip must be positive": dict(token_clip=0.0),
+    "unknown reduction 'avg'": dict(reduction="avg"),
+    "unknown backend 'cuda'": dict(backend="cuda"),
+    "mask must have the leading shape (67,), got (66,)": dict(mask=torch.ones(66)),
+    "targets must lie in [0, 1009), got -100 at 1 counted": dict(targets=torch.tensor([-100] + [0] * 66)),
+    "student_bias must be [V]": dict(student_bias=torch.zeros(3)),
+    "vocabularies differ: 1009 and 1010": dict(teacher_weight=torch.zeros(1010, 48)),
+    "teacher_hidden has size 48, but teacher_weight is [V, H] = (1009, 20)": dict(teacher_weight=torch.zeros(1009, 20)),
+    "must have the same leading dimensions": dict(teacher_hidden=torch.zeros(66, 48)),
+    "student_hidden is torch.float32, teacher_hidden torch.bfloat16": dict(
+        teacher_hidden=torch.zeros(67, 48, dtype=torch.bfloat16)
+    ),
+    "teacher_weight is torch.bfloat16": dict(teacher_weight=torch.zeros(1009, 48, dtype=torch.bfloat16)),
+    "narrower than the inputs": dict(logits_dtype=torch.bfloat16),
+    "with a leading dimension": dict(student_hidden=torch.zeros(48)),
+    "student_weight is on meta": dict(student_weight=torch.zeros(1009, 48, device="meta")),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_bad_input_is_refused_with_what_was_wrong(message):
+    pair = make_pair()
+    arguments = {
+        "student_hidden": pair.student_hidden,
+        "student_weight": pair.student_weight,
+        "teacher_hidden": pair.teacher_hidden,
+        **{k: v.to(DEVICE) if isinstance(v, torch.Tensor) and v.device.type == "cpu" else v
+           for k, v in ERRORS[message].items()},
+    }  # fmt: skip
+    with pytest.raises((ValueError, TypeError)) as error:
+        linear_divergence(**arguments)
+    assert message in str(error.value)
+
+
+@pytest.mark.skipif("triton" in BACKENDS, reason="Triton can run here")
+def test_an_unavailable_backend_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="backend 'triton' is not available: "):
+        linear_divergence(*make_pair().tensors, backend="triton")
+
+
+def test_masked_targets_may_hold_anything():
+    pair = make_pair()
+    targets = torch.full((67,), -100, device=DEVICE)
+    targets[0] = 5
+    mask = targets >= 0
+    value = linear_logprobs(pair.student_hidden, pair.student_weight, targets, mask=mask)
+    assert (value[1:] == 0).all() and value[0] < 0

@@ -1,0 +1,199 @@
+"""Loss and gradients against float64, at the scale where self-distillation lives: mean KL from 1e-4 to 1."""
+
+import pytest
+import torch
+
+from atesd_kernels import linear_divergence, linear_logprobs, reference
+from atesd_kernels.divergences import get_divergence
+from atesd_kernels.torch_chunked import NEAR
+
+from .cases import BACKENDS, DEVICE, DIVERGENCES, compare, make_pair, relative_l2
+
+SCALES = {1e-4: 0.007, 1e-2: 0.07, 1e-1: 0.22, 1.0: 0.75}  # mean forward KL -> make_pair's scale
+FP32_GRADIENT, FP32_LOSS, BF16_GRADIENT = 1e-5, 1e-6, 5e-3
+HEADS = {
+    "shared": dict(shared=True),
+    "separate": dict(shared=False),
+    "wider teacher": dict(shared=False, teacher_size=80),
+}
+
+
+def assert_fp32(result):
+    assert result.hidden_error <= FP32_GRADIENT
+    assert result.loss_error <= FP32_LOSS
+    assert result.weight_error is None or result.weight_error <= FP32_GRADIENT
+    assert result.bias_error is None or result.bias_error <= FP32_GRADIENT
+
+
+@pytest.mark.parametrize("kl", SCALES)
+def test_the_pairs_diverge_as_much_as_their_name_says(kl):
+    result = compare(make_pair(scale=SCALES[kl]))
+    assert kl / 2 < result.loss < 2 * kl
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("kl", SCALES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_fp32_gradients_are_exact_however_near_the_teacher(divergence, kl, heads, backend):
+    pair = make_pair(scale=SCALES[kl], **HEADS[heads])
+    assert_fp32(compare(pair, divergence=divergence, beta=0.3, temperature=1.1, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("kl", SCALES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_bf16_gradients_keep_their_direction_when_teacher_and_student_nearly_agree(divergence, kl, heads, backend):
+    pair = make_pair(scale=SCALES[kl], dtype=torch.bfloat16, **HEADS[heads])
+    result = compare(pair, divergence=divergence, beta=0.3, temperature=1.1, backend=backend)
+    assert result.hidden_error <= BF16_GRADIENT
+    assert result.loss_error <= 1e-3
+
+
+def test_the_bf16_bound_is_one_that_bf16_logits_break():
+    pair = make_pair(scale=SCALES[1e-4], dtype=torch.bfloat16)
+    true = pair.student_hidden.double().requires_grad_()
+    reference.linear_divergence(true, pair.student_weight, pair.teacher_hidden).backward()
+    s = (pair.student_hidden @ pair.student_weight.T).double()
+    t = (pair.teacher_hidden @ pair.student_weight.T).double()
+    naive = (s.softmax(-1) - t.softmax(-1)) @ pair.student_weight.double()
+    assert relative_l2(naive, true.grad) > 20 * BF16_GRADIENT
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("divergence", ("forward_kl", "jsd"))
+def test_fp16_gradients_survive_the_end_of_the_fp16_range(divergence, backend):
+    pair = make_pair(scale=SCALES[1e-2], dtype=torch.float16)
+    # a loss scaler multiplies the loss: the gradient must not have underflowed before
+    result = compare(pair, divergence=divergence, upstream=torch.tensor(4096.0), backend=backend)
+    assert max(result.hidden_error, result.weight_error) <= 2e-3
+
+
+OPTIONS = {
+    "cold": dict(temperature=0.5),
+    "hot": dict(temperature=2.0),
+    "two temperatures": dict(temperature=1.1, teacher_temperature=0.9),
+    "softcap": dict(softcap=8.0),
+    "bias": dict(student_bias="bias"),
+    "two biases": dict(student_bias="bias", teacher_bias="other"),
+    "softcap, bias, temperature": dict(softcap=8.0, student_bias="bias", temperature=1.3),
+    "mask": dict(mask="mask"),
+    "token weights": dict(token_weight="weight"),
+    "mask and weights": dict(mask="mask", token_weight="weight", num_tokens=1000),
+    "sum": dict(reduction="sum"),
+    "small chunks": dict(chunk_bytes=1009 * 8 * 10),
+}
+
+
+def materialise(options, n=67, v=1009, dtype=torch.float32):
+    g = torch.Generator().manual_seed(5)
+    named = {
+        "bias": torch.randn(v, generator=g).to(DEVICE, dtype),
+        "other": torch.randn(v, generator=g).to(DEVICE, dtype),
+        "mask": (torch.rand(n, generator=g) < 0.6).to(DEVICE),
+        "weight": torch.rand(n, generator=g).to(DEVICE),
+    }
+    return {k: named.get(o, o) if isinstance(o, str) and k != "reduction" else o for k, o in options.items()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shared", (True, False))
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_option_is_exact_for_every_divergence(divergence, options, shared, backend):
+    pair = make_pair(scale=0.07, shared=shared)
+    assert_fp32(compare(pair, divergence=divergence, beta=0.7, backend=backend, **materialise(OPTIONS[options])))
+
+
+def clip_between_entries(pair, divergence, beta) -> float:
+    """A clip that bites, in the middle of the widest gap around the 99.5th percentile of the terms.
+
+    A clip's gradient jumps where a term equals it: an entry at the jump tests luck, not the code.
+    """
+    s, t = (reference.logits(h, pair.student_weight) for h in (pair.student_hidden, pair.teacher_hidden))
+    terms = get_divergence(divergence, beta).term(t.log_softmax(-1), s.log_softmax(-1), beta)[0].flatten().sort().values
+    top = terms[int(0.99 * len(terms)) : int(0.998 * len(terms))]
+    widest = (top[1:] - top[:-1]).argmax()
+    return ((top[widest] + top[widest + 1]) / 2).item()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kl", (1e-2, 1.0))
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_entry_clip_bounds_terms_and_removes_their_gradient(divergence, kl, backend):
+    pair = make_pair(scale=SCALES[kl])
+    clip = clip_between_entries(pair, divergence, 0.3)
+    clipped, whole = (
+        compare(pair, divergence=divergence, beta=0.3, entry_clip=c, reduction="sum", backend=backend)
+        for c in (clip, None)
+    )
+    assert clipped.loss < whole.loss
+    assert max(clipped.hidden_error, clipped.weight_error) <= FP32_GRADIENT
+    # clipped KLs are sums of both signs that may come out near zero: the whole divergence is the yardstick
+    assert clipped.loss_error * abs(clipped.loss) <= FP32_LOSS * whole.loss
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_token_clip_bounds_tokens_and_removes_their_gradient(divergence, backend):
+    pair = make_pair(scale=0.22)
+    tokens = linear_divergence(*pair.tensors, divergence=divergence, beta=0.3, reduction="none")
+    clip = tokens.double().sort().values[40:42].mean().item()
+    assert_fp32(compare(pair, divergence=divergence, beta=0.3, token_clip=clip, backend=backend))
+    hidden = pair.student_hidden.clone().requires_grad_()
+    linear_divergence(hidden, *pair.tensors[1:], divergence=divergence, beta=0.3, token_clip=clip).backward()
+    assert (hidden.grad.abs().sum(1) == 0).equal(tokens > clip)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("trained_head", (False, True))
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_any_upstream_gradient_per_token_is_exact(divergence, trained_head, backend):
+    upstream = torch.randn(67, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    pair = make_pair(scale=0.07)
+    result = compare(
+        pair, divergence=divergence, trained_head=trained_head, reduction="none", upstream=upstream, backend=backend
+    )
+    assert_fp32(result)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_unrelated_teacher_and_student_are_exact_too(divergence, backend):
+    pair = make_pair(scale=3.0)  # mean KL above 5, logit differences beyond the near form
+    s, t = (reference.logits(h, pair.student_weight) for h in (pair.student_hidden, pair.teacher_hidden))
+    assert (s - t).abs().max() > NEAR / 2
+    far = make_pair(scale=8.0)
+    for p in (pair, far):
+        assert_fp32(compare(p, divergence=divergence, beta=0.3, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_loss_is_accurate_down_to_a_kl_of_1e_minus_8(backend):
+    result = compare(make_pair(scale=7e-5), backend=backend)
+    assert 1e-9 < result.loss < 1e-7
+    assert result.loss_error <= 1e-4
+    assert result.hidden_error <= FP32_GRADIENT
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype, bound", ((torch.float32, 1e-5), (torch.bfloat16, 5e-3), (torch.float16, 2e-3)))
+@pytest.mark.parametrize("options", ("cold", "softcap, bias, temperature", "mask"))
+def test_log_probabilities_and_their_gradients_are_exact(options, dtype, bound, backend):
+    options = materialise(OPTIONS[options], dtype=dtype)
+    options = {k.replace("student_", ""): v for k, v in options.items()}
+    pair = make_pair(dtype=dtype)
+    targets = torch.randint(0, 1009, (67,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    upstream = torch.randn(67, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    for trained in (False, True):
+        hidden = pair.student_hidden.clone().requires_grad_()
+        weight = pair.student_weight.clone().requires_grad_(trained)
+        value = linear_logprobs(hidden, weight, targets, backend=backend, **options)
+        (value * upstream).sum().backward()
+        true_hidden, true_weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
+        true = reference.linear_logprobs(true_hidden, true_weight, targets, **options)
+        (true * upstream).sum().backward()
+        assert relative_l2(value, true) <= 1e-5
+        assert relative_l2(hidden.grad, true_hidden.grad) <= bound
+        assert not trained or relative_l2(weight.grad, true_weight.grad) <= bound

@@ -69,14 +69,21 @@ def check_vocabulary(student: int, teacher: int) -> None:
     )
 
 
-def check_token_tensor(name: str, tensor: Tensor | None, lead: torch.Size, device: torch.device) -> None:
-    if tensor is None:
-        return
-    require(
-        tensor.shape == lead,
-        f"{name} must have the leading shape {tuple(lead)}, got {tuple(tensor.shape)}.",
-    )
-    require(tensor.device == device, f"{name} is on {tensor.device}, the hidden states on {device}.")
+INTEGER_TENSORS = ("targets", "lengths", "exposed")
+
+
+def check_token_tensors(lead: torch.Size, device: torch.device, **tensors: Tensor | None) -> None:
+    """One value for each token (or sequence): shape, device, and integers where integers are meant."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        require(tensor.shape == lead, f"{name} must have the leading shape {tuple(lead)}, got {tuple(tensor.shape)}.")
+        require(tensor.device == device, f"{name} is on {tensor.device}, the hidden states on {device}.")
+        require(
+            name not in INTEGER_TENSORS or not (tensor.is_floating_point() or tensor.dtype == torch.bool),
+            f"{name} must be integers, got {tensor.dtype}.",
+            TypeError,
+        )
 
 
 def check_scalars(

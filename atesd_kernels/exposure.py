@@ -52,9 +52,7 @@ def exposure_logprobs(
         tensor([0.0100, 1.0000])
     """
     checks.require(hidden.dim() == 3, f"hidden must be [B, T, H], got {tuple(hidden.shape)}.")
-    for name, tensor in (("lengths", lengths), ("exposed", exposed)):
-        checks.check_token_tensor(name, tensor, hidden.shape[:1], hidden.device)
-        checks.require(not tensor.is_floating_point(), f"{name} must be integers, got {tensor.dtype}.", TypeError)
+    checks.check_token_tensors(hidden.shape[:1], hidden.device, lengths=lengths, exposed=exposed)
     mask = exposure_mask(lengths, exposed, hidden.shape[1])
     logprobs = linear_logprobs(hidden, weight, targets, mask=mask, **options)
     return logprobs.sum(1) / mask.sum(1).clamp_min(1)

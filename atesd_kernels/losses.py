@@ -113,8 +113,7 @@ def linear_divergence(
         reduction=reduction,
     )
     lead, device = student_hidden.shape[:-1], student_hidden.device
-    for name, tensor in (("mask", mask), ("token_weight", token_weight), ("targets", targets)):
-        checks.check_token_tensor(name, tensor, lead, device)
+    checks.check_token_tensors(lead, device, mask=mask, token_weight=token_weight, targets=targets)
     term = get_divergence(divergence, beta)
     compute_dtype = _compute_dtype(student_hidden)
     autocast = compute_dtype != student_hidden.dtype
@@ -202,8 +201,7 @@ def divergence(
         reduction=reduction,
     )
     lead, device = student_logits.shape[:-1], student_logits.device
-    for name, tensor in (("mask", mask), ("token_weight", token_weight), ("targets", targets)):
-        checks.check_token_tensor(name, tensor, lead, device)
+    checks.check_token_tensors(lead, device, mask=mask, token_weight=token_weight, targets=targets)
     term = get_divergence(divergence, beta)
     backend = choose_backend(backend, device, student_logits.dtype, term.triton is not None)
     row_weight = _row_weight(token_weight, mask, lead.numel(), device, student_logits.dtype, reduction, num_tokens)
@@ -268,9 +266,7 @@ def linear_logprobs(
     checks.check_head("student", hidden, weight, bias)
     checks.check_scalars(temperature=temperature, softcap=softcap, chunk_bytes=chunk_bytes)
     lead = hidden.shape[:-1]
-    checks.check_token_tensor("targets", targets, lead, hidden.device)
-    checks.check_token_tensor("mask", mask, lead, hidden.device)
-    checks.require(not targets.is_floating_point(), f"targets must be integers, got {targets.dtype}.", TypeError)
+    checks.check_token_tensors(lead, hidden.device, mask=mask, targets=targets)
     compute_dtype = _compute_dtype(hidden)
     checks.check_dtypes(compute_dtype, logits_dtype, **({} if compute_dtype != hidden.dtype else {"weight": weight}))
     backend = choose_backend(backend, hidden.device, compute_dtype, True)

@@ -22,7 +22,7 @@ DEFAULT_CHUNK_BYTES = {"cpu": 80 * MIB, "cuda": 1024 * MIB}
 # CPU only. A block of the vocabulary is one GEMM; a tile, a few rows of a block, is what the elementwise passes work
 # on while it lies in the processor's cache.
 CPU_BLOCK_COLUMNS = 4096
-CPU_TILE_ROWS = 32
+CPU_TILE_ROWS = 64
 
 
 @dataclass(frozen=True)

@@ -19,33 +19,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from tqdm.auto import tqdm
-from transformers import get_scheduler
 
-from atesd.batching import ProblemSampler, assert_same_responses, chunks, hidden_rows, pack, use_packed_attention
-from atesd.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from atesd.batching import assert_same_responses, chunks, hidden_rows, pack
+from atesd.checkpoint import save_checkpoint
 from atesd.config import ATESDConfig
 from atesd.exposure import exposed_text
-from atesd.metrics import PhaseTimer, RunLog, peak_memory_bytes
-from atesd.models import load_model_and_tokenizer
-from atesd.objectives import Distillation, TokenTotals
-from atesd.outcomes import OutcomeMeter
-from atesd.policies import make_policy
-from atesd.problems import Problem, load_problems
-from atesd.prompts import PromptBuilder, PromptTemplates
-from atesd.random_state import random_states, set_random_states
+from atesd.metrics import RunLog, peak_memory_bytes
+from atesd.objectives import TokenTotals
+from atesd.problems import Problem
 from atesd.report import write_report
-from atesd.rollout import Rollout, make_engine
-from atesd.segmentation import split_reference
-from atesd.teachers import Teacher
-from atesd_kernels.integrations.head import check_head, hidden_states_and_head, unwrap
-
-POLICY_FIELDS = (
-    "max_steps hold_window lookahead policy_batch_size reward_gamma lambda_gt progress_signal alpha_min alpha_max "
-    "policy_learning_rate policy_hidden_size entropy_target entropy_coef fixed_alpha seed"
-).split()
+from atesd.rollout import Rollout
+from atesd.run_state import RunState
 
 
 class NonFiniteLoss(RuntimeError):
@@ -67,89 +52,8 @@ def train(config: ATESDConfig) -> Path:
     return Trainer(config).run()
 
 
-class Trainer:
-    """Everything a run holds, and its loop: `run` -> `train_step` -> `distill` -> `update`."""
-
-    def __init__(self, config: ATESDConfig):
-        self.config = config
-        self.run_dir = Path(config.resume or config.output_dir)
-        trackers = None if config.report_to == "none" else config.report_to.replace(" ", "").split(",")
-        precision = "bf16" if config.bf16 else "no"
-        self.accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=str(self.run_dir))
-        self.device, rank = self.accelerator.device, self.accelerator.process_index
-        set_seed(config.seed)
-
-        # Problems, each with its reference cut into segments, and prompts checked for length before anything long runs
-        self.problems = load_problems(
-            config.dataset_name,
-            num_train=config.num_train_problems,
-            num_probe=config.num_probe_problems,
-            num_eval=config.num_eval_problems,
-            seed=config.seed,
-            dataset_split=config.dataset_split,
-            problem_column=config.problem_column,
-            solution_column=config.solution_column,
-            answer_column=config.answer_column,
-        )
-        self.references = {
-            p.id: split_reference(p.solution, p.answer) for p in [*self.problems.train, *self.problems.probe]
-        }
-        model, self.tokenizer = load_model_and_tokenizer(config)
-        base = unwrap(model)
-        self.prompts = PromptBuilder(
-            self.tokenizer,
-            PromptTemplates.from_file(config.prompt_templates) if config.prompt_templates else None,
-            student_chat_kwargs=json.loads(config.student_chat_template_kwargs),
-            teacher_chat_kwargs=json.loads(config.teacher_chat_template_kwargs),
-            max_prompt_length=config.max_prompt_length,
-            max_completion_length=config.max_completion_length,
-            context_length=base.config.get_text_config().max_position_embeddings,
-        )
-        for problem in [*self.problems.train, *self.problems.probe]:
-            self.prompts.check(problem, self.references[problem.id])
-        self.sampler = ProblemSampler(len(self.problems.train), config.seed)
-
-        # The student, its rollouts, the teacher and the objective
-        use_packed_attention(base)
-        check_head(model)
-        self.model = model.to(self.device)
-        self.backbone, self.head = hidden_states_and_head(self.model)
-        self.teacher = Teacher(self.model, config.teacher, ema_decay=config.ema_decay, bf16=config.bf16)
-        self.meter = OutcomeMeter(
-            self.model,
-            self.teacher,
-            self.prompts,
-            self.references,
-            self.problems.probe,
-            probe_every=config.probe_every,
-            grounding=config.grounding,
-            batch_size=config.per_device_train_batch_size,
-        )
-        self.objective = Distillation.from_config(config)
-        self.engine = make_engine(config, self.model, self.tokenizer, rank)
-
-        # The optimizer, and the exposure policy: the same on every process, since it sees the same numbers
-        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.trained.values(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),  # no temporary the size of the model
-        )
-        self.scheduler = get_scheduler(
-            config.lr_scheduler_type, self.optimizer, config.warmup_steps, num_training_steps=config.max_steps
-        )
-        settings = {name: getattr(config, name) for name in POLICY_FIELDS}
-        if config.grounding == "none":
-            settings["lambda_gt"] = 0.0
-        self.policy = make_policy(config.exposure_policy, **settings)
-        self.timer = PhaseTimer()
-        self.start, self.nonfinite_in_a_row = 0, 0
-        checkpoint = latest_checkpoint(self.run_dir) if config.resume else None
-        if checkpoint is not None:
-            self.load_state_dict(load_checkpoint(checkpoint))
+class Trainer(RunState):
+    """The loop: `run` -> `train_step` -> `distill` -> `update`."""
 
     def run(self) -> Path:
         """All steps from where the run stands, then the adapter, a summary and the report."""
@@ -200,7 +104,7 @@ class Trainer:
             rollouts = self.engine.generate([self.prompts.student(problem) for problem in problems])
 
         # What the update has to show for itself is measured before it is made
-        with self.timer.phase("probe"), self.accelerator.autocast():
+        with self.timer.phase("probe"), self.autocast():
             outcome = self.meter.measure(t, alpha, problems)
         loss, totals, num_tokens = self.distill(problems, rollouts, alpha)
         with self.timer.phase("optimizer"):
@@ -247,7 +151,7 @@ class Trainer:
             student_batch = pack([r.prompt_ids for r in rollouts[part]], responses, self.device)
             teacher_batch = pack(read, responses, self.device)
             assert_same_responses(student_batch, teacher_batch)
-            with self.accelerator.autocast():
+            with self.autocast():
                 with self.timer.phase("teacher"):
                     teacher_hidden = self.teacher.hidden(teacher_batch)
                 with self.timer.phase("student"):
@@ -276,15 +180,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return norm if finite else None
 
-    def save_nonfinite(
-        self, t: int, alpha: float, loss: float, problems: list[Problem], rollouts: list[Rollout]
-    ) -> None:
+    def save_nonfinite(self, t: int, problems: list[Problem], rollouts: list[Rollout], **numbers: float) -> None:
         """Keep the batch of a skipped step for inspection, and say where it is."""
         path = self.run_dir / "nonfinite" / f"step-{t + 1}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         batch = {"problem_ids": [p.id for p in problems], "rollouts": [asdict(r) for r in rollouts]}
-        torch.save({"step": t + 1, "alpha": alpha, "loss": loss, **batch}, path)
-        tqdm.write(f"step {t + 1} skipped: its loss ({loss}) or gradient is not finite; the batch is in {path}")
+        torch.save({"step": t + 1, **numbers, **batch}, path)
+        tqdm.write(f"step {t + 1} skipped: its loss or gradient is not finite ({numbers}); the batch is in {path}")
 
     def describe(self, problem: Problem, rollout: Rollout, alpha: float) -> dict[str, Any]:
         """A line of samples.jsonl."""
@@ -295,23 +197,3 @@ class Trainer:
 
     def sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(value, "sum") if self.accelerator.num_processes > 1 else value
-
-    def stateful(self) -> dict[str, Any]:
-        """All that a continued run needs besides the trained weights and the random states."""
-        names = ("optimizer", "scheduler", "sampler", "engine", "policy", "teacher")
-        return {name: getattr(self, name) for name in names}
-
-    def state_dict(self, step: int) -> dict[str, Any]:
-        trained = {name: p.detach() for name, p in self.trained.items()}
-        parts = {name: part.state_dict() for name, part in self.stateful().items()}
-        counters = {"step": step, "nonfinite_in_a_row": self.nonfinite_in_a_row}
-        return {**counters, "trained": trained, "random": random_states(), **parts}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.start, self.nonfinite_in_a_row = state["step"], state["nonfinite_in_a_row"]
-        with torch.no_grad():
-            for name, p in self.trained.items():
-                p.copy_(state["trained"][name])
-        for name, part in self.stateful().items():
-            part.load_state_dict(state[name])
-        set_random_states(state["random"])

@@ -137,18 +137,22 @@ def stop_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     return list(ids)
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """`(batch, vocab)` logits -> `(batch,)` tokens: temperature, then top-k, then top-p among those.
+def candidates(logits: Tensor, temperature: float, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
+    """`(batch, vocab)` logits -> weights and tokens, `(batch, k)` each: temperature, then top-k, then top-p among those.
 
     The order is that of transformers. Only the `top_k` best are ever sorted; top-p keeps the smallest set of tokens
-    whose mass reaches `top_p`.
+    whose mass reaches `top_p`. The weights of the rest are 0, and need not sum to 1.
     """
-    logits = logits.float() / temperature
-    values, tokens = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # (batch, k), descending
+    values, tokens = (logits.float() / temperature).topk(min(top_k or logits.shape[-1], logits.shape[-1]))
     probs = values.softmax(-1)
     if top_p < 1.0:
-        before = probs.cumsum(-1) - probs
-        probs = torch.where(before < top_p, probs, 0.0)
+        probs = torch.where(probs.cumsum(-1) - probs < top_p, probs, 0.0)
+    return probs, tokens
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator) -> Tensor:
+    """`(batch, vocab)` logits -> `(batch,)` tokens."""
+    probs, tokens = candidates(logits, temperature, top_p, top_k)
     return tokens.gather(1, torch.multinomial(probs, 1, generator=generator)).flatten()
 
 

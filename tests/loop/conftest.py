@@ -7,8 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from atesd.config import ATESDConfig
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """A model this small is slower on two threads, and much slower on two threads of a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

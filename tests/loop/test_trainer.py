@@ -1,19 +1,166 @@
-"""The whole loop on a tiny model."""
+"""The whole loop on a tiny model: what a run leaves behind, what a step does, and what happens when it goes wrong."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
-from atesd.trainer import train
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from atesd.trainer import NonFiniteLoss, Trainer, train
+from atesd_kernels.integrations.head import unwrap
+
+ALWAYS_LOGGED = {
+    "step", "loss", "learning_rate", "grad_norm", "alpha", "beta_a", "beta_b", "mismatch", "mismatch_p95",
+    "top1_agreement", "student_entropy", "teacher_entropy", "student_confidence", "response_length",
+    "truncated_fraction", "tokens_per_second", "probe_nll", "grounded_score", "seconds_rollout", "seconds_teacher",
+    "seconds_student", "seconds_loss_backward", "seconds_optimizer", "seconds_probe", "seconds_step",
+    "peak_memory_bytes", "num_tokens", "skipped",
+}  # fmt: skip
 
 
-def metrics_of(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_run_leaves_everything_it_promises(tiny_config):
-    run_dir = train(tiny_config())
-    rows = metrics_of(run_dir)
-    print(json.dumps(rows, indent=1))
-    assert [row["step"] for row in rows] == [1, 2, 3]
+def trained_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.trained.items()}
+
+
+def test_a_run_leaves_everything_it_promises(tiny_config, tiny_model_path):
+    config = tiny_config(max_steps=4)
+    run_dir = train(config)
+    rows = rows_of(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert set(row) >= ALWAYS_LOGGED, ALWAYS_LOGGED - set(row)
+        assert row["loss"] > 0 and row["grad_norm"] > 0 and 0 <= row["alpha"] <= 1
+        assert row["num_tokens"] == pytest.approx(4 * row["response_length"])
+    assert {"reward", "advantage", "policy_loss"} <= {name for row in rows for name in row}
+    samples = rows_of(run_dir / "samples.jsonl")
+    assert len(samples) == 4 and {"problem_id", "response", "exposed", "alpha"} <= set(samples[0])
+    assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["step-000002", "step-000004"]
+    assert "policy" in (run_dir / "report.html").read_text()
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == 4
+    assert yaml.safe_load((run_dir / "config.yaml").read_text()) == asdict(config)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_path), run_dir / "adapter")
+    moved = [p.abs().sum() for name, p in adapted.named_parameters() if "lora_B" in name]
+    assert all(size > 0 for size in moved)
+
+
+@pytest.mark.parametrize("teacher", ["frozen", "ema", "live"])
+@pytest.mark.parametrize(("use_peft", "bf16"), [(True, False), (False, True)])
+def test_every_teacher_trains_an_adapter_and_a_whole_model(tiny_config, teacher, use_peft, bf16):
+    trainer = Trainer(tiny_config(teacher=teacher, use_peft=use_peft, bf16=bf16, gradient_checkpointing=bf16))
+    frozen = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    before = trained_weights(trainer)
+    metrics, _ = trainer.train_step(0)
+    assert metrics["grad_norm"] > 0 and metrics["skipped"] == 0
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.trained.items())
+    for name, p in trainer.model.named_parameters():
+        assert name not in frozen or torch.equal(p, frozen[name])
+
+
+def test_accumulated_micro_batches_make_the_step_of_the_large_batch(tiny_config, tmp_path):
+    results = []
+    for size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        shape = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        trainer = Trainer(tiny_config(**shape, output_dir=str(tmp_path / str(size)), fixed_alpha=0.5,
+                                      exposure_policy="fixed", max_grad_norm=1e6))  # fmt: skip
+        metrics, _ = trainer.train_step(0)
+        results.append((metrics, trained_weights(trainer)))
+    expected, weights = results[0]
+    for metrics, got in results[1:]:
+        for name in ("loss", "grad_norm", "mismatch", "student_entropy", "probe_nll"):
+            assert metrics[name] == pytest.approx(expected[name], rel=1e-4), name
+        assert metrics["num_tokens"] == expected["num_tokens"]
+        assert got.keys() == weights.keys()
+
+
+def test_a_step_runs_one_forward_of_each_model_a_micro_batch_and_never_the_head(tiny_config):
+    trainer = Trainer(tiny_config(num_probe_problems=0, progress_signal="distill_loss", grounding="none"))
+    calls = {"backbone": 0, "head": 0}
+    base = unwrap(trainer.model)
+    base.model.register_forward_hook(lambda *_: calls.update(backbone=calls["backbone"] + 1))
+    base.lm_head.register_forward_hook(lambda *_: calls.update(head=calls["head"] + 1))
+    problems = [trainer.problems.train[i] for i in trainer.sampler.draw(4)]
+    rollouts = trainer.engine.generate([trainer.prompts.student(p) for p in problems])
+    calls.update(backbone=0, head=0)
+    trainer.distill(problems, rollouts, alpha=1.0)
+    assert calls == {"backbone": 2 * 2, "head": 0}
+
+
+def test_the_exposure_reaches_the_teacher_and_only_the_teacher(tiny_config, monkeypatch):
+    trainer = Trainer(tiny_config(exposure_policy="fixed", fixed_alpha=0.67))
+    read = []
+    build = trainer.prompts.teacher
+    monkeypatch.setattr(trainer.prompts, "teacher", lambda *args: read.append(build(*args)) or read[-1])
+    _, sample = trainer.train_step(0)
+    for ids in read:
+        text = trainer.tokenizer.decode(ids)
+        assert "First she has" in text and "Then she has" in text and "She gives" in text.split("?")[0]
+        assert text.count("She gives") == 1, "the third of three segments must stay hidden at alpha = 0.67"
+    assert sample["exposed"].count("\n\n") == 2 and "First" not in trainer.tokenizer.decode(
+        trainer.prompts.student(trainer.problems.train[0])
+    )
+
+
+def test_one_alpha_holds_for_a_window_and_the_next_is_another(tiny_config):
+    trainer = Trainer(tiny_config(hold_window=2, max_steps=4))
+    alphas = [trainer.train_step(t)[0]["alpha"] for t in range(4)]
+    assert alphas[0] == alphas[1] != alphas[2] == alphas[3]
+
+
+def test_the_probe_is_measured_when_due_before_the_update(tiny_config):
+    trainer = Trainer(tiny_config(probe_every=2, learning_rate=0.05))
+    untouched = trainer.meter.measure(0, 0.5, trainer.problems.train)["probe_nll"]
+    first, second, third = (trainer.train_step(t)[0] for t in range(3))
+    assert first["probe_nll"] == untouched
+    assert "probe_nll" not in second
+    assert third["probe_nll"] != untouched
+
+
+def broken_objective(trainer, steps):
+    """Make the loss NaN in the given steps (two micro-batches each)."""
+    calls, objective = [0], trainer.objective
+
+    def maybe_nan(*args):
+        loss, stats = objective(*args)
+        calls[0] += 1
+        return (loss * float("nan") if (calls[0] - 1) // 2 in steps else loss), stats
+
+    trainer.objective = maybe_nan
+
+
+def test_a_step_with_a_nan_loss_is_skipped_and_its_batch_kept(tiny_config):
+    trainer = Trainer(tiny_config())
+    broken_objective(trainer, {0})
+    before = trained_weights(trainer)
+    metrics, _ = trainer.train_step(0)
+    assert metrics["skipped"] == 1 and metrics["grad_norm"] is None
+    assert all(torch.equal(p, before[name]) for name, p in trainer.trained.items())
+    kept = torch.load(trainer.run_dir / "nonfinite" / "step-1.pt")
+    assert len(kept["rollouts"]) == 4 and kept["rollouts"][0]["response_ids"]
+    metrics, _ = trainer.train_step(1)
+    assert metrics["skipped"] == 0 and trainer.nonfinite_in_a_row == 0
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.trained.items())
+
+
+def test_the_run_stops_after_several_non_finite_steps_in_a_row(tiny_config):
+    trainer = Trainer(tiny_config(max_steps=6, max_nonfinite_steps=2))
+    broken_objective(trainer, {0, 2, 3})
+    with pytest.raises(NonFiniteLoss, match="2 steps in a row"):
+        trainer.run()
+    rows = rows_of(trainer.run_dir / "metrics.jsonl")
+    assert [row["skipped"] for row in rows] == [1, 0, 1, 1]
+    assert rows[0]["loss"] is None
+
+
+def test_a_prompt_too_long_for_the_model_is_refused_by_name_before_training(tiny_config):
+    with pytest.raises(ValueError, match="student prompt of problem"):
+        Trainer(tiny_config(max_prompt_length=8))

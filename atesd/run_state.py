@@ -1,0 +1,169 @@
+"""Everything a run holds: built from its settings, saved into a checkpoint, and built again from one.
+
+Separate from the trainer so that the loop reads as the method. What is listed here is what resume brings back: trained
+weights, optimizer, schedule, sampler position, rollout generator, exposure policy with its pending decisions, teacher
+averages and every global random state.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import get_scheduler
+
+from atesd.batching import ProblemSampler, use_packed_attention
+from atesd.checkpoint import latest_checkpoint, load_checkpoint
+from atesd.config import ATESDConfig
+from atesd.metrics import PhaseTimer
+from atesd.models import load_model_and_tokenizer
+from atesd.objectives import Distillation
+from atesd.outcomes import OutcomeMeter
+from atesd.policies import make_policy
+from atesd.problems import load_problems
+from atesd.prompts import PromptBuilder, PromptTemplates
+from atesd.rollout import make_engine
+from atesd.segmentation import split_reference
+from atesd.teachers import Teacher
+from atesd_kernels.integrations.head import check_head, hidden_states_and_head, unwrap
+
+POLICY_FIELDS = (
+    "max_steps hold_window lookahead policy_batch_size reward_gamma lambda_gt progress_signal alpha_min alpha_max "
+    "policy_learning_rate policy_hidden_size entropy_target entropy_coef fixed_alpha seed"
+).split()
+
+
+class RunState:
+    """The parts of a run, by the names the loop uses. With `config.resume`, as its last checkpoint left them."""
+
+    def __init__(self, config: ATESDConfig):
+        self.config = config
+        self.run_dir = Path(config.resume or config.output_dir)
+        trackers = None if config.report_to == "none" else config.report_to.replace(" ", "").split(",")
+        self.accelerator = Accelerator(log_with=trackers, project_dir=str(self.run_dir))
+        self.device, rank = self.accelerator.device, self.accelerator.process_index
+        set_seed(config.seed)
+
+        # Problems, each with its reference cut into segments, and prompts checked for length before anything long runs
+        self.problems = load_problems(
+            config.dataset_name,
+            num_train=config.num_train_problems,
+            num_probe=config.num_probe_problems,
+            num_eval=config.num_eval_problems,
+            seed=config.seed,
+            dataset_split=config.dataset_split,
+            problem_column=config.problem_column,
+            solution_column=config.solution_column,
+            answer_column=config.answer_column,
+        )
+        self.references = {
+            p.id: split_reference(p.solution, p.answer) for p in [*self.problems.train, *self.problems.probe]
+        }
+        model, self.tokenizer = load_model_and_tokenizer(config)
+        base = unwrap(model)
+        self.prompts = PromptBuilder(
+            self.tokenizer,
+            PromptTemplates.from_file(config.prompt_templates) if config.prompt_templates else None,
+            student_chat_kwargs=json.loads(config.student_chat_template_kwargs),
+            teacher_chat_kwargs=json.loads(config.teacher_chat_template_kwargs),
+            max_prompt_length=config.max_prompt_length,
+            max_completion_length=config.max_completion_length,
+            context_length=base.config.get_text_config().max_position_embeddings,
+        )
+        for problem in [*self.problems.train, *self.problems.probe]:
+            self.prompts.check(problem, self.references[problem.id])
+        self.sampler = ProblemSampler(len(self.problems.train), config.seed)
+
+        # The student, its rollouts, the teacher and the objective
+        use_packed_attention(base)
+        check_head(model)
+        self.model = model.to(self.device)
+        self.backbone, self.head = hidden_states_and_head(self.model)
+        self.teacher = Teacher(self.model, config.teacher, ema_decay=config.ema_decay, bf16=config.bf16)
+        self.meter = OutcomeMeter(
+            self.model,
+            self.teacher,
+            self.prompts,
+            self.references,
+            self.problems.probe,
+            probe_every=config.probe_every,
+            grounding=config.grounding,
+            batch_size=config.per_device_train_batch_size,
+        )
+        self.objective = Distillation.from_config(config)
+        self.engine = make_engine(config, self.model, self.tokenizer, rank)
+
+        # The optimizer, and the exposure policy: the same on every process, since it sees the same numbers
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),  # no temporary the size of the model
+        )
+        self.scheduler = get_scheduler(
+            config.lr_scheduler_type, self.optimizer, config.warmup_steps, num_training_steps=config.max_steps
+        )
+        settings = {name: getattr(config, name) for name in POLICY_FIELDS}
+        if config.grounding == "none":
+            settings["lambda_gt"] = 0.0
+        self.policy = make_policy(config.exposure_policy, **settings)
+        self.timer = PhaseTimer()
+        self.start, self.nonfinite_in_a_row = 0, 0
+        checkpoint = latest_checkpoint(self.run_dir) if config.resume else None
+        if checkpoint is not None:
+            self.load_state_dict(load_checkpoint(checkpoint))
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision of every forward. A new context each time: weights cast in it live as long as it does."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)
+
+    def stateful(self) -> dict[str, Any]:
+        """All that a continued run needs besides the trained weights and the random states."""
+        names = ("optimizer", "scheduler", "sampler", "engine", "policy", "teacher")
+        return {name: getattr(self, name) for name in names}
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        trained = {name: p.detach() for name, p in self.trained.items()}
+        parts = {name: part.state_dict() for name, part in self.stateful().items()}
+        counters = {"step": step, "nonfinite_in_a_row": self.nonfinite_in_a_row}
+        return {**counters, "trained": trained, "random": random_states(), **parts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.start, self.nonfinite_in_a_row = state["step"], state["nonfinite_in_a_row"]
+        with torch.no_grad():
+            for name, p in self.trained.items():
+                p.copy_(state["trained"][name])
+        for name, part in self.stateful().items():
+            part.load_state_dict(state[name])
+        set_random_states(state["random"])
+
+
+def random_states() -> dict[str, Any]:
+    """Python's, numpy's, torch's and, where used, each GPU's."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Continue from what `random_states` gave."""
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

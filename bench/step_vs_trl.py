@@ -1,0 +1,233 @@
+"""A whole training step, ours and TRL's `SDFTTrainer`, on the same work: seconds by phase, tokens/s and peak memory.
+
+    python bench/step_vs_trl.py [--steps 4] [--prompts 8] [--max_completion_length 128] [--no-bf16] [--only atesd]
+
+Both sides run in a process of their own: the same model with all its parameters trained, the same chat prompts for
+student and teacher (which reads the whole solution), responses of exactly `max_completion_length` tokens, the same
+precision, forward KL over the full vocabulary without clips, AdamW. The first step warms up and is not counted; the
+figure is the median of the others. TRL runs in both of its settings of gradient checkpointing (on is its default), and
+the ratios are taken against the faster for time and the smaller for memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+PHASES = ("rollout", "teacher", "student", "loss_backward", "optimizer")
+
+
+def settings(args: argparse.Namespace):
+    """One configuration for both sides."""
+    from atesd.config import ATESDConfig
+
+    return ATESDConfig(
+        model_name_or_path=args.model,
+        num_train_problems=args.prompts * (args.steps + 1),
+        num_probe_problems=0,
+        grounding="none",
+        exposure_policy="full",
+        use_peft=False,
+        bf16=args.bf16,
+        per_device_train_batch_size=args.micro_batch,
+        gradient_accumulation_steps=args.prompts // args.micro_batch,
+        gradient_checkpointing=args.checkpointing,
+        max_prompt_length=2048,
+        max_completion_length=args.max_completion_length,
+        temperature=1.1,
+        top_p=0.95,
+        top_k=20,
+        scoring_temperature=1.1,
+        entry_clip=None,
+        learning_rate=1e-6,
+        max_grad_norm=0.1,
+        max_steps=args.steps + 1,
+        save_steps=10**6,
+        output_dir=tempfile.mkdtemp(prefix="step-vs-trl-"),
+        seed=0,
+    )
+
+
+def run_atesd(args: argparse.Namespace) -> dict:
+    from atesd.trainer import Trainer
+
+    trainer = Trainer(settings(args))
+    trainer.engine.stop_ids = [-1]  # no token ends a response: both sides write the same number
+    rows, cpu = [], []
+    for t in range(args.steps + 1):
+        start = time.process_time()
+        rows.append(trainer.train_step(t)[0])
+        cpu.append(time.process_time() - start)
+    rows, cpu = rows[1:], cpu[1:]
+    seconds = {p: statistics.median(row[f"seconds_{p}"] for row in rows) for p in PHASES}
+    return {
+        "seconds": statistics.median(row["seconds_step"] for row in rows),
+        "cpu_seconds": statistics.median(cpu),
+        "phases": seconds,
+        "loss": rows[-1]["loss"],
+    }
+
+
+def run_trl(args: argparse.Namespace) -> dict:
+    import datasets
+    import torch
+    from transformers import TrainerCallback
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+    from trl.experimental.sdft.sdft_trainer import DemonstrationTeacherContextBuilder
+
+    from atesd.models import load_model_and_tokenizer
+    from atesd.problems import load_problems
+    from atesd.prompts import PromptBuilder
+    from atesd.segmentation import split_reference
+
+    config = settings(args)
+    torch.manual_seed(config.seed)
+    problems = load_problems(
+        config.dataset_name, num_train=config.num_train_problems, num_probe=0, num_eval=0, seed=config.seed
+    )
+    model, tokenizer = load_model_and_tokenizer(config)
+    words = PromptBuilder(tokenizer, max_prompt_length=2048, max_completion_length=128, context_length=8192)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": words.student_text(p)}],
+            "privileged_context": words.teacher_text(p, split_reference(p.solution, p.answer), 1.0),
+        }
+        for p in problems.train
+    ]
+
+    class WholeTeacherPrompt(DemonstrationTeacherContextBuilder):
+        """Our teacher prompt, to the letter."""
+
+        def _compose_teacher_prompt(self, prompt, privileged_context):
+            return [{"role": "user", "content": privileged_context}]
+
+    class Clock(TrainerCallback):
+        """Steps are timed from end to end: generation happens before a step's own begin callback."""
+
+        def __init__(self):
+            self.ends = []
+
+        def on_step_end(self, *_, **__):
+            self.ends.append((time.perf_counter(), time.process_time()))
+
+    clock = Clock()
+    trainer = SDFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list(rows),
+        callbacks=[clock],
+        args=SDFTConfig(
+            output_dir=config.output_dir,
+            per_device_train_batch_size=args.prompts,
+            gradient_accumulation_steps=1,
+            num_generations=1,
+            max_prompt_length=config.max_prompt_length,
+            max_completion_length=config.max_completion_length,
+            generation_kwargs={"min_new_tokens": config.max_completion_length},
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            distillation_mode="full_logits",
+            distillation_alpha=0.0,
+            distillation_is_clip=None,
+            teacher_model_kind="base",
+            bf16=config.bf16,
+            use_cpu=not torch.cuda.is_available(),
+            gradient_checkpointing=args.checkpointing,
+            learning_rate=config.learning_rate,
+            weight_decay=0.0,
+            max_grad_norm=config.max_grad_norm,
+            lr_scheduler_type="constant",
+            max_steps=config.max_steps,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=1,
+            seed=config.seed,
+        ),
+    )
+    trainer.teacher_context_builder = WholeTeacherPrompt(trainer)
+    phases: dict[str, list[float]] = {"rollout": []}
+    generate = trainer._generate
+
+    def timed(prompt_ids):
+        start = time.perf_counter()
+        answer = generate(prompt_ids)
+        phases["rollout"].append(time.perf_counter() - start)
+        return answer
+
+    trainer._generate = timed
+    trainer.train()
+    wall, cpu = zip(
+        *((b[0] - a[0], b[1] - a[1]) for a, b in zip(clock.ends, clock.ends[1:], strict=False)), strict=True
+    )
+    return {
+        "seconds": statistics.median(wall),
+        "cpu_seconds": statistics.median(cpu),
+        "phases": {"rollout": statistics.median(phases["rollout"][1:])},
+        "loss": trainer.state.log_history[-2]["loss"],
+    }
+
+
+def in_fresh_process(args: argparse.Namespace, side: str, checkpointing: bool) -> dict:
+    command = [
+        sys.executable,
+        __file__,
+        *sys.argv[1:],
+        "--side",
+        side,
+        f"--{'' if checkpointing else 'no-'}checkpointing",
+    ]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def report(name: str, result: dict, tokens: int) -> None:
+    phases = "  ".join(f"{phase} {seconds:.1f}" for phase, seconds in result["phases"].items())
+    print(
+        f"{name:32s} {result['seconds']:6.1f} s/step  {tokens / result['seconds']:6.1f} tokens/s  "
+        f"{result['cpu_seconds']:6.1f} CPU s  "
+        f"peak {result['peak'] / 1e9:5.2f} GB   ({phases})  loss {result['loss']:.4g}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--steps", type=int, default=4, help="counted steps")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--micro_batch", type=int, default=4, help="ours: prompts in a micro-batch")
+    parser.add_argument("--max_completion_length", type=int, default=128)
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--only", choices=("atesd", "trl"))
+    parser.add_argument("--side", choices=("atesd", "trl"), help=argparse.SUPPRESS)
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False)
+    args = parser.parse_args()
+    if args.side:
+        result = {"atesd": run_atesd, "trl": run_trl}[args.side](args)
+        result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps(result))
+        return
+    tokens = args.prompts * args.max_completion_length
+    ours = theirs = None
+    if args.only != "trl":
+        ours = in_fresh_process(args, "atesd", args.checkpointing)
+        report("atesd", ours, tokens)
+    if args.only != "atesd":
+        theirs = [in_fresh_process(args, "trl", on) for on in (True, False)]
+        for result, on in zip(theirs, ("on", "off"), strict=True):
+            report(f"TRL SDFTTrainer, checkpointing {on}", result, tokens)
+    if ours and theirs:
+        seconds, cpu, peak = (min(r[name] for r in theirs) for name in ("seconds", "cpu_seconds", "peak"))
+        print(f"CPU time: {ours['cpu_seconds'] / cpu:.2f} of TRL's, the figure to read where others use the machine")
+        print(f"time: {ours['seconds'] / seconds:.2f} of TRL's   peak memory: {ours['peak'] / peak:.2f} of TRL's")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The distillation objective against a dense one written out here, and its normalisation over micro-batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from atesd.batching import hidden_rows, pack, use_packed_attention
+from atesd.objectives import Distillation, TokenTotals, token_logprobs
+from atesd_kernels import TokenStats
+from atesd_kernels.integrations.head import hidden_states_and_head
+
+PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
+READ = [[50, 51, 52, 53, 5, 6, 7], [54, 8, 9], [55, 56, 10, 11, 12, 13], [57, 58, 14]]
+RESPONSES = [[20, 21], [22, 23, 24, 25, 26, 27], [28], [29, 30, 31]]
+TOKENS = sum(map(len, RESPONSES))
+
+
+@pytest.fixture
+def model(tiny_model_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float64)
+    # weights large enough for the context to matter: teacher and student really differ
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.model.layers.parameters():
+            if p.dim() == 2:
+                p.normal_(std=0.3)
+        model.model.embed_tokens.weight.normal_(std=0.3)
+    use_packed_attention(model)
+    return model
+
+
+def step(model, micro_batch, objective):
+    """Gradients and loss of one step in micro-batches; the teacher is the same model with the longer prompts."""
+    model.zero_grad()
+    backbone, head = hidden_states_and_head(model)
+    loss, totals = 0.0, TokenTotals()
+    for start in range(0, len(PROMPTS), micro_batch):
+        part = slice(start, start + micro_batch)
+        student = pack(PROMPTS[part], RESPONSES[part], "cpu")
+        with torch.no_grad():
+            teacher_hidden = hidden_rows(backbone, pack(READ[part], RESPONSES[part], "cpu"))
+        part_loss, stats = objective(
+            hidden_rows(backbone, student), head, teacher_hidden, None, student.targets, TOKENS
+        )
+        part_loss.backward()
+        loss += part_loss.item()
+        totals.add(stats)
+    return loss, [p.grad.clone() for p in model.parameters()], totals
+
+
+def dense_opsd(model, temperature, entry_clip):
+    """OPSD's loss as its authors would write it: whole logits, one sequence at a time, entry-clipped forward KL."""
+    model.zero_grad()
+    total = 0.0
+    for prompt, read, response in zip(PROMPTS, READ, RESPONSES, strict=True):
+        s = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
+        with torch.no_grad():
+            t = model(torch.tensor([read + response])).logits[0, len(read) - 1 : -1] / temperature
+        log_q, log_p = s.log_softmax(-1), t.log_softmax(-1)
+        entries = log_p.exp() * (log_p - log_q)
+        total = total + (entries if entry_clip is None else entries.clamp(max=entry_clip)).sum()
+    loss = total / TOKENS
+    loss.backward()
+    return loss.item(), [p.grad.clone() for p in model.parameters()]
+
+
+def relative_error(got, expected):
+    difference = sum((a - b).square().sum() for a, b in zip(got, expected, strict=True))
+    return float((difference / sum(b.square().sum() for b in expected)).sqrt())
+
+
+@pytest.mark.parametrize("entry_clip", [None, 0.05])
+def test_the_loss_and_its_gradient_are_those_of_dense_opsd(model, entry_clip):
+    objective = Distillation(scoring_temperature=1.1, entry_clip=entry_clip)
+    loss, gradient, _ = step(model, 4, objective)
+    expected_loss, expected = dense_opsd(model, 1.1, entry_clip)
+    assert abs(expected_loss) > 0.01
+    assert loss == pytest.approx(expected_loss, rel=1e-9)
+    assert relative_error(gradient, expected) < 1e-9
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_micro_batches_give_the_loss_gradient_and_statistics_of_one_large_batch(model, micro_batch):
+    objective = Distillation(entry_clip=0.05)
+    loss, gradient, totals = step(model, micro_batch, objective)
+    expected_loss, expected, expected_totals = step(model, 4, objective)
+    assert loss == pytest.approx(expected_loss, rel=1e-12)
+    assert relative_error(gradient, expected) < 1e-12
+    torch.testing.assert_close(totals.sum(), expected_totals.sum(), rtol=1e-12, atol=1e-12)
+    assert totals.p95() == pytest.approx(expected_totals.p95(), rel=1e-6)
+
+
+def test_averaging_micro_batches_with_equal_weight_would_be_another_gradient(model):
+    """The check above can fail: the responses have different lengths."""
+    loss, expected, _ = step(model, 4, Distillation())
+    assert loss > 0.01
+    model.zero_grad()
+    backbone, head = hidden_states_and_head(model)
+    for i in range(4):
+        student = pack(PROMPTS[i : i + 1], RESPONSES[i : i + 1], "cpu")
+        with torch.no_grad():
+            teacher_hidden = hidden_rows(backbone, pack(READ[i : i + 1], RESPONSES[i : i + 1], "cpu"))
+        loss, _ = Distillation()(
+            hidden_rows(backbone, student), head, teacher_hidden, None, student.targets, len(RESPONSES[i])
+        )
+        (loss / 4).backward()
+    assert relative_error([p.grad for p in model.parameters()], expected) > 0.05
+
+
+def test_reference_log_probs_are_those_of_the_dense_model_and_carry_no_gradient(model):
+    backbone, head = hidden_states_and_head(model)
+    got = token_logprobs(backbone, head, pack(PROMPTS, RESPONSES, "cpu"))
+    expected = []
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        log_q = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected += log_q[range(len(response)), response].tolist()
+    assert got.tolist() == pytest.approx(expected, rel=1e-9)
+    assert not got.requires_grad
+
+
+def test_totals_are_sums_over_tokens_and_the_percentile_is_over_all_of_them():
+    def stats(values):
+        x = torch.tensor(values)
+        return TokenStats(x, x * 2, x * 3, x, x, x / 10, x > 2)
+
+    totals = TokenTotals()
+    totals.add(stats([1.0, 2.0]))
+    totals.add(stats([3.0]))
+    means = dict(zip(TokenTotals.NAMES, (totals.sum() / 3).tolist(), strict=True))
+    assert means == pytest.approx(
+        {
+            "mismatch": 2.0,
+            "top1_agreement": 1 / 3,
+            "student_entropy": 4.0,
+            "teacher_entropy": 6.0,
+            "student_confidence": 0.2,
+        }
+    )
+    many = TokenTotals()
+    for value in range(101):
+        many.add(stats([float(value)]))
+    assert many.p95() == 95.0

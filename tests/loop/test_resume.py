@@ -1,0 +1,87 @@
+"""Kill -9 at any moment, resume, and the metrics are those of the run that was not killed, to the last bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+STEPS = 7
+NOT_COMPARED = ("seconds_", "tokens_per_second", "peak_memory_bytes")  # what depends on the machine's mood
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "atesd", "train", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors.decode()[-3000:]
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def kill_after(process: subprocess.Popen, run_dir: Path, steps: int) -> None:
+    """SIGKILL as soon as `steps` lines of metrics are there: the next step or a checkpoint is then under way."""
+    deadline = time.monotonic() + 240
+    while len(lines(run_dir / "metrics.jsonl")) < steps:
+        assert process.poll() is None, process.stderr.read().decode()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+
+
+def compared(run_dir: Path, name: str) -> list[dict]:
+    rows = [json.loads(line) for line in lines(run_dir / name)]
+    return [{k: v for k, v in row.items() if not k.startswith(NOT_COMPARED)} for row in rows]
+
+
+@pytest.fixture
+def settings(tiny_config, tmp_path):
+    """A run in which everything has a state: EMA teacher, dropout, decisions pending over checkpoints, two epochs."""
+    config = tiny_config(
+        max_steps=STEPS, save_steps=3, teacher="ema", ema_decay=0.9, lora_dropout=0.1, hold_window=2, lookahead=3,
+        policy_batch_size=1, warmup_steps=3, lr_scheduler_type="cosine", num_train_problems=9, probe_every=2,
+    )  # fmt: skip
+    return str(config.save(tmp_path / "settings"))
+
+
+def test_a_run_killed_three_times_ends_like_the_run_that_was_not(settings, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(start(settings, "--output_dir", str(whole)))
+
+    kill_after(start(settings, "--output_dir", str(broken)), broken, 1)  # before the first checkpoint
+    kill_after(start("--resume", str(broken)), broken, 3)  # while the first is being written
+    kill_after(start("--resume", str(broken)), broken, 5)  # between checkpoints
+    finish(start("--resume", str(broken)))
+
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert compared(broken, name) == compared(whole, name)
+    assert [row["step"] for row in compared(whole, "metrics.jsonl")] == list(range(1, STEPS + 1))
+    assert (broken / "summary.json").read_text() == (whole / "summary.json").read_text()
+    weights = Path("adapter") / "adapter_model.safetensors"
+    assert (broken / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_a_finished_run_goes_on_when_given_more_steps(tiny_config):
+    from atesd.config import load_config
+    from atesd.trainer import train
+
+    run_dir = train(tiny_config(max_steps=2))
+    train(load_config(None, ["--resume", str(run_dir), "--max_steps", "3"]))
+    assert [row["step"] for row in compared(run_dir, "metrics.jsonl")] == [1, 2, 3]

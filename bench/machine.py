@@ -1,0 +1,79 @@
+"""What a result was measured on, and how it is written: one JSON file per measurement, with machine and commit."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "orda-kernel", "cut-cross-entropy", "triton")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of everything that takes part; what is not installed is not listed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict:
+    import torch
+
+    info = {
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "bf16_instructions": "avx512_bf16" in cpuinfo() or "amx_bf16" in cpuinfo(),
+        "os": platform.system(),
+    }
+    if torch.cuda.is_available():
+        info["gpu"] = torch.cuda.get_device_name()
+    return info
+
+
+def cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def cpu_model() -> str:
+    names = [line.split(":", 1)[1].strip() for line in cpuinfo().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The commit measured; "+" when the library's files differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "-s", "--", "atesd_kernels") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def save(name: str, payload: dict) -> Path:
+    """Write `bench/results/<name>.json`."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    result = {"machine": machine(), "versions": versions(), "commit": commit(), **payload}
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A markdown table; the first column is left-aligned, the others right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

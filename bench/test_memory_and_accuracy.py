@@ -1,0 +1,23 @@
+"""`pytest bench`: memory over N and gradient error over mean KL, with the claims they are there to show."""
+
+from __future__ import annotations
+
+from bench import accuracy_vs_kl, memory
+from bench.entrants import DTYPES, OURS
+
+
+def test_memory_is_flat_in_tokens(full):
+    result = memory.main(memory.TOKENS if full else memory.TOKENS[:2])
+    for dtype in DTYPES:
+        own = [r for r in result["rows"] if (r["entrant"], r["dtype"]) == (OURS, dtype)]
+        gradients = [
+            2 * r["tokens"] * memory.HIDDEN * DTYPES[dtype].itemsize for r in own
+        ]  # once unscaled, once scaled
+        beyond = [r["extra_bytes"] - g for r, g in zip(own, gradients, strict=True)]
+        assert max(beyond) < 1.5 * min(beyond) + 32 * memory.MIB
+
+
+def test_bf16_gradients_stay_right_where_teacher_and_student_nearly_agree():
+    result = accuracy_vs_kl.main()
+    for row in result["rows"]:
+        assert row[f"{OURS} bf16"]["gradient"] < 5e-3

@@ -1,0 +1,65 @@
+"""Interleaved timing: every round runs each entrant once, so that a noisy machine hurts all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from atesd_kernels import matmul
+from atesd_kernels.planning import ChunkPlan
+from bench.entrants import Inputs
+
+
+def timed(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def interleave(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each function in each round. Call each once before, so that nothing compiles here."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    order = list(functions)
+    for _ in range(rounds):
+        for name in order:
+            seconds[name].append(timed(functions[name]))
+        order = order[1:] + order[:1]  # nobody always runs after the same neighbour
+    return seconds
+
+
+def summary(seconds: list[float]) -> dict:
+    median = statistics.median(seconds)
+    return {"median": median, "min": min(seconds), "max": max(seconds), "rounds": seconds}
+
+
+OWN_GEMMS = "its GEMMs alone"
+MM_GEMMS = "the same GEMMs in torch.mm"
+
+
+def own_gemms(x: Inputs, backward: bool) -> None:
+    """The products of `linear_divergence` with a shared head, in the shapes and on the road it takes for them."""
+    with torch.no_grad():
+        plan = ChunkPlan.make(len(x.student), len(x.weight), 8, x.student.device, None)
+        difference = (x.teacher.float() - x.student.float()).to(x.student.dtype)
+        for rows in plan.row_chunks(len(x.student)):
+            total = torch.zeros(x.student[rows].shape)
+            for cols in plan.blocks(len(x.weight)):
+                weight = x.weight[cols]
+                matmul.logits(x.student[rows], weight, torch.float32)
+                g = matmul.logits(difference[rows], weight, x.student.dtype)
+                if backward:
+                    total += matmul.hidden_grad(g, weight)
+
+
+def mm_gemms(x: Inputs, backward: bool, rows: int = 512) -> None:
+    """Two products `[N, H] x [H, V]` and, for the gradient, one `[N, V] x [V, H]`, in the inputs' dtype."""
+    with torch.no_grad():
+        out = torch.empty(rows, len(x.weight), dtype=x.student.dtype)
+        for s, t in zip(x.student.split(rows), x.teacher.split(rows), strict=True):
+            torch.mm(s, x.weight.T, out=out[: len(s)])
+            torch.mm(t, x.weight.T, out=out[: len(s)])
+            if backward:
+                torch.mm(out[: len(s)], x.weight)

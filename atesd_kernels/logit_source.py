@@ -61,9 +61,9 @@ class LinearGradients:
 class LinearLogits(LinearGradients):
     """Teacher and student logits of a chunk, block by block, from hidden states and heads.
 
-    With a shared head the second block is `D = (H_t - H_s) W^T`: the difference of two nearly equal hidden states is
-    rounded once and then multiplied, instead of subtracting two rounded logits. With separate heads it is T, and for
-    fp32 inputs both are formed in fp64: their difference is what the loss is made of.
+    With a shared head the teacher is read through `D = (H_t - H_s) W^T`: the difference of two nearly equal hidden
+    states is rounded once and then multiplied, instead of subtracting two rounded logits. With separate heads both
+    models' logits are formed, for fp32 inputs in fp64: their difference is what the loss is made of.
     """
 
     def __init__(self, spec: DivergenceSpec, h_s, w_s, h_t, w_t, bias_s, bias_t):
@@ -80,7 +80,7 @@ class LinearLogits(LinearGradients):
     def _delta_dtype(self) -> torch.dtype:
         """The inputs' dtype, if D is a plain product; fp32 if more than its rounding error would be rounded away."""
         spec = self.spec
-        plain = self.bias_t is None and spec.temperature == spec.teacher_temperature and spec.term.smooth
+        plain = self.bias_t is None and not self.needs_logits and spec.term.smooth
         return spec.compute_dtype if plain else self.dtype
 
     def refine(self) -> bool:
@@ -90,45 +90,55 @@ class LinearLogits(LinearGradients):
 
     def load(self, index: Tensor) -> None:
         super().load(index)
+        self.offset: Tensor | None = None
         if self.is_delta:
             difference = self.h_t[index].to(self.dtype) - self.hidden[index].to(self.dtype)
             self.rows_t = difference.to(self.spec.compute_dtype if self.spec.term.smooth else self.dtype)
         else:
             self.rows_t = self.h_t[index].to(self.spec.compute_dtype)
 
-    def block(self, cols: slice) -> tuple[Tensor, Tensor]:
-        """Scaled student logits and D (or T) for the vocabulary entries `cols`: two `[R, C]`."""
-        w_s = self.weight[cols].to(self.spec.compute_dtype)
-        s = matmul.logits(self.rows, w_s, self.s_dtype)
-        if self.is_delta:
-            return self._scale_delta(s, matmul.logits(self.rows_t, w_s.to(self.rows_t.dtype), self.other_dtype), cols)
-        t = matmul.logits(self.rows_t, self.w_t[cols].to(self.spec.compute_dtype), self.other_dtype)
-        return (
-            scale_logits(s, self.spec.temperature, _cols(self.bias, cols), self.spec.softcap),
-            scale_logits(t, self.spec.teacher_temperature, _cols(self.bias_t, cols), self.spec.softcap),
-        )
+    def student(self, cols: slice) -> Tensor:
+        """Scaled student logits for the vocabulary entries `cols`: `[R, C]`."""
+        s = matmul.logits(self.rows, self.weight[cols].to(self.spec.compute_dtype), self.s_dtype)
+        return scale_logits(s, self.spec.temperature, _cols(self.bias, cols), self.spec.softcap)
 
-    def _scale_delta(self, s: Tensor, d: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
-        """Bias, softcap and temperatures, applied to the student's logits and to the difference."""
+    def teacher(self, cols: slice) -> Tensor:
+        """Scaled teacher logits, `[R, C]`, of a separate head."""
+        t = matmul.logits(self.rows_t, self.w_t[cols].to(self.spec.compute_dtype), self.other_dtype)
+        return scale_logits(t, self.spec.teacher_temperature, _cols(self.bias_t, cols), self.spec.softcap)
+
+    def centre(self, top: Tensor) -> None:
+        """Subtract a constant from each row of D: its value at the token `top` `[R]`.
+
+        A constant changes no softmax, but D is rounded relative to its size: let it be small where q is large.
+        """
+        if not self.needs_logits:
+            w = self.weight[top].to(self.rows_t.dtype)
+            self.offset = torch.linalg.vecdot(self.rows_t.to(self.dtype), w.to(self.dtype)).neg_()
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether `difference` depends on the student's logits."""
+        return self.spec.softcap is not None or self.spec.temperature != self.spec.teacher_temperature
+
+    def difference(self, cols: slice, s: Tensor) -> Tensor:
+        """D with bias, softcap and temperatures applied, `[R, C]`, given the scaled student logits if it needs them."""
         spec = self.spec
-        bias_s, bias_t = _cols(self.bias, cols), _cols(self.bias_t, cols)
-        if bias_s is not None:
-            s = s.add_(bias_s)
-        if bias_t is not None:
-            shift = bias_t.to(self.dtype) - (0 if bias_s is None else bias_s.to(self.dtype))
+        w = self.weight[cols].to(self.spec.compute_dtype).to(self.rows_t.dtype)
+        d = matmul.logits(self.rows_t, w, self.other_dtype, self.offset)
+        if self.bias_t is not None:
+            bias_s = _cols(self.bias, cols)
+            shift = _cols(self.bias_t, cols).to(self.dtype) - (0 if bias_s is None else bias_s.to(self.dtype))
             # a token both models exclude differs by nothing
-            d = d.add_(torch.nan_to_num(shift, nan=0.0, posinf=torch.inf, neginf=-torch.inf))
+            d.add_(torch.nan_to_num(shift, nan=0.0, posinf=torch.inf, neginf=-torch.inf))
         if spec.softcap is not None:
-            cap = spec.softcap
-            tanh_s, tanh_d = torch.tanh(s / cap), torch.tanh(d / cap).to(s.dtype)
+            tanh_s, tanh_d = s * (spec.temperature / spec.softcap), torch.tanh(d / spec.softcap).to(s.dtype)
             # tanh(a + b) - tanh(a) = tanh(b) (1 - tanh(a)^2) / (1 + tanh(a) tanh(b))
-            d = (cap * tanh_d * (1 - tanh_s * tanh_s) / (1 + tanh_s * tanh_d)).to(d.dtype)
-            s = cap * tanh_s
+            d = (spec.softcap * tanh_d * (1 - tanh_s * tanh_s) / (1 + tanh_s * tanh_d)).to(d.dtype)
         if spec.temperature != spec.teacher_temperature:
-            d = d.div_(spec.teacher_temperature).add_(s, alpha=1 / spec.teacher_temperature - 1 / spec.temperature)
-        elif spec.temperature != 1:
-            d = d.div_(spec.temperature)
-        return s if spec.temperature == 1 else s.div_(spec.temperature), d
+            # (z + d) / T_t - z / T_s, with z = s T_s
+            return d.add_(s, alpha=spec.temperature - spec.teacher_temperature).div_(spec.teacher_temperature)
+        return d if spec.temperature == 1 else d.div_(spec.temperature)
 
     def gradient_storage(self, block: Tensor) -> Tensor:
         return block.view(self.spec.compute_dtype)
@@ -146,7 +156,7 @@ class StudentLogits(LinearGradients):
 class GivenLogits:
     """The same interface over logits the caller holds; the gradient goes to a tensor of their size."""
 
-    is_delta = False
+    is_delta = needs_logits = False
     may_be_infinite = True
     grad_scale = None
 
@@ -169,13 +179,13 @@ class GivenLogits:
     def load(self, index: Tensor) -> None:
         self.index = index
 
-    def block(self, cols: slice) -> tuple[Tensor, Tensor]:
-        spec = self.spec
-        s, t = (z[self.index, cols].to(self.dtype) for z in (self.student_logits, self.teacher_logits))
-        return (
-            scale_logits(s, spec.temperature, None, spec.softcap),
-            scale_logits(t, spec.teacher_temperature, None, spec.softcap),
-        )
+    def student(self, cols: slice) -> Tensor:
+        s = self.student_logits[self.index, cols].to(self.dtype)
+        return scale_logits(s, self.spec.temperature, None, self.spec.softcap)
+
+    def teacher(self, cols: slice) -> Tensor:
+        t = self.teacher_logits[self.index, cols].to(self.dtype)
+        return scale_logits(t, self.spec.teacher_temperature, None, self.spec.softcap)
 
     def gradient_storage(self, block: Tensor) -> Tensor:
         return block

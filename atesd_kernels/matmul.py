@@ -12,12 +12,23 @@ import torch
 from torch import Tensor
 
 
-def logits(h: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """`h @ w.T` with `h` `[R, H]`, `w` `[C, H]` of one dtype, rounded once, to `out_dtype`: `[R, C]`."""
-    if out_dtype == h.dtype:
-        return _linear_fp32(h, w) if h.dtype == torch.float32 else torch.mm(h, w.T)
-    if out_dtype == torch.float64 or h.dtype == torch.float64:
-        return torch.mm(h.double(), w.double().T).to(out_dtype)
+def logits(h: Tensor, w: Tensor, out_dtype: torch.dtype, offset: Tensor | None = None) -> Tensor:
+    """`h @ w.T + offset[:, None]` with `h` `[R, H]`, `w` `[C, H]` of one dtype, rounded once, to `out_dtype`: `[R, C]`.
+
+    `offset` `[R]` is itself rounded to `out_dtype`: it is for constants that cancel.
+    """
+    if out_dtype == h.dtype and h.dtype != torch.float32:
+        if offset is None:
+            return torch.mm(h, w.T)
+        # the GEMM adds it to its fp32 accumulator
+        return torch.addmm(offset.to(out_dtype)[:, None].expand(len(h), len(w)), h, w.T)
+    z = _wide_logits(h, w, out_dtype)
+    return z if offset is None else z.add_(offset[:, None])
+
+
+def _wide_logits(h: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:
+    if out_dtype == torch.float64:
+        return torch.mm(h.double(), w.double().T)
     if h.dtype == torch.float32:
         return _linear_fp32(h, w).to(out_dtype)
     if h.is_cuda:

@@ -88,8 +88,9 @@ class Chunk:
         self.tiles = list(plan.tiles(len(index)))
         self.row = torch.zeros(len(index), dtype=source.dtype, device=source.device)
         source.load(index)
-        # softcap's derivative needs the logits again; elsewhere softmax within each block takes their place
-        self.keeps_logits = not near or spec.softcap is not None
+        # softmax within each block takes the logits' place, unless they are needed again: for softcap's derivative, or
+        # to form D
+        self.keeps_logits = not near or spec.softcap is not None or source.needs_logits
         self.near = near and self._normalise_near()
         # c - mean d is KL(q || p)
         if self.near and bool((self.c - self.mean_d).mean() > ROUNDED_DELTA_KL) and source.refine():
@@ -106,63 +107,75 @@ class Chunk:
     def _normalise_near(self) -> bool:
         """lse_s and c from block softmaxes; False as soon as a logit difference is not near."""
         self._start()
-        mean_b = torch.zeros_like(self.lse_b)
         for b, cols in enumerate(self.cols):
-            self.s[b], self.other[b] = self.source.block(cols)
+            self.s[b] = self.source.student(cols)
+            if not self.source.is_delta:
+                self.other[b] = self.source.teacher(cols).sub_(self.s[b])
             for tile in self.tiles:
-                s, d = self.s[b][tile].to(self.row.dtype), self._difference(b, tile)
-                if not self._is_near(s, d):
-                    return False
+                s = self.s[b][tile].to(self.row.dtype)
+                self._observe(b, tile, s)
                 q_b = torch.softmax(s, 1)
                 self.lse_b[b, tile] = s.amax(1) - q_b.amax(1).log()  # a softmax's largest entry is 1 / sum exp(s - max)
-                mean_b[b, tile] = torch.linalg.vecdot(q_b, d)
-                if self.spec.stats:
-                    self._observe(b, tile, s, s + d)
-                if not self.source.is_delta:
-                    self.other[b][tile] = d
                 if not self.keeps_logits:
                     self.s[b][tile] = q_b
+        if not bool(self.lowest > -torch.inf):  # False for NaN
+            return False
         self.lse_s = self.lse_b.logsumexp(0)
         self.rho = (self.lse_b - self.lse_s).exp()  # each block's share of q
-        self.mean_d = (self.rho * mean_b).sum(0)
+        if self.source.is_delta:
+            self.source.centre(self.argtop_s)
+        for b, cols in enumerate(self.cols):
+            if self.source.is_delta:
+                self.other[b] = self.source.difference(cols, self.s[b])
+            for tile in self.tiles:
+                d = self.other[b][tile].to(self.row.dtype)
+                if not bool(torch.maximum(d.amax(), -d.amin()) <= NEAR):  # False for NaN
+                    return False
+                self.mean_d[tile] += torch.linalg.vecdot(self._q(b, tile), d)
         excess = self.row.clone()
         for b, tile in self._over_tiles():
             d = self.other[b][tile].to(self.row.dtype) - self.mean_d[tile, None]
             excess[tile] += torch.linalg.vecdot(self._q(b, tile), d.expm1_())
         self.c = self.mean_d + torch.log1p(excess)
-        self.lse_t = self.lse_s + self.c
         return True
 
     def _normalise_far(self) -> None:
         self._start()
         lse_t = torch.zeros_like(self.lse_b)
         for b, cols in enumerate(self.cols):
-            self.s[b], self.other[b] = self.source.block(cols)
+            self.s[b] = self.source.student(cols)
+            is_delta = self.source.is_delta
+            self.other[b] = self.source.difference(cols, self.s[b]) if is_delta else self.source.teacher(cols)
             for tile in self.tiles:
                 s, t = self._logits(b, tile)
                 self.lse_b[b, tile], lse_t[b, tile] = s.logsumexp(1), t.logsumexp(1)
-                if self.spec.stats:
-                    self._observe(b, tile, s, t)
+                self._observe(b, tile, s)
         self.lse_s, self.lse_t = self.lse_b.logsumexp(0), lse_t.logsumexp(0)
 
     def _start(self) -> None:
         self.s: list = [None] * len(self.cols)  # per block: student logits, or their softmax within the block
-        self.other: list = [None] * len(self.cols)  # per block: D, or T; the gradient at the end
+        self.other: list = [None] * len(self.cols)  # per block: d (near) or D or T (far); the gradient at the end
         self.lse_b = self.row.new_zeros(len(self.cols), len(self.row))
-        if self.spec.stats:
-            self.top = [self.row.new_full((len(self.row),), -torch.inf) for _ in "st"]
-            self.argtop = [torch.zeros_like(self.row, dtype=torch.long) for _ in "st"]
-            self.at_target = [self.row.clone() for _ in "st"]
+        self.mean_d, self.lowest = self.row.clone(), self.row.new_zeros(())
+        self.top_s, self.argtop_s = torch.full_like(self.row, -torch.inf), torch.zeros_like(self.row, dtype=torch.long)
+        self.top_p, self.argtop_t = self.row.clone(), torch.zeros_like(self.argtop_s)
+        self.entropy_s, self.entropy_t = self.row.clone(), self.row.clone()
+        self.s_target, self.x_target = self.row.clone(), self.row.clone()
 
-    def _difference(self, b: int, tile: slice) -> Tensor:
-        other = self.other[b][tile]
-        return (other if self.source.is_delta else other - self.s[b][tile]).to(self.row.dtype)
-
-    def _is_near(self, s: Tensor, d: Tensor) -> bool:
-        largest = torch.maximum(d.amax(), -d.amin())
+    def _observe(self, b: int, tile: slice, s: Tensor) -> None:
+        """The student's most likely token, and the lowest logit where one may be -inf."""
+        if self.spec.stats or (self.source.is_delta and not self.source.needs_logits):
+            update_top(self.top_s[tile], self.argtop_s[tile], s, self.cols[b].start)
         if self.source.may_be_infinite:
-            largest = torch.maximum(largest, torch.where(torch.isneginf(s.amin()), torch.inf, 0.0))
-        return bool(largest <= NEAR)  # False for NaN
+            self.lowest = torch.minimum(self.lowest, s.amin())
+        self._gather_target(self.s_target[tile], b, tile, s)
+
+    def _gather_target(self, out: Tensor, b: int, tile: slice, values: Tensor) -> None:
+        if self.spec.stats and self.target is not None:
+            column = self.target[tile] - self.cols[b].start
+            here = (column >= 0) & (column < values.shape[1])
+            found = values.gather(1, column.clamp(0, values.shape[1] - 1)[:, None])[:, 0]
+            out.copy_(torch.where(here, found, out))
 
     def _logits(self, b: int, tile: slice) -> tuple[Tensor, Tensor]:
         s, other = self.s[b][tile].to(self.row.dtype), self.other[b][tile].to(self.row.dtype)
@@ -180,14 +193,13 @@ class Chunk:
         spec, term = self.spec, self.term
         one_pass = self.near and spec.entry_clip is None and spec.token_clip is None and term.sum_u is not None
         self.raw, value, sum_u, lost_q = (self.row.clone() for _ in range(4))
-        self.entropy_s, self.entropy_t = self.row.clone(), self.row.clone()
         if one_pass:
             sum_u = term.sum_u(self.c, self.mean_d)
         for b, tile in self._over_tiles():
             q, x, l, u = self._terms(b, tile)
             self.raw[tile] += l.sum(1)
             if spec.stats:
-                self._add_entropies(b, tile, q, x)
+                self._add_stats(b, tile, q, x)
             if one_pass:
                 self._write_gradient(b, tile, q, u, sum_u, weight)
                 continue
@@ -266,28 +278,24 @@ class Chunk:
 
     # Statistics.
 
-    def _observe(self, b: int, tile: slice, s: Tensor, t: Tensor) -> None:
-        start = self.cols[b].start
-        for i, z in enumerate((s, t)):
-            top, arg = z.max(1)
-            better = top > self.top[i][tile]
-            self.top[i][tile] = torch.where(better, top, self.top[i][tile])
-            self.argtop[i][tile] = torch.where(better, arg + start, self.argtop[i][tile])
-            if self.target is not None:
-                column = self.target[tile] - start
-                here = (column >= 0) & (column < z.shape[1])
-                value = z.gather(1, column.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
-                self.at_target[i][tile] = torch.where(here, value, self.at_target[i][tile])
-
-    def _add_entropies(self, b: int, tile: slice, q: Tensor, x: Tensor) -> None:
-        p = q * torch.exp(x)
-        if not self.near:
-            p = (self._logits(b, tile)[1] - self.lse_t[tile, None]).exp()
+    def _add_stats(self, b: int, tile: slice, q: Tensor, x: Tensor) -> None:
+        p = q * torch.exp(x) if self.near else (self._logits(b, tile)[1] - self.lse_t[tile, None]).exp()
         self.entropy_s[tile] += torch.special.entr(q).sum(1)
         self.entropy_t[tile] += torch.special.entr(p).sum(1)
+        update_top(self.top_p[tile], self.argtop_t[tile], p, self.cols[b].start)
+        self._gather_target(self.x_target[tile], b, tile, x)
 
     def stats(self) -> Tensor:
-        agree = (self.argtop[0] == self.argtop[1]).to(self.row.dtype)
-        confidence = (self.top[0] - self.lse_s).exp()
-        logprob_s, logprob_t = self.at_target[0] - self.lse_s, self.at_target[1] - self.lse_t
-        return torch.stack([self.raw, self.entropy_s, self.entropy_t, logprob_s, logprob_t, confidence, agree])
+        agree = (self.argtop_s == self.argtop_t).to(self.row.dtype)
+        confidence, logprob = (self.top_s - self.lse_s).exp(), self.s_target - self.lse_s
+        return torch.stack(
+            [self.raw, self.entropy_s, self.entropy_t, logprob, logprob + self.x_target, confidence, agree]
+        )
+
+
+def update_top(top: Tensor, argtop: Tensor, values: Tensor, start: int) -> None:
+    """Running row maximum `top` `[R]` and its column `argtop`, over blocks that start at column `start`."""
+    block_top, block_arg = values.max(1)
+    better = block_top > top
+    argtop.copy_(torch.where(better, block_arg + start, argtop))
+    top.copy_(torch.where(better, block_top, top))

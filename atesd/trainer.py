@@ -25,6 +25,7 @@ from atesd.batching import assert_same_responses, chunks, hidden_rows, pack
 from atesd.checkpoint import save_checkpoint
 from atesd.config import ATESDConfig
 from atesd.exposure import exposed_text
+from atesd.memory import release_freed_memory
 from atesd.metrics import RunLog, peak_memory_bytes
 from atesd.objectives import TokenTotals
 from atesd.problems import Problem
@@ -102,6 +103,7 @@ class Trainer(RunState):
         problems = [self.problems.train[i] for i in drawn for _ in range(config.num_generations)]
         with self.timer.phase("rollout"):
             rollouts = self.engine.generate([self.prompts.student(problem) for problem in problems])
+        release_freed_memory()
 
         # What the update has to show for itself is measured before it is made
         with self.timer.phase("probe"), self.autocast():
@@ -169,6 +171,7 @@ class Trainer(RunState):
 
     def update(self, loss: float) -> float | None:
         """Clip and step; None, and no step, where the loss or the gradient is not finite."""
+        release_freed_memory()  # of the activations: the first step allocates the optimizer's state
         if self.accelerator.num_processes > 1:  # gradients of one large batch: no DDP wrapper, one sum a step
             for p in self.trained.values():
                 p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
@@ -178,6 +181,7 @@ class Trainer(RunState):
             self.optimizer.step()
             self.teacher.update()
         self.optimizer.zero_grad(set_to_none=True)
+        release_freed_memory()
         return norm if finite else None
 
     def save_nonfinite(self, t: int, problems: list[Problem], rollouts: list[Rollout], **numbers: float) -> None:

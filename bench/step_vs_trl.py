@@ -1,6 +1,6 @@
 """A whole training step, ours and TRL's `SDFTTrainer`, on the same work: seconds by phase, tokens/s and peak memory.
 
-    python bench/step_vs_trl.py [--steps 4] [--prompts 8] [--max_completion_length 128] [--no-bf16] [--only atesd]
+    python bench/step_vs_trl.py [--steps 4] [--prompts 8] [--max_completion_length 128] [--only atesd]
 
 Both sides run in a process of their own: the same model with all its parameters trained, the same chat prompts for
 student and teacher (which reads the whole solution), responses of exactly `max_completion_length` tokens, the same
@@ -41,8 +41,8 @@ def settings(args: argparse.Namespace):
         max_prompt_length=2048,
         max_completion_length=args.max_completion_length,
         temperature=1.1,
-        top_p=0.95,
-        top_k=20,
+        top_p=args.top_p,
+        top_k=args.top_k,
         scoring_temperature=1.1,
         entry_clip=None,
         learning_rate=1e-6,
@@ -202,8 +202,10 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--steps", type=int, default=4, help="counted steps")
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--micro_batch", type=int, default=4, help="ours: prompts in a micro-batch")
+    parser.add_argument("--micro_batch", type=int, default=2, help="ours: prompts in a micro-batch")
     parser.add_argument("--max_completion_length", type=int, default=128)
+    parser.add_argument("--top_p", type=float, default=1.0, help="of both; TRL sorts the whole vocabulary below 1")
+    parser.add_argument("--top_k", type=int, default=0)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--only", choices=("atesd", "trl"))
     parser.add_argument("--side", choices=("atesd", "trl"), help=argparse.SUPPRESS)

@@ -138,11 +138,13 @@ def stop_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
 
 
 def candidates(logits: Tensor, temperature: float, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
-    """`(batch, vocab)` logits -> weights and tokens, `(batch, k)` each: temperature, then top-k, then top-p among those.
+    """`(batch, vocab)` logits -> weights `(batch, k)` and tokens: temperature, then top-k, then top-p among those.
 
     The order is that of transformers. Only the `top_k` best are ever sorted; top-p keeps the smallest set of tokens
     whose mass reaches `top_p`. The weights of the rest are 0, and need not sum to 1.
     """
+    if not top_k and top_p == 1.0:
+        return (logits.float() / temperature).softmax(-1), torch.arange(logits.shape[-1], device=logits.device)[None]
     values, tokens = (logits.float() / temperature).topk(min(top_k or logits.shape[-1], logits.shape[-1]))
     probs = values.softmax(-1)
     if top_p < 1.0:
@@ -153,7 +155,8 @@ def candidates(logits: Tensor, temperature: float, top_p: float, top_k: int) -> 
 def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator) -> Tensor:
     """`(batch, vocab)` logits -> `(batch,)` tokens."""
     probs, tokens = candidates(logits, temperature, top_p, top_k)
-    return tokens.gather(1, torch.multinomial(probs, 1, generator=generator)).flatten()
+    choice = torch.multinomial(probs, 1, generator=generator)
+    return tokens.expand(len(probs), -1).gather(1, choice).flatten()
 
 
 class BufferedLayer(DynamicLayer):

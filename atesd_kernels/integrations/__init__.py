@@ -1,0 +1,1 @@
+"""Thin adapters between the losses and other people's models and trainers."""

@@ -88,7 +88,7 @@ def test_candidates_have_the_probabilities_transformers_gives_them(top_p, top_k)
         warpers.append(TopPLogitsWarper(top_p))
     expected = warpers(None, logits.clone()).softmax(-1)
     probs, tokens = candidates(logits, 1.1, top_p, top_k)
-    got = torch.zeros_like(logits).scatter(1, tokens, probs / probs.sum(-1, keepdim=True))
+    got = torch.zeros_like(logits).scatter(1, tokens.expand(4, -1), probs / probs.sum(-1, keepdim=True))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
 

@@ -115,9 +115,9 @@ def compile_or_not(rounds: int, rows: int = 256, columns: int = 4096, num_blocks
                 torch._dynamo.reset()
                 sweeps = SWEEPS if how == "eager" else [torch.compile(f, dynamic=False) for f in SWEEPS]
                 form = forms[f"{how}, {name}"] = partial(sweep_all, sweeps, blocks, vectors, tile_rows)
-                first[f"{how}, {name}"] = timing.timed(form)
+                first[f"{how}, {name}"] = timing.timed(form)[0]
         for name, seconds in timing.interleave(forms, max(rounds, 5)).items():
-            per_pair = [1e9 * t / (rows * columns * num_blocks) for t in seconds]
+            per_pair = [1e9 * wall / (rows * columns * num_blocks) for wall, _ in seconds]
             row = {"form": name, "dtype": dtype, "ns_per_pair": statistics.median(per_pair)}
             result.append({**row, "min": min(per_pair), "max": max(per_pair), "first_call_seconds": first[name]})
     return result

@@ -70,20 +70,23 @@ def measure(loss: str, dtype: str, tokens: int = TOKENS, rounds: int = 5, phases
 
 
 def table(result: dict) -> str:
-    header = ["entrant", *PHASES, "range", f"against {OURS}", "gradient error", "loss error"]
+    """Ratios are of wall times, in brackets of CPU times."""
+    header = ["entrant", *PHASES, "range", "CPU time", f"against {OURS}", "gradient error", "loss error"]
     medians = {(row["entrant"], row["phase"]): row for row in result["rows"]}
     rows = []
     for name in dict.fromkeys(row["entrant"] for row in result["rows"]):
         both, forward = (medians.get((name, phase)) for phase in PHASES)
-        ratio = both["median"] / medians[OURS, PHASES[0]]["median"]
+        own = medians[OURS, PHASES[0]]
+        ratio = f"{both['median'] / own['median']:.2f}x ({both['cpu'] / own['cpu']:.2f}x)"
         error = both["error"] or {}
         spread = f"{both['min']:.2f} - {both['max']:.2f}"
-        ours = [f"{both['median']:.2f} s", f"{forward['median']:.2f} s" if forward else "", spread, f"{ratio:.2f}x"]
-        rows.append([name, *ours, *(percent(error.get(kind)) for kind in ("gradient", "loss"))])
+        times = [f"{both['median']:.2f} s", f"{forward['median']:.2f} s" if forward else "", spread]
+        errors = [percent(error.get(kind)) for kind in ("gradient", "loss")]
+        rows.append([name, *times, f"{both['cpu']:.2f} s", ratio, *errors])
     for name, why in {**result["missing"], **result["failed"]}.items():
-        rows.append([name, why, "", "", "", "", ""])
+        rows.append([name, why, *[""] * 6])
     for name in result["gpu_only"]:
-        rows.append([name, "has no CPU path", "", "", "", "", ""])
+        rows.append([name, "has no CPU path", *[""] * 6])
     return markdown(header, rows)
 
 

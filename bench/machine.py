@@ -36,6 +36,8 @@ def machine() -> dict:
         "isa": torch.backends.cpu.get_cpu_capability(),
         "bf16_instructions": "avx512_bf16" in cpuinfo() or "amx_bf16" in cpuinfo(),
         "os": platform.system(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+        "load_average": round(os.getloadavg()[0], 1),  # others' work on a shared machine; ours alone is `cores`
     }
     if torch.cuda.is_available():
         info["gpu"] = torch.cuda.get_device_name()

@@ -34,6 +34,9 @@ def source(result: dict) -> str:
     m, packages = result["machine"], result["versions"]
     hardware = f"{m['cpu']}, {m['cores']} cores, {m['ram_gib']} GiB, {m['isa']}"
     hardware += (", bf16 instructions" if m["bf16_instructions"] else "") + (f", {m['gpu']}" if "gpu" in m else "")
+    hardware += f", load average {m['load_average']}"
+    if m["omp_wait_policy"] != "default":
+        hardware += f", OMP_WAIT_POLICY={m['omp_wait_policy']}"
     software = ", ".join(f"{name} {version}" for name, version in packages.items())
     return f"\n<sub>{hardware}; {software}; commit {result['commit']}</sub>"
 
@@ -57,25 +60,42 @@ def one_loss(loss: str, dtype: str) -> Callable[[], str]:
 
 
 def losses_summary() -> str:
-    """One row per loss and precision: this library's time, and each peer's as a multiple of it."""
-    results = [
-        load(f"losses/{loss}-{dtype}-{loss_speed.TOKENS}")
-        for loss in LOSSES
-        for dtype in DTYPES
-        if (RESULTS / f"losses/{loss}-{dtype}-{loss_speed.TOKENS}.json").exists()
-    ]
+    """One row per loss and precision: this library's time, and the others' as a multiple of it: wall (CPU)."""
+    files = [f"losses/{loss}-{dtype}-{loss_speed.TOKENS}" for loss in LOSSES for dtype in DTYPES]
+    results = [load(name) for name in files if (RESULTS / f"{name}.json").exists()]
     if not results:
-        raise FileNotFoundError(f"{RESULTS}/losses: no result at {loss_speed.TOKENS} tokens")
-    both = loss_speed.PHASES[0]
-    by_result = [{r["entrant"]: r["median"] for r in x["rows"] if r["phase"] == both} for x in results]
-    peers = [n for n in dict.fromkeys(n for x in by_result for n in x) if n not in (OURS, OWN_GEMMS, MM_GEMMS)]
-    rows = []
-    for result, medians in zip(results, by_result, strict=True):
-        cells = [f"{medians[n] / medians[OURS]:.2f}x" if n in medians else "-" for n in peers]
-        floor = [f"{medians[n] / medians[OURS]:.0%}" if n in medians else "-" for n in (OWN_GEMMS, MM_GEMMS)]
-        rows.append([f"{result['loss']} {result['dtype']}", f"{medians[OURS]:.2f} s", *cells, *floor])
-    header = ["forward + backward", OURS, *peers, f"{OWN_GEMMS} / time", f"{MM_GEMMS} / time"]
-    return f"{markdown(header, rows)}\n{source(results[0])}"
+        raise FileNotFoundError(f"{RESULTS}/{files[0]}.json")
+    rows, both = [], loss_speed.PHASES[0]
+    by_result = [{r["entrant"]: r for r in result["rows"] if r["phase"] == both} for result in results]
+    others = [name for name in dict.fromkeys(name for found in by_result for name in found) if name != OURS]
+    others.sort(key=lambda name: name in (OWN_GEMMS, MM_GEMMS))
+    for result, found in zip(results, by_result, strict=True):
+        own = found[OURS]
+        ratios = [
+            f"{found[n]['median'] / own['median']:.2f}x ({found[n]['cpu'] / own['cpu']:.2f}x)" if n in found else "-"
+            for n in others
+        ]
+        rows.append([f"{result['loss']} {result['dtype']}", f"{own['median']:.2f} s ({own['cpu']:.2f} s)", *ratios])
+    note = f"N = {loss_speed.TOKENS:,}, H = 576, V = 49,152; time (CPU time), others as multiples."
+    return f"{note}\n\n{markdown(['forward + backward', OURS, *others], rows)}\n{source(results[0])}"
+
+
+def whole_step() -> str:
+    """`step_vs_trl` saves {"tokens", "rows": [{"name", "seconds", "cpu_seconds", "peak", "phases"}]}."""
+    result = load("step_vs_trl")
+    rows = [
+        [
+            row["name"],
+            f"{row['seconds']:.1f}",
+            f"{row['cpu_seconds']:.1f}",
+            f"{result['tokens'] / row['seconds']:.0f}",
+            f"{row['peak'] / 1e9:.2f}",
+            ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in row["phases"].items()),
+        ]
+        for row in result["rows"]
+    ]
+    header = ["whole step", "seconds", "CPU seconds", "tokens/s", "peak GB", "of it, seconds"]
+    return f"{markdown(header, rows)}\n{source(result)}"
 
 
 def chunks() -> str:
@@ -89,18 +109,24 @@ TABLES: dict[str, Callable[[], str]] = {
     "losses": losses_summary,
     **{f"losses-{loss}-{dtype}": one_loss(loss, dtype) for loss in LOSSES for dtype in DTYPES},
     "chunk_size": chunks,
+    "step_vs_trl": whole_step,
 }
+
+
+def render(name: str) -> str:
+    """A table, or a line saying that this checkout holds no result for it."""
+    if name not in TABLES:
+        raise KeyError(f"a table is marked {name!r}; known: {', '.join(TABLES)}")
+    try:
+        return TABLES[name]()
+    except FileNotFoundError as error:
+        return f"(not measured yet: no {Path(str(error.filename or error)).name} in bench/results)"
 
 
 def fill(text: str) -> str:
     """`text` with every marked table built anew. Raises KeyError for a name that is no table."""
 
-    def build(match: re.Match) -> str:
-        if match["name"] not in TABLES:
-            raise KeyError(f"README.md marks a table {match['name']!r}; known: {', '.join(TABLES)}")
-        return f"{match[1]}{TABLES[match['name']]()}\n{match[4]}"
-
-    return MARKED.sub(build, text)
+    return MARKED.sub(lambda m: f"{m[1]}{render(m['name'])}\n{m[4]}", text)
 
 
 def differing(before: str, after: str) -> list[str]:
@@ -115,17 +141,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=README)
     options = parser.parse_args(arguments)
     if options.print:
-        for name, build in TABLES.items():
-            try:
-                print(f"### {name}\n\n{build()}\n")
-            except FileNotFoundError as error:
-                print(f"### {name}\n\nno result yet: {error.filename or error}\n")
+        print("\n\n".join(f"### {name}\n\n{render(name)}" for name in TABLES))
         return 0
     before = options.readme.read_text(encoding="utf-8")
     try:
         after = fill(before)
-    except (KeyError, FileNotFoundError) as error:
-        print(f"{options.readme.name}: {error}", file=sys.stderr)
+    except KeyError as error:
+        print(f"{options.readme.name}: {error.args[0]}", file=sys.stderr)
         return 1
     stale = differing(before, after)
     if options.check:

@@ -1,6 +1,6 @@
 """Error of the hidden-state gradient against float64, over the mean KL between teacher and student.
 
-    python -m bench.accuracy_vs_kl [--problems 8] [--new_tokens 48]
+    python -m bench.accuracy_vs_kl [--problems 8] [--new_tokens 32]
 
 SmolLM2-135M answers gsm_symbolic problems (sampled at T = 1.1: the student's own tokens, as in training); teachers read
 the same tokens after a prompt that exposes alpha of the reference solution. Further teachers lie on the line from the
@@ -19,7 +19,7 @@ from torch import Tensor
 import atesd_kernels
 from bench import entrants
 from bench.entrants import OURS, Inputs, oracle, relative_error, value_and_grad
-from bench.machine import RESULTS, markdown, save
+from bench.machine import RESULTS, markdown, percent, save
 from bench.smollm_states import SmolLM2
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -72,7 +72,7 @@ def run(problems: int, new_tokens: int) -> dict:
         print(cells(rows[-1]), flush=True)
     for target in MEAN_KLS:
         moved = teacher_at_kl(student, teacher, weight, target)
-        rows.append({"teacher": "interpolated", **measure(Inputs(student, weight, moved, targets))})
+        rows.append({"teacher": "alpha = 1, interpolated", **measure(Inputs(student, weight, moved, targets))})
         print(cells(rows[-1]), flush=True)
     missing = {name: entrants.missing(name) for name in COMPARED if name != SEPARATE and entrants.missing(name)}
     return {"tokens": len(student), "prompts": problems, "compared": list(COMPARED), "missing": missing, "rows": rows}
@@ -84,8 +84,12 @@ def columns(result: dict) -> list[str]:
 
 def cells(row: dict, wanted: list[str] | None = None) -> list[str]:
     wanted = wanted or [key for key, value in row.items() if isinstance(value, dict)]
-    errors = [f"{100 * row[key]['gradient']:.2g} %" if key in row else "not installed" for key in wanted]
-    return [row["teacher"], f"{row['mean_kl_bf16']:.2g}", *errors]
+    errors = [percent(row[key]["gradient"]) if key in row else "not installed" for key in wanted]
+    return [
+        row["teacher"],
+        f"{row['mean_kl_bf16']:.1g}" if row["mean_kl_bf16"] < 0.01 else f"{row['mean_kl_bf16']:.2f}",
+        *errors,
+    ]
 
 
 def table(result: dict) -> str:
@@ -118,7 +122,7 @@ def plot(result: dict, path) -> None:
     figure.savefig(path, dpi=140, bbox_inches="tight")
 
 
-def main(problems: int = 8, new_tokens: int = 48) -> dict:
+def main(problems: int = 8, new_tokens: int = 32) -> dict:
     result = run(problems, new_tokens)
     print(table(result))
     save("accuracy_vs_kl", result)
@@ -129,5 +133,5 @@ def main(problems: int = 8, new_tokens: int = 48) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--problems", type=int, default=8)
-    parser.add_argument("--new_tokens", type=int, default=48)
+    parser.add_argument("--new_tokens", type=int, default=32)
     main(**vars(parser.parse_args()))

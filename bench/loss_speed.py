@@ -16,7 +16,7 @@ import torch
 
 from bench import entrants, smollm_states, timing
 from bench.entrants import DTYPES, LOSSES, OURS, Inputs, value_and_grad
-from bench.machine import RESULTS, markdown, save
+from bench.machine import RESULTS, markdown, percent, save
 
 TOKENS = 2048
 ORACLE_ROWS = 256  # rows whose gradient is compared with float64; the loss is compared over all rows
@@ -88,10 +88,6 @@ def table(result: dict) -> str:
     for name in result["gpu_only"]:
         rows.append([name, "has no CPU path", *[""] * 6])
     return markdown(header, rows)
-
-
-def percent(error: float | None) -> str:
-    return "" if error is None else f"{100 * error:.2g} %"
 
 
 if __name__ == "__main__":

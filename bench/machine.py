@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -79,3 +80,11 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A markdown table; the first column is left-aligned, the others right."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def percent(error: float | None) -> str:
+    """Two significant digits, never in scientific notation."""
+    if error is None:
+        return ""
+    digits = max(0, 1 - math.floor(math.log10(100 * error))) if error > 0 else 0
+    return f"{100 * error:.{digits}f} %"

@@ -13,6 +13,7 @@ import pytest
 
 from bench import entrants, loss_speed, timing
 from bench.entrants import DTYPES, LOSSES, OURS
+from bench.machine import percent
 
 pytest.importorskip("pytest_benchmark", reason="pip install 'atesd[bench]'")
 
@@ -58,7 +59,7 @@ def test_loss(benchmark, full, loss, dtype, name):
         pytest.skip(f"{name}: {result['failed'][name]}")
     row = next(r for r in result["rows"] if r["entrant"] == name and r["phase"] == loss_speed.PHASES[0])
     benchmark.group = f"{loss} {dtype}, N = {result['tokens']}, forward + backward"
-    benchmark.name = f"{name} (gradient error {loss_speed.percent((row['error'] or {}).get('gradient')) or 'n/a'})"
+    benchmark.name = f"{name} (gradient error {percent((row['error'] or {}).get('gradient')) or 'n/a'})"
     benchmark.extra_info.update(error=row["error"])
     benchmark.pedantic(CLOCK.advance, args=(iter(row["rounds"]),), rounds=len(row["rounds"]))
     if name == OURS:  # a benchmark of wrong numbers is none

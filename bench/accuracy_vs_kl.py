@@ -87,7 +87,7 @@ def cells(row: dict, wanted: list[str] | None = None) -> list[str]:
     errors = [percent(row[key]["gradient"]) if key in row else "not installed" for key in wanted]
     return [
         row["teacher"],
-        f"{row['mean_kl_bf16']:.1g}" if row["mean_kl_bf16"] < 0.01 else f"{row['mean_kl_bf16']:.2f}",
+        f"{row['mean_kl_bf16']:.2g}",
         *errors,
     ]
 

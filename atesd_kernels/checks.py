@@ -51,7 +51,7 @@ def check_pair(student: Tensor, teacher: Tensor, what: str) -> None:
         f"{tuple(teacher.shape)}; both must hold the response tokens, in the same order.",
     )
     require(
-        student.dtype == teacher.dtype,
+        student.dtype == teacher.dtype or torch.is_autocast_enabled(student.device.type),
         f"student_{what} is {student.dtype}, teacher_{what} {teacher.dtype}; cast one of them.",
         TypeError,
     )
@@ -67,6 +67,12 @@ def check_vocabulary(student: int, teacher: int) -> None:
         f"student and teacher vocabularies differ: {student} and {teacher} entries. If one is padded, cut its head to "
         "the common tokens (weight[:V]), or extend the other with rows whose bias is -inf.",
     )
+
+
+def check_num_tokens(num_tokens: int | float | Tensor | None) -> None:
+    """A number must be positive; a tensor is the caller's promise, because looking would stop a GPU's stream."""
+    if isinstance(num_tokens, (int, float)):
+        require(num_tokens > 0, f"num_tokens must be positive, got {num_tokens}; skip a step without tokens.")
 
 
 INTEGER_TENSORS = ("targets", "lengths", "exposed")
@@ -103,9 +109,7 @@ def check_scalars(
         ("chunk_bytes", chunk_bytes),
         ("token_clip", token_clip),
     ):
-        require(
-            value is None or (value > 0 and math.isfinite(value)), f"{name} must be positive and finite, got {value}."
-        )
+        require(value is None or 0 < value < math.inf, f"{name} must be positive and finite, got {value}.")
     require(
         entry_clip is None or math.isfinite(entry_clip),
         f"entry_clip must be finite, got {entry_clip}; None is no clip.",

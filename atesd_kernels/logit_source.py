@@ -94,8 +94,6 @@ class LinearLogits(LinearGradients):
         if self.is_delta:
             difference = self.h_t[index].to(self.dtype) - self.hidden[index].to(self.dtype)
             self.rows_t = difference.to(self.spec.compute_dtype if self.spec.term.smooth else self.dtype)
-        else:
-            self.rows_t = self.h_t[index].to(self.spec.compute_dtype)
 
     def student(self, cols: slice) -> Tensor:
         """Scaled student logits for the vocabulary entries `cols`: `[R, C]`."""
@@ -103,9 +101,12 @@ class LinearLogits(LinearGradients):
         return scale_logits(s, self.spec.temperature, _cols(self.bias, cols), self.spec.softcap)
 
     def teacher(self, cols: slice) -> Tensor:
-        """Scaled teacher logits, `[R, C]`, of a separate head."""
-        t = matmul.logits(self.rows_t, self.w_t[cols].to(self.spec.compute_dtype), self.other_dtype)
-        return scale_logits(t, self.spec.teacher_temperature, _cols(self.bias_t, cols), self.spec.softcap)
+        """Scaled teacher logits, `[R, C]`."""
+        weight, bias = (self.weight, self.bias) if self.is_delta else (self.w_t, self.bias_t)
+        bias = bias if self.bias_t is None else self.bias_t
+        rows = self.h_t[self.index].to(self.spec.compute_dtype)
+        t = matmul.logits(rows, weight[cols].to(self.spec.compute_dtype), self.s_dtype)
+        return scale_logits(t, self.spec.teacher_temperature, _cols(bias, cols), self.spec.softcap)
 
     def centre(self, top: Tensor) -> None:
         """Subtract a constant from each row of D: its value at the token `top` `[R]`.

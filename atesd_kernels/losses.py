@@ -94,7 +94,7 @@ def linear_divergence(
         >>> round(loss.item(), 3), tuple(student.grad.shape)
         (0.002, (2, 5, 64))
     """
-    if teacher_weight is student_weight:
+    if teacher_weight is not None and _same_storage(student_weight, teacher_weight):
         teacher_weight = None
     checks.check_head("student", student_hidden, student_weight, student_bias)
     checks.check_pair(student_hidden, teacher_hidden, "hidden")
@@ -126,10 +126,10 @@ def linear_divergence(
     flat_mask = _flat_mask(mask)
     row_weight = _row_weight(token_weight, mask, lead.numel(), device, compute_dtype, reduction, num_tokens)
     value, stats, *_ = ops.linear_divergence_op(
-        student_hidden.reshape(-1, student_hidden.shape[-1]),
+        student_hidden.reshape(lead.numel(), student_hidden.shape[-1]),
         student_weight,
         student_bias,
-        teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
+        teacher_hidden.detach().reshape(lead.numel(), teacher_hidden.shape[-1]),
         None if teacher_weight is None else teacher_weight.detach(),
         _teacher_bias(teacher_weight, teacher_bias, student_bias),
         flat_mask,
@@ -320,7 +320,11 @@ def _teacher_bias(teacher_weight, teacher_bias, student_bias) -> Tensor | None:
 
 def _row_weight(token_weight, mask, num_rows: int, device, dtype, reduction: str, num_tokens) -> Tensor | None:
     """`[N]`, what each row's value counts for in the loss; None where that is 1."""
+    checks.check_num_tokens(num_tokens)
     weight = None if token_weight is None else token_weight.detach().reshape(-1).to(accumulate_dtype(dtype))
+    mask = _flat_mask(mask)
+    if weight is not None and mask is not None:
+        weight = torch.where(mask, weight, 0.0)  # a masked token's weight may be anything, NaN included
     if reduction != "mean":
         return weight
     if num_tokens is None:
@@ -329,12 +333,20 @@ def _row_weight(token_weight, mask, num_rows: int, device, dtype, reduction: str
     return weight / num_tokens
 
 
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    """Whether `b` is `a`, or a view of all of it such as `a.detach()`."""
+    if a is b or torch.compiler.is_compiling():
+        return a is b
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+
+
 def _per_token(value: Tensor, row_weight: Tensor | None, lead: torch.Size) -> Tensor:
     return (value if row_weight is None else value * row_weight).reshape(lead)
 
 
 def _stats(stats: Tensor, lead: torch.Size, has_targets: bool) -> TokenStats:
-    fields = dict(zip(TokenStats._fields, stats.detach().reshape(-1, *lead).unbind(0), strict=True))
+    shaped = stats.detach().reshape(len(TokenStats._fields), *lead)
+    fields = dict(zip(TokenStats._fields, shaped.unbind(0), strict=True))
     fields["top1_agree"] = fields["top1_agree"] > 0
     if not has_targets:
         fields["student_logprob"] = fields["teacher_logprob"] = None

@@ -39,17 +39,25 @@ def _wide_logits(h: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:
 
 def hidden_grad(g: Tensor, w: Tensor) -> Tensor:
     """`g @ w` with `g` `[R, C]`, `w` `[C, H]` of one dtype: `[R, H]`."""
+    g, w = _wide_fp16(g, w)
     return _linear_fp32(g, w.T) if g.dtype == torch.float32 else torch.mm(g, w)
 
 
 def add_weight_grad(acc: Tensor, g: Tensor, h: Tensor) -> None:
     """`acc += g.T @ h` with `acc` `[C, H]` in fp32 or fp64."""
+    g, h = _wide_fp16(g, h)
     if g.is_cuda and g.dtype != acc.dtype:
         acc.add_(torch.mm(g.T, h, out_dtype=acc.dtype))
     elif g.dtype == torch.float32:
         acc.add_(_linear_fp32(g.T, h.T))
     else:
         acc.add_(torch.mm(g.T, h))
+
+
+def _wide_fp16(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 operands for fp16 ones on a CPU, where the product would be rounded to fp16 and might overflow."""
+    wide = a.dtype == torch.float16 and not a.is_cuda
+    return (a.float(), b.float()) if wide else (a, b)
 
 
 def _linear_fp32(x: Tensor, w: Tensor) -> Tensor:

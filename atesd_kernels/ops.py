@@ -34,6 +34,11 @@ def _outputs(result: RowResult, weighted: bool, row_weight: Tensor | None) -> Ou
     return [value, *(value.new_empty(0) if t is None else t for t in rest)]
 
 
+def _formed_now(weighted: bool, hidden: bool, weight: bool, bias: bool) -> tuple[bool, bool, bool]:
+    """Which gradients the forward pass forms: none if backward must run the op again anyway."""
+    return (hidden, weight, bias) if weighted or not (weight or bias) else (False, False, False)
+
+
 def _fake(rows: Tensor, dtype, weighted: bool, stats: bool, hidden, weight, bias) -> Outputs:
     acc, n = accumulate_dtype(dtype), rows.shape[0]
     return [
@@ -76,9 +81,10 @@ def linear_divergence_op(
 ) -> Outputs:
     if targets is not None:
         checks.check_targets(targets, mask, student_weight.shape[0])
+    grads = _formed_now(weighted, hidden_grad, weight_grad, bias_grad)
     spec = DivergenceSpec(
         divergence, beta, temperature, teacher_temperature, softcap, entry_clip, token_clip, logits_dtype,
-        compute_dtype, chunk_bytes, stats, hidden_grad, weight_grad, bias_grad,
+        compute_dtype, chunk_bytes, stats, *grads,
     )  # fmt: skip
     run = _backend(backend, "divergence_rows")
     result = run(
@@ -94,15 +100,9 @@ def _(
     targets, backend, divergence, beta, temperature, teacher_temperature, softcap, entry_clip, token_clip,
     logits_dtype, compute_dtype, chunk_bytes, stats, weighted, hidden_grad, weight_grad, bias_grad,
 ):  # fmt: skip
-    return _fake(
-        student_hidden,
-        compute_dtype,
-        weighted,
-        stats,
-        student_hidden if hidden_grad else None,
-        student_weight if weight_grad else None,
-        student_bias if bias_grad else None,
-    )
+    grads = _formed_now(weighted, hidden_grad, weight_grad, bias_grad)
+    formed = [t if g else None for t, g in zip((student_hidden, student_weight, student_bias), grads, strict=True)]
+    return _fake(student_hidden, compute_dtype, weighted, stats, *formed)
 
 
 @torch.library.custom_op("atesd_kernels::linear_logprobs", mutates_args=())
@@ -126,9 +126,8 @@ def linear_logprobs_op(
     bias_grad: bool,
 ) -> Outputs:
     checks.check_targets(targets, mask, weight.shape[0])
-    spec = LogprobSpec(
-        temperature, softcap, logits_dtype, compute_dtype, chunk_bytes, stats, hidden_grad, weight_grad, bias_grad
-    )
+    grads = _formed_now(weighted, hidden_grad, weight_grad, bias_grad)
+    spec = LogprobSpec(temperature, softcap, logits_dtype, compute_dtype, chunk_bytes, stats, *grads)
     result = _backend(backend, "logprob_rows")(spec, hidden, weight, bias, targets, mask, row_weight)
     return _outputs(result, weighted, row_weight)
 
@@ -138,15 +137,9 @@ def _(
     hidden, weight, bias, targets, mask, row_weight, backend, temperature, softcap, logits_dtype, compute_dtype,
     chunk_bytes, stats, weighted, hidden_grad, weight_grad, bias_grad,
 ):  # fmt: skip
-    return _fake(
-        hidden,
-        compute_dtype,
-        weighted,
-        stats,
-        hidden if hidden_grad else None,
-        weight if weight_grad else None,
-        bias if bias_grad else None,
-    )
+    grads = _formed_now(weighted, hidden_grad, weight_grad, bias_grad)
+    formed = [t if g else None for t, g in zip((hidden, weight, bias), grads, strict=True)]
+    return _fake(hidden, compute_dtype, weighted, stats, *formed)
 
 
 @torch.library.custom_op("atesd_kernels::divergence", mutates_args=())
@@ -196,7 +189,7 @@ def _register_autograd(op, names: tuple[str, ...], differentiable: tuple[str, ..
         ctx.set_materialize_grads(False)
         weighted = "weighted" in where and inputs[where["weighted"]]
         asked = [inputs[i] for i in flags]
-        # rows of a trained head: nothing was formed, backward runs the op again
+        # rows of a trained head: nothing was formed (_formed_now), backward runs the op again
         ctx.again = any(asked[1:]) and not weighted
         ctx.asked, ctx.weighted = asked, weighted
         ctx.dtypes = {n: inputs[where[n]].dtype for n in differentiable if inputs[where[n]] is not None}

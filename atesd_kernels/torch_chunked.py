@@ -75,6 +75,7 @@ def _run(spec: DivergenceSpec, source, mask: Tensor | None, row_weight: Tensor |
         value[index] = chunk.divergence(None if row_weight is None else row_weight[index].to(source.dtype))
         if stats is not None:
             stats[:, index] = chunk.stats()
+        del chunk  # before the next one is made: one chunk of logits at a time
     return RowResult(value, stats, *source.gradients())
 
 
@@ -144,13 +145,22 @@ class Chunk:
         lse_t = torch.zeros_like(self.lse_b)
         for b, cols in enumerate(self.cols):
             self.s[b] = self.source.student(cols)
-            is_delta = self.source.is_delta
-            self.other[b] = self.source.difference(cols, self.s[b]) if is_delta else self.source.teacher(cols)
+            self.other[b] = self._far_difference(cols, self.s[b]) if self.source.is_delta else self.source.teacher(cols)
             for tile in self.tiles:
                 s, t = self._logits(b, tile)
                 self.lse_b[b, tile], lse_t[b, tile] = s.logsumexp(1), t.logsumexp(1)
                 self._observe(b, tile, s)
         self.lse_s, self.lse_t = self.lse_b.logsumexp(0), lse_t.logsumexp(0)
+
+    def _far_difference(self, cols: slice, s: Tensor) -> Tensor:
+        """D; the teacher's own logit where the student has none to add it to."""
+        d = self.source.difference(cols, s)
+        if self.source.may_be_infinite:
+            lost = torch.isneginf(s)
+            if bool((lost | ~torch.isfinite(d)).any()):
+                t = self.source.teacher(cols).to(d.dtype)
+                d = torch.where(lost, t, torch.where(torch.isfinite(d), d, t - s))
+        return d
 
     def _start(self) -> None:
         self.s: list = [None] * len(self.cols)  # per block: student logits, or their softmax within the block
@@ -179,7 +189,7 @@ class Chunk:
 
     def _logits(self, b: int, tile: slice) -> tuple[Tensor, Tensor]:
         s, other = self.s[b][tile].to(self.row.dtype), self.other[b][tile].to(self.row.dtype)
-        return s, s + other if self.source.is_delta else other
+        return s, torch.where(torch.isneginf(s), other, s + other) if self.source.is_delta else other
 
     def _q(self, b: int, tile: slice) -> Tensor:
         if self.keeps_logits:

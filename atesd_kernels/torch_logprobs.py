@@ -55,6 +55,7 @@ def logprob_rows(
         if stats is not None:
             zero = torch.zeros_like(lse)
             stats[:, index] = torch.stack([zero, entropy, zero, value[index], zero, (top - lse).exp(), zero])
+        del blocks, z  # before the next chunk's are made
     return RowResult(value, stats, *source.gradients())
 
 

@@ -325,3 +325,72 @@ def test_masked_targets_may_hold_anything():
     mask = targets >= 0
     value = linear_logprobs(pair.student_hidden, pair.student_weight, targets, mask=mask)
     assert (value[1:] == 0).all() and value[0] < 0
+
+
+@pytest.mark.parametrize("divergence", ("jsd", "skew_kl", "alpha", "total_variation", "forward_kl"))
+@pytest.mark.parametrize("softcap", (None, 5.0))
+@pytest.mark.parametrize("temperatures", ((1.0, 1.0), (1.0, 2.0), (2.0, 1.0)))
+def test_a_shared_head_with_absent_entries_on_either_side_is_the_oracle_s(divergence, softcap, temperatures):
+    pair = make_pair(n=6, v=50, scale=0.5)
+    absent, present = torch.zeros(2, 50, device=DEVICE)
+    absent[3] = -torch.inf
+    for student_bias, teacher_bias in ((absent, None), (absent, present), (present, absent)):
+        if divergence in ("forward_kl", "skew_kl") and teacher_bias is present and softcap is None:
+            continue  # infinite, or beyond float64's own where()
+        options = dict(
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            divergence=divergence,
+            softcap=softcap,
+            temperature=temperatures[0],
+            teacher_temperature=temperatures[1],
+        )
+        expected = reference.linear_divergence(*pair.tensors, **options).item()
+        assert linear_divergence(*pair.tensors, **options).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_masked_tokens_may_carry_any_weight_and_any_mask_value_counts_once():
+    pair = make_pair()
+    mask = torch.arange(67, device=DEVICE) % 2 == 0
+    weight = torch.where(mask, 1.0, torch.nan)
+    expected = linear_divergence(*pair.tensors, mask=mask)
+    assert linear_divergence(*pair.tensors, mask=mask, token_weight=weight).item() == pytest.approx(expected.item())
+    assert linear_divergence(*pair.tensors, mask=mask.to(torch.bfloat16) * 3).equal(expected)
+    with pytest.raises(ValueError, match="num_tokens must be positive, got 0"):
+        linear_divergence(*pair.tensors, num_tokens=0)
+
+
+def test_statistics_of_no_tokens_are_empty():
+    pair = make_pair(n=0)
+    loss, stats = linear_divergence(*pair.tensors, return_stats=True)
+    assert loss.item() == 0 and stats.student_entropy.shape == (0,)
+
+
+def test_an_fp16_head_gradient_does_not_overflow_on_the_way():
+    pair = make_pair(n=256, dtype=torch.float16)
+    hidden = (pair.student_hidden * 30).to(torch.float16)
+    weight = pair.student_weight.clone().requires_grad_()
+    linear_divergence(hidden, weight, pair.teacher_hidden).backward()
+    true = pair.student_weight.double().requires_grad_()
+    reference.linear_divergence(hidden, true, pair.teacher_hidden, pair.student_weight.double()).backward()
+    assert relative_l2(weight.grad, true.grad) <= 5e-3
+
+
+def test_a_view_of_the_head_is_the_shared_head():
+    pair = make_pair(dtype=torch.bfloat16)
+    view = pair.student_weight.detach()
+    assert linear_divergence(*pair.tensors[:3], view).equal(linear_divergence(*pair.tensors[:3]))
+
+
+def test_backward_forms_the_gradients_of_a_trained_head_s_rows_only_once(monkeypatch):
+    from atesd_kernels.logit_source import LinearGradients
+
+    calls = []
+    take = LinearGradients.take_gradient
+    monkeypatch.setattr(LinearGradients, "take_gradient", lambda self, *a: (calls.append(1), take(self, *a)))
+    pair = make_pair()
+    weight = pair.student_weight.clone().requires_grad_()
+    loss = linear_divergence(pair.student_hidden, weight, pair.teacher_hidden, reduction="none", backend="torch")
+    assert not calls
+    loss.sum().backward()
+    assert calls and weight.grad.norm() > 0

@@ -1,7 +1,7 @@
 """Packaging metadata of atesd and atesd_kernels. pyproject.toml holds the build system and tool settings only.
 
-Version ranges: the lower bounds are the oldest releases with the interfaces the code calls, the upper bounds stop at
-the next major release. The versions tested together are pinned in the Makefile.
+Version ranges stop at the next major release. What the tests run on is the newest of each range; constraints.txt pins
+torch and triton, whose versions belong together.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from setuptools import find_packages, setup
 
 # What `atesd train quickstart` needs without a GPU: reasoning-gym writes the problems, gguf reads the model.
 BASE = [
-    "torch>=2.6",
+    "torch>=2.9",
     "transformers>=5.0,<6",
     "accelerate>=1.10,<2",
     "peft>=0.18,<1",

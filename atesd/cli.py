@@ -88,7 +88,9 @@ def doctor() -> int:
 def written_for_people(error: BaseException) -> bool:
     """Whether a `raise` of this project is behind `error`: its message says all. Others need a traceback."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    ours = Path(frame.filename).parent.is_relative_to(Path(__file__).parent)
+    here = Path(__file__).parent
+    packages = (here, here.with_name("atesd_kernels"))
+    ours = any(Path(frame.filename).is_relative_to(package) for package in packages)
     return ours and (frame.line or "").startswith("raise ")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable
-from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
 
 SPECIAL_MODEL = "smollm2-135m-instruct"
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab", "trackio")
+# the names atesd_kernels knows (a test compares them), without the seconds that importing torch takes
+DIVERGENCES = tuple("forward_kl reverse_kl jsd jeffreys skew_kl skew_reverse_kl total_variation alpha".split())
 LEARNED_POLICIES = ("atesd", "one_step")
 AT_LEAST_ONE = (
     "lora_r lora_alpha max_prompt_length num_generations max_completion_length hold_window lookahead policy_batch_size "
@@ -74,6 +75,11 @@ def check_combinations(config: ATESDConfig) -> None:
             f"entry_clip ({config.entry_clip}) and token_clip ({config.token_clip}) exclude each other: "
             f"set one of them to 0"
         )
+    check_divergence(config)
+    if config.dataset_name == "gsm_symbolic" and config.num_train_problems is None:
+        raise ConfigError(
+            "num_train_problems is not set, and gsm_symbolic makes as many as are asked for: set it, to 400 say"
+        )
     if config.alpha_min > config.alpha_max:
         raise ConfigError(f"alpha_min ({config.alpha_min}) is above alpha_max ({config.alpha_max}): swap them")
     if config.exposure_policy == "fixed":
@@ -96,8 +102,17 @@ def check_combinations(config: ATESDConfig) -> None:
         require(config, "report_to", tracker in TRACKERS, what)
     alone = trackers == ["none"] or "none" not in trackers
     require(config, "report_to", alone, "none, or trackers without none")
-    if config.rollout_engine == "vllm" and util.find_spec("vllm") is None:
-        raise ConfigError("rollout_engine is 'vllm', not installed here: pip install 'atesd[vllm]', or use 'hf'")
+    if config.rollout_engine != "hf":
+        raise ConfigError(f"rollout_engine is {config.rollout_engine!r}; this version rolls out with 'hf' only")
+
+
+def check_divergence(config: ATESDConfig) -> None:
+    require(
+        config, "divergence", config.divergence in DIVERGENCES, f"one of {', '.join(DIVERGENCES)}"
+        + suggest(config.divergence, DIVERGENCES)
+    )  # fmt: skip
+    if (config.divergence, config.beta) in (("skew_kl", 1), ("skew_reverse_kl", 0)):
+        raise ConfigError(f"divergence {config.divergence!r} with beta {config.beta} is always zero: change beta")
 
 
 def check_places(config: ATESDConfig) -> None:

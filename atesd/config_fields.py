@@ -68,7 +68,9 @@ class DataFields:
 class RolloutFields:
     _argument_group_name = "rollouts"
 
-    rollout_engine: Literal["hf", "vllm"] = option("hf", "our choice", "What generates: transformers or vLLM.")
+    rollout_engine: Literal["hf", "vllm"] = option(
+        "hf", "our choice", "transformers generates the rollouts; vllm is refused."
+    )
     num_generations: int = option(1, "OPSD", "Responses sampled for each problem.")
     max_completion_length: int = option(1024, "OPSD", "Longest response in tokens.")
     temperature: float = option(1.1, "OPSD", "Sampling temperature of the rollouts.")
@@ -109,7 +111,7 @@ class ExposureFields:
     hold_window: int = option(2, "our choice", "H: optimizer steps for which a sampled alpha is held.")
     lookahead: int = option(4, "our choice", "L: steps whose outcome is credited to a decision.")
     reward_gamma: float = option(0.9, "our choice", "Discount of the outcomes inside the lookahead.")
-    lambda_gt: float = option(0.1, "our choice", "Weight of the teacher-grounded score in the reward.")
+    lambda_gt: float = option(0.01, "our choice", "Weight of the teacher-grounded score in the reward.")
     progress_signal: Literal["probe_nll", "distill_loss"] = option(
         "probe_nll",
         "our choice",
@@ -126,7 +128,7 @@ class ExposureFields:
         "our choice",
         "H_target: Beta entropy, in nats, above which it is penalised; Beta(2, 2) has -0.125.",
     )
-    entropy_coef: float = option(0.1, "our choice", "Weight c_t of the entropy bound at the end of the run.")
+    entropy_coef: float = option(1.0, "our choice", "Weight c_t of the entropy bound at the end of the run.")
     probe_every: int = option(1, "our choice", "Steps between measurements of the probe NLL.")
 
 

@@ -85,7 +85,7 @@ def load_problems(
             raise ValueError(f"{name} must not be negative, got {count}")
     if name_or_path == _BUILTIN:
         if num_train is None:
-            raise ValueError("gsm_symbolic is generated without end: say how many problems with num_train")
+            raise ValueError("gsm_symbolic is generated without end: say how many problems with num_train_problems")
         rows = _gsm_symbolic(seed, num_train + num_probe + num_eval)
     else:
         dataset = _open_dataset(name_or_path, dataset_split)
@@ -115,7 +115,7 @@ def load_problems(
     if len(problems) < least:
         raise ValueError(
             f"{name_or_path} has {len(problems)} different problems with an answer ({len(skipped)} had none); "
-            f"num_train={num_train}, num_probe={num_probe} and num_eval={num_eval} need {least}"
+            f"num_train_problems={num_train}, num_probe_problems={num_probe}, num_eval_problems={num_eval} need {least}"
         )
     held_out = num_probe + num_eval
     return ProblemSplits(problems[held_out:], problems[:num_probe], problems[num_probe:held_out], len(skipped))

@@ -111,8 +111,8 @@ def check_scalars(
     ):
         require(value is None or 0 < value < math.inf, f"{name} must be positive and finite, got {value}.")
     require(
-        entry_clip is None or math.isfinite(entry_clip),
-        f"entry_clip must be finite, got {entry_clip}; None is no clip.",
+        entry_clip is None or 0 <= entry_clip < math.inf,
+        f"entry_clip must be finite and not negative, got {entry_clip}; None is no clip.",
     )
     require(reduction in REDUCTIONS, f"unknown reduction {reduction!r}; known: {', '.join(map(repr, REDUCTIONS))}.")
 

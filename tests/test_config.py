@@ -17,7 +17,7 @@ def write_yaml(path, **settings):
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
-    file = write_yaml(tmp_path / "mine.yaml", max_steps=7, learning_rate="3e-5", seed=4)
+    file = write_yaml(tmp_path / "mine.yaml", max_steps=7, learning_rate="3e-5", seed=4, num_train_problems=50)
     config = load_config(file, ["--max_steps", "9", "--output-dir", "out"])
     assert (config.max_steps, config.learning_rate, config.seed, config.lora_r) == (9, 3e-5, 4, 64)
     assert config.output_dir == "out"
@@ -126,3 +126,26 @@ def test_reading_a_configuration_does_not_import_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    (
+        (["--divergence", "foward_kl"], "did you mean forward_kl"),
+        (["--divergence", "skew_kl", "--beta", "1"], "always zero"),
+        (["--rollout_engine", "vllm"], "'hf' only"),
+    ),
+)
+def test_settings_no_run_could_use_are_refused_before_anything_loads(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config("quickstart", [*flags, "--output_dir", "unused"]).validate()
+
+
+def test_the_divergences_a_configuration_may_name_are_those_of_the_kernels():
+    from atesd.config_checks import DIVERGENCES
+    from atesd_kernels.divergences import get_divergence
+
+    assert {get_divergence(name, 0.5).name for name in DIVERGENCES} == set(DIVERGENCES)
+    with pytest.raises(ValueError) as error:
+        get_divergence("unknown", 0.5)
+    assert all(name in str(error.value) for name in DIVERGENCES)

@@ -155,6 +155,11 @@ def candidates(logits: Tensor, temperature: float, top_p: float, top_k: int) -> 
 def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator) -> Tensor:
     """`(batch, vocab)` logits -> `(batch,)` tokens."""
     probs, tokens = candidates(logits, temperature, top_p, top_k)
+    if not torch.isfinite(probs).all():
+        raise FloatingPointError(
+            "the student's logits are not finite, so nothing can be sampled: its weights have diverged. Go back to the "
+            "last checkpoint with a lower learning_rate or max_grad_norm, or run without bf16."
+        )
     choice = torch.multinomial(probs, 1, generator=generator)
     return tokens.expand(len(probs), -1).gather(1, choice).flatten()
 

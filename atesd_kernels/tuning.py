@@ -1,0 +1,58 @@
+"""Launch parameters of the Triton kernels per architecture.
+
+The table is chosen from what `compile_report` shows (registers, spills, shared memory, occupancy); no entry has been
+timed on a GPU yet. It is the whole search space of a first step: nothing is measured or compiled twice at run time.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """A row kernel: vocabulary entries a program reads at once, and its warps. Eight entries a thread make a 16-byte
+    load of a 16-bit logit."""
+
+    block: int
+    num_warps: int
+
+
+ROWS = {
+    "sm_80": RowConfig(2048, 8),
+    "sm_90": RowConfig(2048, 8),
+    "sm_100": RowConfig(2048, 8),
+    "gfx942": RowConfig(2048, 4),  # 64 threads a warp
+}
+INTERPRETED = RowConfig(1024, 4)
+PROGRAMS_PER_PROCESSOR = 4  # what hides memory latency on a row kernel
+
+
+@functools.lru_cache
+def architecture(device: torch.device) -> str | None:
+    """A key of the table; the nearest older entry for an architecture it does not list; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return "gfx942"
+    return {8: "sm_80", 9: "sm_90"}.get(properties.major, "sm_100" if properties.major >= 10 else "sm_80")
+
+
+@functools.lru_cache
+def num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if torch.cuda.is_available() else 1
+
+
+def row_config(device: torch.device, vocab: int) -> RowConfig:
+    config = ROWS.get(architecture(device), INTERPRETED)
+    return RowConfig(min(config.block, max(128, 1 << (vocab - 1).bit_length())), config.num_warps)
+
+
+def row_splits(rows: int, vocab: int, block: int, device: torch.device) -> int:
+    """Programs per row: a power of two, 1 as soon as the rows alone fill the GPU."""
+    wanted = PROGRAMS_PER_PROCESSOR * num_processors(device) // max(rows, 1)
+    return 1 << (max(1, min(wanted, -(-vocab // block), 64)).bit_length() - 1)

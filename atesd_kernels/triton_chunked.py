@@ -213,7 +213,6 @@ class Sweeps:
         new = torch.zeros if mask is not None else torch.empty
         parts = new(num_rows, splits, row_kernels.NUM_PARTS.value, device=s.device)
         sums = new(num_rows, splits, row_kernels.NUM_SUMS.value, device=s.device)
-        row_stats = new(num_rows, row_kernels.NUM_ROW_STATS.value, device=s.device) if spec.stats else parts
         bias_s, bias_t = self.biases or (s, s)
         mask_c, weight_c, target_c = (cut(x, rows, s) for x in (mask, row_weight, targets))
         flags = dict(self.flags, HAS_MASK=mask is not None, STATS=spec.stats)
@@ -225,15 +224,23 @@ class Sweeps:
         g_or_o = o if g is None else g
         for phase in ("sum",) if g is None else ("both",) if self.one_pass else ("sum", "grad"):
             row_kernels.accumulate[grid](
-                s, o, g_or_o, bias_s, bias_t, mask_c, weight_c, parts, sums, row_stats, s.stride(0), o.stride(0),
+                s, o, g_or_o, bias_s, bias_t, mask_c, weight_c, parts, sums, s.stride(0), o.stride(0),
                 g_or_o.stride(0), self.vocab, *self.scalars, spec.entry_clip or 0.0, spec.token_clip or 0.0,
                 spec.term.slope(spec.beta), grad_scale, PHASE=phase, HAS_WEIGHT=row_weight is not None, SPLITS=splits,
                 **self.term_flags, **flags,
             )  # fmt: skip
+        self.collect(rows, sums, parts, mask_c, flags["HAS_MASK"], targets is not None)
+
+    def collect(self, rows: slice, sums: Tensor, parts: Tensor, mask, has_mask: bool, has_targets: bool) -> None:
+        """Add up what the programs of each row left: `sums` and `parts` are `[R, splits, ...]`."""
         totals = sums.sum(1)
         value = totals[:, 1]
-        self.value[rows] = value if spec.token_clip is None else value.clamp_max(spec.token_clip)
-        if spec.stats:
+        self.value[rows] = value if self.spec.token_clip is None else value.clamp_max(self.spec.token_clip)
+        if self.spec.stats:
+            row_stats = sums.new_zeros(len(sums), row_kernels.NUM_ROW_STATS.value)
+            row_kernels.settle[(len(sums),)](
+                parts, mask, row_stats, HAS_MASK=has_mask, HAS_TARGETS=has_targets, SPLITS=parts.shape[1]
+            )
             confidence, logprob_s, logprob_t, agree = row_stats.unbind(1)
             self.stats[:, rows] = torch.stack(
                 [totals[:, 0], totals[:, 4], totals[:, 5], logprob_s, logprob_t, confidence, agree]
@@ -265,6 +272,6 @@ class Gradients:
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         def finished(grad, like):
-            return None if grad is None else grad.div_(self.scale).to(like.dtype)
+            return None if grad is None else (grad if self.scale == 1 else grad.div_(self.scale)).to(like.dtype)
 
         return self.hidden_grad, finished(self.weight_grad, self.weight), finished(self.bias_grad, self.bias)

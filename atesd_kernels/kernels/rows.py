@@ -109,7 +109,7 @@ def normalise(
     O += row * stride_o
     lanes = tl.arange(0, BLOCK)
     s, t, d = load_pair(
-        S, O, BIAS_S, BIAS_T, lanes, (lanes < V) & (stop > start), inv_t_s, inv_t_t, softcap,
+        S, O, BIAS_S, BIAS_T, start + lanes, start + lanes < stop, inv_t_s, inv_t_t, softcap,
         IS_DELTA, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE,
     )  # fmt: skip
     d0 = reference_difference(s, d)
@@ -154,13 +154,13 @@ def normalise(
     if STATS:
         if HAS_TARGETS:
             target = tl.load(TARGETS + row)
-            exists = (target >= 0) & (target < V) & (stop > start)
+            here = (target >= start) & (target < stop)
             s, t, d = load_pair(
-                S, O, BIAS_S, BIAS_T, target, exists, inv_t_s, inv_t_t, softcap,
+                S, O, BIAS_S, BIAS_T, target, here, inv_t_s, inv_t_t, softcap,
                 IS_DELTA, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE,
             )  # fmt: skip
-            tl.store(PARTS + 8, s)
-            tl.store(PARTS + 9, t)
+            tl.store(PARTS + 8, tl.where(here, s, 0.0))
+            tl.store(PARTS + 9, tl.where(here, t, 0.0))
         first_s = tl.min(tl.where(m_s == max_s, top_s, V), 0)
         first_t = tl.min(tl.where(m_t == max_t, top_t, V), 0)
         tl.store((PARTS + 10).to(tl.pointer_type(tl.int32), bitcast=True), first_s)
@@ -168,59 +168,99 @@ def normalise(
 
 
 @triton.jit
-def merged(PARTS, row, SPLITS: tl.constexpr):
-    """lse_s, lse_t, c = lse_t - lse_s and the mean of d under q, from the first sweep's partial sums."""
-    P = PARTS + (row * SPLITS + tl.arange(0, SPLITS)) * NUM_PARTS
+def merged(P, AXIS: tl.constexpr):
+    """lse_s, lse_t, c = lse_t - lse_s and the mean of d under q, from the first sweep's partial sums.
+
+    P points at the parts of a row's programs, which lie along AXIS. Each has its own d0; D0 is their mean under q.
+    """
     m_s, m_t = tl.load(P), tl.load(P + 4)
-    max_s, max_t = tl.max(m_s, 0), tl.max(m_t, 0)
-    w = tl.exp(m_s - max_s)
-    a_s = tl.sum(tl.load(P + 1) * w, 0)
-    a_t = tl.sum(tl.load(P + 5) * tl.exp(m_t - max_t), 0)
-    excess = tl.sum(tl.load(P + 2) * w, 0) / a_s
-    mean = tl.sum(tl.load(P + 3) * w, 0) / a_s
-    d0 = tl.load(PARTS + row * SPLITS * NUM_PARTS + 7)
+    max_s, max_t = tl.max(m_s, AXIS), tl.max(m_t, AXIS)
+    w = tl.exp(m_s - tl.max(m_s, AXIS, keep_dims=True))
+    a = tl.load(P + 1) * w
+    d0 = tl.load(P + 7)
+    a_s = tl.sum(a, AXIS)
+    a_t = tl.sum(tl.load(P + 5) * tl.exp(m_t - tl.max(m_t, AXIS, keep_dims=True)), AXIS)
+    shift = tl.sum(a * d0, AXIS, keep_dims=True) / tl.sum(a, AXIS, keep_dims=True)
+    delta = d0 - shift
+    # sum w expm1(d - D0) = sum w expm1(d - d0) + expm1(d0 - D0) sum w exp(d - d0)
+    b = tl.load(P + 2) * w
+    excess = tl.sum(b + expm1_parts(delta)[0] * (a + b), AXIS) / a_s
+    mean = tl.sum(tl.load(P + 3) * w + a * d0, AXIS) / a_s
     lse_s, lse_t = max_s + tl.log(a_s), max_t + tl.log(a_t)
-    is_near = (tl.max(tl.load(P + 6), 0) < FAR) & (excess > -0.9)
+    is_near = (tl.max(tl.load(P + 6), AXIS) < FAR) & (excess > -0.9)
     small = tl.abs(excess) < 0.5
     log_ratio = tl.where(
         small, log1p_parts(tl.where(small, excess, 0.0))[0], tl.log(1 + tl.where(is_near, excess, 0.0))
     )
-    c = tl.where(is_near, d0 + log_ratio, lse_t - lse_s)
-    return lse_s, tl.where(is_near, lse_s + c, lse_t), c, mean + d0
+    c = tl.where(is_near, tl.sum(a * d0, AXIS) / a_s + log_ratio, lse_t - lse_s)
+    return lse_s, tl.where(is_near, lse_s + c, lse_t), c, mean
 
 
 @triton.jit
-def entry(s, t, d, lse_s, lse_t, c):
-    """x = log p - log q, p, q, and what `terms` wants where x is small."""
-    log_q = s - lse_s
+def evaluate(
+    s, t, d, lse_s, lse_t, c, exists, entry_clip, slope,
+    TERM: tl.constexpr, BETA: tl.constexpr, HAS_ENTRY_CLIP: tl.constexpr,
+):  # fmt: skip
+    """p, q, l', and under an entry clip: u' without the clipped entries, the clipped textbook term, what is clipped,
+    and k q. The textbook term is l' + k (p - q)."""
     x = d - c
-    q = tl.exp(log_q)
+    q = tl.exp(s - lse_s)
     e, bend = expm1_parts(x)
     p = tl.where(tl.abs(x) < 16, q * (e + 1), tl.exp(t - lse_t))
-    return x, p, q, tl.abs(x) < 0.5, e, bend
+    near = tl.abs(x) < 0.5
+    l, u = TERM(x, p, q, near, e, bend, BETA)
+    plain, clipped, k_q = l, exists, q
+    if HAS_ENTRY_CLIP:
+        plain = l + slope * tl.where(near, q * e, p - q)
+        clipped = (plain > entry_clip) & exists
+        plain = tl.where(clipped, entry_clip, tl.where(exists, plain, 0.0))
+        u = tl.where(clipped, 0.0, u)
+        k_q = slope * q
+    return p, q, l, u, plain, clipped, k_q
 
 
 @triton.jit
-def row_stats(PARTS, STATS_OUT, row, lse_s, lse_t, SPLITS: tl.constexpr):
-    """The statistics that the first sweep settles."""
-    lanes = tl.arange(0, SPLITS)
-    P = PARTS + (row * SPLITS + lanes) * NUM_PARTS
-    m_s, m_t = tl.load(P), tl.load(P + 4)
-    best_s = tl.min(tl.where(m_s == tl.max(m_s, 0), lanes, SPLITS), 0)
-    best_t = tl.min(tl.where(m_t == tl.max(m_t, 0), lanes, SPLITS), 0)
-    first = PARTS + row * SPLITS * NUM_PARTS
-    tops = (PARTS + row * SPLITS * NUM_PARTS).to(tl.pointer_type(tl.int32), bitcast=True)
-    top_s, top_t = tl.load(tops + best_s * NUM_PARTS + 10), tl.load(tops + best_t * NUM_PARTS + 11)
-    STATS_OUT += row * NUM_ROW_STATS
-    tl.store(STATS_OUT, tl.exp(tl.max(m_s, 0) - lse_s))
-    tl.store(STATS_OUT + 1, tl.load(first + 8) - lse_s)
-    tl.store(STATS_OUT + 2, tl.load(first + 9) - lse_t)
-    tl.store(STATS_OUT + 3, (top_s == top_t).to(tl.float32))
+def gradient(
+    s, q, u, k_q, clipped, sum_u, lost, inv_t_s, softcap, exists,
+    HAS_ENTRY_CLIP: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """dD / d(raw logit), but for the factor 1 / T: 1_A u' - q sum_A u' + k q (1_notA - sum_notA q)."""
+    g = u - q * sum_u
+    if HAS_ENTRY_CLIP:
+        g += k_q * (tl.where(clipped, 1.0, 0.0) - lost)
+    if HAS_SOFTCAP:
+        tanh_s = s / (inv_t_s * softcap)
+        g *= tl.where(exists, 1 - tanh_s * tanh_s, 0.0)
+    return g
+
+
+@triton.jit
+def settle(PARTS, MASK, STATS_OUT, HAS_MASK: tl.constexpr, HAS_TARGETS: tl.constexpr, SPLITS: tl.constexpr):
+    """The statistics that the first sweep settles: confidence, log-probabilities of the target, agreement."""
+    row = tl.program_id(0).to(tl.int64)
+    counted = True
+    if HAS_MASK:
+        counted = tl.load(MASK + row) != 0
+    if counted:
+        lanes = tl.arange(0, SPLITS)
+        P = PARTS + (row * SPLITS + lanes) * NUM_PARTS
+        lse_s, lse_t, _, _ = merged(P, 0)
+        m_s, m_t = tl.load(P), tl.load(P + 4)
+        best_s = tl.min(tl.where(m_s == tl.max(m_s, 0), lanes, SPLITS - 1), 0)
+        best_t = tl.min(tl.where(m_t == tl.max(m_t, 0), lanes, SPLITS - 1), 0)
+        tops = (PARTS + row * SPLITS * NUM_PARTS).to(tl.pointer_type(tl.int32), bitcast=True)
+        top_s, top_t = tl.load(tops + best_s * NUM_PARTS + 10), tl.load(tops + best_t * NUM_PARTS + 11)
+        STATS_OUT += row * NUM_ROW_STATS
+        tl.store(STATS_OUT, tl.exp(tl.max(m_s, 0) - lse_s))
+        tl.store(STATS_OUT + 3, (top_s == top_t).to(tl.float32))
+        if HAS_TARGETS:
+            tl.store(STATS_OUT + 1, tl.sum(tl.load(P + 8), 0) - lse_s)
+            tl.store(STATS_OUT + 2, tl.sum(tl.load(P + 9), 0) - lse_t)
 
 
 @triton.jit
 def accumulate(
-    S, O, G, BIAS_S, BIAS_T, MASK, WEIGHT, PARTS, SUMS, STATS_OUT, stride_s, stride_o, stride_g, V,
+    S, O, G, BIAS_S, BIAS_T, MASK, WEIGHT, PARTS, SUMS, stride_s, stride_o, stride_g, V,
     inv_t_s, inv_t_t, softcap, entry_clip, token_clip, slope, grad_scale,
     TERM: tl.constexpr, BETA: tl.constexpr, SUM_U: tl.constexpr, PHASE: tl.constexpr,
     IS_DELTA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
@@ -240,7 +280,7 @@ def accumulate(
     G += row * stride_g
     part = (row * SPLITS + tl.program_id(1)) * NUM_SUMS
     if counted:
-        lse_s, lse_t, c, mean_d = merged(PARTS, row, SPLITS)
+        lse_s, lse_t, c, mean_d = merged(PARTS + (row * SPLITS + tl.arange(0, SPLITS)) * NUM_PARTS, 0)
         zeros = tl.zeros([BLOCK], tl.float32)
         loss, clipped_loss, total_u, lost_q, entropy_s, entropy_t = zeros, zeros, zeros, zeros, zeros, zeros
         sum_u, lost, factor = 0.0, 0.0, 1.0
@@ -265,30 +305,22 @@ def accumulate(
                 S, O, BIAS_S, BIAS_T, cols, exists, inv_t_s, inv_t_t, softcap,
                 IS_DELTA, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE,
             )  # fmt: skip
-            x, p, q, near, e, bend = entry(s, t, d, lse_s, lse_t, c)
-            l, u = TERM(x, p, q, near, e, bend, BETA)
-            extra = zeros
+            p, q, l, u, plain, clipped, k_q = evaluate(
+                s, t, d, lse_s, lse_t, c, exists, entry_clip, slope, TERM, BETA, HAS_ENTRY_CLIP
+            )
             if PHASE != "grad":
                 loss += l
             if HAS_ENTRY_CLIP:
-                plain = l + slope * tl.where(near, q * e, p - q)
-                clipped = plain > entry_clip
-                # as written, also for an infinite term; an entry that does not exist has none
-                clipped_loss += tl.where(exists, tl.where(clipped, entry_clip, plain), 0.0)
-                clipped = clipped & exists
+                clipped_loss += plain
                 lost_q += tl.where(clipped, q, 0.0)
-                u = tl.where(clipped, 0.0, u)
-                extra = slope * q * (tl.where(clipped, 1.0, 0.0) - lost)
             if PHASE == "sum":
                 total_u += u
             if STATS and PHASE != "grad":
                 entropy_s += tl.where(q > 0, q * (lse_s - s), 0.0)
                 entropy_t += tl.where(p > 0, p * (lse_t - t), 0.0)
             if PHASE != "sum":
-                g = (u + extra - q * sum_u) * factor
-                if HAS_SOFTCAP:
-                    tanh_s = s / (inv_t_s * softcap)
-                    g *= tl.where(exists, 1 - tanh_s * tanh_s, 0.0)
+                g = gradient(s, q, u, k_q, clipped, sum_u, lost, inv_t_s, softcap, exists, HAS_ENTRY_CLIP, HAS_SOFTCAP)
+                g *= factor
                 tl.store(G + cols, g.to(G.dtype.element_ty), mask=exists)
         if PHASE != "grad":
             total = tl.sum(loss, 0)
@@ -299,8 +331,6 @@ def accumulate(
             if STATS:
                 tl.store(SUMS + part + 4, tl.sum(entropy_s, 0))
                 tl.store(SUMS + part + 5, tl.sum(entropy_t, 0))
-                if tl.program_id(1) == 0:
-                    row_stats(PARTS, STATS_OUT, row, lse_s, lse_t, SPLITS)
     elif PHASE != "sum":
         for j in range(start, stop, BLOCK):
             tl.store(G + j + lanes, tl.zeros([BLOCK], G.dtype.element_ty), mask=j + lanes < stop)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import tuning
-from .kernels import logprobs, rows, terms
+from .kernels import logprobs, rows, terms, tiles
 
-V, N, H = 151_936, 8192, 4096  # Qwen3's vocabulary
+V = 151_936  # Qwen3's vocabulary
 PATH_SHAPE = dict(N=8192, H=4096, V=128_256)  # the shape of the published H100 figures
 BYTES = {"*fp32": 4, "*bf16": 2}
 
@@ -19,11 +19,14 @@ TYPES = {
     **dict.fromkeys(("stride_s", "stride_o", "stride_g", "V"), "i32"),
     **dict.fromkeys(("inv_t_s", "inv_t_t", "inv_t", "softcap", "entry_clip", "token_clip"), "fp32"),
     **dict.fromkeys(("slope", "grad_scale"), "fp32"),
+    **dict.fromkeys(("A", "B", "W", "W_T"), "*bf16"),
+    **dict.fromkeys(("ROWS", "COUNT"), "*i32"),
+    **dict.fromkeys(("stride_a", "stride_b", "stride_w", "stride_w_t", "H", "H_T", "first", "sum_place"), "i32"),
     "TARGETS": "*i64",
 }
 FLAGS = dict(
     IS_DELTA=True, HAS_BIAS=False, HAS_SOFTCAP=False, HAS_TEMPERATURE=True, HAS_MASK=True, HAS_WEIGHT=True,
-    HAS_ENTRY_CLIP=False, HAS_TOKEN_CLIP=False, HAS_TARGETS=True, STATS=False, SPLITS=1, BETA=0.5, SUM_U="sum",
+    HAS_ENTRY_CLIP=False, HAS_TOKEN_CLIP=False, HAS_TARGETS=True, STATS=False, SPLITS=1, SUM_SPLITS=1, BETA=0.5, SUM_U="sum", PRECISION="ieee",
 )  # fmt: skip
 
 
@@ -38,7 +41,9 @@ class Case:
     pointers: dict[str, str] = field(default_factory=dict)
     flags: dict[str, Any] = field(default_factory=dict)
     is_matmul: bool = False
-    multiples_of_16: tuple[str, ...] = ("stride_s", "stride_o", "stride_g", "stride_h", "stride_w", "V", "H")
+    multiples_of_16: tuple[str, ...] = (
+        "stride_s", "stride_o", "stride_g", "stride_a", "stride_b", "stride_w", "stride_w_t", "V", "H", "H_T", "first",
+    )  # fmt: skip
 
     @property
     def types(self) -> dict[str, str]:
@@ -46,14 +51,15 @@ class Case:
         return {name: types[name] for name in self.kernel.arg_names if name in types}
 
     def constants(self, arch: str) -> dict[str, Any]:
-        constants = {**FLAGS, "BLOCK": tuning.ROWS[arch].block, **self.flags}
+        tile = {k: v for k, v in tuning.TILES[arch].constants.items() if k.isupper()}
+        constants = {**FLAGS, "BLOCK": tuning.ROWS[arch].block, **tile, **self.flags}
         return {name: value for name, value in constants.items() if name in self.kernel.arg_names}
 
     def num_warps(self, arch: str) -> int:
-        return tuning.ROWS[arch].num_warps
+        return (tuning.TILES if self.is_matmul else tuning.ROWS)[arch].num_warps
 
     def num_stages(self, arch: str) -> int:
-        return 2
+        return tuning.TILES[arch].num_stages if self.is_matmul else 2
 
     @property
     def bytes_per_row(self) -> float:
@@ -97,7 +103,30 @@ def _row_cases() -> list[Case]:
     return cases
 
 
-CASES = _row_cases()
+def _tile_cases() -> list[Case]:
+    """Two products of 2 H FLOPs a logit; operands are read from L2, so only what leaves the chip is counted."""
+    cases = []
+    for hidden in (2048, 4096):
+        size, work = f", H={hidden}", 4 * hidden
+        g = {"G": "*bf16"}
+        kl = dict(TERM=terms.forward_kl, SUM_U="zero", PHASE="both")
+        clipped = dict(TERM=terms.jsd, PHASE="grad", HAS_ENTRY_CLIP=True, HAS_TOKEN_CLIP=True)
+        for name, kernel, traffic, flags in (
+            ("tiles: statistics", tiles.tile_normalise, 0, {}),
+            ("tiles: statistics, stats", tiles.tile_normalise, 0, dict(STATS=True)),
+            ("tiles: statistics, separate heads", tiles.tile_normalise, 0, dict(IS_DELTA=False)),
+            ("tiles: KL and gradient", tiles.tile_accumulate, 2, kl),
+            ("tiles: jsd sums, clips, stats", tiles.tile_accumulate, 0, {**clipped, "PHASE": "sum", "STATS": True}),
+            ("tiles: jsd gradient, clips", tiles.tile_accumulate, 2, clipped),
+            ("tiles: log-prob", tiles.tile_scores, 0, dict(GRAD=False)),
+            ("tiles: log-prob gradient", tiles.tile_scores, 2, dict(GRAD=True)),
+        ):
+            flops = work // 2 if kernel is tiles.tile_scores else work
+            cases.append(Case(name + size, kernel, traffic, flops, g, flags, is_matmul=True))
+    return cases
+
+
+CASES = _row_cases() + _tile_cases()
 
 # path, GEMMs in units of U = 2 N H V, row kernels' bytes per logit pair, and the most they may be
 PATHS = (

@@ -121,7 +121,7 @@ def logprob_rows(
             )  # fmt: skip
             if spec.any_grad:
                 gradients.take(rows, h, g, w)
-    value, entropy, confidence = out.unbind(1)
+    value, entropy, confidence, _ = out.unbind(1)
     stats = None
     if spec.stats:
         zero = torch.zeros_like(value)

@@ -7,7 +7,7 @@ timed on a GPU yet. It is the whole search space of a first step: nothing is mea
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,6 +28,36 @@ ROWS = {
     "gfx942": RowConfig(1024, 4),  # 64 threads a warp
 }
 INTERPRETED = RowConfig(1024, 4)
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """A tile kernel: rows and vocabulary entries of a tile, depth of a step over the hidden size."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return dict(
+            BLOCK_M=self.block_m,
+            BLOCK_N=self.block_n,
+            BLOCK_K=self.block_k,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+        )
+
+
+TILES = {
+    "sm_80": TileConfig(128, 64, 64, 8, 3),
+    "sm_90": TileConfig(128, 64, 64, 8, 3),
+    "sm_100": TileConfig(128, 64, 64, 8, 3),
+    "gfx942": TileConfig(128, 64, 32, 8, 1),
+}
+INTERPRETED_TILE = TileConfig(16, 256, 64, 4, 1)
 PROGRAMS_PER_PROCESSOR = 4  # what hides memory latency on a row kernel
 
 
@@ -56,3 +86,15 @@ def row_splits(rows: int, vocab: int, block: int, device: torch.device) -> int:
     """Programs per row: a power of two, 1 as soon as the rows alone fill the GPU."""
     wanted = PROGRAMS_PER_PROCESSOR * num_processors(device) // max(rows, 1)
     return 1 << (max(1, min(wanted, -(-vocab // block), 64)).bit_length() - 1)
+
+
+def tile_config(device: torch.device, dtype: torch.dtype) -> TileConfig:
+    config = TILES.get(architecture(device), INTERPRETED_TILE)
+    # fp32 operands take twice the shared memory
+    return config if dtype.itemsize == 2 else replace(config, block_k=config.block_k // 2)
+
+
+def tile_splits(rows: int, columns: int, config: TileConfig, device: torch.device) -> int:
+    """Programs that share a tile of rows: a power of two, enough to give every processor work."""
+    wanted = 2 * num_processors(device) // max(1, -(-rows // config.block_m))
+    return 1 << (max(1, min(wanted, -(-columns // config.block_n), 64)).bit_length() - 1)

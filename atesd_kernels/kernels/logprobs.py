@@ -7,7 +7,7 @@ from .rows import LOWEST, grow, span
 from .terms import tanh
 
 NUM_LOGPROB_PARTS = tl.constexpr(8)  # m, a, sum w (s - s0), s0, target's logit
-NUM_LOGPROB_OUT = tl.constexpr(3)  # log-probability, entropy, confidence
+NUM_LOGPROB_OUT = tl.constexpr(4)  # log-probability, entropy, confidence, lse
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def normalise_one(
     b = a
     s0 = 0.0
     if STATS:
-        first = load_logits(S, BIAS, lanes, (lanes < V) & (stop > start), inv_t, softcap, HAS_BIAS, HAS_SOFTCAP)
+        first = load_logits(S, BIAS, start + lanes, start + lanes < stop, inv_t, softcap, HAS_BIAS, HAS_SOFTCAP)
         s0 = tl.maximum(tl.max(first, 0), LOWEST)
     for j in range(start, stop, BLOCK):
         s = load_logits(S, BIAS, j + lanes, j + lanes < stop, inv_t, softcap, HAS_BIAS, HAS_SOFTCAP)
@@ -60,11 +60,11 @@ def normalise_one(
     tl.store(PARTS + 1, tl.sum(a * w, 0))
     tl.store(PARTS + 2, tl.sum(b * w, 0))
     tl.store(PARTS + 3, s0)
-    if tl.program_id(1) == 0:
-        # here, because the next kernel may overwrite it before another program of the row reads it
-        target = tl.load(TARGETS + row)
-        exists = (target >= 0) & (target < V) & (stop > start)
-        tl.store(PARTS + 4, load_logits(S, BIAS, target, exists, inv_t, softcap, HAS_BIAS, HAS_SOFTCAP))
+    # here, because the next kernel may overwrite it before another program of the row reads it
+    target = tl.load(TARGETS + row)
+    here = (target >= start) & (target < stop)
+    at_target = load_logits(S, BIAS, target, here, inv_t, softcap, HAS_BIAS, HAS_SOFTCAP)
+    tl.store(PARTS + 4, tl.where(here, at_target, 0.0))
 
 
 @triton.jit
@@ -93,10 +93,12 @@ def finish_logprob(
         if tl.program_id(1) == 0:
             OUT += row * NUM_LOGPROB_OUT
             first = PARTS + row * SPLITS * NUM_LOGPROB_PARTS
-            tl.store(OUT, tl.load(first + 4) - lse)
-            mean = tl.sum(tl.load(P + 2) * w, 0) / a
-            tl.store(OUT + 1, (lse - tl.load(first + 3)) - mean)
+            tl.store(OUT, tl.sum(tl.load(P + 4), 0) - lse)
+            s0 = tl.load(first + 3)
+            mean = tl.sum((tl.load(P + 2) + tl.load(P + 1) * (tl.load(P + 3) - s0)) * w, 0) / a
+            tl.store(OUT + 1, (lse - s0) - mean)
             tl.store(OUT + 2, tl.exp(top - lse))
+            tl.store(OUT + 3, lse)
         if GRAD:
             factor = inv_t * grad_scale
             if HAS_WEIGHT:
@@ -113,3 +115,17 @@ def finish_logprob(
     elif GRAD:
         for j in range(start, stop, BLOCK):
             tl.store(G + j + lanes, tl.zeros([BLOCK], G.dtype.element_ty), mask=j + lanes < stop)
+
+
+@triton.jit
+def span_mean(OUT, LENGTHS, EXPOSED, MEAN, T, BLOCK: tl.constexpr):
+    """Mean log-probability of a sequence's tokens [exposed, length); 0 if there is none."""
+    sequence = tl.program_id(0).to(tl.int64)
+    start = tl.maximum(tl.load(EXPOSED + sequence), 0)
+    stop = tl.minimum(tl.load(LENGTHS + sequence), T)
+    total = tl.zeros([BLOCK], tl.float32)
+    for j in range(start, stop, BLOCK):
+        place = j + tl.arange(0, BLOCK)
+        total += tl.load(OUT + (sequence * T + place) * NUM_LOGPROB_OUT, mask=place < stop, other=0.0)
+    count = tl.maximum(stop - start, 1)
+    tl.store(MEAN + sequence, tl.sum(total, 0) / count.to(tl.float32))

@@ -26,7 +26,8 @@ TYPES = {
 }
 FLAGS = dict(
     IS_DELTA=True, HAS_BIAS=False, HAS_SOFTCAP=False, HAS_TEMPERATURE=True, HAS_MASK=True, HAS_WEIGHT=True,
-    HAS_ENTRY_CLIP=False, HAS_TOKEN_CLIP=False, HAS_TARGETS=True, STATS=False, SPLITS=1, SUM_SPLITS=1, BETA=0.5, SUM_U="sum", PRECISION="ieee",
+    HAS_ENTRY_CLIP=False, HAS_TOKEN_CLIP=False, HAS_TARGETS=True, STATS=False, SPLITS=1,
+    SUM_SPLITS=1, BETA=0.5, SUM_U="sum", PRECISION="ieee",
 )  # fmt: skip
 
 
@@ -51,15 +52,18 @@ class Case:
         return {name: types[name] for name in self.kernel.arg_names if name in types}
 
     def constants(self, arch: str) -> dict[str, Any]:
-        tile = {k: v for k, v in tuning.TILES[arch].constants.items() if k.isupper()}
+        tile = {k: v for k, v in self.tile(arch).constants.items() if k.isupper()}
         constants = {**FLAGS, "BLOCK": tuning.ROWS[arch].block, **tile, **self.flags}
         return {name: value for name, value in constants.items() if name in self.kernel.arg_names}
 
+    def tile(self, arch: str) -> tuning.TileConfig:
+        return (tuning.SECOND_PASS_TILES if self.kernel is tiles.tile_accumulate else tuning.TILES)[arch]
+
     def num_warps(self, arch: str) -> int:
-        return (tuning.TILES if self.is_matmul else tuning.ROWS)[arch].num_warps
+        return self.tile(arch).num_warps if self.is_matmul else tuning.ROWS[arch].num_warps
 
     def num_stages(self, arch: str) -> int:
-        return tuning.TILES[arch].num_stages if self.is_matmul else 2
+        return self.tile(arch).num_stages if self.is_matmul else 2
 
     @property
     def bytes_per_row(self) -> float:
@@ -144,10 +148,9 @@ def path_table(gpus, out, faults: list[str]) -> None:
     """How a whole call's time is made up, at peak rates and at 70 % of the tensor cores' (what good GEMMs reach)."""
     N, H, V = (PATH_SHAPE[k] for k in "NHV")
     out(f"Roofline of backend triton at N={N:,}, H={H:,}, V={V:,} (computed; not yet measured on a GPU)")
-    out(
-        "| path | GPU | GEMMs (U) | B/logit pair, limit | GEMMs ms (at 70 %) | row kernels ms | dW traffic ms | total ms at 70 % |"
-    )
-    out("|---|---|---|---|---|---|---|---|")
+    columns = ("path", "GPU", "GEMMs (U)", "B/logit pair, limit", "GEMMs ms (at 70 %)", "row kernels ms", "dW ms")
+    out(f"| {' | '.join(columns)} | total ms at 70 % |")
+    out("|---" * 8 + "|")
     for name, units, traffic, limit in PATHS:
         for gpu in gpus:
             gemm = units * 2 * N * H * V / gpu.tflops / 1e9

@@ -166,10 +166,9 @@ def loop_loads(text: str) -> Counter:
 def report(gpus=GPUS, out=print) -> list[str]:
     """Print the tables; return the faults."""
     faults = []
-    out(
-        "| kernel | GPU | registers | spills | shared | occupancy | tensor-core | loop loads (bits x n) | B/row | FLOP/row |"
-    )
-    out("|---|---|---|---|---|---|---|---|---|---|")
+    columns = ("kernel", "GPU", "registers", "spills", "shared", "occupancy", "tensor-core", "loop loads (bits x n)")
+    out(f"| {' | '.join(columns)} | B/row | FLOP/row |")
+    out("|---" * 10 + "|")
     for case in CASES:
         for gpu in gpus:
             c = compile_case(case, gpu)

@@ -53,9 +53,10 @@ def divergence_rows(
     sweeps = Sweeps(spec, num_rows, vocab, shared, biases, device)
     if num_rows == 0:
         return RowResult(sweeps.value, sweeps.stats, *zeroed(gradients).finish())
-    config = tuning.tile_config(device, dtype)
+    first = tuning.tile_config(device, dtype)
+    config = tuning.tile_config(device, dtype, second_pass=True)
     row, count = counted_rows(mask, num_rows, device)
-    splits = tuning.tile_splits(num_rows, vocab, config, device)
+    splits = tuning.tile_splits(num_rows, vocab, first, device)
     blocks = column_blocks(spec, num_rows, vocab, dtype, config, device)
     one_pass = sweeps.one_pass and spec.any_grad
     block_splits = tuning.tile_splits(num_rows, blocks[0].stop, config, device) if spec.any_grad else 1
@@ -66,22 +67,22 @@ def divergence_rows(
     any_pointer = w_s
     strides = (h_s.stride(0), h_t.stride(0), w_s.stride(0), w_t.stride(0))
     flags = {k: v for k, v in sweeps.flags.items() if k not in ("BLOCK", "num_warps")}
-    flags |= dict(STATS=spec.stats, PRECISION="ieee", **config.constants)
-    tiles_of_rows = -(-num_rows // config.block_m)
+    flags |= dict(STATS=spec.stats, PRECISION="ieee")
 
     def accumulate(phase: str, g: Tensor, cols: slice, programs: int, sum_place: int = 0) -> None:
-        tile_kernels.tile_accumulate[(tiles_of_rows, programs)](
+        tile_kernels.tile_accumulate[(-(-num_rows // config.block_m), programs)](
             h_s, h_t, w_s, w_t, g, bias_s, bias_t, row, count, any_pointer if row_weight is None else row_weight,
             parts, sums, *strides, g.stride(0), cols.start, sum_place, cols.stop, hidden, h_t.shape[1],
             *sweeps.scalars, spec.entry_clip or 0.0, spec.token_clip or 0.0, spec.term.slope(spec.beta),
             gradients.scale, PHASE=phase, HAS_WEIGHT=row_weight is not None, SPLITS=splits, SUM_SPLITS=sum_splits,
-            **sweeps.term_flags, **flags,
+            **sweeps.term_flags, **flags, **config.constants,
         )  # fmt: skip
 
     with on(device):
-        tile_kernels.tile_normalise[(tiles_of_rows, splits)](
+        tile_kernels.tile_normalise[(-(-num_rows // first.block_m), splits)](
             h_s, h_t, w_s, w_t, bias_s, bias_t, row, count, any_pointer if targets is None else targets, parts,
             *strides, vocab, hidden, h_t.shape[1], *sweeps.scalars, HAS_TARGETS=targets is not None, **flags,
+            **first.constants,
         )  # fmt: skip
         if not one_pass:
             accumulate("sum", parts, slice(0, vocab), splits)
@@ -151,7 +152,7 @@ def exposure_means(
 
 
 def scores(spec: LogprobSpec, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask):
-    """Per row log-probability, entropy, confidence and lse, `[N, 4]`; and a launcher of the gradient of some columns."""
+    """Per row log-probability, entropy, confidence and lse, `[N, 4]`; and what launches the gradient of some columns."""
     dtype, device = spec.compute_dtype, hidden.device
     h, w = rows_of(hidden.to(dtype)), rows_of(weight.to(dtype))
     (num_rows, size), vocab = h.shape, w.shape[0]

@@ -152,7 +152,7 @@ def exposure_means(
 
 
 def scores(spec: LogprobSpec, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask):
-    """Per row log-probability, entropy, confidence and lse, `[N, 4]`; and what launches the gradient of some columns."""
+    """Per row log-probability, entropy, confidence and lse, `[N, 4]`; and the launcher of a gradient."""
     dtype, device = spec.compute_dtype, hidden.device
     h, w = rows_of(hidden.to(dtype)), rows_of(weight.to(dtype))
     (num_rows, size), vocab = h.shape, w.shape[0]

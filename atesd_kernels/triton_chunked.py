@@ -4,7 +4,8 @@ A chunk's logits are formed by two GEMMs (S in `logits_dtype`; with a shared hea
 dtype, else T), read by two or three sweeps of `kernels/rows.py`, and overwritten by the gradient, which two more
 GEMMs carry to hidden states and head. Bias, softcap and temperatures are applied inside the kernels, so D stays a
 plain product. Nothing here waits for the device: shapes and options alone decide what is launched, and a call can be
-captured in a CUDA graph. Masked rows go through the GEMMs but not through the kernels.
+captured in a CUDA graph. Masked rows go through the GEMMs but not through the kernels. D is rounded as it comes: the
+torch backend first subtracts its value at the student's most likely token, which would take one more sweep here.
 
 Memory is a chunk of logits plus outputs. Where the gradient is narrower than D or T it cannot overwrite them without
 a race, and gets a buffer of its own within the same budget.

@@ -70,8 +70,7 @@ def _skipping_means(
     """The same on a GPU, where tokens outside the span take no part in any product; None on another backend."""
     checks.check_head("student", hidden, weight, bias)
     checks.check_scalars(temperature=temperature, softcap=softcap, chunk_bytes=chunk_bytes)
-    checks.check_token_tensor("targets", targets, hidden.shape[:-1], hidden.device)
-    checks.require(not targets.is_floating_point(), f"targets must be integers, got {targets.dtype}.", TypeError)
+    checks.check_token_tensors(hidden.shape[:-1], hidden.device, targets=targets)
     dtype = _compute_dtype(hidden)
     checks.check_dtypes(dtype, logits_dtype, **({} if dtype != hidden.dtype else {"weight": weight}))
     if choose_backend(backend, hidden.device, dtype, True) == "torch":

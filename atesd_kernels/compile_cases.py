@@ -57,7 +57,8 @@ class Case:
         return {name: value for name, value in constants.items() if name in self.kernel.arg_names}
 
     def tile(self, arch: str) -> tuning.TileConfig:
-        return (tuning.SECOND_PASS_TILES if self.kernel is tiles.tile_accumulate else tuning.TILES)[arch]
+        special = {"tile_accumulate": tuning.SECOND_PASS_TILES, "tile_scores": tuning.ONE_MODEL_TILES}
+        return special.get(self.kernel.__name__, tuning.TILES)[arch]
 
     def num_warps(self, arch: str) -> int:
         return self.tile(arch).num_warps if self.is_matmul else tuning.ROWS[arch].num_warps

@@ -54,7 +54,7 @@ def divergence_rows(
     if num_rows == 0:
         return RowResult(sweeps.value, sweeps.stats, *zeroed(gradients).finish())
     first = tuning.tile_config(device, dtype)
-    config = tuning.tile_config(device, dtype, second_pass=True)
+    config = tuning.tile_config(device, dtype, tuning.SECOND_PASS_TILES)
     row, count = counted_rows(mask, num_rows, device)
     splits = tuning.tile_splits(num_rows, vocab, first, device)
     blocks = column_blocks(spec, num_rows, vocab, dtype, config, device)
@@ -120,7 +120,7 @@ def logprob_rows(
     dtype = spec.compute_dtype
     w = weight.to(dtype)
     carrier = ColumnGradients(gradients, hidden.to(dtype), w, mask)
-    config = tuning.tile_config(hidden.device, dtype)
+    config = tuning.tile_config(hidden.device, dtype, tuning.ONE_MODEL_TILES)
     with on(hidden.device):
         for cols in column_blocks(spec, len(value), len(w), dtype, config, hidden.device):
             g = carrier.buffer(cols)
@@ -159,7 +159,7 @@ def scores(spec: LogprobSpec, hidden: Tensor, weight: Tensor, bias: Tensor | Non
     out = torch.zeros(num_rows, logprob_kernels.NUM_LOGPROB_OUT.value, device=device)
     if num_rows == 0:
         return out, None
-    config = tuning.tile_config(device, dtype)
+    config = tuning.tile_config(device, dtype, tuning.ONE_MODEL_TILES)
     row, count = counted_rows(mask, num_rows, device)
     splits = tuning.tile_splits(num_rows, vocab, config, device)
     parts = torch.zeros(num_rows, splits, logprob_kernels.NUM_LOGPROB_PARTS.value, device=device)

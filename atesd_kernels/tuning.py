@@ -65,6 +65,10 @@ SECOND_PASS_TILES = {
     "sm_100": TileConfig(64, 32, 64, 8, 3),
     "gfx942": TileConfig(128, 64, 32, 8, 1),
 }
+ONE_MODEL_TILES = {
+    **dict.fromkeys(("sm_80", "sm_90", "sm_100"), TileConfig(128, 64, 64, 8, 3)),
+    "gfx942": TILES["gfx942"],
+}
 INTERPRETED_TILE = TileConfig(16, 256, 64, 4, 1)
 PROGRAMS_PER_PROCESSOR = 4  # what hides memory latency on a row kernel
 
@@ -96,8 +100,8 @@ def row_splits(rows: int, vocab: int, block: int, device: torch.device) -> int:
     return 1 << (max(1, min(wanted, -(-vocab // block), 64)).bit_length() - 1)
 
 
-def tile_config(device: torch.device, dtype: torch.dtype, second_pass: bool = False) -> TileConfig:
-    config = (SECOND_PASS_TILES if second_pass else TILES).get(architecture(device), INTERPRETED_TILE)
+def tile_config(device: torch.device, dtype: torch.dtype, table: dict[str, TileConfig] = TILES) -> TileConfig:
+    config = table.get(architecture(device), INTERPRETED_TILE)
     # fp32 operands take twice the shared memory
     return config if dtype.itemsize == 2 else replace(config, block_k=config.block_k // 2)
 

@@ -34,7 +34,7 @@ def _several_programs(monkeypatch):
     """Small blocks and an imagined number of processors, so that rows are split over programs at these sizes."""
     tile = tuning.TileConfig(16, 64, 32, 4, 2)
     monkeypatch.setattr(tuning, "row_config", lambda device, vocab: tuning.RowConfig(128, 4))
-    monkeypatch.setattr(tuning, "tile_config", lambda device, dtype, second_pass=False: tile)
+    monkeypatch.setattr(tuning, "tile_config", lambda device, dtype, table=None: tile)
     monkeypatch.setattr(tuning, "num_processors", lambda device: 3)
     if SANITIZED:  # its tensors lie on the CPU, where no GEMM widens its output
         plain = torch.mm

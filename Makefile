@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 INPUTS := setup.py pyproject.toml constraints.txt
 
-.PHONY: train test lint bench model clean
+.PHONY: train test sanitize compile-report lint bench model clean
 .DELETE_ON_ERROR:
 
 train: model
@@ -26,6 +26,23 @@ test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The kernels' GPU suite without a GPU: what Triton's compiler produces is executed on the CPU, and an out-of-bounds
+# access, a race between programs or a read of unwritten memory fails its test. Python 3.12, in an environment of its own.
+SANITIZE_PYTHON ?= python3.12
+SANITIZE_VENV ?= .venv-sanitize
+
+sanitize: $(SANITIZE_VENV)/.installed
+	$(SANITIZE_VENV)/bin/python -m ttsem.sanitize pytest tests/kernels/test_triton_gpu.py --noconftest -q $(ARGS)
+
+$(SANITIZE_VENV)/.installed: requirements-sanitize.txt
+	$(SANITIZE_PYTHON) -m venv $(SANITIZE_VENV)
+	$(SANITIZE_VENV)/bin/python -m pip install --quiet --requirement requirements-sanitize.txt
+	@touch $@
+
+# Compiles every kernel for four GPUs this machine need not have, and fails on spills and slow instructions.
+compile-report: $(VENV)/.installed-test
+	$(BIN)/python -m atesd_kernels.compile_report --check
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest bench $(ARGS)
@@ -43,4 +60,4 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SANITIZE_VENV) build *.egg-info .pytest_cache .ruff_cache

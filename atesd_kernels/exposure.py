@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks
-from .losses import linear_logprobs
+from . import checks, ops
+from .losses import _compute_dtype, _wanted, linear_logprobs
+from .planning import choose_backend
 
 
 def exposure_mask(lengths: Tensor, exposed: Tensor, max_length: int) -> Tensor:
@@ -54,5 +55,26 @@ def exposure_logprobs(
     checks.require(hidden.dim() == 3, f"hidden must be [B, T, H], got {tuple(hidden.shape)}.")
     checks.check_token_tensors(hidden.shape[:1], hidden.device, lengths=lengths, exposed=exposed)
     mask = exposure_mask(lengths, exposed, hidden.shape[1])
+    if not any(_wanted(hidden, weight, options.get("bias"))):
+        means = _skipping_means(hidden, weight, targets, lengths, exposed, mask, **options)
+        if means is not None:
+            return means
     logprobs = linear_logprobs(hidden, weight, targets, mask=mask, **options)
     return logprobs.sum(1) / mask.sum(1).clamp_min(1)
+
+
+def _skipping_means(
+    hidden, weight, targets, lengths, exposed, mask, *, temperature=1.0, bias=None, softcap=None, backend="auto",
+    chunk_bytes=None, logits_dtype=torch.float32,
+) -> Tensor | None:  # fmt: skip
+    """The same on a GPU, where tokens outside the span take no part in any product; None on another backend."""
+    checks.check_head("student", hidden, weight, bias)
+    checks.check_scalars(temperature=temperature, softcap=softcap, chunk_bytes=chunk_bytes)
+    checks.check_token_tensors(hidden.shape[:-1], hidden.device, targets=targets)
+    dtype = _compute_dtype(hidden)
+    checks.check_dtypes(dtype, logits_dtype, **({} if dtype != hidden.dtype else {"weight": weight}))
+    if choose_backend(backend, hidden.device, dtype, True) == "torch":
+        return None
+    return ops.exposure_means_op(
+        hidden, weight, bias, targets, lengths, exposed, mask, float(temperature), softcap, logits_dtype, dtype
+    )

@@ -142,6 +142,31 @@ def _(
     return _fake(hidden, compute_dtype, weighted, stats, *formed)
 
 
+@torch.library.custom_op("atesd_kernels::exposure_means", mutates_args=())
+def exposure_means_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    lengths: Tensor,
+    exposed: Tensor,
+    mask: Tensor,
+    temperature: float,
+    softcap: float | None,
+    logits_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+) -> Tensor:
+    checks.check_targets(targets, mask, weight.shape[0])
+    spec = LogprobSpec(temperature, softcap, logits_dtype, compute_dtype, None, False, False, False, False)
+    means = _backend("triton_tiled", "exposure_means")
+    return means(spec, hidden, weight, bias, targets, lengths, exposed, mask)
+
+
+@exposure_means_op.register_fake
+def _(hidden, weight, bias, targets, lengths, exposed, mask, temperature, softcap, logits_dtype, compute_dtype):
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+
+
 @torch.library.custom_op("atesd_kernels::divergence", mutates_args=())
 def divergence_op(
     student_logits: Tensor,

@@ -53,11 +53,26 @@ class ChunkPlan:
         return (slice(i, min(i + self.tile_rows, num_rows)) for i in range(0, num_rows, self.tile_rows))
 
 
+def gpu_chunk_bytes(vocab: int, bytes_per_logit: int, trained_head: bool, device: torch.device) -> int:
+    """The default budget of the Triton backends: at least 1,024 rows, 4,096 with a trained head (each chunk reads and
+    writes its gradient once), where that is at most a sixteenth of the GPU's memory."""
+    if device.type == "cpu" or not torch.cuda.is_available():
+        return DEFAULT_CHUNK_BYTES["cpu"]
+    wanted = (4096 if trained_head else 1024) * vocab * bytes_per_logit
+    ceiling = max(torch.cuda.get_device_properties(device).total_memory // 16, DEFAULT_CHUNK_BYTES["cuda"])
+    return min(max(wanted, DEFAULT_CHUNK_BYTES["cuda"]), ceiling)
+
+
 def unavailable(backend: str, device: torch.device) -> str | None:
     """Why `backend` cannot run on `device`, or None if it can."""
     if backend == "torch":
         return None
-    if importlib.util.find_spec("atesd_kernels.triton_chunked") is None:
+    if (
+        importlib.util.find_spec(
+            "atesd_kernels.triton_tiled" if backend == "triton_tiled" else "atesd_kernels.triton_chunked"
+        )
+        is None
+    ):
         return "this build of atesd_kernels has no Triton backends"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"

@@ -1,0 +1,197 @@
+"""What the Triton kernels become on GPUs this machine does not have.
+
+    python -m atesd_kernels.compile_report             # tables
+    python -m atesd_kernels.compile_report --check     # exit status 1 if a kernel spills, misses the tensor cores, ...
+
+Every kernel is compiled for sm_80, sm_90, sm_100 and gfx942 with the arguments' types and divisibility of a real
+launch at V = 151,936 in bf16 (`compile_cases.py`), and the machine code is read: registers, spills, shared memory,
+tensor-core instructions, widths of the loads in loops. Times are rooflines, computed and not measured: no kernel of
+this package has been timed on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .compile_cases import CASES, Case, path_table
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published limits. `tflops` is dense bf16."""
+
+    arch: str
+    name: str
+    tflops: float
+    terabytes: float  # per second, HBM
+    warp_size: int = 32
+    registers: int = 65536  # 32-bit, per processor
+    threads: int = 2048  # per processor
+    shared: int = 163 << 10  # per block
+    shared_total: int = 164 << 10  # per processor
+
+
+GPUS = (
+    Gpu("sm_80", "A100 SXM", 312, 2.04),
+    Gpu("sm_90", "H100 SXM", 989, 3.35, shared=227 << 10, shared_total=228 << 10),
+    Gpu("sm_100", "B200", 2250, 8.0, shared=227 << 10, shared_total=228 << 10),
+    # per compute unit: four SIMDs of 512 vector registers times 64 lanes, eight waves each
+    Gpu("gfx942", "MI300X", 1307, 5.3, 64, 4 * 512 * 64, 2048, 64 << 10, 64 << 10),
+)
+MMA = {"sm_80": r"\bHMMA\.", "sm_90": r"\bHGMMA\.", "sm_100": r"\bUTC\w*MMA", "gfx942": r"\bv_mfma_"}
+
+
+@dataclass
+class Compiled:
+    """One kernel on one GPU."""
+
+    case: Case
+    gpu: Gpu
+    registers: int
+    spills: int
+    shared: int
+    mma: int  # instructions in the text
+    loads: Counter = field(default_factory=Counter)  # bits -> global loads in loops
+
+    @property
+    def occupancy(self) -> float:
+        """Resident threads over the most there can be, from registers and shared memory."""
+        threads = self.case.num_warps(self.gpu.arch) * self.gpu.warp_size
+        blocks = self.gpu.registers // (max(8, -(-self.registers // 8) * 8) * threads)
+        if self.shared:
+            blocks = min(blocks, self.gpu.shared_total // (self.shared + 1024))
+        return min(blocks * threads, self.gpu.threads) / self.gpu.threads
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.spills:
+            found.append(f"{self.spills} spill instructions")
+        if self.case.is_matmul and not self.mma:
+            found.append("no tensor-core instructions")
+        narrow = sum(n for bits, n in self.loads.items() if bits <= 16) if not self.loads[128] else 0
+        if narrow:
+            found.append(f"{narrow} scalar 16-bit loads in a loop")
+        if not self.case.is_matmul and not sum(n for bits, n in self.loads.items() if bits >= 64):
+            found.append("no vector loads in a loop")
+        if self.shared > self.gpu.shared:
+            found.append(f"{self.shared} bytes of shared memory, the limit is {self.gpu.shared}")
+        return found
+
+
+def compile_case(case: Case, gpu: Gpu) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    constants = case.constants(gpu.arch)
+    signature = {name: case.types.get(name, "constexpr") for name in names}
+    # what a launch specialises on: pointers from the allocator, strides and V in multiples of 16
+    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in case.multiples_of_16]
+    source = ASTSource(
+        case.kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items() if name in names},
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    is_amd = gpu.arch.startswith("gfx")
+    target = GPUTarget("hip", gpu.arch, 64) if is_amd else GPUTarget("cuda", int(gpu.arch[3:]), 32)
+    options = {"num_warps": case.num_warps(gpu.arch), "num_stages": case.num_stages(gpu.arch)}
+    kernel = triton.compile(source, target=target, options=options)
+    read = read_amdgcn if is_amd else read_cubin
+    registers, spills, text = read(kernel)
+    return Compiled(
+        case, gpu, registers, spills, kernel.metadata.shared, len(re.findall(MMA[gpu.arch], text)), loop_loads(text)
+    )
+
+
+def read_cubin(kernel) -> tuple[int, int, str]:
+    """Registers, spill loads and stores, and the SASS."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+
+        def run(tool, option):
+            done = subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True)
+            return done.stdout
+
+        usage, sass = run("cuobjdump", "-res-usage"), run("nvdisasm", "-c")
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    return registers, len(re.findall(r"\b(?:LDL|STL)\b", sass)), sass
+
+
+def read_amdgcn(kernel) -> tuple[int, int, str]:
+    asm = kernel.asm["amdgcn"]
+    count = {name: int(n) for name, n in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s*(\d+)", asm)}
+    return count["vgpr_count"], count["vgpr_spill_count"], asm
+
+
+WIDTHS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "ubyte": 8, "short_d16": 16}
+LOAD = re.compile(
+    r"\bLDG(?:STS)?\.E((?:\.\w+)*)|\b(?:global|buffer)_load_(dwordx4|dwordx3|dwordx2|dword|ushort|ubyte|short_d16)"
+)
+
+
+def loop_loads(text: str) -> Counter:
+    """Global loads between a backward branch and its label, by bits; 8-bit ones are masks and not counted."""
+    lines = text.splitlines()
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*([.\w$]+):", line))}
+    inside = set()
+    for i, line in enumerate(lines):
+        branch = re.search(r"\bBRA(?:\.\w+)*\s+.*?`\(([.\w$]+)\)|\bs_c?branch\w*\s+([.\w$]+)", line)
+        start = labels.get(branch[1] or branch[2]) if branch else None
+        if start is not None and start < i:
+            inside.update(range(start, i))
+    loads = Counter()
+    for i in sorted(inside):
+        for match in LOAD.finditer(lines[i]):
+            flags = (match[1] or "").split(".")
+            nvidia = 128 if "128" in flags else 64 if "64" in flags else 16 if "U16" in flags else 32
+            bits = WIDTHS[match[2]] if match[2] else 8 if {"U8", "S8"} & set(flags) else nvidia
+            if bits > 8:
+                loads[bits] += 1
+    return loads
+
+
+def report(gpus=GPUS, out=print) -> list[str]:
+    """Print the tables; return the faults."""
+    faults = []
+    columns = ("kernel", "GPU", "registers", "spills", "shared", "occupancy", "tensor-core", "loop loads (bits x n)")
+    out(f"| {' | '.join(columns)} | B/row | FLOP/row |")
+    out("|---" * 10 + "|")
+    for case in CASES:
+        for gpu in gpus:
+            c = compile_case(case, gpu)
+            loads = " ".join(f"{bits}x{n}" for bits, n in sorted(c.loads.items(), reverse=True))
+            out(
+                f"| {case.name} | {gpu.arch} | {c.registers} | {c.spills} | {c.shared} | {c.occupancy:.0%} | {c.mma} "
+                f"| {loads} | {case.bytes_per_row:,.0f} | {case.flops_per_row:,.0f} |"
+            )
+            faults += [f"{case.name} on {gpu.arch}: {fault}" for fault in c.faults()]
+    out("")
+    path_table(gpus, out, faults)
+    return faults
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if anything is amiss")
+    parser.add_argument("--arch", choices=[g.arch for g in GPUS], action="append", help="only these (default: all)")
+    arguments = parser.parse_args()
+    faults = report([g for g in GPUS if not arguments.arch or g.arch in arguments.arch])
+    print("\n".join(["", f"{len(faults)} fault(s)", *faults]))
+    return 1 if arguments.check and faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

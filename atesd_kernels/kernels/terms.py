@@ -1,0 +1,132 @@
+"""Every divergence's Triton twin: the centred pair (l', u') of `divergences.py`, one function each.
+
+A term receives, elementwise in fp32,
+
+    x = log p - log q (+-inf where one side is impossible), p, q,
+    near = |x| < 1/2, and there e = expm1(x) and bend = expm1(x) - x, both to rounding,
+
+and `BETA`, a constant. Where `near`, l' is assembled from quantities of second order, so nothing cancels; elsewhere
+it is the textbook formula. A function may not produce NaN where p = q = 0, nor where only one of them is 0.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def expm1_parts(x):
+    """expm1(x) and expm1(x) - x; to rounding, also where x is tiny."""
+    small = tl.abs(x) < 0.5
+    y = tl.where(small, x, 0.0)
+    g = 1 / 5040 + y * (1 / 40320 + y * (1 / 362880))
+    g = 1 / 2 + y * (1 / 6 + y * (1 / 24 + y * (1 / 120 + y * (1 / 720 + y * g))))
+    bend = y * y * g
+    e = tl.exp(x) - 1
+    return tl.where(small, y + bend, e), tl.where(small, bend, e - x)
+
+
+@triton.jit
+def log1p_parts(y):
+    """log1p(y) and log1p(y) - y for |y| < 2/3, through 2 atanh(z) with z = y / (2 + y)."""
+    z = y / (2 + y)
+    z2 = z * z
+    tail = 2 * z * z2 * (1 / 3 + z2 * (1 / 5 + z2 * (1 / 7 + z2 * (1 / 9 + z2 * (1 / 11 + z2 * (1 / 13))))))
+    return 2 * z + tail, tail - y * z
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x), relative accuracy included: triton.language has none."""
+    e = expm1_parts(-2 * tl.abs(x))[0]
+    return tl.where(x < 0, e, -e) / (2 + e)
+
+
+@triton.jit
+def times_log(p, ratio):
+    """p log(ratio), with 0 log(anything) = 0."""
+    return tl.where(p > 0, p * tl.log(ratio), 0.0)
+
+
+@triton.jit
+def times(p, x):
+    """p x, with 0 (+-inf) = 0."""
+    return tl.where(p > 0, p * x, 0.0)
+
+
+@triton.jit
+def forward_kl(x, p, q, near, e, bend, BETA: tl.constexpr):
+    gap = tl.where(near, q * e, p - q)
+    return tl.where(near, q * (x * e - bend), times(p, x) - gap), -gap
+
+
+@triton.jit
+def reverse_kl(x, p, q, near, e, bend, BETA: tl.constexpr):
+    q_x = times(q, x)
+    return tl.where(near, q * bend, (p - q) - q_x), -q_x
+
+
+@triton.jit
+def jeffreys(x, p, q, near, e, bend, BETA: tl.constexpr):
+    gap = tl.where(near, q * e, p - q)
+    return tl.where(gap == 0, 0.0, gap * x), -(gap + times(q, x))
+
+
+@triton.jit
+def jsd(x, p, q, near, e, bend, BETA: tl.constexpr):
+    m = BETA * p + (1 - BETA) * q
+    y = BETA * tl.where(near, e, 0.0)
+    log_m, bend_m = log1p_parts(y)  # log(m / q)
+    q_log = times_log(q, q / m)
+    l = q * (BETA * (1 - BETA) * e * e - BETA * (1 + e) * bend - (1 + y) * bend_m)
+    far = BETA * times_log(p, p / m) + (1 - BETA) * q_log
+    return tl.where(near, l, far), (1 - BETA) * tl.where(near, -q * log_m, q_log)
+
+
+@triton.jit
+def skew_kl(x, p, q, near, e, bend, BETA: tl.constexpr):
+    if BETA == 0:
+        return forward_kl(x, p, q, near, e, bend, BETA)
+    else:
+        m = BETA * p + (1 - BETA) * q
+        y = BETA * tl.where(near, e, 0.0)
+        bend_m = log1p_parts(y)[1]
+        gap = tl.where(near, q * e, p - q)
+        l = q * ((1 - BETA) * e * e - (1 + e) * (bend + bend_m))
+        far = times_log(p, p / m) - (1 - BETA) * gap
+        u = -(1 - BETA) * (1 - BETA) * tl.where(near, gap / (1 + y), tl.where(m > 0, gap * (q / m), 0.0))
+        return tl.where(near, l, far), u
+
+
+@triton.jit
+def skew_reverse_kl(x, p, q, near, e, bend, BETA: tl.constexpr):
+    if BETA == 1:
+        return reverse_kl(x, p, q, near, e, bend, BETA)
+    else:
+        m = BETA * p + (1 - BETA) * q
+        y = BETA * tl.where(near, e, 0.0)
+        log_m, bend_m = log1p_parts(y)
+        gap = tl.where(near, q * e, p - q)
+        q_log = times_log(q, q / m)
+        tilt = BETA * (1 - BETA) * tl.where(near, gap / (1 + y), tl.where(m > 0, gap * (q / m), 0.0))
+        return tl.where(near, -q * bend_m, q_log + BETA * gap), tilt + tl.where(near, -q * log_m, q_log)
+
+
+@triton.jit
+def total_variation(x, p, q, near, e, bend, BETA: tl.constexpr):
+    gap = tl.where(near, q * e, p - q)
+    return tl.abs(gap) / 2, tl.where(gap == 0, 0.0, tl.where(gap > 0, -q / 2, q / 2))
+
+
+@triton.jit
+def alpha_divergence(x, p, q, near, e, bend, BETA: tl.constexpr):
+    if BETA == 0:
+        return forward_kl(x, p, q, near, e, bend, BETA)
+    elif BETA == 1:
+        return reverse_kl(x, p, q, near, e, bend, BETA)
+    else:
+        A: tl.constexpr = 1 - BETA
+        e_a, bend_a = expm1_parts(A * tl.where(near, x, 0.0))  # (p / q)^a - 1
+        # p^a q^(1-a), from the side on which the exponential cannot overflow
+        power = tl.where(x < 0, q * tl.exp(A * tl.minimum(x, 0.0)), p * tl.exp((A - 1) * tl.maximum(x, 0.0)))
+        l = tl.where(near, q * (bend_a - A * bend), power - A * p - (1 - A) * q) / (A * (A - 1))
+        return l, tl.where(near, -q * e_a, q - power) / A

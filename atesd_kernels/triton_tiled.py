@@ -1,0 +1,244 @@
+"""Backend "triton_tiled": logits never leave the chip. For loss-only work (probes, evaluation) and tight memory.
+
+A first pass over the vocabulary computes both models' logits tile by tile and keeps running statistics; a second
+recomputes the tiles for the divergence, whose terms need the normalisers. Gradients leave the second pass in blocks of
+columns, as wide as the byte budget allows, which the vendor's GEMMs carry to hidden states and head at once: a head's
+gradient is complete after its block. Where a sum over the row must precede the gradient (all but unclipped KLs), that
+sum is a pass of its own.
+
+GEMM work in units of U = 2 N H V: 2 for the statistics, 2 for each further pass, 1 for each gradient. The chunked
+backend needs 3 or 4 in all: this one trades time for memory. Rows that do not count are in no tile: no product, no
+copy. Partial sums are merged in a fixed order; there are no atomics.
+
+fp32 inputs with separate heads go to the chunked backend, whose fp64 logits their difference needs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import matmul, planning, triton_chunked, tuning
+from .kernels import logprobs as logprob_kernels
+from .kernels import rows as row_kernels
+from .kernels import tiles as tile_kernels
+from .spec import DivergenceSpec, LogprobSpec, RowResult
+from .stats import TokenStats
+from .triton_chunked import Gradients, Sweeps, divergence_logits, on, pair_of_biases
+
+__all__ = ["divergence_logits", "divergence_rows", "exposure_means", "logprob_rows"]
+
+
+def divergence_rows(
+    spec: DivergenceSpec,
+    student_hidden: Tensor,  # [N, H]
+    student_weight: Tensor,  # [V, H]
+    teacher_hidden: Tensor,  # [N, H_t]
+    teacher_weight: Tensor | None,  # [V, H_t]; None: the student's
+    student_bias: Tensor | None,  # [V]
+    teacher_bias: Tensor | None,  # [V]
+    mask: Tensor | None,  # [N] bool
+    row_weight: Tensor | None,  # [N]
+    targets: Tensor | None,  # [N]
+) -> RowResult:
+    dtype, shared = spec.compute_dtype, teacher_weight is None
+    arguments = (student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias)
+    if dtype == torch.float32 and not shared:
+        return triton_chunked.divergence_rows(spec, *arguments, mask, row_weight, targets)
+    h_s, w_s, h_t = (rows_of(x.to(dtype)) for x in arguments[:3])
+    w_t = w_s if shared else rows_of(teacher_weight.to(dtype))
+    (num_rows, hidden), vocab, device = h_s.shape, w_s.shape[0], h_s.device
+    biases = pair_of_biases(student_bias, teacher_bias, shared, w_s)
+    gradients = Gradients(spec, student_hidden, student_weight, student_bias, mask)
+    sweeps = Sweeps(spec, num_rows, vocab, shared, biases, device)
+    if num_rows == 0:
+        return RowResult(sweeps.value, sweeps.stats, *zeroed(gradients).finish())
+    first = tuning.tile_config(device, dtype)
+    config = tuning.tile_config(device, dtype, tuning.SECOND_PASS_TILES)
+    row, count = counted_rows(mask, num_rows, device)
+    splits = tuning.tile_splits(num_rows, vocab, first, device)
+    blocks = column_blocks(spec, num_rows, vocab, dtype, config, device)
+    one_pass = sweeps.one_pass and spec.any_grad
+    block_splits = tuning.tile_splits(num_rows, blocks[0].stop, config, device) if spec.any_grad else 1
+    sum_splits = 1 << (len(blocks) * block_splits - 1).bit_length() if one_pass else splits
+    parts = torch.zeros(num_rows, splits, row_kernels.NUM_PARTS.value, device=device)
+    sums = torch.zeros(num_rows, sum_splits, row_kernels.NUM_SUMS.value, device=device)
+    bias_s, bias_t = biases or (w_s, w_s)
+    any_pointer = w_s
+    strides = (h_s.stride(0), h_t.stride(0), w_s.stride(0), w_t.stride(0))
+    flags = {k: v for k, v in sweeps.flags.items() if k not in ("BLOCK", "num_warps")}
+    flags |= dict(STATS=spec.stats, PRECISION="ieee")
+
+    def accumulate(phase: str, g: Tensor, cols: slice, programs: int, sum_place: int = 0) -> None:
+        tile_kernels.tile_accumulate[(-(-num_rows // config.block_m), programs)](
+            h_s, h_t, w_s, w_t, g, bias_s, bias_t, row, count, any_pointer if row_weight is None else row_weight,
+            parts, sums, *strides, g.stride(0), cols.start, sum_place, cols.stop, hidden, h_t.shape[1],
+            *sweeps.scalars, spec.entry_clip or 0.0, spec.token_clip or 0.0, spec.term.slope(spec.beta),
+            gradients.scale, PHASE=phase, HAS_WEIGHT=row_weight is not None, SPLITS=splits, SUM_SPLITS=sum_splits,
+            **sweeps.term_flags, **flags, **config.constants,
+        )  # fmt: skip
+
+    with on(device):
+        tile_kernels.tile_normalise[(-(-num_rows // first.block_m), splits)](
+            h_s, h_t, w_s, w_t, bias_s, bias_t, row, count, any_pointer if targets is None else targets, parts,
+            *strides, vocab, hidden, h_t.shape[1], *sweeps.scalars, HAS_TARGETS=targets is not None, **flags,
+            **first.constants,
+        )  # fmt: skip
+        if not one_pass:
+            accumulate("sum", parts, slice(0, vocab), splits)
+        if spec.any_grad:
+            carrier = ColumnGradients(gradients, h_s, w_s, mask)
+            for i, cols in enumerate(blocks):
+                g = carrier.buffer(cols)
+                accumulate("both" if one_pass else "grad", g, cols, block_splits, i * block_splits)
+                carrier.take(cols, g)
+            carrier.finish()
+        sweeps.collect(
+            slice(0, num_rows), sums, parts, parts if mask is None else mask, mask is not None, targets is not None
+        )
+    return RowResult(sweeps.value, sweeps.stats, *gradients.finish())
+
+
+def logprob_rows(
+    spec: LogprobSpec,
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [N]
+    mask: Tensor | None,  # [N] bool
+    row_weight: Tensor | None,  # [N]
+) -> RowResult:
+    gradients = Gradients(spec, hidden, weight, bias, mask)
+    out, launch = scores(spec, hidden, weight, bias, targets, mask)
+    value, entropy, confidence, _ = out.unbind(1)
+    stats = None
+    if spec.stats:
+        stats = torch.zeros(len(TokenStats._fields), len(value), device=value.device)
+        stats[1], stats[3], stats[5] = entropy, value, confidence
+    if not spec.any_grad or not len(value):
+        return RowResult(value.contiguous(), stats, *zeroed(gradients).finish())
+    dtype = spec.compute_dtype
+    w = weight.to(dtype)
+    carrier = ColumnGradients(gradients, hidden.to(dtype), w, mask)
+    config = tuning.tile_config(hidden.device, dtype, tuning.ONE_MODEL_TILES)
+    with on(hidden.device):
+        for cols in column_blocks(spec, len(value), len(w), dtype, config, hidden.device):
+            g = carrier.buffer(cols)
+            launch(g, cols, row_weight, gradients.scale)
+            carrier.take(cols, g)
+    carrier.finish()
+    return RowResult(value.contiguous(), stats, *gradients.finish())
+
+
+def exposure_means(
+    spec: LogprobSpec,
+    hidden: Tensor,  # [B, T, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [B, T]
+    lengths: Tensor,  # [B]
+    exposed: Tensor,  # [B]
+    mask: Tensor,  # [B, T] bool: exposed <= i < length
+) -> Tensor:
+    """Mean log-probability of each sequence's tokens after its exposed prefix, `[B]`; no gradient."""
+    num_sequences, length = targets.shape
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    out, _ = scores(spec, flat, weight, bias, targets.reshape(-1), mask.reshape(-1))
+    means = torch.zeros(num_sequences, device=hidden.device)
+    if num_sequences and length:
+        with on(hidden.device):
+            logprob_kernels.span_mean[(num_sequences,)](out, lengths, exposed, means, length, BLOCK=1024)
+    return means
+
+
+def scores(spec: LogprobSpec, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask):
+    """Per row log-probability, entropy, confidence and lse, `[N, 4]`; and the launcher of a gradient."""
+    dtype, device = spec.compute_dtype, hidden.device
+    h, w = rows_of(hidden.to(dtype)), rows_of(weight.to(dtype))
+    (num_rows, size), vocab = h.shape, w.shape[0]
+    out = torch.zeros(num_rows, logprob_kernels.NUM_LOGPROB_OUT.value, device=device)
+    if num_rows == 0:
+        return out, None
+    config = tuning.tile_config(device, dtype, tuning.ONE_MODEL_TILES)
+    row, count = counted_rows(mask, num_rows, device)
+    splits = tuning.tile_splits(num_rows, vocab, config, device)
+    parts = torch.zeros(num_rows, splits, logprob_kernels.NUM_LOGPROB_PARTS.value, device=device)
+    softcap, inv_t = spec.softcap or 1.0, 1 / spec.temperature
+    any_pointer = w
+    bias = any_pointer if bias is None else bias
+    flags = dict(HAS_BIAS=bias is not any_pointer, HAS_SOFTCAP=spec.softcap is not None)
+
+    def launch(g: Tensor, cols: slice, row_weight: Tensor | None, scale: float, grad: bool = True) -> None:
+        programs = tuning.tile_splits(num_rows, cols.stop - cols.start, config, device) if grad else splits
+        tile_kernels.tile_scores[(-(-num_rows // config.block_m), programs)](
+            h, w, bias, row, count, targets, parts, g, any_pointer if row_weight is None else row_weight, out,
+            h.stride(0), w.stride(0), g.stride(0), cols.start, cols.stop, size, inv_t, softcap, scale, GRAD=grad,
+            HAS_WEIGHT=row_weight is not None, PRECISION="ieee", **flags, **config.constants,
+        )  # fmt: skip
+
+    with on(device):
+        launch(parts, slice(0, vocab), None, 1.0, grad=False)
+        logprob_kernels.finish_logprob[(num_rows, 1)](
+            h, h, bias, any_pointer if mask is None else mask, targets, any_pointer, parts, out, 0, 0, vocab, inv_t,
+            softcap, 1.0, GRAD=False, HAS_MASK=mask is not None, HAS_WEIGHT=False, SPLITS=splits, BLOCK=1024, **flags,
+        )  # fmt: skip
+    return out, launch
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Rows may lie anywhere, entries of a row side by side: anything else is copied."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def counted_rows(mask: Tensor | None, num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The rows that count, first in the list `[N]`, and how many they are, `[1]`; made without asking the device."""
+    if mask is None:
+        return (
+            torch.arange(num_rows, dtype=torch.int32, device=device),
+            torch.full((1,), num_rows, dtype=torch.int32, device=device),
+        )
+    order = torch.argsort(mask.to(torch.uint8), descending=True, stable=True)
+    return order.to(torch.int32), mask.sum(dtype=torch.int32).reshape(1)
+
+
+def column_blocks(spec, num_rows: int, vocab: int, dtype: torch.dtype, config, device) -> list[slice]:
+    """Columns whose gradient fits the byte budget."""
+    if not spec.any_grad:
+        return []
+    budget = spec.chunk_bytes or planning.gpu_chunk_bytes(vocab, dtype.itemsize, False, device)
+    columns = max(1, budget // (num_rows * dtype.itemsize) // config.block_n) * config.block_n
+    return [slice(j, min(j + columns, vocab)) for j in range(0, vocab, columns)]
+
+
+def zeroed(gradients: Gradients) -> Gradients:
+    if gradients.hidden_grad is not None:
+        gradients.hidden_grad.zero_()
+    return gradients
+
+
+class ColumnGradients:
+    """`triton_chunked.Gradients`, fed by blocks of columns instead of rows."""
+
+    def __init__(self, gradients: Gradients, h: Tensor, w: Tensor, mask: Tensor | None):
+        self.gradients, self.h, self.w, self.mask = gradients, h, w, mask
+        if mask is not None and gradients.weight_grad is not None:
+            self.h = torch.where(mask[:, None], h, 0)  # whatever a masked row holds, NaN included
+        wanted = gradients.hidden_grad is not None
+        self.hidden_grad = torch.zeros(h.shape, dtype=torch.float32, device=h.device) if wanted else None
+
+    def buffer(self, cols: slice) -> Tensor:
+        # the kernels do not write the rows of masked tokens
+        new = torch.empty if self.mask is None else torch.zeros
+        return new(len(self.h), cols.stop - cols.start, dtype=self.w.dtype, device=self.w.device)
+
+    def take(self, cols: slice, g: Tensor) -> None:
+        if self.hidden_grad is not None:
+            matmul.add_weight_grad(self.hidden_grad, g.T, self.w[cols])
+        if self.gradients.weight_grad is not None:
+            matmul.add_weight_grad(self.gradients.weight_grad[cols], g, self.h)
+        if self.gradients.bias_grad is not None:
+            self.gradients.bias_grad[cols] = g.sum(0, dtype=torch.float32)
+
+    def finish(self) -> None:
+        if self.hidden_grad is not None:
+            self.gradients.hidden_grad.copy_(self.hidden_grad / self.gradients.scale)

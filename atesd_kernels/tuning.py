@@ -1,0 +1,112 @@
+"""Launch parameters of the Triton kernels per architecture.
+
+The table is chosen from what `compile_report` shows (registers, spills, shared memory, occupancy); no entry has been
+timed on a GPU yet. It is the whole search space of a first step: nothing is measured or compiled twice at run time.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """A row kernel: vocabulary entries a program reads at once, and its warps. Four entries a thread are a 16-byte load
+    of fp32 S and an 8-byte load of 16-bit D; eight cost twice the registers and half the occupancy."""
+
+    block: int
+    num_warps: int
+
+
+ROWS = {
+    "sm_80": RowConfig(1024, 8),
+    "sm_90": RowConfig(1024, 8),
+    "sm_100": RowConfig(1024, 8),
+    "gfx942": RowConfig(1024, 4),  # 64 threads a warp
+}
+INTERPRETED = RowConfig(1024, 4)
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """A tile kernel: rows and vocabulary entries of a tile, depth of a step over the hidden size."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return dict(
+            BLOCK_M=self.block_m,
+            BLOCK_N=self.block_n,
+            BLOCK_K=self.block_k,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+        )
+
+
+# First pass: two products and running statistics. Second pass: two products and a divergence's term, whose registers
+# leave room for smaller tiles only. The limit was spilling, as `compile_report` shows it.
+TILES = {
+    "sm_80": TileConfig(128, 32, 64, 8, 3),
+    "sm_90": TileConfig(128, 32, 64, 8, 3),
+    "sm_100": TileConfig(128, 32, 64, 8, 3),
+    "gfx942": TileConfig(128, 64, 32, 8, 1),
+}
+SECOND_PASS_TILES = {
+    "sm_80": TileConfig(64, 16, 64, 4, 3),
+    "sm_90": TileConfig(64, 32, 64, 8, 3),
+    "sm_100": TileConfig(64, 32, 64, 8, 3),
+    "gfx942": TileConfig(128, 64, 32, 8, 1),
+}
+ONE_MODEL_TILES = {
+    **dict.fromkeys(("sm_80", "sm_90", "sm_100"), TileConfig(128, 64, 64, 8, 3)),
+    "gfx942": TILES["gfx942"],
+}
+INTERPRETED_TILE = TileConfig(16, 256, 64, 4, 1)
+PROGRAMS_PER_PROCESSOR = 4  # what hides memory latency on a row kernel
+
+
+@functools.lru_cache
+def architecture(device: torch.device) -> str | None:
+    """A key of the table; the nearest older entry for an architecture it does not list; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return "gfx942"
+    return {8: "sm_80", 9: "sm_90"}.get(properties.major, "sm_100" if properties.major >= 10 else "sm_80")
+
+
+@functools.lru_cache
+def num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if torch.cuda.is_available() else 1
+
+
+def row_config(device: torch.device, vocab: int) -> RowConfig:
+    config = ROWS.get(architecture(device), INTERPRETED)
+    return RowConfig(min(config.block, max(128, 1 << (vocab - 1).bit_length())), config.num_warps)
+
+
+def row_splits(rows: int, vocab: int, block: int, device: torch.device) -> int:
+    """Programs per row: a power of two, 1 as soon as the rows alone fill the GPU."""
+    wanted = PROGRAMS_PER_PROCESSOR * num_processors(device) // max(rows, 1)
+    return 1 << (max(1, min(wanted, -(-vocab // block), 64)).bit_length() - 1)
+
+
+def tile_config(device: torch.device, dtype: torch.dtype, table: dict[str, TileConfig] = TILES) -> TileConfig:
+    config = table.get(architecture(device), INTERPRETED_TILE)
+    # fp32 operands take twice the shared memory
+    return config if dtype.itemsize == 2 else replace(config, block_k=config.block_k // 2)
+
+
+def tile_splits(rows: int, columns: int, config: TileConfig, device: torch.device) -> int:
+    """Programs that share a tile of rows: a power of two, enough to give every processor work."""
+    wanted = 2 * num_processors(device) // max(1, -(-rows // config.block_m))
+    return 1 << (max(1, min(wanted, -(-columns // config.block_n), 64)).bit_length() - 1)

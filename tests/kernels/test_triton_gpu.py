@@ -1,0 +1,229 @@
+"""The Triton backends on small, odd shapes against float64, as `pytest -m gpu` runs them on a GPU.
+
+`make sanitize` runs this file without one: an interpreter executes what Triton's compiler produces and fails a test at
+the kernel's line for an out-of-bounds access, a race between programs or a read of unwritten memory. Shapes are small
+because that takes seconds per launch; every launch has several programs, and few sizes are multiples of a block.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from atesd_kernels import divergence, exposure_logprobs, linear_divergence, linear_logprobs, matmul, reference, tuning
+
+SANITIZED = "ttsem" in sys.modules
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (SANITIZED or torch.cuda.is_available()), reason="needs a GPU, or `make sanitize`"),
+]
+DEVICE = "cuda"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("triton", "triton_tiled")
+DIVERGENCES = (
+    "forward_kl", "reverse_kl", "jsd", "jeffreys", "skew_kl", "skew_reverse_kl", "total_variation", "alpha",
+)  # fmt: skip
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 2e-3}
+LOSS_BOUND = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def _several_programs(monkeypatch):
+    """Small blocks and an imagined number of processors, so that rows are split over programs at these sizes."""
+    tile = tuning.TileConfig(16, 64, 32, 4, 2)
+    monkeypatch.setattr(tuning, "row_config", lambda device, vocab: tuning.RowConfig(128, 4))
+    monkeypatch.setattr(tuning, "tile_config", lambda device, dtype, table=None: tile)
+    monkeypatch.setattr(tuning, "num_processors", lambda device: 3)
+    if SANITIZED:  # its tensors lie on the CPU, where no GEMM widens its output
+        plain = torch.mm
+        monkeypatch.setattr(
+            matmul.torch,
+            "mm",
+            lambda a, b, out_dtype=None: plain(a, b) if out_dtype is None else plain(a.to(out_dtype), b.to(out_dtype)),
+        )
+
+
+def pair(dtype, *, n=5, h=33, v=301, scale=0.05, shared=True):
+    g = torch.Generator().manual_seed(0)
+    weight = (torch.randn(v, h, generator=g) * 0.3).to(dtype)
+    student = torch.randn(n, h, generator=g).to(dtype)
+    teacher = (student.float() + scale * torch.randn(n, h, generator=g)).to(dtype)
+    weight_t = None if shared else (weight.float() + 0.03 * scale * torch.randn(v, h, generator=g)).to(dtype)
+    return student, weight, teacher, weight_t
+
+
+def on_gpu(x):
+    return x.to(DEVICE, copy=True) if isinstance(x, torch.Tensor) else x
+
+
+def relative(value, expected) -> float:
+    return ((value.cpu().double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def check(dtype, tensors, backend, trained_head=True, upstream=None, stats=False, **options) -> None:
+    """Loss and gradients against the oracle on the same rounded inputs."""
+    results = []
+    for oracle in (True, False):
+        h, w, t, w_t = ((x if x is None else x.double().clone() if oracle else on_gpu(x)) for x in tensors)
+        h, w = h.requires_grad_(), w.requires_grad_(trained_head)
+        if oracle:
+            known = {k: v for k, v in options.items() if k not in ("chunk_bytes", "logits_dtype", "targets")}
+            loss = reference.linear_divergence(h, w, t, w_t, **known)
+        else:
+            known = {k: on_gpu(v) for k, v in options.items()}
+            loss = linear_divergence(h, w, t, w_t, backend=backend, return_stats=stats, **known)
+            loss = loss[0] if stats else loss
+        scale = 1.0 if upstream is None else upstream.to(loss.dtype)
+        (loss * (scale if oracle else on_gpu(scale))).sum().backward()
+        results.append((loss.detach(), h.grad, w.grad))
+    (true_loss, *true_grads), (loss, *grads) = results
+    assert relative(loss, true_loss) <= LOSS_BOUND[dtype]
+    for grad, true_grad in zip(grads, true_grads, strict=True):
+        if true_grad is not None:
+            assert relative(grad, true_grad) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_divergence_is_exact_in_bf16(divergence, backend):
+    check(torch.bfloat16, pair(torch.bfloat16), backend, divergence=divergence, beta=0.3, temperature=1.1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shared", (True, False))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_and_both_kinds_of_head(dtype, shared, backend):
+    check(dtype, pair(dtype, shared=shared), backend, divergence="forward_kl")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("divergence", ("reverse_kl", "jsd"))
+def test_both_clips(divergence, backend):
+    tensors = pair(torch.float32)
+    options = dict(divergence=divergence, beta=0.3, entry_clip=1e-4, token_clip=3e-3, reduction="sum")
+    check(torch.float32, tensors, backend, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bias_softcap_temperatures_mask_and_weights(backend):
+    g = torch.Generator().manual_seed(1)
+    bias = torch.randn(301, generator=g)
+    options = dict(
+        student_bias=bias,
+        teacher_bias=bias + 0.05 * torch.randn(301, generator=g),
+        softcap=5.0,
+        temperature=0.7,
+        teacher_temperature=0.8,
+        mask=torch.tensor([True, False, True, True, False]),
+        token_weight=torch.rand(5, generator=g),
+    )
+    check(torch.float32, pair(torch.float32), backend, divergence="forward_kl", **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_that_only_one_or_neither_model_knows(backend):
+    bias_s, bias_t = torch.zeros(301), torch.zeros(301)
+    bias_s[7:40] = bias_t[7:40] = -torch.inf
+    bias_t[100:103] = -torch.inf  # the teacher gives them no mass: KL(p || q) stays finite
+    check(torch.float32, pair(torch.float32), backend, student_bias=bias_s, teacher_bias=bias_t)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_masked_rows_hold_has_no_influence(backend):
+    student, weight, teacher, _ = pair(torch.float32)
+    mask = torch.tensor([True, True, False, True, False])
+    student[2], teacher[4] = torch.nan, torch.inf
+    h, w = on_gpu(student).requires_grad_(), on_gpu(weight).requires_grad_()
+    targets = torch.where(mask, 3, -100)
+    loss, stats = linear_divergence(
+        h, w, on_gpu(teacher), mask=on_gpu(mask), targets=on_gpu(targets), return_stats=True, backend=backend
+    )
+    loss.backward()
+    for tensor in (loss, h.grad, w.grad, *stats):
+        assert torch.isfinite(tensor.float()).all()
+    assert h.grad[2].abs().sum() == 0 and h.grad[4].abs().sum() == 0
+    expected = reference.linear_divergence(student[mask], weight, teacher[mask])
+    assert relative(loss.detach(), expected) <= 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_statistics(backend):
+    student, weight, teacher, _ = pair(torch.float32)
+    targets = torch.tensor([0, 300, 5, 128, 127])
+    _, stats = linear_divergence(
+        *map(on_gpu, (student, weight, teacher)), targets=on_gpu(targets), return_stats=True, backend=backend
+    )
+    s, t = reference.logits(student, weight), reference.logits(teacher, weight)
+    for value, expected in zip(stats, reference.token_stats(s, t, targets), strict=True):
+        torch.testing.assert_close(value.cpu().double(), expected.double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_chunks_of_rows_or_columns(backend):
+    tensors = pair(torch.bfloat16)
+    check(torch.bfloat16, tensors, backend, divergence="jsd", chunk_bytes=2 * 6 * 301)
+    check(torch.bfloat16, tensors, backend, divergence="reverse_kl", chunk_bytes=5 * 2 * 64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", ({}, dict(temperature=1.3, softcap=4.0)), ids=("plain", "softcap"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log_probabilities(dtype, options, backend):
+    hidden, weight, _, _ = pair(dtype)
+    targets = torch.tensor([0, 300, 5, 128, 127])
+    mask = torch.tensor([True, True, False, True, True])
+    upstream = torch.tensor([1.0, -2.0, 3.0, 0.5, 0.25])
+    h, w = on_gpu(hidden).requires_grad_(), on_gpu(weight).requires_grad_()
+    value, stats = linear_logprobs(
+        h, w, on_gpu(targets), mask=on_gpu(mask), backend=backend, return_stats=True, **options
+    )
+    (value * on_gpu(upstream)).sum().backward()
+    h64, w64 = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    expected = reference.linear_logprobs(h64, w64, targets, mask=mask, **options)
+    (expected * upstream).sum().backward()
+    assert relative(value.detach(), expected.detach()) <= LOSS_BOUND[dtype]
+    assert relative(h.grad, h64.grad) <= BOUND[dtype]
+    assert relative(w.grad, w64.grad) <= BOUND[dtype]
+    q = reference.logits(hidden, weight, **options).softmax(-1)
+    entropy = torch.where(mask, torch.special.entr(q).sum(-1), 0.0)
+    assert relative(stats.student_entropy, entropy) <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_exposure_spans(dtype):
+    hidden, weight, _, _ = pair(dtype, n=21)
+    hidden = hidden.reshape(3, 7, -1)
+    targets = torch.arange(21).reshape(3, 7) * 13
+    lengths, exposed = torch.tensor([7, 4, 3]), torch.tensor([2, 0, 3])
+    outside = (torch.arange(7) < exposed[:, None]) | (torch.arange(7) >= lengths[:, None])
+    noisy = hidden.masked_fill(outside[..., None], torch.nan)
+    arguments = (noisy, weight, targets.masked_fill(outside, -100), lengths, exposed)
+    value = exposure_logprobs(*map(on_gpu, arguments), backend="triton")
+    logprobs = reference.linear_logprobs(hidden, weight, targets).masked_fill(outside, 0.0)
+    assert relative(value, logprobs.sum(1) / (~outside).sum(1).clamp_min(1)) <= LOSS_BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_given_logits_with_rows_far_apart_in_memory(dtype):
+    g = torch.Generator().manual_seed(2)
+    wide = torch.randn(2, 5, 640, generator=g).to(dtype)
+    s, t = wide[0, :, :301], wide[0, :, :301] + (0.1 * wide[1, :, :301]).to(dtype)
+    leaf = on_gpu(s).requires_grad_()
+    divergence(leaf, on_gpu(t), divergence="jsd", backend="triton").backward()
+    s64 = s.double().requires_grad_()
+    reference.token_divergence(s64, t.double(), divergence="jsd").mean().backward()
+    assert relative(leaf.grad, s64.grad) <= BOUND[dtype]
+
+
+def test_two_runs_give_the_same_bits():
+    student, weight, teacher, _ = pair(torch.bfloat16)
+    for backend in BACKENDS:
+        grads = []
+        for _ in range(2):
+            h, w = on_gpu(student).requires_grad_(), on_gpu(weight).requires_grad_()
+            linear_divergence(h, w, on_gpu(teacher), divergence="jsd", backend=backend).backward()
+            grads.append((h.grad, w.grad))
+        for first, second in zip(*grads, strict=True):
+            assert torch.equal(first, second)

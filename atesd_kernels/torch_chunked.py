@@ -7,7 +7,7 @@ chunk then find the normalisers, sum the divergence, and overwrite the teacher's
     dD/ds_j = 1_A[j] u'_j - q_j sum_A u' + k q_j (1_notA[j] - sum_notA q),      A = entries not clipped,
 
 which without a clip is `u'_j - q_j sum u'`. The elementwise passes run over tiles small enough for the processor's
-cache: that is what makes them cheap (bench/chunk_size.py), and why nothing here needs a compiler.
+cache: that is what makes them cheap (bench/chunk_size.py), and eager code pays no wait for a compiler.
 
 Where teacher and student are near (every |d| <= NEAR), terms are taken from x = d - c, c = lse_t - lse_s, with c from
 `mean d + log1p(sum q expm1(d - mean d))`; otherwise, or with logits at -inf, from both log-softmaxes.

@@ -27,10 +27,28 @@ class Rollout:
     truncated: bool
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How one call samples, where it is not to be the engine's own way: evaluation beside training.
+
+    Attributes:
+        max_completion_length: most new tokens of a response.
+        temperature, top_p, top_k: `top_k=0` and `top_p=1.0` switch the filters off.
+        seeds: one for each prompt, each below 2^53; the same seed draws the same response to the same prompt. The
+            engine's own random state is neither used nor moved.
+    """
+
+    max_completion_length: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seeds: tuple[int, ...]
+
+
 class RolloutEngine(Protocol):
     """Samples one response for each prompt from the student as it is now."""
 
-    def generate(self, prompts: list[list[int]]) -> list[Rollout]: ...
+    def generate(self, prompts: list[list[int]], sampling: Sampling | None = None) -> list[Rollout]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 

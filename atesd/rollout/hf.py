@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from atesd.rollout import Rollout
+from atesd.rollout import Rollout, Sampling
 from atesd_kernels.integrations.head import unwrap
 
 
@@ -59,8 +60,10 @@ class HFEngine:
         )
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]]) -> list[Rollout]:
+    def generate(self, prompts: list[list[int]], sampling: Sampling | None = None) -> list[Rollout]:
         """One response for each prompt, all decoded as one left-padded batch."""
+        if sampling is not None:
+            return self.sampling_as(sampling).generate(prompts)
         width = max(map(len, prompts))
         input_ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
@@ -78,6 +81,16 @@ class HFEngine:
             Rollout(prompt, response, truncated=response[-1] not in self.stop_ids)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
+
+    def sampling_as(self, sampling: Sampling) -> HFEngine:
+        """This engine as `sampling` asks, with random numbers of its own: they depend on all the seeds of the call."""
+        other = copy.copy(self)
+        other.temperature, other.top_p, other.top_k = sampling.temperature, sampling.top_p, sampling.top_k
+        other.config = copy.deepcopy(self.config)
+        other.config.max_new_tokens = sampling.max_completion_length
+        digest = hashlib.sha256(repr(sampling.seeds).encode()).digest()
+        other.generator = torch.Generator(self.device).manual_seed(int.from_bytes(digest[:6], "big"))
+        return other
 
     def decode(
         self, model: nn.Module, input_ids: Tensor, generation_config: GenerationConfig, **inputs: Any

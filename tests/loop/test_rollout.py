@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorLis
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from atesd.batching import use_packed_attention
+from atesd.rollout import Sampling
 from atesd.rollout.hf import HFEngine, candidates
 
 PROMPTS = [[5, 6, 7], [8, 40, 41, 42, 43, 44, 45, 46], [9, 10], [11, 12, 13, 14], [100, 101, 102]]
@@ -137,3 +138,12 @@ def test_bf16_decoding_follows_the_distribution_of_the_autocast_student(model, t
         agree += sum(a == b for a, b in zip(best, rollout.response_ids, strict=True))
         total += len(best)
     assert agree >= 0.9 * total
+
+
+def test_a_call_that_samples_its_own_way_neither_uses_nor_moves_the_engine_s_random_state(model, tokenizer):
+    sampling = Sampling(max_completion_length=5, temperature=2.0, top_p=0.9, top_k=0, seeds=(1, 2, 3, 4, 5))
+    used, unused = (HFEngine(model, tokenizer, max_completion_length=8, seed=7) for _ in range(2))
+    evaluated = used.generate(PROMPTS, sampling)
+    assert max(len(r.response_ids) for r in evaluated) == 5
+    assert evaluated == unused.generate(PROMPTS, sampling)
+    assert used.generate(PROMPTS) == HFEngine(model, tokenizer, max_completion_length=8, seed=7).generate(PROMPTS)

@@ -6,6 +6,7 @@ call `pack` and `hidden_rows`, and no other file slices a hidden state.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -97,6 +98,11 @@ def packed_sdpa_forward(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     window, kwargs = kwargs.get("sliding_window"), {**kwargs, "is_causal": True}
     outputs, start = [], 0
+    if query.device.type == "cpu":  # the CPU kernel is a quarter faster in float32 than in autocast's bfloat16
+        query, key, value = query.float(), key.float(), value.float()
+        no_autocast = torch.autocast("cpu", enabled=False)
+    else:
+        no_autocast = contextlib.nullcontext()
     for end in attention_mask.flatten().tolist():
         if window is not None and end - start > window:
             raise ValueError(
@@ -104,9 +110,9 @@ def packed_sdpa_forward(
                 "batches do not support with sdpa. Lower max_prompt_length or max_completion_length."
             )
         part = slice(start, end)
-        outputs.append(
-            sdpa_attention_forward(module, query[:, :, part], key[:, :, part], value[:, :, part], None, **kwargs)[0]
-        )
+        with no_autocast:
+            states = (x[:, :, part] for x in (query, key, value))
+            outputs.append(sdpa_attention_forward(module, *states, None, **kwargs)[0])
         start = end
     return torch.cat(outputs, dim=1), None
 

@@ -10,7 +10,7 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 
 from atesd.batching import use_packed_attention
 from atesd.rollout import Sampling
-from atesd.rollout.hf import HFEngine, candidates
+from atesd.rollout.hf import HFEngine, candidates, sample
 
 PROMPTS = [[5, 6, 7], [8, 40, 41, 42, 43, 44, 45, 46], [9, 10], [11, 12, 13, 14], [100, 101, 102]]
 
@@ -91,6 +91,18 @@ def test_candidates_have_the_probabilities_transformers_gives_them(top_p, top_k)
     probs, tokens = candidates(logits, 1.1, top_p, top_k)
     got = torch.zeros_like(logits).scatter(1, tokens.expand(4, -1), probs / probs.sum(-1, keepdim=True))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_tokens_are_drawn_with_their_probabilities_and_never_one_that_was_filtered_out():
+    logits = torch.tensor([0.5, 0.05, 0.3, 0.15]).log().expand(20_000, 4)
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample(logits, 1.0, 1.0, 0, generator).bincount(minlength=4) / 20_000
+    assert drawn.tolist() == pytest.approx([0.5, 0.05, 0.3, 0.15], abs=0.015)  # four standard deviations
+    drawn = sample(logits, 1.0, 0.75, 0, generator).bincount(minlength=4) / 20_000
+    assert drawn.tolist() == pytest.approx([0.625, 0.0, 0.375, 0.0], abs=0.015)
+    assert drawn[1] == drawn[3] == 0
+    certain = torch.full((50, 300), -torch.inf).index_fill(1, torch.tensor([7]), 0.0)
+    assert set(sample(certain, 1.1, 0.95, 20, generator).tolist()) == {7}
 
 
 def test_a_seed_decides_the_responses_and_a_saved_state_continues_them(model, tokenizer):

@@ -142,7 +142,7 @@ class TrainingFields:
     gradient_accumulation_steps: int = option(8, "OPSD", "Micro-batches in an optimizer step; 4 x 8 = OPSD's 32.")
     learning_rate: float = option(5e-6, "OPSD", "Peak learning rate of AdamW.")
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = option(
-        "constant_with_warmup", "our choice", "Shape of the learning rate after warm-up."
+        "constant_with_warmup", "our choice", "Shape of the learning rate after warm-up; skipped steps count."
     )
     warmup_steps: int = option(0, "HF", "Steps over which the learning rate rises from 0.")
     weight_decay: float = option(0.0, "HF", "AdamW weight decay.")

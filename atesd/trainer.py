@@ -78,9 +78,9 @@ class Trainer(RunState):
                     save_checkpoint(self.run_dir, t + 1, self.state_dict(t + 1), writer, config.save_total_limit)
             if self.nonfinite_in_a_row >= config.max_nonfinite_steps:
                 raise NonFiniteLoss(
-                    f"the loss or its gradient was not finite in {self.nonfinite_in_a_row} steps in a row (the last is "
-                    f"step {t + 1}). The batches are in {self.run_dir / 'nonfinite'}. Lower learning_rate or "
-                    "max_grad_norm, or run without bf16."
+                    f"the rollouts, the loss or its gradient were not finite in {self.nonfinite_in_a_row} steps in a "
+                    f"row (the last is step {t + 1}). The batches are in {self.run_dir / 'nonfinite'}. Lower "
+                    "learning_rate or max_grad_norm, or run without bf16."
                 )
         if main:
             self.model.save_pretrained(self.run_dir / ("adapter" if config.use_peft else "model"))
@@ -147,6 +147,8 @@ class Trainer(RunState):
         local = sum(len(r.response_ids) for r in rollouts)
         num_tokens = int(self.sum_over_processes(torch.tensor(local, device=self.device)))
         loss, totals = torch.zeros((), device=self.device), TokenTotals()
+        if not all(r.finite for r in rollouts):
+            loss += torch.nan  # a rollout the student could not sample makes no step, whatever is computed on it
         for part in chunks(len(rollouts), self.config.per_device_train_batch_size * self.config.num_generations):
             responses = [r.response_ids for r in rollouts[part]]
             read = [self.prompts.teacher(p, self.references[p.id], alpha) for p in problems[part]]
@@ -177,8 +179,10 @@ class Trainer(RunState):
                 p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
         norm = float(torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm))
         finite = np.isfinite(loss) and np.isfinite(norm)
+        if not finite:  # without gradients a step changes nothing; the schedule follows the count of all steps
+            self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
         if finite:
-            self.optimizer.step()
             self.teacher.update()
         self.optimizer.zero_grad(set_to_none=True)
         release_freed_memory()
@@ -190,7 +194,9 @@ class Trainer(RunState):
         path.parent.mkdir(parents=True, exist_ok=True)
         batch = {"problem_ids": [p.id for p in problems], "rollouts": [asdict(r) for r in rollouts]}
         torch.save({"step": t + 1, **numbers, **batch}, path)
-        tqdm.write(f"step {t + 1} skipped: its loss or gradient is not finite ({numbers}); the batch is in {path}")
+        tqdm.write(
+            f"step {t + 1} skipped: its rollouts, loss or gradient are not finite ({numbers}); the batch is in {path}"
+        )
 
     def describe(self, problem: Problem, rollout: Rollout, alpha: float) -> dict[str, Any]:
         """A line of samples.jsonl."""

@@ -20,11 +20,13 @@ class Rollout:
         prompt_ids: the student's prompt.
         response_ids: what was sampled, its end-of-sequence token included where one came.
         truncated: True when `max_completion_length` ended it.
+        finite: False when the student's logits were not: the response ends there, and the trainer skips the step.
     """
 
     prompt_ids: list[int]
     response_ids: list[int]
     truncated: bool
+    finite: bool = True
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,8 @@ class HFEngine:
                 custom_generate=self.decode,
             )
         return [
-            Rollout(prompt, response, truncated=response[-1] not in self.stop_ids)
-            for prompt, response in zip(prompts, responses, strict=True)
+            Rollout(prompt, response, truncated=finite and response[-1] not in self.stop_ids, finite=finite)
+            for prompt, (response, finite) in zip(prompts, responses, strict=True)
         ]
 
     def sampling_as(self, sampling: Sampling) -> HFEngine:
@@ -94,8 +94,11 @@ class HFEngine:
 
     def decode(
         self, model: nn.Module, input_ids: Tensor, generation_config: GenerationConfig, **inputs: Any
-    ) -> list[list[int]]:
-        """The decoding loop `generate` calls. Rows that have ended leave the batch once half of it is done."""
+    ) -> list[tuple[list[int], bool]]:
+        """The decoding loop `generate` calls: responses, and whether the logits of each were finite.
+
+        Rows that have ended leave the batch once half of it is done; a row without finite logits ends there.
+        """
         mask, cache = inputs.get("attention_mask"), inputs["past_key_values"]
         if mask is None:  # generate drops a mask without padding
             mask = torch.ones_like(input_ids)
@@ -106,6 +109,7 @@ class HFEngine:
         ended = torch.zeros_like(running, dtype=torch.bool)
         responses = input_ids.new_full((len(input_ids), limit), self.pad_id)
         lengths = torch.full_like(running, limit)
+        finite = torch.ones_like(ended)
         for step in range(limit):
             out = model(
                 input_ids=tokens,
@@ -115,10 +119,11 @@ class HFEngine:
                 use_cache=True,
                 logits_to_keep=1,
             )
-            sampled = sample(out.logits[:, -1], self.temperature, self.top_p, self.top_k, self.generator)
-            sampled = torch.where(ended, self.pad_id, sampled)
+            sampled, drawn = sample(out.logits[:, -1], self.temperature, self.top_p, self.top_k, self.generator)
+            sampled = torch.where(ended | ~drawn, self.pad_id, sampled)
             responses[running, step] = sampled
-            ending = torch.isin(sampled, stop_ids) & ~ended  # the pad token may itself be an end token
+            finite[running] &= drawn | ended
+            ending = (torch.isin(sampled, stop_ids) | ~drawn) & ~ended  # the pad token may itself be an end token
             lengths[running[ending]] = step + 1
             ended |= ending
             left = int((~ended).sum())
@@ -131,7 +136,8 @@ class HFEngine:
                 mask, position = mask[keep], position[keep]
             tokens, position = sampled[:, None], position[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        return [row[:n] for row, n in zip(responses.tolist(), lengths.tolist(), strict=True)]
+        rows = zip(responses.tolist(), lengths.tolist(), finite.tolist(), strict=True)
+        return [(row[:n], drawn) for row, n, drawn in rows]
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}
@@ -161,18 +167,26 @@ def candidates(logits: Tensor, temperature: float, top_p: float, top_k: int) -> 
     values, tokens = (logits.float() / temperature).topk(min(top_k or logits.shape[-1], logits.shape[-1]))
     probs = values.softmax(-1)
     if top_p < 1.0:
-        probs = torch.where(probs.cumsum(-1) - probs < top_p, probs, 0.0)
+        probs = torch.where(probs.cumsum(-1) - probs >= top_p, 0.0, probs)  # this way round NaN stays NaN
     return probs, tokens
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """`(batch, vocab)` logits -> `(batch,)` tokens."""
+def sample(
+    logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """`(batch, vocab)` logits -> `(batch,)` tokens, and `(batch,)` whether they were drawn from finite logits.
+
+    A row with a NaN or an infinity among its candidates (or nothing but -inf) has no distribution: its token is any.
+    """
     probs, tokens = candidates(logits, temperature, top_p, top_k)
     # one uniform number a row against the cumulative sum: 40 times faster than multinomial on a whole vocabulary
     mass = probs.cumsum(-1, dtype=torch.float64)
-    u = torch.rand(len(mass), 1, dtype=torch.float64, device=mass.device, generator=generator) * mass[:, -1:]
+    total = mass[:, -1:]
+    u = torch.rand(len(mass), 1, dtype=torch.float64, device=mass.device, generator=generator) * total
+    u = torch.minimum(u, total.nextafter(torch.zeros_like(total)))  # the product may round up to the total
     choice = torch.searchsorted(mass, u, right=True)  # right: an entry of weight 0 is never the first to exceed u
-    return tokens.expand(len(probs), -1).gather(1, choice).flatten()
+    choice = choice.clamp(max=mass.shape[1] - 1)  # nothing exceeds NaN
+    return tokens.expand(len(probs), -1).gather(1, choice).flatten(), total.flatten().isfinite()
 
 
 class BufferedLayer(DynamicLayer):

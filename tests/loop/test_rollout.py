@@ -96,13 +96,32 @@ def test_candidates_have_the_probabilities_transformers_gives_them(top_p, top_k)
 def test_tokens_are_drawn_with_their_probabilities_and_never_one_that_was_filtered_out():
     logits = torch.tensor([0.5, 0.05, 0.3, 0.15]).log().expand(20_000, 4)
     generator = torch.Generator().manual_seed(0)
-    drawn = sample(logits, 1.0, 1.0, 0, generator).bincount(minlength=4) / 20_000
+    drawn = sample(logits, 1.0, 1.0, 0, generator)[0].bincount(minlength=4) / 20_000
     assert drawn.tolist() == pytest.approx([0.5, 0.05, 0.3, 0.15], abs=0.015)  # four standard deviations
-    drawn = sample(logits, 1.0, 0.75, 0, generator).bincount(minlength=4) / 20_000
+    drawn = sample(logits, 1.0, 0.75, 0, generator)[0].bincount(minlength=4) / 20_000
     assert drawn.tolist() == pytest.approx([0.625, 0.0, 0.375, 0.0], abs=0.015)
     assert drawn[1] == drawn[3] == 0
     certain = torch.full((50, 300), -torch.inf).index_fill(1, torch.tensor([7]), 0.0)
-    assert set(sample(certain, 1.1, 0.95, 20, generator).tolist()) == {7}
+    assert set(sample(certain, 1.1, 0.95, 20, generator)[0].tolist()) == {7}
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.9, 0), (0.9, 2)])
+def test_a_row_without_a_distribution_is_named_and_the_others_are_drawn(top_p, top_k):
+    nan, inf = torch.nan, torch.inf
+    rows = torch.tensor([[0.0, -inf, -inf], [0.0, nan, 1.0], [0.0, inf, 1.0], [-inf] * 3, [-inf, -inf, 2.0]])
+    tokens, finite = sample(rows, 1.0, top_p, top_k, torch.Generator().manual_seed(0))
+    assert finite.tolist() == [True, False, False, False, True]
+    assert tokens[finite].tolist() == [0, 2] and tokens.max() <= 2
+
+
+def test_a_response_ends_where_the_logits_stop_being_finite_and_only_that_one(model, tokenizer):
+    expected = HFEngine(model, tokenizer, max_completion_length=8, top_k=1).generate(PROMPTS)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[PROMPTS[3][1]] = torch.nan  # a token of one prompt only
+    rollouts = HFEngine(model, tokenizer, max_completion_length=8, top_k=1).generate(PROMPTS)
+    assert [r.finite for r in rollouts] == [True, True, True, False, True]
+    assert len(rollouts[3].response_ids) == 1 and not rollouts[3].truncated
+    assert [r for r in rollouts if r.finite] == [r for i, r in enumerate(expected) if i != 3]
 
 
 def test_a_seed_decides_the_responses_and_a_saved_state_continues_them(model, tokenizer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -67,19 +67,36 @@ def test_every_teacher_trains_an_adapter_and_a_whole_model(tiny_config, teacher,
 
 
 def test_accumulated_micro_batches_make_the_step_of_the_large_batch(tiny_config, tmp_path):
-    results = []
-    for size, accumulation in ((4, 1), (2, 2), (1, 4)):
-        shape = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-        trainer = Trainer(tiny_config(**shape, output_dir=str(tmp_path / str(size)), fixed_alpha=0.5,
-                                      exposure_policy="fixed", max_grad_norm=1e6))  # fmt: skip
+    def one_step(size, accumulation):
+        """Metrics, the gradient and the weights after one step of four problems, whose responses differ in length."""
+        trainer = Trainer(tiny_config(
+            per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, output_dir=str(tmp_path / "x"),
+            exposure_policy="fixed", fixed_alpha=0.5, max_grad_norm=1e6, temperature=2.0, top_p=1.0, top_k=0,
+        ))  # fmt: skip
+        generate, update, kept = trainer.engine.generate, trainer.update, {}
+        trainer.engine.generate = lambda prompts: [
+            replace(r, response_ids=r.response_ids[: 3 * i + 1]) for i, r in enumerate(generate(prompts))
+        ]
+
+        def update_keeping_gradients(loss):
+            kept.update({name: p.grad.clone() for name, p in trainer.trained.items()})
+            return update(loss)
+
+        trainer.update = update_keeping_gradients
         metrics, _ = trainer.train_step(0)
-        results.append((metrics, trained_weights(trainer)))
-    expected, weights = results[0]
-    for metrics, got in results[1:]:
+        return metrics, kept, trained_weights(trainer)
+
+    def difference(got, expected):
+        a, b = (torch.cat([part[name].flatten().double() for name in expected]) for part in (got, expected))
+        return float((a - b).norm() / b.norm())
+
+    (expected, gradient, weights), *others = [one_step(*shape) for shape in ((4, 1), (2, 2), (1, 4))]
+    for metrics, got_gradient, got_weights in others:
         for name in ("loss", "grad_norm", "mismatch", "student_entropy", "probe_nll"):
             assert metrics[name] == pytest.approx(expected[name], rel=1e-4), name
-        assert metrics["num_tokens"] == expected["num_tokens"]
-        assert got.keys() == weights.keys()
+        assert metrics["num_tokens"] == expected["num_tokens"] == 1 + 4 + 7 + 10
+        assert difference(got_gradient, gradient) < 1e-4
+        assert difference(got_weights, weights) < 1e-4
 
 
 def test_a_step_runs_one_forward_of_each_model_a_micro_batch_and_never_the_head(tiny_config):
@@ -149,6 +166,39 @@ def test_a_step_with_a_nan_loss_is_skipped_and_its_batch_kept(tiny_config):
     metrics, _ = trainer.train_step(1)
     assert metrics["skipped"] == 0 and trainer.nonfinite_in_a_row == 0
     assert any(not torch.equal(p, before[name]) for name, p in trainer.trained.items())
+
+
+def test_a_student_whose_logits_are_not_finite_skips_its_steps_and_the_run_stops_with_a_message(tiny_config):
+    trainer = Trainer(tiny_config(max_steps=6, max_nonfinite_steps=2, weight_decay=0.1))
+    with torch.no_grad():
+        next(iter(trainer.trained.values())).fill_(torch.nan)
+    before = trained_weights(trainer)
+    with pytest.raises(NonFiniteLoss, match="2 steps in a row"):
+        trainer.run()
+    rows = rows_of(trainer.run_dir / "metrics.jsonl")
+    assert [row["skipped"] for row in rows] == [1, 1] and rows[0]["loss"] is None
+    kept = torch.load(trainer.run_dir / "nonfinite" / "step-2.pt")
+    assert not any(r["finite"] for r in kept["rollouts"]) and len(kept["problem_ids"]) == 4
+    assert all(torch.equal(p, before[name]) for name, p in list(trainer.trained.items())[1:])
+
+
+def test_one_rollout_without_finite_logits_skips_the_step_though_its_loss_is_finite(tiny_config, monkeypatch):
+    trainer = Trainer(tiny_config())
+    generate = trainer.engine.generate
+    monkeypatch.setattr(
+        trainer.engine, "generate", lambda prompts: [replace(r, finite=i != 1) for i, r in enumerate(generate(prompts))]
+    )
+    before = trained_weights(trainer)
+    assert trainer.train_step(0)[0]["skipped"] == 1
+    assert all(torch.equal(p, before[name]) for name, p in trainer.trained.items())
+
+
+@pytest.mark.filterwarnings("error:Detected call of")
+def test_the_schedule_follows_the_count_of_steps_skipped_ones_included(tiny_config):
+    trainer = Trainer(tiny_config(max_steps=4, lr_scheduler_type="linear", learning_rate=1e-3))
+    broken_objective(trainer, {0, 2})
+    rates = [trainer.train_step(t)[0]["learning_rate"] for t in range(4)]
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
 
 
 def test_the_run_stops_after_several_non_finite_steps_in_a_row(tiny_config):

@@ -62,6 +62,11 @@ def train(argv: list[str]) -> int:
         return 0 if argv else 2
     recipe, flags = (None, argv) if argv[0].startswith("-") else (argv[0], argv[1:])
     config = load_config(recipe, flags)
+    if config.dry_run:
+        from atesd.dry_run import dry_run
+
+        print(dry_run(config))
+        return 0
 
     from atesd import trainer
 

@@ -124,20 +124,29 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{path} holds {type(settings).__name__}; it must hold lines of `field: value`")
+    settings = dict(settings)
+    # `extends: NAME` (a recipe that ships, or a file beside this one) gives the settings this file does not name
+    inherited = {}
+    if parent := settings.pop("extends", None):
+        beside = path.parent / str(parent)
+        source = beside if beside.is_file() and beside != path else find_recipe(str(parent))
+        if source.resolve() in (path.resolve(), *seen):
+            raise ConfigError(f"extends is {parent!r} in {path}, which leads back to itself")
+        inherited = read_yaml(source, (*seen, path.resolve()))
     hints = get_type_hints(ATESDConfig)
     for name, value in settings.items():
         if name not in hints:
             raise ConfigError(f"unknown key {name!r} in {path}{suggest(str(name), hints)}")
         if value is None and type(None) not in get_args(hints[name]):
             raise ConfigError(f"{name} is null in {path}; it must have a value, or leave the line out")
-    return dict(settings)
+    return inherited | settings
 
 
 def as_flags(settings: Mapping[str, Any]) -> list[str]:

@@ -55,6 +55,12 @@ class DataFields:
     num_probe_problems: int = option(16, "our choice", "Held-out problems on which the probe NLL is measured.")
     num_eval_problems: int = option(0, "our choice", "Held-out problems for evaluation.")
     max_prompt_length: int = option(2048, "HF", "Longest prompt in tokens; a longer one is refused, never cut.")
+    overlong_problems: Literal["refuse", "skip", "cut"] = option(
+        "refuse",
+        "our choice",
+        "A problem whose prompts do not fit: refuse the run, skip the problem, or cut what its teacher reads to the "
+        "leading segments that fit. Skipped and cut ones are counted.",
+    )
     prompt_templates: str | None = option(None, "our choice", "YAML or JSON file with other prompt templates.")
     student_chat_template_kwargs: str = option(
         '{"enable_thinking": false}', "OPSD", "JSON passed to the chat template for student prompts."
@@ -161,6 +167,9 @@ class RunFields:
 
     output_dir: str | None = option(None, "HF", "Run directory; absent, runs/RECIPE-DATE-TIME.")
     resume: str | None = option(None, "our choice", "Run directory to go on with; it brings its own settings.")
+    dry_run: bool = option(
+        False, "our choice", "Load configuration and data, print the memory plan and the first prompts, and stop."
+    )
     logging_steps: int = option(1, "our choice", "Steps between lines to trackers; metrics.jsonl gets every step.")
     save_steps: int = option(10, "our choice", "Steps between checkpoints.")
     save_total_limit: int = option(2, "our choice", "Checkpoints kept.")

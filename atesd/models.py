@@ -5,13 +5,15 @@ Separate from the trainer so that evaluation, benches and tests get exactly the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atesd.config_checks import SPECIAL_MODEL
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from atesd.config import ATESDConfig
 
@@ -33,28 +35,61 @@ def load_model_and_tokenizer(config: ATESDConfig) -> tuple[PreTrainedModel, PreT
         >>> from atesd.config import ATESDConfig
         >>> model, tokenizer = load_model_and_tokenizer(ATESDConfig())  # doctest: +SKIP
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tokenizer = load_tokenizer(config)
+    return load_model(config), tokenizer
 
-    path = model_path(config.model_name_or_path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.torch_dtype))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelLoadError(
-            f"model_name_or_path is {config.model_name_or_path!r}, which does not load: {first_line(error)}\n"
-            f"Give a folder with a model and tokenizer, a Hub id you can reach from here, or {SPECIAL_MODEL!r}."
-        ) from error
+
+def load_tokenizer(config: ATESDConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, which pads on the left and has a pad token. Raises ModelLoadError."""
+    from transformers import AutoTokenizer
+
+    with errors_for_people(config):
+        tokenizer = AutoTokenizer.from_pretrained(model_path(config.model_name_or_path))
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         # Padding is masked everywhere, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model_config(config: ATESDConfig) -> PreTrainedConfig:
+    """The model's own configuration, without its weights. Raises ModelLoadError."""
+    from transformers import AutoConfig
+
+    with errors_for_people(config):
+        return AutoConfig.from_pretrained(model_path(config.model_name_or_path))
+
+
+def context_length(model_config: PreTrainedConfig) -> int:
+    """Tokens a prompt and its response may have together."""
+    return model_config.get_text_config().max_position_embeddings
+
+
+def load_model(config: ATESDConfig) -> PreTrainedModel:
+    """The model alone; see `load_model_and_tokenizer`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = model_path(config.model_name_or_path)
+    with errors_for_people(config):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.torch_dtype))
     if config.use_peft:
         model = add_lora(model, config)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    return model.train(), tokenizer
+    return model.train()
+
+
+@contextmanager
+def errors_for_people(config: ATESDConfig) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(
+            f"model_name_or_path is {config.model_name_or_path!r}, which does not load: {first_line(error)}\n"
+            f"Give a folder with a model and tokenizer, a Hub id you can reach from here, or {SPECIAL_MODEL!r}."
+        ) from error
 
 
 def model_path(name: str) -> str:

@@ -6,7 +6,7 @@ step's update; the loop only passes them on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -54,13 +54,13 @@ class OutcomeMeter:
         self.probe, self.probe_every, self.grounding, self.batch_size = probe, probe_every, grounding, batch_size
 
     @torch.no_grad()
-    def measure(self, step: int, alpha: float, problems: list[Problem]) -> dict[str, float | None]:
-        """`{"probe_nll": ..., "grounded": ...}` of step `step`, None for what is not due."""
+    def measure(self, step: int, alphas: Sequence[float], problems: list[Problem]) -> dict[str, float | None]:
+        """`{"probe_nll": ..., "grounded": ...}` of step `step`, None for what is not due; an exposure a problem."""
         due = bool(self.probe) and step % self.probe_every == 0
         with evaluating(self.model):
             return {
                 "probe_nll": self.probe_nll() if due else None,
-                "grounded": None if self.grounding == "none" else self.grounded(alpha, problems[:GROUNDING_PROBLEMS]),
+                "grounded": None if self.grounding == "none" else self.grounded(alphas, problems[:GROUNDING_PROBLEMS]),
             }
 
     def probe_nll(self) -> float:
@@ -73,13 +73,13 @@ class OutcomeMeter:
             count += len(batch.targets)
         return total / count
 
-    def grounded(self, alpha: float, problems: list[Problem]) -> float:
+    def grounded(self, alphas: Sequence[float], problems: list[Problem]) -> float:
         """Mean over problems of the mean `log p_T^alpha` of the reference tokens the teacher was not shown.
 
         What it was shown it could copy, so that part of the reply is context here, and costs nothing in the head.
         """
         contexts, scored = [], []
-        for problem in problems:
+        for problem, alpha in zip(problems, alphas, strict=False):
             reference = self.references[problem.id]
             ids, ends = self.prompts.reference_completion(reference)
             shown = num_exposed(alpha, len(ends)) if self.grounding == "reference" else len(ends)

@@ -31,7 +31,8 @@ class PromptTooLong(ValueError):
     def __init__(self, problem_id: str, kind: str, length: int, limit: int, advice: str):
         self.problem_id, self.kind, self.length, self.limit = problem_id, kind, length, limit
         super().__init__(
-            f"the {kind} of problem {problem_id!r} has {length} tokens, {limit} fit: {advice} (nothing is cut silently)"
+            f"the {kind} of problem {problem_id!r} has {length} tokens, {limit} fit: {advice} (nothing is cut "
+            "silently; overlong_problems: skip leaves such problems out)"
         )
 
 
@@ -153,20 +154,37 @@ class PromptBuilder:
             ends.append(index)
         return [*encoded["input_ids"], self.tokenizer.eos_token_id], ends
 
-    def check(self, problem: Problem, reference: Reference) -> None:
-        """Raise ``PromptTooLong`` now if any prompt of this problem, at any alpha, would be refused later.
+    def check(self, problem: Problem, reference: Reference, max_alpha: float = 1.0) -> None:
+        """Raise ``PromptTooLong`` now if any prompt of this problem, at any alpha up to ``max_alpha``, would be
+        refused later.
 
         Also refuses a reference reply that does not fit behind the longest of them.
         """
         m = len(reference.segments)
-        longest = max(
-            len(self.teacher(problem, reference, k / m if m else float(k))) for k in {0, max(m - 1, 0), m or 1}
-        )
+        exposures = {0.0, max_alpha} | ({(m - 1) / m} if m and is_full(max_alpha) else set())
+        longest = max(len(self.teacher(problem, reference, alpha)) for alpha in exposures)
         longest = max(longest, len(self.student(problem)))
         total = longest + len(self.reference_completion(reference)[0])
         if total > self.context_length:
             advice = "use a model with a longer context or drop the problem"
             raise PromptTooLong(problem.id, "prompt and reference reply", total, self.context_length, advice)
+
+    def largest_alpha(self, problem: Problem, reference: Reference) -> float:
+        """The largest exposure ``check`` accepts: 1.0, or k/m for the most segments k that fit.
+
+        Raises ``PromptTooLong`` where not even the answer alone fits.
+        """
+        m = len(reference.segments) or 1
+        self.check(problem, reference, 0.0)
+        fits, too_many = 0, m + 1  # bisection: more segments never make a shorter prompt
+        while too_many - fits > 1:
+            k = (fits + too_many) // 2
+            try:
+                self.check(problem, reference, k / m)
+                fits = k
+            except PromptTooLong:
+                too_many = k
+        return fits / m
 
     def _render(self, content: str, chat_kwargs: dict[str, Any], add_generation_prompt: bool = True) -> str:
         messages = [{"role": "user", "content": content}]

@@ -7,7 +7,6 @@ averages and every global random state.
 
 from __future__ import annotations
 
-import json
 import random
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -23,14 +22,12 @@ from atesd.batching import ProblemSampler, use_packed_attention
 from atesd.checkpoint import latest_checkpoint, load_checkpoint
 from atesd.config import ATESDConfig
 from atesd.metrics import PhaseTimer
-from atesd.models import load_model_and_tokenizer
+from atesd.models import context_length, load_model, load_model_config, load_tokenizer
 from atesd.objectives import Distillation
 from atesd.outcomes import OutcomeMeter
 from atesd.policies import make_policy
-from atesd.problems import load_problems
-from atesd.prompts import PromptBuilder, PromptTemplates
 from atesd.rollout import make_engine
-from atesd.segmentation import split_reference
+from atesd.run_data import load_run_data
 from atesd.teachers import Teacher
 from atesd_kernels.integrations.head import check_head, hidden_states_and_head, unwrap
 
@@ -51,38 +48,15 @@ class RunState:
         self.device, rank = self.accelerator.device, self.accelerator.process_index
         set_seed(config.seed)
 
-        # Problems, each with its reference cut into segments, and prompts checked for length before anything long runs
-        self.problems = load_problems(
-            config.dataset_name,
-            num_train=config.num_train_problems,
-            num_probe=config.num_probe_problems,
-            num_eval=config.num_eval_problems,
-            seed=config.seed,
-            dataset_split=config.dataset_split,
-            problem_column=config.problem_column,
-            solution_column=config.solution_column,
-            answer_column=config.answer_column,
-        )
-        self.references = {
-            p.id: split_reference(p.solution, p.answer) for p in [*self.problems.train, *self.problems.probe]
-        }
-        model, self.tokenizer = load_model_and_tokenizer(config)
-        base = unwrap(model)
-        self.prompts = PromptBuilder(
-            self.tokenizer,
-            PromptTemplates.from_file(config.prompt_templates) if config.prompt_templates else None,
-            student_chat_kwargs=json.loads(config.student_chat_template_kwargs),
-            teacher_chat_kwargs=json.loads(config.teacher_chat_template_kwargs),
-            max_prompt_length=config.max_prompt_length,
-            max_completion_length=config.max_completion_length,
-            context_length=base.config.get_text_config().max_position_embeddings,
-        )
-        for problem in [*self.problems.train, *self.problems.probe]:
-            self.prompts.check(problem, self.references[problem.id])
+        # Problems and prompts, checked before anything long is loaded or run
+        self.tokenizer = load_tokenizer(config)
+        self.data = load_run_data(config, self.tokenizer, context_length(load_model_config(config)))
+        self.problems, self.references, self.prompts = self.data.problems, self.data.references, self.data.prompts
         self.sampler = ProblemSampler(len(self.problems.train), config.seed)
 
         # The student, its rollouts, the teacher and the objective
-        use_packed_attention(base)
+        model = load_model(config)
+        use_packed_attention(unwrap(model))
         check_head(model)
         self.model = model.to(self.device)
         self.backbone, self.head = hidden_states_and_head(self.model)

@@ -84,7 +84,7 @@ class Trainer(RunState):
                 )
         if main:
             self.model.save_pretrained(self.run_dir / ("adapter" if config.use_peft else "model"))
-            summary = {"steps": config.max_steps, "problems_skipped": self.problems.skipped, **self.policy.finish()}
+            summary = {"steps": config.max_steps, **self.data.counts(), **self.policy.finish()}
             (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
             self.log.close()
             write_report(self.run_dir)
@@ -104,11 +104,12 @@ class Trainer(RunState):
         with self.timer.phase("rollout"):
             rollouts = self.engine.generate([self.prompts.student(problem) for problem in problems])
         release_freed_memory()
+        alphas = [self.data.alpha(problem, alpha) for problem in problems]
 
         # What the update has to show for itself is measured before it is made
         with self.timer.phase("probe"), self.autocast():
-            outcome = self.meter.measure(t, alpha, problems)
-        loss, totals, num_tokens = self.distill(problems, rollouts, alpha)
+            outcome = self.meter.measure(t, alphas, problems)
+        loss, totals, num_tokens = self.distill(problems, rollouts, alphas)
         with self.timer.phase("optimizer"):
             grad_norm = self.update(loss)
         skipped = grad_norm is None
@@ -140,9 +141,11 @@ class Trainer(RunState):
             "seconds_step": seconds,
         }
         self.scheduler.step()
-        return metrics, self.describe(problems[0], rollouts[0], alpha)
+        return metrics, self.describe(problems[0], rollouts[0], alphas[0])
 
-    def distill(self, problems: list[Problem], rollouts: list[Rollout], alpha: float) -> tuple[float, TokenTotals, int]:
+    def distill(
+        self, problems: list[Problem], rollouts: list[Rollout], alphas: list[float]
+    ) -> tuple[float, TokenTotals, int]:
         """Accumulate the gradient of the mean divergence over all response tokens of the step."""
         local = sum(len(r.response_ids) for r in rollouts)
         num_tokens = int(self.sum_over_processes(torch.tensor(local, device=self.device)))
@@ -151,7 +154,10 @@ class Trainer(RunState):
             loss += torch.nan  # a rollout the student could not sample makes no step, whatever is computed on it
         for part in chunks(len(rollouts), self.config.per_device_train_batch_size * self.config.num_generations):
             responses = [r.response_ids for r in rollouts[part]]
-            read = [self.prompts.teacher(p, self.references[p.id], alpha) for p in problems[part]]
+            read = [
+                self.prompts.teacher(p, self.references[p.id], alpha)
+                for p, alpha in zip(problems[part], alphas[part], strict=True)
+            ]
             student_batch = pack([r.prompt_ids for r in rollouts[part]], responses, self.device)
             teacher_batch = pack(read, responses, self.device)
             assert_same_responses(student_batch, teacher_batch)

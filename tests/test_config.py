@@ -149,3 +149,14 @@ def test_the_divergences_a_configuration_may_name_are_those_of_the_kernels():
     with pytest.raises(ValueError) as error:
         get_divergence("unknown", 0.5)
     assert all(name in str(error.value) for name in DIVERGENCES)
+
+
+def test_a_file_may_extend_a_recipe_or_a_file_beside_it(tmp_path):
+    write_yaml(tmp_path / "base.yaml", extends="quickstart", max_steps=5, seed=3)
+    config = load_config(write_yaml(tmp_path / "mine.yaml", extends="base.yaml", seed=4), [])
+    assert (config.max_steps, config.seed, config.num_train_problems) == (5, 4, 400)
+    with pytest.raises(ConfigError, match="leads back to itself"):
+        write_yaml(tmp_path / "base.yaml", extends="mine.yaml")
+        load_config(str(tmp_path / "mine.yaml"), [])
+    with pytest.raises(ConfigError, match="there is no recipe 'quikstart'"):
+        load_config(write_yaml(tmp_path / "lost.yaml", extends="quikstart"), [])

@@ -43,11 +43,11 @@ def test_the_grounded_score_leaves_out_the_tokens_the_teacher_was_shown(trainer,
     assert len(ends) == 3
     logprobs = dense_logprobs(trainer, trainer.prompts.teacher(problem, reference, alpha), reply)
     expected = logprobs[ends[shown - 1] if shown else 0 :].mean().item()
-    assert trainer.meter.grounded(alpha, [problem]) == pytest.approx(expected, rel=1e-5)
+    assert trainer.meter.grounded([alpha], [problem]) == pytest.approx(expected, rel=1e-5)
     if shown:
         assert expected != pytest.approx(logprobs.mean().item(), rel=1e-5)
 
 
 def test_nothing_is_measured_that_is_not_asked_for(tiny_config):
     trainer = Trainer(tiny_config(grounding="none", num_probe_problems=0, progress_signal="distill_loss"))
-    assert trainer.meter.measure(0, 0.5, trainer.problems.train) == {"probe_nll": None, "grounded": None}
+    assert trainer.meter.measure(0, [0.5], trainer.problems.train) == {"probe_nll": None, "grounded": None}

@@ -108,7 +108,7 @@ def test_a_step_runs_one_forward_of_each_model_a_micro_batch_and_never_the_head(
     problems = [trainer.problems.train[i] for i in trainer.sampler.draw(4)]
     rollouts = trainer.engine.generate([trainer.prompts.student(p) for p in problems])
     calls.update(backbone=0, head=0)
-    trainer.distill(problems, rollouts, alpha=1.0)
+    trainer.distill(problems, rollouts, [1.0] * 4)
     assert calls == {"backbone": 2 * 2, "head": 0}
 
 
@@ -135,7 +135,7 @@ def test_one_alpha_holds_for_a_window_and_the_next_is_another(tiny_config):
 
 def test_the_probe_is_measured_when_due_before_the_update(tiny_config):
     trainer = Trainer(tiny_config(probe_every=2, learning_rate=0.05))
-    untouched = trainer.meter.measure(0, 0.5, trainer.problems.train)["probe_nll"]
+    untouched = trainer.meter.measure(0, [0.5] * 2, trainer.problems.train)["probe_nll"]
     first, second, third = (trainer.train_step(t)[0] for t in range(3))
     assert first["probe_nll"] == untouched
     assert "probe_nll" not in second

@@ -1,0 +1,66 @@
+"""`atesd train RECIPE --dry-run`: what a run would read and need, without its weights.
+
+Separate from the trainer because nothing here trains, loads a model's weights or writes a file: a model's configuration
+and tokenizer are enough.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+
+from atesd.config import ATESDConfig
+from atesd.memory_plan import GIB, describe, model_shape, plan_memory
+from atesd.models import context_length, load_model_config, load_tokenizer
+from atesd.run_data import RunData, load_run_data
+
+PROMPTS_SHOWN = 2
+PROMPTS_MEASURED = 256
+
+
+def dry_run(config: ATESDConfig) -> str:
+    """The report: problems, memory plan and first prompts.
+
+    Raises:
+        ValueError, ModelLoadError: whatever would stop the run before its first step, except for its weights.
+    """
+    config.validate()
+    tokenizer, model_config = load_tokenizer(config), load_model_config(config)
+    data = load_run_data(config, tokenizer, context_length(model_config))
+    lengths = prompt_lengths(data)
+    shape = model_shape(model_config, config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plan = plan_memory(shape, config, max(max(pair) for pair in lengths), device)
+    student, teacher = (sorted(column) for column in zip(*lengths, strict=True))
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    notes = {
+        "model": f"{config.model_name_or_path}, held in {config.torch_dtype}" + (", bf16 autocast" * config.bf16),
+        "batch": f"{batch} problems a step and process, {config.num_generations} responses each",
+        "prompt tokens": f"student {statistics.median(student):g}, at most {student[-1]}; "
+        f"teacher at alpha = 1 {statistics.median(teacher):g}, at most {teacher[-1]} (of {len(lengths)} problems)",
+        "planned for": f"{device}, responses of {config.max_completion_length} tokens, the longest of these prompts",
+    }
+    parts = ["memory plan of one process", describe(plan, shape, notes)]
+    if device == "cuda":
+        parts.append(f"  this GPU has {torch.cuda.get_device_properties(0).total_memory / GIB:.1f} GiB")
+    parts += ["", "problems", *(f"  {name:24} {count}" for name, count in data.counts().items())]
+    for problem in data.problems.train[:PROMPTS_SHOWN]:
+        reference = data.references[problem.id]
+        alpha = data.alpha(problem, 1.0 if config.exposure_policy == "full" else 0.5)
+        ids = {
+            "student": data.prompts.student(problem),
+            f"teacher, alpha = {alpha:g}": data.prompts.teacher(problem, reference, alpha),
+            "reference reply": data.prompts.reference_completion(reference)[0],
+        }
+        for name, tokens in ids.items():
+            parts += ["", f"--- {problem.id}, {name} ({len(tokens)} tokens)", tokenizer.decode(tokens)]
+    return "\n".join(parts)
+
+
+def prompt_lengths(data: RunData) -> list[tuple[int, int]]:
+    """(student, teacher at the largest alpha) in tokens, of the first problems."""
+    return [
+        (len(data.prompts.student(p)), len(data.prompts.teacher(p, data.references[p.id], data.alpha(p, 1.0))))
+        for p in data.problems.train[:PROMPTS_MEASURED]
+    ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,39 @@ class HeadSpec:
     def temperature(self, temperature: float) -> float:
         """The temperature that also applies `scale`: `softmax(scale * z / T) = softmax(z / (T / scale))`."""
         return temperature / self.scale
+
+    def divergence_options(self, temperature: float = 1.0, teacher: HeadSpec | None = None) -> dict[str, Any]:
+        """What `linear_divergence` must be told beside the weights: biases, softcap, and scales as temperatures.
+
+        Args:
+            temperature: of both distributions.
+            teacher: the teacher's head; None where it is this one.
+
+        Raises:
+            ValueError: if the two heads have different softcaps, for which the losses have no argument.
+        """
+        teacher = self if teacher is None else teacher
+        if teacher._inner_softcap != self._inner_softcap:
+            raise ValueError(
+                f"student and teacher have different logit softcaps ({self.softcap} and {teacher.softcap}): "
+                "linear_divergence takes one softcap for both. Use a teacher of the same family."
+            )
+        return {
+            "temperature": self.temperature(temperature),
+            "teacher_temperature": teacher.temperature(temperature),
+            "softcap": self._inner_softcap,
+            "student_bias": self.bias,
+            "teacher_bias": teacher.bias,
+        }
+
+    def logprob_options(self, temperature: float = 1.0) -> dict[str, Any]:
+        """The same for `linear_logprobs`."""
+        return {"temperature": self.temperature(temperature), "softcap": self._inner_softcap, "bias": self.bias}
+
+    @property
+    def _inner_softcap(self) -> float | None:
+        """The losses cap first and scale then: cap tanh(scale z / cap) = scale (cap/scale) tanh(z / (cap/scale))."""
+        return self.softcap / self.scale if self.softcap else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits themselves, dense. For checks and single rows, never for a batch."""

@@ -1,0 +1,311 @@
+"""TRL's distillation trainers with their loss computed from hidden states: one call on a trainer about to train.
+
+Teacher and student stop at their hidden states, and one `linear_divergence` takes the whole micro-batch, so neither
+side ever holds `[batch, tokens, vocab]`. What the trainer does around the loss (rollouts, prompts, teachers, logging)
+stays TRL's. Only methods of the one trainer object are replaced.
+
+TRL's trainers change from release to release, and a loss put into the wrong place trains on something else. So the
+source of every function that is replaced, or relied on, is compared with the one this file was written against.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import linear_divergence, linear_logprobs
+from .head import HeadSpec, check_head, hidden_states_and_head
+from .source import unexpected, with_globals
+
+WRITTEN_FOR = "1.16.0"
+
+# The functions that are replaced, called or relied on, with the fingerprints of their source in that release.
+_SHARED = {
+    "_compute_self_distillation_loss": "ac3576c4a516",
+    "_forward_logits": "1fd940095a8e",
+    "_compute_rollout_logps": "0221c1ae9e97",
+    "_get_teacher_context_for_self_distillation": "1a50751db8d3",
+    "compute_full_logit_self_distillation_loss": "be8fd9a226c9",
+    "compute_sampled_token_self_distillation_loss": "9ff71258c1df",
+    "compute_divergence": "04634705e254",
+    "apply_importance_sampling_clipping": "44f4f8666a67",
+}
+_SDFT = {**_SHARED, "compute_loss": "8c2b37b2d1bf", "_compute_teacher_student_logits": "a154ca4ea177"}
+_SDPO = {**_SHARED, "compute_loss": "40280c708898", "_compute_teacher_student_logits": "23bfa0111fbf"}
+_SDPO["_compute_policy_loss"] = "f798adf7624c"
+_GKD = {"compute_loss": "194af1daab68", "generalized_jsd_loss": "dec87ad008c3"}
+_DISTILLATION = {
+    "compute_loss": "005dea3d3d5a",
+    "_compute_loss": "02fe325c15ff",
+    "_chunked_divergence_loss": "f201f48d6d0a",
+}
+
+
+def use_linear_divergence(
+    trainer: Any,
+    *,
+    entry_clip: float | None = None,
+    token_clip: float | None = None,
+    backend: str = "auto",
+    chunk_bytes: int | None = None,
+) -> bool:
+    """Make a TRL trainer compute its loss with `linear_divergence`. Call it between constructing it and `train()`.
+
+    The loss is the trainer's own, `distillation_alpha` / `beta`, temperature, masks, importance weights and reduction
+    included: equal in fp32, and better in bf16 where teacher and student share their head (LoRA with the frozen base
+    as teacher). GKD's loss ignores `args.temperature`, with and without this. SDFT and SDPO also log entropies, top-1
+    agreement and the student's confidence under `self_distillation/`; their `distillation_loss` is logged before clips.
+
+    Args:
+        trainer: an `SDFTTrainer`, `SDPOTrainer`, `GKDTrainer` or `DistillationTrainer`, or one of a subclass.
+        entry_clip, token_clip, backend, chunk_bytes: as for `linear_divergence`.
+
+    Returns:
+        True. False, with a warning that names both versions and what differs, where the installed TRL (or the subclass)
+        is not what this adapter was written against; the trainer is then as it was.
+
+    Raises:
+        ValueError: for settings it cannot serve: another trainer, top-k distillation, a teacher on a server, sharded
+            parameters (FSDP, DeepSpeed; `DistillationTrainer` gathers its heads itself), a head that is not linear.
+
+    Example:
+        >>> from trl.experimental.sdft import SDFTConfig, SDFTTrainer  # doctest: +SKIP
+        >>> trainer = SDFTTrainer(model, SDFTConfig(distillation_mode="full_logits"), dataset)  # doctest: +SKIP
+        >>> use_linear_divergence(trainer, entry_clip=0.05)  # doctest: +SKIP
+        True
+    """
+    adapters = {
+        "SDFTTrainer": (_SDFT, _patch_self_distillation),
+        "SDPOTrainer": (_SDPO, _patch_self_distillation),
+        "GKDTrainer": (_GKD, _patch_gkd),
+        "DistillationTrainer": (_DISTILLATION, _patch_distillation),
+    }
+    names = [c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.")]
+    name = next((n for n in names if n in adapters), None)
+    if name is None:
+        raise ValueError(f"{type(trainer).__name__} is none of TRL's {', '.join(adapters)}.")
+    expected, patch = adapters[name]
+    differing = unexpected(type(trainer), name, expected)
+    if differing:
+        warnings.warn(
+            f"{name} is left as it is: {', '.join(differing)} of {type(trainer).__name__} in the installed TRL "
+            f"{importlib.metadata.version('trl')} differ from TRL {WRITTEN_FOR}, which this adapter was written for. "
+            f"Install trl=={WRITTEN_FOR}.",
+            stacklevel=2,
+        )
+        return False
+    clips = {"entry_clip": entry_clip, "token_clip": token_clip}
+    patch(trainer, clips, {"backend": backend, "chunk_bytes": chunk_bytes})
+    return True
+
+
+class Hidden(NamedTuple):
+    """Stands where TRL passes logits: hidden states and the head that would make logits of them."""
+
+    states: Tensor  # [B, T, H]
+    head: HeadSpec
+
+
+def hidden_states(trainer: Any, model: nn.Module, **inputs: Tensor) -> Hidden:
+    """Run `model` as far as its last hidden states, `[B, L, H]`, in the trainer's precision."""
+    backbone, head = hidden_states_and_head(model)
+    with trainer.accelerator.autocast():
+        if isinstance(model, nn.parallel.DistributedDataParallel):  # its forward prepares the gradient exchange
+            from trl.models.utils import _ForwardRedirection
+
+            output = _ForwardRedirection()(model, model.module, backbone, use_cache=False, **inputs)
+        else:
+            output = backbone(use_cache=False, **inputs)
+    return Hidden(output.last_hidden_state, head)
+
+
+def _require_whole_heads(trainer: Any) -> None:
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            f"{type(trainer).__name__} shards its parameters (FSDP or DeepSpeed), so its head is not at hand outside "
+            "the forward pass. Use DDP, or train with `atesd`."
+        )
+    for model in (trainer.model, trainer.teacher_model):
+        check_head(model)
+
+
+# SDFT and SDPO
+
+
+def _patch_self_distillation(trainer: Any, clips: dict[str, Any], options: dict[str, Any]) -> None:
+    args = trainer.args
+    if args.distillation_mode == "topk_logits" or args.use_teacher_server:
+        raise ValueError(
+            f"distillation_mode={args.distillation_mode!r}, use_teacher_server={args.use_teacher_server}: a top-k loss "
+            "is not a divergence of whole distributions. Set distillation_mode='full_logits', which here needs no more "
+            "memory, or 'sampled_token', and a local teacher."
+        )
+    if args.distillation_mode == "sampled_token" and any(clip is not None for clip in clips.values()):
+        raise ValueError("entry_clip and token_clip clip a divergence; distillation_mode='sampled_token' has none.")
+    _require_whole_heads(trainer)
+
+    def logprobs(hidden: Hidden, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        temperature = hidden.head.logprob_options(trainer.temperature)
+        with trainer.accelerator.autocast():
+            return linear_logprobs(hidden.states, hidden.head.weight, ids, mask=mask, **temperature, **options)
+
+    trainer._forward_logits = partial(_forward_hidden, trainer)
+    trainer._compute_self_distillation_loss = partial(_self_distillation_loss, trainer, logprobs, clips | options)
+    for method in ("_compute_rollout_logps", "_compute_policy_loss"):
+        if hasattr(trainer, method):
+            setattr(trainer, method, with_globals(trainer, method, selective_log_softmax=logprobs))
+
+
+def _forward_hidden(trainer: Any, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int):
+    """The states that predict the last `logits_to_keep` tokens."""
+    states, head = hidden_states(trainer, model, input_ids=input_ids, attention_mask=attention_mask)
+    return Hidden(states[:, -logits_to_keep - 1 : -1], head)
+
+
+def _self_distillation_loss(
+    trainer: Any, logprobs: Callable, options: dict[str, Any], model: nn.Module, inputs: dict[str, Any], pair: Any
+) -> Tensor:
+    """TRL's `_compute_self_distillation_loss`: the mean over each sequence's tokens, then over the batch.
+
+    The mean over tokens becomes a weight for each token, so that the gradient is formed in the forward pass. A batch
+    without tokens has weights of zero and gives a zero loss that is attached to the graph.
+    """
+    args, ids, mask = trainer.args, pair.completion_ids, pair.loss_mask
+    student, teacher = pair.student_logits, pair.teacher_logits
+    counted = mask.bool()
+    ratio = torch.ones_like(mask, dtype=torch.float32)
+    old = inputs.get("old_per_token_logps")
+    if args.distillation_is_clip is not None and old is not None:
+        clip = inspect.getmodule(type(trainer)._forward_logits).apply_importance_sampling_clipping
+        with torch.no_grad():
+            ratio = clip(ratio, logprobs(student, ids, counted), old, args.distillation_is_clip)
+    # sum_b (1/B) sum_t mask D / T_b
+    weight = mask * ratio / mask.sum(-1, keepdim=True).clamp(min=1) / len(mask)
+    metrics = {}
+    if args.distillation_mode == "sampled_token":
+        own = logprobs(student, ids, counted)
+        with torch.no_grad():
+            log_ratio = own - logprobs(teacher, ids, counted)
+        loss = (log_ratio * own * weight).sum()
+        per_token = log_ratio * own.detach()
+    else:
+        with trainer.accelerator.autocast():
+            loss, stats = linear_divergence(
+                student.states,
+                student.head.weight,
+                teacher.states,
+                teacher.head.weight,
+                divergence="jsd",
+                beta=args.distillation_alpha,
+                mask=counted,
+                token_weight=weight,
+                reduction="sum",
+                return_stats=True,
+                **student.head.divergence_options(trainer.temperature, teacher.head),
+                **options,
+            )
+        per_token = stats.divergence
+        metrics = {
+            "student_entropy": stats.student_entropy,
+            "teacher_entropy": stats.teacher_entropy,
+            "student_confidence": stats.student_top1_prob,
+            "top1_agreement": stats.top1_agree,
+        }
+    values = torch.stack([per_token * ratio, *metrics.values()]).float()
+    means = (values * counted).sum((1, 2)) / counted.sum().clamp(min=1)
+    logged = trainer.accelerator.gather(means[None]).mean(0).tolist()
+    mode = "train" if model.training else "eval"
+    trainer._log_self_distillation_metric(mode, logged[0])
+    for name, value in zip(metrics, logged[1:], strict=True):
+        trainer._metrics[mode][f"self_distillation/{name}"].append(value)
+    return loss
+
+
+# GKD
+
+
+def _patch_gkd(trainer: Any, clips: dict[str, Any], options: dict[str, Any]) -> None:
+    _require_whole_heads(trainer)
+    dense = trainer.compute_loss
+
+    def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
+        if return_outputs:  # an evaluation that wants logits
+            return dense(model, inputs, True, num_items_in_batch)
+        trainer.teacher_model.eval()
+        tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        student = hidden_states(trainer, model, **tokens)
+        with torch.no_grad():
+            teacher = hidden_states(trainer, trainer.teacher_model, **tokens)
+        with trainer.accelerator.autocast():
+            return linear_divergence(
+                student.states[:, :-1],
+                student.head.weight,
+                teacher.states[:, :-1],
+                teacher.head.weight,
+                divergence="jsd",
+                beta=trainer.beta,
+                mask=inputs["labels"][:, 1:] != -100,
+                num_tokens=num_items_in_batch,
+                **student.head.divergence_options(1.0, teacher.head),
+                **clips,
+                **options,
+            )
+
+    trainer.compute_loss = compute_loss
+
+
+# DistillationTrainer, which has a chunked loss of its own
+
+
+def _patch_distillation(trainer: Any, clips: dict[str, Any], options: dict[str, Any]) -> None:
+    def loss_of_hidden_states(
+        student_states,
+        teacher_states,
+        student_weight,
+        teacher_weight,
+        completion_mask,
+        beta,
+        num_items_in_batch=None,
+        temperature=1.0,
+        **given,
+    ):
+        student, teacher = (
+            HeadSpec(
+                _whole(weight),
+                _whole(given[f"{side}_lm_head_bias"]),
+                given[f"{side}_final_logit_softcapping"] or None,
+                given[f"{side}_logit_scale"],
+            )
+            for side, weight in (("student", student_weight), ("teacher", teacher_weight))
+        )
+        mask = completion_mask != 0
+        with trainer.accelerator.autocast():
+            loss, stats = linear_divergence(
+                student_states,
+                student.weight,
+                teacher_states,
+                teacher.weight,
+                divergence="jsd",
+                beta=beta,
+                mask=mask,
+                num_tokens=num_items_in_batch,
+                return_stats=True,
+                **student.divergence_options(temperature, teacher),
+                **clips,
+                **options,
+            )
+        return loss, stats.student_entropy.sum(), mask.sum()
+
+    trainer._compute_loss = with_globals(trainer, "_compute_loss", _chunked_divergence_loss=loss_of_hidden_states)
+
+
+def _whole(tensor: Tensor | None) -> Tensor | None:
+    """A sharded (DTensor) parameter gathered, once a call; FSDP2 shards the head like any other."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

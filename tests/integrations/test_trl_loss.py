@@ -1,0 +1,184 @@
+"""TRL's trainers with `linear_divergence` train as they do without it, and hold no logits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+pytest.importorskip("trl", reason="trl is not installed")
+
+from atesd_kernels import divergence
+from atesd_kernels.integrations import trl as adapter
+from atesd_kernels.integrations.trl import use_linear_divergence
+
+from .trl_trainers import SDFTTrainer, make_trainer
+
+V = 300
+
+
+def train(trainer, patch: bool):
+    """Logged losses, and how far each parameter went."""
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    if patch:
+        assert use_linear_divergence(trainer)
+    torch.manual_seed(0)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    moved = torch.cat([(p.detach() - before[n]).flatten() for n, p in trainer.model.named_parameters() if n in before])
+    return losses, moved, trainer.state.log_history
+
+
+CASES = {
+    "sdft, forward KL": ("sdft", {"distillation_alpha": 0.0}),
+    "sdft, JSD, stale rollouts, skipped tokens": (
+        "sdft",
+        {"distillation_alpha": 0.3, "num_iterations": 2, "num_loss_tokens_to_skip": 2, "temperature": 1.3},
+    ),
+    "sdft, ema teacher, sampled token": (
+        "sdft",
+        {"teacher_model_kind": "ema", "distillation_mode": "sampled_token", "distillation_alpha": 1.0},
+    ),
+    "sdpo, reverse KL": ("sdpo", {"distillation_alpha": 1.0, "success_reward_threshold": 0.5}),
+    "sdpo with its policy loss": ("sdpo", {"distillation_weight": 0.5, "num_iterations": 2}),
+    "gkd": ("gkd", {"temperature": 0.9}),
+    "distillation": ("distillation", {"beta": 0.3, "temperature": 1.2}),
+}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all parameters", "lora"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_patched_trainer_trains_as_the_unpatched_one(case, lora, sharp_model_path, tmp_path):
+    kind, changes = CASES[case]
+    (theirs, moved, log), (ours, also_moved, our_log) = (
+        train(make_trainer(kind, sharp_model_path, tmp_path, lora=lora, **changes), patch) for patch in (False, True)
+    )
+    assert len(theirs) == 3 and max(map(abs, theirs)) > 1e-3
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-7)
+    assert (also_moved - moved).norm() <= 2e-2 * moved.norm()
+    for mine, other in zip(our_log, log, strict=True):
+        for name in set(other) - {"epoch"}:
+            if "loss" in name or name == "entropy":
+                assert mine[name] == pytest.approx(other[name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("kind", ["sdft", "gkd", "distillation"])
+def test_training_in_bf16_follows_training_in_fp32(kind, sharp_model_path, tmp_path):
+    changes = {"max_steps": 1, "lmbda": 0.0} if kind == "gkd" else {"max_steps": 1}
+    (exact, *_), (rounded, *_) = (
+        train(make_trainer(kind, sharp_model_path, tmp_path, lora=True, bf16=bf16, **changes), True)
+        for bf16 in (False, True)
+    )
+    assert rounded == pytest.approx(exact, rel=0.05)
+
+
+def largest_logits(trainer, batch) -> int:
+    """Rows of the largest tensor `[..., V]` that any operation of a forward and backward reads, heads left aside."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        trainer.compute_loss(trainer.model, batch).backward()
+    heads = {(V, 32), (32, V)}
+    shapes = {tuple(s) for event in seen.events() for s in event.input_shapes if s and s[-1] == V}
+    return max((math.prod(s[:-1]) for s in shapes - heads), default=0)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all parameters", "lora"])
+@pytest.mark.parametrize("kind", ["sdft", "sdpo", "gkd"])
+def test_no_activation_of_tokens_by_vocabulary_is_allocated(kind, lora, sharp_model_path, tmp_path):
+    teacher = {} if kind == "gkd" else {"teacher_model_kind": "base"}
+    trainer = make_trainer(kind, sharp_model_path, tmp_path, lora=lora, **teacher)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    rows = [trainer.train_dataset[i] for i in (0, 0, 1, 1)]
+    if kind == "gkd":
+        batch = trainer.data_collator(rows)
+        tokens = batch["labels"].ne(-100).sum()
+    else:
+        batch = trainer._prepare_training_batch(rows)
+        tokens = batch["completion_mask"].sum()
+    dense = largest_logits(trainer, batch)
+    chunk_rows = 7
+    assert use_linear_divergence(trainer, chunk_bytes=8 * V * chunk_rows)
+    assert dense >= tokens > 2 * chunk_rows
+    assert 0 < largest_logits(trainer, batch) <= chunk_rows
+
+
+def test_entry_clip_and_the_shared_head_reach_the_loss(sharp_model_path, tmp_path, monkeypatch):
+    trainer = make_trainer("sdft", sharp_model_path, tmp_path, lora=True, distillation_alpha=0.0, temperature=1.1)
+    for name, p in trainer.model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
+    trainer.current_gradient_accumulation_steps = 1
+    batch = trainer._prepare_training_batch([trainer.train_dataset[i] for i in (0, 0, 1, 1)])
+    with torch.no_grad():
+        dense = trainer._compute_teacher_student_logits(trainer.model, trainer.teacher_model, batch)
+        per_token = divergence(
+            dense.student_logits, dense.teacher_logits, reduction="none", entry_clip=0.01, mask=dense.loss_mask.bool()
+        )
+        expected = (per_token.sum(1) / dense.loss_mask.sum(1)).mean()
+        unclipped = trainer.compute_loss(trainer.model, batch)
+    calls = []
+    monkeypatch.setattr(
+        adapter,
+        "linear_divergence",
+        lambda *args, f=adapter.linear_divergence, **options: calls.append((args, options)) or f(*args, **options),
+    )
+    assert use_linear_divergence(trainer, entry_clip=0.01)
+    clipped = trainer.compute_loss(trainer.model, batch)
+    assert clipped.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert clipped.item() < 0.9 * unclipped.item()
+    ((_, student_weight, _, teacher_weight), _), *others = calls
+    assert not others and student_weight is teacher_weight
+
+
+def test_a_batch_without_tokens_costs_nothing_and_keeps_its_graph(sharp_model_path, tmp_path):
+    trainer = make_trainer("sdft", sharp_model_path, tmp_path, num_loss_tokens_to_skip=50)
+    use_linear_divergence(trainer)
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer.compute_loss(
+        trainer.model, trainer._prepare_training_batch([trainer.train_dataset[i] for i in (0, 0)])
+    )
+    loss.backward()
+    assert loss.item() == 0 and all(not p.grad.any() for p in trainer.model.parameters() if p.grad is not None)
+
+
+def test_under_ddp_the_hidden_states_come_through_the_wrapper(sharp_model_path, tmp_path):
+    trainer = make_trainer("sdft", sharp_model_path, tmp_path, lora=True)
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ddp, calls = nn.parallel.DistributedDataParallel(trainer.model), []
+        ddp.register_forward_pre_hook(lambda *_: calls.append("forward"))
+        out = adapter.hidden_states(trainer, ddp, **batch).states
+        assert calls == ["forward"] and out.grad_fn is not None
+        assert out.equal(adapter.hidden_states(trainer, trainer.model, **batch).states)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_trl_it_was_not_written_for_is_named_and_left_alone(sharp_model_path, tmp_path):
+    class Changed(SDFTTrainer):
+        def _forward_logits(self, model, input_ids, attention_mask, logits_to_keep):
+            return super()._forward_logits(model, input_ids, attention_mask, logits_to_keep) * 2
+
+    trainer = make_trainer("sdft", sharp_model_path, tmp_path, trainer_class=Changed)
+    before = dict(vars(trainer))
+    with pytest.warns(UserWarning, match=r"_forward_logits of Changed in the installed TRL .* differ from TRL 1\.16"):
+        assert use_linear_divergence(trainer) is False
+    assert vars(trainer) == before
+
+
+def test_what_it_cannot_serve_is_refused_by_name(sharp_model_path, tmp_path):
+    with pytest.raises(ValueError, match="none of TRL's SDFTTrainer"):
+        use_linear_divergence(object())
+    with pytest.raises(ValueError, match="a top-k loss is not a divergence"):
+        use_linear_divergence(make_trainer("sdft", sharp_model_path, tmp_path, distillation_mode="topk_logits"))
+    sampled = {"distillation_mode": "sampled_token", "distillation_alpha": 1.0}
+    trainer = make_trainer("sdft", sharp_model_path, tmp_path, **sampled)
+    with pytest.raises(ValueError, match="sampled_token"):
+        use_linear_divergence(trainer, entry_clip=0.05)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="shards its parameters"):
+        use_linear_divergence(trainer)

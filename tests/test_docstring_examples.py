@@ -6,7 +6,9 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["latex_spans", "segmentation", "exposure", "templates", "answer_text", "grading"])
+@pytest.mark.parametrize(
+    "name", ["latex_spans", "segmentation", "exposure", "templates", "answer_text", "grading", "integrations.trl"]
+)
 def test_the_examples_in_the_docstrings_are_true(name):
     if name == "grading":
         pytest.importorskip("math_verify", reason="grading needs math-verify (the eval extra)")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.metadata
 import inspect
 import textwrap
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +44,19 @@ def unexpected(cls: type, name: str, expected: dict[str, str]) -> list[str]:
         if not same:
             differing.append(function)
     return differing
+
+
+def is_as_expected(cls: type, name: str, expected: dict[str, str], library: str, version: str) -> bool:
+    """Whether nothing is `unexpected`; warns, with both versions of `library`, where something is."""
+    differing = unexpected(cls, name, expected)
+    if differing:
+        warnings.warn(
+            f"{name} is left as it is: {', '.join(differing)} of {cls.__name__} in the installed {library} "
+            f"{importlib.metadata.version(library)} differ from {library} {version}, which this adapter was written "
+            f"for. Install {library}=={version}.",
+            stacklevel=3,
+        )
+    return not differing
 
 
 def with_globals(owner: Any, method: str, **replaced: Any) -> Callable:

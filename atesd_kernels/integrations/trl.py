@@ -10,9 +10,7 @@ source of every function that is replaced, or relied on, is compared with the on
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import linear_divergence, linear_logprobs
 from .head import HeadSpec, check_head, hidden_states_and_head
-from .source import unexpected, with_globals
+from .source import is_as_expected, with_globals
 
 WRITTEN_FOR = "1.16.0"
 
@@ -92,14 +90,7 @@ def use_linear_divergence(
     if name is None:
         raise ValueError(f"{type(trainer).__name__} is none of TRL's {', '.join(adapters)}.")
     expected, patch = adapters[name]
-    differing = unexpected(type(trainer), name, expected)
-    if differing:
-        warnings.warn(
-            f"{name} is left as it is: {', '.join(differing)} of {type(trainer).__name__} in the installed TRL "
-            f"{importlib.metadata.version('trl')} differ from TRL {WRITTEN_FOR}, which this adapter was written for. "
-            f"Install trl=={WRITTEN_FOR}.",
-            stacklevel=2,
-        )
+    if not is_as_expected(type(trainer), name, expected, "trl", WRITTEN_FOR):
         return False
     clips = {"entry_clip": entry_clip, "token_clip": token_clip}
     patch(trainer, clips, {"backend": backend, "chunk_bytes": chunk_bytes})

@@ -165,7 +165,7 @@ def test_a_trl_it_was_not_written_for_is_named_and_left_alone(sharp_model_path, 
 
     trainer = make_trainer("sdft", sharp_model_path, tmp_path, trainer_class=Changed)
     before = dict(vars(trainer))
-    with pytest.warns(UserWarning, match=r"_forward_logits of Changed in the installed TRL .* differ from TRL 1\.16"):
+    with pytest.warns(UserWarning, match=r"_forward_logits of Changed in the installed trl .* differ from trl 1\.16"):
         assert use_linear_divergence(trainer) is False
     assert vars(trainer) == before
 

@@ -92,6 +92,19 @@ def check_token_tensors(lead: torch.Size, device: torch.device, **tensors: Tenso
         )
 
 
+def check_spans(lengths: Tensor, exposed: Tensor, max_length: int) -> None:
+    """Spans lie within `[0, max_length]`. On a GPU, or while torch.compile traces, this is the caller's promise."""
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling() or not lengths.numel():
+        return
+    low, high = lengths.min().item(), lengths.max().item()
+    require(
+        low >= 0 and high <= max_length,
+        f"lengths must lie in [0, {max_length}], the tokens there are, got {low if low < 0 else high}.",
+    )
+    least = exposed.min().item()
+    require(least >= 0, f"exposed must not be negative, got {least}; 0 is a teacher that was shown nothing.")
+
+
 def check_scalars(
     *,
     temperature: float,

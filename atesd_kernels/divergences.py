@@ -14,12 +14,28 @@ changes nothing, so we also write the *centred* pair, whose values vanish at `p 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
+_BY_KEY: dict[str, DivergenceTerm] = {}
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """A divergence from `y`, the logit differences less their mean under `q`, and `e = expm1(y)`, before `c` is known.
+
+    With `E = sum q e`, so `x = y - log1p(E)`, and `L = sum q l`:
+
+    Attributes:
+        term: `(y, e) -> (l, w)`, with `w` one of `y` and `e`.
+        finish: `(L, E) -> (D, a, scale)` such that `dD/ds = scale q (a - w)`; row vectors.
+    """
+
+    term: Callable[[Tensor, Tensor], Pair]
+    finish: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -32,21 +48,29 @@ class DivergenceTerm:
         centred: `(x, q, beta) -> (l', u')`, accurate where `p` and `q` nearly agree. Optional: without it the backends
             use `term`, which is right but loses digits at small divergences.
         slope: `(beta) -> k`, the multiple of `p - q` that `centred` leaves out of `l`.
-        sum_u: `(c, mean_d) -> sum_v u'_v` from one sweep's statistics, where `c = lse_t - lse_s` and `mean_d` is the
-            mean logit difference under `q`. Optional: it saves the unclipped gradient a sweep over the vocabulary.
+        shifted: the plain loss and gradient of a term whose dependence on `c = lse_t - lse_s` factors out. Optional: it
+            saves a sweep over the vocabulary. See `Shifted`.
         smooth: False if `u` jumps at `p = q`, in which case logit differences are kept in fp32.
         triton: `"module:function"` of the `@triton.jit` twin. Optional: without it the torch backend is used.
         needs_beta: `(beta) -> None`, raises ValueError where this divergence has no meaning.
+        key: what the operators, whose arguments are plain values, find this object by. Objects with a key live as long
+            as the process: make a divergence once, not at each step.
     """
 
     name: str
     term: Callable[[Tensor, Tensor, float], Pair]
     centred: Callable[[Tensor, Tensor, float], Pair] | None = None
     slope: Callable[[float], float] = lambda beta: 0.0
-    sum_u: Callable[[Tensor, Tensor], Tensor] | None = None
+    shifted: Shifted | None = None
     smooth: bool = True
     triton: str | None = None
     needs_beta: Callable[[float], None] = lambda beta: None
+    key: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        key = self.name if self.name not in _BY_KEY else f"{self.name}#{len(_BY_KEY)}"
+        object.__setattr__(self, "key", key)
+        _BY_KEY[key] = self
 
 
 def times_log(p: Tensor, log_ratio: Tensor) -> Tensor:
@@ -65,6 +89,16 @@ def forward_kl_centred(x: Tensor, q: Tensor, beta: float) -> Pair:
     return torch.addcmul(x, x, e).sub_(e).mul_(q), -(q * e)
 
 
+# sum p x = (L + E) / (1 + E) - log1p(E), and q - p = q (E - e) / (1 + E).
+def forward_kl_shifted(y: Tensor, e: Tensor) -> Pair:
+    return torch.addcmul(y, y, e).sub_(e), e
+
+
+def forward_kl_finish(L: Tensor, E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    near = (L - E * E) / (1 + E) + log1p_remainder(E)
+    return torch.where(E < 0.5, near, (L + E) / (1 + E) - torch.log1p(E)), E, 1 / (1 + E)
+
+
 # Reverse KL, KL(q || p): f(r) = -log r, k = -1.
 def reverse_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Pair:
     q = log_q.exp()
@@ -74,6 +108,15 @@ def reverse_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Pair:
 
 def reverse_kl_centred(x: Tensor, q: Tensor, beta: float) -> Pair:
     return (torch.expm1(x) - x).mul_(q), -(q * x)
+
+
+# -sum q x = log1p(E), as sum q y = 0, and the gradient is -q y.
+def reverse_kl_shifted(y: Tensor, e: Tensor) -> Pair:
+    return e - y, y
+
+
+def reverse_kl_finish(L: Tensor, E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.where(E < 0.5, L - log1p_remainder(E), torch.log1p(E)), torch.zeros_like(E), torch.ones_like(E)
 
 
 # Generalised Jensen-Shannon, beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q: k = 0.
@@ -167,6 +210,14 @@ def alpha_divergence_centred(x: Tensor, q: Tensor, beta: float) -> Pair:
     return (e_a - a * torch.expm1(x)).mul_(q / (a * (a - 1))), (e_a * q).mul_(-1 / a)
 
 
+def log1p_remainder(E: Tensor) -> Tensor:
+    """`E - log1p(E)`, to full precision for small `E`: `log1p(E) = 2 atanh(h)` with `h = E / (2 + E)`."""
+    h = E / (2 + E)
+    h2 = h * h
+    series = 2 * h * h2 * (1 / 3 + h2 * (1 / 5 + h2 * (1 / 7 + h2 * (1 / 9 + h2 * (1 / 11 + h2 / 13)))))
+    return torch.where(h.abs() < 0.1, E * h - series, E - torch.log1p(E))
+
+
 def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     """`log(beta p + (1 - beta) q)`; -inf where neither distribution has mass."""
     if beta == 0:
@@ -193,7 +244,7 @@ FORWARD_KL = DivergenceTerm(
     forward_kl,
     forward_kl_centred,
     slope=lambda beta: 1.0,
-    sum_u=lambda c, mean_d: torch.zeros_like(c),  # sum (q - p)
+    shifted=Shifted(forward_kl_shifted, forward_kl_finish),
     triton=f"{_TRITON}:forward_kl",
 )
 REVERSE_KL = DivergenceTerm(
@@ -201,12 +252,10 @@ REVERSE_KL = DivergenceTerm(
     reverse_kl,
     reverse_kl_centred,
     slope=lambda beta: -1.0,
-    sum_u=lambda c, mean_d: c - mean_d,  # -sum q x
+    shifted=Shifted(reverse_kl_shifted, reverse_kl_finish),
     triton=f"{_TRITON}:reverse_kl",
 )
-JEFFREYS = DivergenceTerm(
-    "jeffreys", jeffreys, jeffreys_centred, sum_u=lambda c, mean_d: c - mean_d, triton=f"{_TRITON}:jeffreys"
-)
+JEFFREYS = DivergenceTerm("jeffreys", jeffreys, jeffreys_centred, triton=f"{_TRITON}:jeffreys")
 _REGISTRY: dict[str, DivergenceTerm] = {
     d.name: d
     for d in (
@@ -242,14 +291,20 @@ _REGISTRY: dict[str, DivergenceTerm] = {
 }
 
 
+BUILT_IN = frozenset(_REGISTRY)
+
+
 def register_divergence(term: DivergenceTerm) -> DivergenceTerm:
     """Make a divergence of your own available by name to every loss of this package.
+
+    Registering a name of yours again replaces it, as running a notebook's cell twice does. A `DivergenceTerm` can also
+    be passed as `divergence=` without being registered.
 
     Args:
         term: its name and mathematics. `term.term` receives `(log_p, log_q, beta)` and returns `(l, u)`.
 
     Raises:
-        ValueError: if the name belongs to a different divergence already.
+        ValueError: if the name is one of this package's own.
 
     Example:
         >>> import torch
@@ -260,22 +315,29 @@ def register_divergence(term: DivergenceTerm) -> DivergenceTerm:
         >>> register_divergence(DivergenceTerm("squared", squared)).name
         'squared'
     """
-    known = _REGISTRY.setdefault(term.name, term)
-    if known is not term and known != term:
-        raise ValueError(f"divergence {term.name!r} is already registered; give yours another name.")
-    return known
+    if term.name in BUILT_IN and term is not _REGISTRY[term.name]:
+        raise ValueError(f"divergence {term.name!r} is one of this package's own; give yours another name.")
+    _REGISTRY[term.name] = term
+    return term
 
 
 def get_divergence(divergence: str | DivergenceTerm, beta: float) -> DivergenceTerm:
-    """The term of that name, with its `beta` checked; JSD's endpoints resolve to the KLs they stand for."""
-    if isinstance(divergence, DivergenceTerm):
-        divergence = register_divergence(divergence).name
-    if divergence not in _REGISTRY:
-        raise ValueError(f"unknown divergence {divergence!r}; known: {', '.join(sorted(_REGISTRY))}.")
+    """The term of that name, or the given one, with its `beta` checked; JSD's endpoints are the KLs they stand for."""
+    if isinstance(divergence, str):
+        if divergence not in _REGISTRY:
+            known = [*sorted(BUILT_IN), *sorted(_REGISTRY.keys() - BUILT_IN)]
+            raise ValueError(f"unknown divergence {divergence!r}; known: {', '.join(known)}.")
+        term = _REGISTRY[divergence]
+    else:
+        term = divergence
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must lie in [0, 1], got {beta}.")
-    if divergence == "jsd" and beta in (0, 1):
+    if term.key == "jsd" and beta in (0, 1):
         return REVERSE_KL if beta else FORWARD_KL
-    term = _REGISTRY[divergence]
     term.needs_beta(beta)
     return term
+
+
+def term_of_key(key: str) -> DivergenceTerm:
+    """The term an operator was given by its `key`."""
+    return _BY_KEY[key]

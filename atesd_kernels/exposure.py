@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
-from .losses import _compute_dtype, _wanted, linear_logprobs
-from .planning import choose_backend
+from .arguments import checked_logprobs, gradients_wanted
+from .losses import linear_logprobs
+from .planning import TORCH
+from .stats import TokenStats
 
 
 def exposure_mask(lengths: Tensor, exposed: Tensor, max_length: int) -> Tensor:
@@ -26,23 +28,32 @@ def exposure_logprobs(
     targets: Tensor,
     lengths: Tensor,
     exposed: Tensor,
-    **options,
-) -> Tensor:
+    *,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+    chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype = torch.float32,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, TokenStats]:
     """Mean log-probability of each sequence's tokens `[exposed, length)`: those after the exposed prefix.
 
     Args:
         hidden: `[B, T, H]`; the state that predicts `targets[b, i]`.
         weight: `[V, H]`.
         targets: `[B, T]` int; positions outside the span may hold anything.
-        lengths: `[B]` int, tokens of each sequence, at most T.
-        exposed: `[B]` int, how many of them the teacher was shown.
-        **options: as for `linear_logprobs`, without `mask` and `return_stats`.
+        lengths: `[B]` int, tokens of each sequence, from 0 to T.
+        exposed: `[B]` int, how many of them the teacher was shown, at least 0; from `lengths` on, nothing is left.
+        temperature, bias, softcap, backend, chunk_bytes, logits_dtype: as for `linear_logprobs`.
+        return_stats: also return `linear_logprobs`' `TokenStats`, `[B, T]`, zero outside the span.
 
     Returns:
         `[B]` fp32 (fp64 for fp64 inputs), in nats per token; 0 for a sequence with no token in its span.
 
     Raises:
-        ValueError: if shapes disagree; TypeError for wrong dtypes.
+        ValueError: if shapes disagree, or a length or an exposure is out of range (looked at on a CPU; on a GPU that is
+            the caller's promise, because looking would stop its stream); TypeError for wrong dtypes.
 
     Example:
         >>> import torch
@@ -54,27 +65,31 @@ def exposure_logprobs(
     """
     checks.require(hidden.dim() == 3, f"hidden must be [B, T, H], got {tuple(hidden.shape)}.")
     checks.check_token_tensors(hidden.shape[:1], hidden.device, lengths=lengths, exposed=exposed)
+    checks.check_spans(lengths, exposed, hidden.shape[1])
     mask = exposure_mask(lengths, exposed, hidden.shape[1])
-    if not any(_wanted(hidden, weight, options.get("bias"))):
-        means = _skipping_means(hidden, weight, targets, lengths, exposed, mask, **options)
-        if means is not None:
-            return means
-    logprobs = linear_logprobs(hidden, weight, targets, mask=mask, **options)
-    return logprobs.sum(1) / mask.sum(1).clamp_min(1)
-
-
-def _skipping_means(
-    hidden, weight, targets, lengths, exposed, mask, *, temperature=1.0, bias=None, softcap=None, backend="auto",
-    chunk_bytes=None, logits_dtype=torch.float32,
-) -> Tensor | None:  # fmt: skip
-    """The same on a GPU, where tokens outside the span take no part in any product; None on another backend."""
-    checks.check_head("student", hidden, weight, bias)
-    checks.check_scalars(temperature=temperature, softcap=softcap, chunk_bytes=chunk_bytes)
-    checks.check_token_tensors(hidden.shape[:-1], hidden.device, targets=targets)
-    dtype = _compute_dtype(hidden)
-    checks.check_dtypes(dtype, logits_dtype, **({} if dtype != hidden.dtype else {"weight": weight}))
-    if choose_backend(backend, hidden.device, dtype, True) == "torch":
-        return None
-    return ops.exposure_means_op(
-        hidden, weight, bias, targets, lengths, exposed, mask, float(temperature), softcap, logits_dtype, dtype
+    if not return_stats and not any(gradients_wanted(hidden, weight, bias)):
+        road, dtype = checked_logprobs(
+            hidden, weight, targets, mask=mask, temperature=temperature, bias=bias, softcap=softcap, backend=backend,
+            chunk_bytes=chunk_bytes, logits_dtype=logits_dtype,
+        )  # fmt: skip
+        if road not in TORCH:
+            # on a GPU, tokens outside the span take no part in any product
+            return ops.exposure_means_op(
+                hidden, weight, bias, targets, lengths, exposed, mask, float(temperature), softcap, logits_dtype, dtype
+            )
+    result = linear_logprobs(
+        hidden,
+        weight,
+        targets,
+        temperature=temperature,
+        bias=bias,
+        softcap=softcap,
+        mask=mask,
+        backend=backend,
+        chunk_bytes=chunk_bytes,
+        logits_dtype=logits_dtype,
+        return_stats=return_stats,
     )
+    logprobs, *stats = result if return_stats else (result,)
+    means = logprobs.sum(1) / mask.sum(1).clamp_min(1)
+    return (means, *stats) if return_stats else means

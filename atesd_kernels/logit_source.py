@@ -38,10 +38,21 @@ class LinearGradients:
             torch.zeros(self.rows.shape, dtype=self.dtype, device=self.device) if self.spec.hidden_grad else None
         )
 
-    def take_gradient(self, cols: slice, g: Tensor) -> None:
-        """Propagate a block's gradient `[R, C]`, in the compute dtype, to hidden states, head and bias."""
+    @property
+    def scales_late(self) -> bool:
+        """Whether a row's factor may wait for the `[R, H]` product: no head mixes rows, and nothing underflows."""
+        return not (self.spec.weight_grad or self.spec.bias_grad) and self.spec.compute_dtype != torch.float16
+
+    def gradient_storage(self, block: Tensor) -> Tensor:
+        """Where a block's gradient is written, in the compute dtype: into `block` itself if it has that."""
+        same = block.dtype == self.spec.compute_dtype
+        return block if same else torch.empty_like(block, dtype=self.spec.compute_dtype)
+
+    def take_gradient(self, cols: slice, g: Tensor, factor: Tensor | None) -> None:
+        """Propagate a block's gradient `[R, C]` to hidden states, times a late row `factor`, to head and bias."""
         if self.rows_grad is not None:
-            self.rows_grad += matmul.hidden_grad(g, self.weight[cols].to(g.dtype))
+            product = matmul.hidden_grad(g, self.weight[cols].to(g.dtype))
+            self.rows_grad += product if factor is None else product * factor[:, None]
         if self.weight_grad is not None:
             matmul.add_weight_grad(self.weight_grad[cols], g, self.rows)
         if self.bias_grad is not None:
@@ -75,7 +86,6 @@ class LinearLogits(LinearGradients):
         self.other_dtype = self._delta_dtype() if self.is_delta else self.s_dtype
         if not self.is_delta and spec.compute_dtype == torch.float32 and spec.logits_dtype == torch.float32:
             self.s_dtype = self.other_dtype = torch.float64
-        self.bytes_per_logit = self.s_dtype.itemsize + max(self.other_dtype.itemsize, self.dtype.itemsize)
 
     def _delta_dtype(self) -> torch.dtype:
         """The inputs' dtype, if D is a plain product; fp32 if more than its rounding error would be rounded away."""
@@ -83,10 +93,14 @@ class LinearLogits(LinearGradients):
         plain = self.bias_t is None and not self.needs_logits and spec.term.smooth
         return spec.compute_dtype if plain else self.dtype
 
-    def refine(self) -> bool:
-        """Keep D in fp32 from now on; False if it already is."""
-        rounded, self.other_dtype = self.is_delta and self.other_dtype != self.dtype, self.dtype
-        return rounded
+    @property
+    def rounds_difference(self) -> bool:
+        """Whether D is rounded to less than the precision of the sweeps."""
+        return self.is_delta and self.other_dtype != self.dtype
+
+    def keep_difference(self) -> None:
+        """Do not round D from now on."""
+        self.other_dtype = self.dtype
 
     def load(self, index: Tensor) -> None:
         super().load(index)
@@ -109,29 +123,38 @@ class LinearLogits(LinearGradients):
         return scale_logits(t, self.spec.teacher_temperature, _cols(bias, cols), self.spec.softcap)
 
     def centre(self, top: Tensor) -> None:
-        """Subtract a constant from each row of D: its value at the token `top` `[R]`.
+        """Subtract a constant from each row of a D that is rounded: its value at the token `top` `[R]`.
 
         A constant changes no softmax, but D is rounded relative to its size: let it be small where q is large.
         """
-        if not self.needs_logits:
-            w = self.weight[top].to(self.rows_t.dtype)
-            self.offset = torch.linalg.vecdot(self.rows_t.to(self.dtype), w.to(self.dtype)).neg_()
+        w = self.weight[top].to(self.rows_t.dtype)
+        self.offset = torch.linalg.vecdot(self.rows_t.to(self.dtype), w.to(self.dtype)).neg_()
+
+    def _bias_shift(self, cols) -> Tensor | None:
+        """By how much the teacher's bias differs; a token both models exclude differs by nothing."""
+        if self.bias_t is None:
+            return None
+        shift = self.bias_t[cols].to(self.dtype) - (0 if self.bias is None else self.bias[cols].to(self.dtype))
+        return torch.nan_to_num(shift, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
     @property
     def needs_logits(self) -> bool:
         """Whether `difference` depends on the student's logits."""
         return self.spec.softcap is not None or self.spec.temperature != self.spec.teacher_temperature
 
-    def difference(self, cols: slice, s: Tensor) -> Tensor:
-        """D with bias, softcap and temperatures applied, `[R, C]`, given the scaled student logits if it needs them."""
+    @property
+    def scale(self) -> float:
+        """What is left to multiply `difference` by: where it is a plain product, a sweep does that on its way."""
+        return 1.0 if self.needs_logits else 1 / self.spec.temperature
+
+    def difference(self, cols: slice, s: Tensor | None) -> Tensor:
+        """The logit difference divided by `scale`, `[R, C]`, given the scaled student logits if it needs them."""
         spec = self.spec
         w = self.weight[cols].to(self.spec.compute_dtype).to(self.rows_t.dtype)
-        d = matmul.logits(self.rows_t, w, self.other_dtype, self.offset)
-        if self.bias_t is not None:
-            bias_s = _cols(self.bias, cols)
-            shift = _cols(self.bias_t, cols).to(self.dtype) - (0 if bias_s is None else bias_s.to(self.dtype))
-            # a token both models exclude differs by nothing
-            d.add_(torch.nan_to_num(shift, nan=0.0, posinf=torch.inf, neginf=-torch.inf))
+        d = matmul.logits(self.rows_t, w, self.other_dtype, self.offset if self.rounds_difference else None)
+        shift = self._bias_shift(cols)
+        if shift is not None:
+            d.add_(shift)
         if spec.softcap is not None:
             tanh_s, tanh_d = s * (spec.temperature / spec.softcap), torch.tanh(d / spec.softcap).to(s.dtype)
             # tanh(a + b) - tanh(a) = tanh(b) (1 - tanh(a)^2) / (1 + tanh(a) tanh(b))
@@ -139,10 +162,7 @@ class LinearLogits(LinearGradients):
         if spec.temperature != spec.teacher_temperature:
             # (z + d) / T_t - z / T_s, with z = s T_s
             return d.add_(s, alpha=spec.temperature - spec.teacher_temperature).div_(spec.teacher_temperature)
-        return d if spec.temperature == 1 else d.div_(spec.temperature)
-
-    def gradient_storage(self, block: Tensor) -> Tensor:
-        return block.view(self.spec.compute_dtype)
+        return d.div_(spec.temperature) if spec.softcap is not None and spec.temperature != 1 else d
 
 
 class StudentLogits(LinearGradients):
@@ -157,8 +177,8 @@ class StudentLogits(LinearGradients):
 class GivenLogits:
     """The same interface over logits the caller holds; the gradient goes to a tensor of their size."""
 
-    is_delta = needs_logits = False
-    may_be_infinite = True
+    is_delta = needs_logits = rounds_difference = False
+    may_be_infinite = scales_late = True
     grad_scale = None
 
     def __init__(self, spec: DivergenceSpec, student_logits: Tensor, teacher_logits: Tensor):
@@ -166,16 +186,12 @@ class GivenLogits:
         self.num_rows, self.vocab = student_logits.shape
         self.device = student_logits.device
         self.dtype = self.s_dtype = accumulate_dtype(student_logits.dtype)
-        self.bytes_per_logit = 2 * self.dtype.itemsize
         self.grad = (
             torch.zeros_like(student_logits, dtype=gradient_dtype(student_logits.dtype)) if spec.any_grad else None
         )
 
     def scale_gradients(self, row_weight: Tensor | None) -> None:
         pass
-
-    def refine(self) -> bool:
-        return False
 
     def load(self, index: Tensor) -> None:
         self.index = index
@@ -191,8 +207,8 @@ class GivenLogits:
     def gradient_storage(self, block: Tensor) -> Tensor:
         return block
 
-    def take_gradient(self, cols: slice, g: Tensor) -> None:
-        self.grad[self.index, cols] = g.to(self.grad.dtype)
+    def take_gradient(self, cols: slice, g: Tensor, factor: Tensor | None) -> None:
+        self.grad[self.index, cols] = (g if factor is None else g * factor[:, None]).to(self.grad.dtype)
 
     def finish_rows(self) -> None:
         pass

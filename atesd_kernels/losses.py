@@ -1,4 +1,4 @@
-"""The public losses: validate, flatten, pick a backend, reduce."""
+"""The public losses: check (`arguments`), flatten, run the operator (`ops`), reduce."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
-from .divergences import DivergenceTerm, get_divergence
-from .planning import choose_backend
-from .spec import accumulate_dtype
+from .arguments import (
+    checked_divergence,
+    checked_logprobs,
+    compute_dtype_of,
+    flat_mask,
+    gradients_wanted,
+    same_storage,
+    teacher_bias_of,
+)
+from .divergences import DivergenceTerm
 from .stats import TokenStats
 
 
@@ -67,7 +74,8 @@ def linear_divergence(
         token_clip: upper bound on each token's divergence; a clipped token has no gradient.
         reduction: "mean" over counted tokens, "sum", or "none" (per-token values, zero where masked).
         num_tokens: replaces the mean's denominator, for gradient accumulation and data parallelism.
-        backend: "auto", "torch", "triton", "triton_tiled".
+        backend: "auto", "torch", "torch_compiled" (its elementwise passes through Inductor: faster after a wait for the
+            compiler), "triton", "triton_tiled".
         chunk_bytes: budget for the chunk of logits, the only vocabulary-sized temporary. Our choice: 80 MiB on a CPU,
             1 GiB on a GPU.
         logits_dtype: of the student's logits (and of separate teacher logits). bf16 is faster and costs 2 to 3 % of
@@ -92,9 +100,9 @@ def linear_divergence(
         >>> loss = linear_divergence(student, head, teacher, divergence="forward_kl", temperature=1.1)
         >>> loss.backward()
         >>> round(loss.item(), 3), tuple(student.grad.shape)
-        (0.002, (2, 5, 64))
+        (0.003, (2, 5, 64))
     """
-    if teacher_weight is not None and _same_storage(student_weight, teacher_weight):
+    if teacher_weight is not None and same_storage(student_weight, teacher_weight):
         teacher_weight = None
     checks.check_head("student", student_hidden, student_weight, student_bias)
     checks.check_pair(student_hidden, teacher_hidden, "hidden")
@@ -103,54 +111,39 @@ def linear_divergence(
     )
     if teacher_weight is not None:
         checks.check_vocabulary(student_weight.shape[0], teacher_weight.shape[0])
-    checks.check_scalars(
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        softcap=softcap,
-        entry_clip=entry_clip,
-        token_clip=token_clip,
-        chunk_bytes=chunk_bytes,
-        reduction=reduction,
-    )
-    lead, device = student_hidden.shape[:-1], student_hidden.device
-    checks.check_token_tensors(lead, device, mask=mask, token_weight=token_weight, targets=targets)
-    term = get_divergence(divergence, beta)
-    compute_dtype = _compute_dtype(student_hidden)
+    lead = student_hidden.shape[:-1]
+    compute_dtype = compute_dtype_of(student_hidden)
     autocast = compute_dtype != student_hidden.dtype
     checks.check_dtypes(
         compute_dtype,
         logits_dtype,
         **({} if autocast else {"student_weight": student_weight, "teacher_weight": teacher_weight}),
     )
-    backend = choose_backend(backend, device, compute_dtype, term.triton is not None)
-    flat_mask = _flat_mask(mask)
-    row_weight = _row_weight(token_weight, mask, lead.numel(), device, compute_dtype, reduction, num_tokens)
+    call = checked_divergence(
+        lead, student_hidden.device, compute_dtype, divergence=divergence, beta=beta, temperature=temperature,
+        teacher_temperature=teacher_temperature, softcap=softcap, mask=mask, token_weight=token_weight, targets=targets,
+        entry_clip=entry_clip, token_clip=token_clip, reduction=reduction, num_tokens=num_tokens, backend=backend,
+        chunk_bytes=chunk_bytes,
+    )  # fmt: skip
     value, stats, *_ = ops.linear_divergence_op(
         student_hidden.reshape(lead.numel(), student_hidden.shape[-1]),
         student_weight,
         student_bias,
         teacher_hidden.detach().reshape(lead.numel(), teacher_hidden.shape[-1]),
         None if teacher_weight is None else teacher_weight.detach(),
-        _teacher_bias(teacher_weight, teacher_bias, student_bias),
-        flat_mask,
-        None if reduction == "none" else row_weight,
-        None if targets is None else targets.reshape(-1),
-        backend,
-        term.name,
-        float(beta),
-        float(temperature),
-        float(temperature if teacher_temperature is None else teacher_temperature),
-        softcap,
-        entry_clip,
-        token_clip,
+        teacher_bias_of(teacher_weight, teacher_bias, student_bias),
+        call.mask,
+        None if reduction == "none" else call.row_weight,
+        call.targets,
+        *call.options,
         logits_dtype,
         compute_dtype,
         chunk_bytes,
         return_stats,
         reduction != "none",
-        *_wanted(student_hidden, student_weight, student_bias),
+        *gradients_wanted(student_hidden, student_weight, student_bias),
     )
-    loss = _per_token(value, row_weight, lead) if reduction == "none" else value
+    loss = _per_token(value, call.row_weight, lead) if reduction == "none" else value
     return (loss, _stats(stats, lead, targets is not None)) if return_stats else loss
 
 
@@ -191,38 +184,24 @@ def divergence(
     checks.require(
         student_logits.dtype in checks.FLOATS, f"logits must be floating, got {student_logits.dtype}.", TypeError
     )
-    checks.check_scalars(
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        softcap=softcap,
-        entry_clip=entry_clip,
-        token_clip=token_clip,
+    lead = student_logits.shape[:-1]
+    call = checked_divergence(
+        lead, student_logits.device, student_logits.dtype, divergence=divergence, beta=beta, temperature=temperature,
+        teacher_temperature=teacher_temperature, softcap=softcap, mask=mask, token_weight=token_weight, targets=targets,
+        entry_clip=entry_clip, token_clip=token_clip, reduction=reduction, num_tokens=num_tokens, backend=backend,
         chunk_bytes=chunk_bytes,
-        reduction=reduction,
-    )
-    lead, device = student_logits.shape[:-1], student_logits.device
-    checks.check_token_tensors(lead, device, mask=mask, token_weight=token_weight, targets=targets)
-    term = get_divergence(divergence, beta)
-    backend = choose_backend(backend, device, student_logits.dtype, term.triton is not None)
-    row_weight = _row_weight(token_weight, mask, lead.numel(), device, student_logits.dtype, reduction, num_tokens)
+    )  # fmt: skip
     value, stats, _ = ops.divergence_op(
-        student_logits.reshape(-1, student_logits.shape[-1]),
-        teacher_logits.detach().reshape(-1, teacher_logits.shape[-1]),
-        _flat_mask(mask),
-        None if targets is None else targets.reshape(-1),
-        backend,
-        term.name,
-        float(beta),
-        float(temperature),
-        float(temperature if teacher_temperature is None else teacher_temperature),
-        softcap,
-        entry_clip,
-        token_clip,
+        student_logits.reshape(lead.numel(), student_logits.shape[-1]),
+        teacher_logits.detach().reshape(lead.numel(), teacher_logits.shape[-1]),
+        call.mask,
+        call.targets,
+        *call.options,
         chunk_bytes,
         return_stats,
-        student_logits.requires_grad and torch.is_grad_enabled(),
+        *gradients_wanted(student_logits),
     )
-    loss = _per_token(value, row_weight, lead)
+    loss = _per_token(value, call.row_weight, lead)
     loss = loss if reduction == "none" else loss.sum()
     return (loss, _stats(stats, lead, targets is not None)) if return_stats else loss
 
@@ -263,19 +242,17 @@ def linear_logprobs(
         >>> linear_logprobs(hidden, head, torch.tensor([[1, 2, 3, 4]])).exp()
         tensor([[0.0100, 0.0100, 0.0100, 0.0100]])
     """
-    checks.check_head("student", hidden, weight, bias)
-    checks.check_scalars(temperature=temperature, softcap=softcap, chunk_bytes=chunk_bytes)
     lead = hidden.shape[:-1]
-    checks.check_token_tensors(lead, hidden.device, mask=mask, targets=targets)
-    compute_dtype = _compute_dtype(hidden)
-    checks.check_dtypes(compute_dtype, logits_dtype, **({} if compute_dtype != hidden.dtype else {"weight": weight}))
-    backend = choose_backend(backend, hidden.device, compute_dtype, True)
+    backend, compute_dtype = checked_logprobs(
+        hidden, weight, targets, mask=mask, temperature=temperature, bias=bias, softcap=softcap, backend=backend,
+        chunk_bytes=chunk_bytes, logits_dtype=logits_dtype,
+    )  # fmt: skip
     value, stats, *_ = ops.linear_logprobs_op(
-        hidden.reshape(-1, hidden.shape[-1]),
+        hidden.reshape(lead.numel(), hidden.shape[-1]),
         weight,
         bias,
         targets.reshape(-1),
-        _flat_mask(mask),
+        flat_mask(mask),
         None,
         backend,
         float(temperature),
@@ -285,59 +262,13 @@ def linear_logprobs(
         chunk_bytes,
         return_stats,
         False,
-        *_wanted(hidden, weight, bias),
+        *gradients_wanted(hidden, weight, bias),
     )
     value = value.reshape(lead)
     if not return_stats:
         return value
     stats = _stats(stats, lead, True)
     return value, stats._replace(teacher_entropy=None, teacher_logprob=None, top1_agree=None)
-
-
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of the matrix products: autocast's where it is on, else the inputs'."""
-    device = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
-
-
-def _wanted(*tensors: Tensor | None) -> tuple[bool, ...]:
-    enabled = torch.is_grad_enabled()
-    return tuple(enabled and t is not None and t.requires_grad for t in tensors)
-
-
-def _flat_mask(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.reshape(-1).bool()
-
-
-def _teacher_bias(teacher_weight, teacher_bias, student_bias) -> Tensor | None:
-    """None where the shared head's bias cancels in the logit difference."""
-    if teacher_bias is None or (teacher_weight is None and teacher_bias is student_bias):
-        return None
-    return teacher_bias.detach()
-
-
-def _row_weight(token_weight, mask, num_rows: int, device, dtype, reduction: str, num_tokens) -> Tensor | None:
-    """`[N]`, what each row's value counts for in the loss; None where that is 1."""
-    checks.check_num_tokens(num_tokens)
-    weight = None if token_weight is None else token_weight.detach().reshape(-1).to(accumulate_dtype(dtype))
-    mask = _flat_mask(mask)
-    if weight is not None and mask is not None:
-        weight = torch.where(mask, weight, 0.0)  # a masked token's weight may be anything, NaN included
-    if reduction != "mean":
-        return weight
-    if num_tokens is None:
-        num_tokens = max(num_rows, 1) if mask is None else mask.sum().clamp_min(1)
-    weight = torch.ones(num_rows, dtype=accumulate_dtype(dtype), device=device) if weight is None else weight
-    return weight / num_tokens
-
-
-def _same_storage(a: Tensor, b: Tensor) -> bool:
-    """Whether `b` is `a`, or a view of all of it such as `a.detach()`."""
-    if a is b or torch.compiler.is_compiling():
-        return a is b
-    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
 
 
 def _per_token(value: Tensor, row_weight: Tensor | None, lead: torch.Size) -> Tensor:

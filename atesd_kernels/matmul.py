@@ -33,7 +33,9 @@ def _wide_logits(h: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:
         return _linear_fp32(h, w).to(out_dtype)
     if h.is_cuda:
         return torch.mm(h, w.T, out_dtype=out_dtype)
-    with _low_precision_products(h.dtype):
+    if h.dtype != torch.bfloat16 or not _BF16_TILES:
+        return _linear_fp32(h.float(), w.float())
+    with _low_precision_products():
         return torch.mm(h.float(), w.float().T)
 
 
@@ -75,14 +77,13 @@ def _linear_fp32(x: Tensor, w: Tensor) -> Tensor:
 
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# Processors whose bf16 matrix unit multiplies fp32 operands that are bf16 numbers many times faster than fp32 ones are.
+_BF16_TILES = _ONEDNN and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 @contextmanager
-def _low_precision_products(dtype: torch.dtype):
+def _low_precision_products():
     """Let oneDNN multiply fp32 operands as bf16: exact here, because the operands were widened from bf16."""
-    if dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
-        yield
-        return
     previous = torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:

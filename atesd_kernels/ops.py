@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .planning import COMPILED
 from .spec import DivergenceSpec, LogprobSpec, RowResult, accumulate_dtype, gradient_dtype
 from .stats import TokenStats
 
@@ -21,9 +22,9 @@ NUM_STATS = len(TokenStats._fields)
 
 
 def _backend(name: str, function: str):
-    module = {"torch": "torch_chunked" if function != "logprob_rows" else "torch_logprobs"}.get(name, name + "_chunked")
-    if name == "triton_tiled":
-        module = name
+    module = {"triton": "triton_chunked", "triton_tiled": "triton_tiled"}.get(name)
+    if module is None:  # "torch", eager or compiled
+        module = "torch_logprobs" if function == "logprob_rows" else "torch_chunked"
     return getattr(importlib.import_module(f".{module}", __package__), function)
 
 
@@ -34,9 +35,10 @@ def _outputs(result: RowResult, weighted: bool, row_weight: Tensor | None) -> Ou
     return [value, *(value.new_empty(0) if t is None else t for t in rest)]
 
 
-def _formed_now(weighted: bool, hidden: bool, weight: bool, bias: bool) -> tuple[bool, bool, bool]:
+def _formed_now(weighted: bool, hidden: bool, weight: bool, bias: bool) -> dict[str, bool]:
     """Which gradients the forward pass forms: none if backward must run the op again anyway."""
-    return (hidden, weight, bias) if weighted or not (weight or bias) else (False, False, False)
+    now = weighted or not (weight or bias)
+    return {"hidden_grad": now and hidden, "weight_grad": now and weight, "bias_grad": now and bias}
 
 
 def _fake(rows: Tensor, dtype, weighted: bool, stats: bool, hidden, weight, bias) -> Outputs:
@@ -83,8 +85,9 @@ def linear_divergence_op(
         checks.check_targets(targets, mask, student_weight.shape[0])
     grads = _formed_now(weighted, hidden_grad, weight_grad, bias_grad)
     spec = DivergenceSpec(
-        divergence, beta, temperature, teacher_temperature, softcap, entry_clip, token_clip, logits_dtype,
-        compute_dtype, chunk_bytes, stats, *grads,
+        divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
+        softcap=softcap, entry_clip=entry_clip, token_clip=token_clip, logits_dtype=logits_dtype,
+        compute_dtype=compute_dtype, chunk_bytes=chunk_bytes, stats=stats, compiled=backend == COMPILED, **grads,
     )  # fmt: skip
     run = _backend(backend, "divergence_rows")
     result = run(
@@ -101,7 +104,8 @@ def _(
     logits_dtype, compute_dtype, chunk_bytes, stats, weighted, hidden_grad, weight_grad, bias_grad,
 ):  # fmt: skip
     grads = _formed_now(weighted, hidden_grad, weight_grad, bias_grad)
-    formed = [t if g else None for t, g in zip((student_hidden, student_weight, student_bias), grads, strict=True)]
+    tensors = (student_hidden, student_weight, student_bias)
+    formed = [t if g else None for t, g in zip(tensors, grads.values(), strict=True)]
     return _fake(student_hidden, compute_dtype, weighted, stats, *formed)
 
 
@@ -127,7 +131,10 @@ def linear_logprobs_op(
 ) -> Outputs:
     checks.check_targets(targets, mask, weight.shape[0])
     grads = _formed_now(weighted, hidden_grad, weight_grad, bias_grad)
-    spec = LogprobSpec(temperature, softcap, logits_dtype, compute_dtype, chunk_bytes, stats, *grads)
+    spec = LogprobSpec(
+        temperature=temperature, softcap=softcap, logits_dtype=logits_dtype, compute_dtype=compute_dtype,
+        chunk_bytes=chunk_bytes, stats=stats, compiled=backend == COMPILED, **grads,
+    )  # fmt: skip
     result = _backend(backend, "logprob_rows")(spec, hidden, weight, bias, targets, mask, row_weight)
     return _outputs(result, weighted, row_weight)
 
@@ -138,7 +145,7 @@ def _(
     chunk_bytes, stats, weighted, hidden_grad, weight_grad, bias_grad,
 ):  # fmt: skip
     grads = _formed_now(weighted, hidden_grad, weight_grad, bias_grad)
-    formed = [t if g else None for t, g in zip((hidden, weight, bias), grads, strict=True)]
+    formed = [t if g else None for t, g in zip((hidden, weight, bias), grads.values(), strict=True)]
     return _fake(hidden, compute_dtype, weighted, stats, *formed)
 
 
@@ -157,7 +164,10 @@ def exposure_means_op(
     compute_dtype: torch.dtype,
 ) -> Tensor:
     checks.check_targets(targets, mask, weight.shape[0])
-    spec = LogprobSpec(temperature, softcap, logits_dtype, compute_dtype, None, False, False, False, False)
+    spec = LogprobSpec(
+        temperature=temperature, softcap=softcap, logits_dtype=logits_dtype, compute_dtype=compute_dtype,
+        chunk_bytes=None, stats=False, hidden_grad=False, weight_grad=False, bias_grad=False,
+    )  # fmt: skip
     means = _backend("triton_tiled", "exposure_means")
     return means(spec, hidden, weight, bias, targets, lengths, exposed, mask)
 
@@ -189,8 +199,10 @@ def divergence_op(
         checks.check_targets(targets, mask, student_logits.shape[1])
     dtype = student_logits.dtype
     spec = DivergenceSpec(
-        divergence, beta, temperature, teacher_temperature, softcap, entry_clip, token_clip, accumulate_dtype(dtype),
-        dtype, chunk_bytes, stats, logits_grad, False, False,
+        divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
+        softcap=softcap, entry_clip=entry_clip, token_clip=token_clip, logits_dtype=accumulate_dtype(dtype),
+        compute_dtype=dtype, chunk_bytes=chunk_bytes, stats=stats, compiled=backend == COMPILED,
+        hidden_grad=logits_grad, weight_grad=False, bias_grad=False,
     )  # fmt: skip
     run = _backend(backend, "divergence_logits")
     return _outputs(run(spec, student_logits, teacher_logits, mask, None, targets), False, None)[:3]
@@ -203,6 +215,12 @@ def _(
 ):  # fmt: skip
     grad = student_logits if logits_grad else None
     return _fake(student_logits, student_logits.dtype, False, stats, grad, None, None)[:3]
+
+
+def last_use() -> bool:
+    """Whether the backward pass under way frees its graph: what was saved for it may then be overwritten."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is not None and not torch.compiler.is_compiling() and not keeps()
 
 
 def _register_autograd(op, names: tuple[str, ...], differentiable: tuple[str, ...]) -> None:
@@ -246,7 +264,9 @@ def _register_autograd(op, names: tuple[str, ...], differentiable: tuple[str, ..
             scale = upstream if ctx.weighted else upstream[:, None]
         for name, grad, asked in zip(differentiable, formed, ctx.asked, strict=True):
             if asked:
-                result[where[name]] = (grad if ctx.again else grad * scale).to(ctx.dtypes[name])
+                if not ctx.again:
+                    grad = grad.detach().mul_(scale) if last_use() else grad * scale
+                result[where[name]] = grad.to(ctx.dtypes[name])
         return tuple(result)
 
     op.register_autograd(backward, setup_context=setup_context)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 MIB = 1 << 20
-BACKENDS = ("torch", "triton", "triton_tiled")
+COMPILED = "torch_compiled"
+TORCH = ("torch", COMPILED)
+BACKENDS = ("torch", COMPILED, "triton", "triton_tiled")
 
 # Our choice. CPU: rows enough for the GEMMs to run at full speed (bench/chunk_size.py), at 3 % of the memory of dense
 # logits at N = 2048, V = 49,152. GPU: 1,024 rows of a 152k vocabulary in fp32 S and bf16 D take 0.9 GiB.
@@ -23,6 +26,7 @@ DEFAULT_CHUNK_BYTES = {"cpu": 80 * MIB, "cuda": 1024 * MIB}
 # on while it lies in the processor's cache.
 CPU_BLOCK_COLUMNS = 4096
 CPU_TILE_ROWS = 64
+GPU_BLOCK_COLUMNS = 16_384  # backend "torch" on a GPU: bounds what the eager passes leave between their kernels
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,25 @@ class ChunkPlan:
     tile_rows: int  # rows of a tile within a block
 
     @staticmethod
-    def make(num_rows: int, vocab: int, bytes_per_logit: int, device: torch.device, chunk_bytes: int | None):
+    def make(
+        num_rows: int,
+        vocab: int,
+        bytes_per_logit: int,
+        device: torch.device,
+        chunk_bytes: int | None,
+        block_bytes: int = 0,
+        whole_blocks: bool = False,
+    ) -> ChunkPlan:
+        """Rows for a budget of `bytes_per_logit` for the whole vocabulary and `block_bytes` for the entries of a block.
+
+        `whole_blocks` makes a tile of a block: compiled passes keep their own intermediate values in registers.
+        """
         budget = chunk_bytes or DEFAULT_CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"]
-        rows = max(1, min(num_rows, budget // (bytes_per_logit * vocab)))
+        columns = min(vocab, CPU_BLOCK_COLUMNS if device.type == "cpu" else GPU_BLOCK_COLUMNS if block_bytes else vocab)
+        rows = max(1, min(num_rows, budget // (bytes_per_logit * vocab + block_bytes * columns)))
         # equal chunks: a last chunk of three rows would run its GEMMs at a tenth of the speed
         rows = -(-num_rows // -(-num_rows // rows)) if num_rows else 1
-        if device.type == "cpu":
-            return ChunkPlan(rows, min(vocab, CPU_BLOCK_COLUMNS), CPU_TILE_ROWS)
-        return ChunkPlan(rows, vocab, rows)
+        return ChunkPlan(rows, columns, rows if whole_blocks or device.type != "cpu" else CPU_TILE_ROWS)
 
     def row_chunks(self, num_rows: int):
         return (slice(i, min(i + self.rows, num_rows)) for i in range(0, num_rows, self.rows))
@@ -51,6 +66,14 @@ class ChunkPlan:
 
     def tiles(self, num_rows: int):
         return (slice(i, min(i + self.tile_rows, num_rows)) for i in range(0, num_rows, self.tile_rows))
+
+
+def chunk_plan(spec, source, num_rows: int, buffers: int) -> ChunkPlan:
+    """The torch backend's plan: `buffers` of the chunk's size, and what the passes over a block need beside them."""
+    itemsize = source.dtype.itemsize
+    return ChunkPlan.make(
+        num_rows, source.vocab, buffers * itemsize, source.device, spec.chunk_bytes, 4 * itemsize, spec.compiled
+    )
 
 
 def gpu_chunk_bytes(vocab: int, bytes_per_logit: int, trained_head: bool, device: torch.device) -> int:
@@ -67,6 +90,8 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     """Why `backend` cannot run on `device`, or None if it can."""
     if backend == "torch":
         return None
+    if backend == COMPILED:
+        return _no_compiler(device)
     if (
         importlib.util.find_spec(
             "atesd_kernels.triton_tiled" if backend == "triton_tiled" else "atesd_kernels.triton_chunked"
@@ -78,6 +103,20 @@ def unavailable(backend: str, device: torch.device) -> str | None:
         return "triton is not installed (pip install triton)"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it needs a CUDA or ROCm device, got {device} (TRITON_INTERPRET=1 interprets it on a CPU)"
+    return None
+
+
+@cache
+def _no_compiler(device: torch.device) -> str | None:
+    """Why Inductor cannot compile for `device`, or None if it can."""
+    if device.type != "cpu":
+        return None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
+    from torch._inductor import config, cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return f"torch.compile finds no C++ compiler among {config.cpp.cxx} (install g++ or clang++, or set CXX)"
     return None
 
 
@@ -93,9 +132,9 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, has_t
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}.")
     reason = unavailable(backend, device)
-    if reason is None and backend != "torch" and dtype == torch.float64:
+    if reason is None and backend not in TORCH and dtype == torch.float64:
         reason = "it has no float64 path; use backend='torch'"
-    if reason is None and backend != "torch" and not has_triton_twin:
+    if reason is None and backend not in TORCH and not has_triton_twin:
         reason = "this divergence has no Triton twin (DivergenceTerm.triton); use backend='torch'"
     if reason is not None:
         raise ValueError(f"backend {backend!r} is not available: {reason}.")

@@ -11,20 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .divergences import DivergenceTerm, get_divergence
+from .divergences import DivergenceTerm, term_of_key
 
 
-@dataclass(frozen=True)
-class DivergenceSpec:
-    """The options of one divergence call."""
+@dataclass(frozen=True, kw_only=True)
+class LossSpec:
+    """The options that both ops have."""
 
-    divergence: str
-    beta: float
     temperature: float
-    teacher_temperature: float
     softcap: float | None
-    entry_clip: float | None
-    token_clip: float | None
     logits_dtype: torch.dtype
     compute_dtype: torch.dtype  # of the GEMM operands: the inputs', or autocast's
     chunk_bytes: int | None
@@ -32,37 +27,34 @@ class DivergenceSpec:
     hidden_grad: bool
     weight_grad: bool
     bias_grad: bool
+    compiled: bool = False  # backend "torch": the elementwise passes through Inductor
+
+    @property
+    def any_grad(self) -> bool:
+        return self.hidden_grad or self.weight_grad or self.bias_grad
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergenceSpec(LossSpec):
+    """The options of one divergence call."""
+
+    divergence: str  # the term's key
+    beta: float
+    teacher_temperature: float
+    entry_clip: float | None
+    token_clip: float | None
 
     @property
     def term(self) -> DivergenceTerm:
-        return get_divergence(self.divergence, self.beta)
+        return term_of_key(self.divergence)
 
     @property
     def clipped(self) -> bool:
         return self.entry_clip is not None
 
-    @property
-    def any_grad(self) -> bool:
-        return self.hidden_grad or self.weight_grad or self.bias_grad
 
-
-@dataclass(frozen=True)
-class LogprobSpec:
+class LogprobSpec(LossSpec):
     """The options of one `linear_logprobs` call."""
-
-    temperature: float
-    softcap: float | None
-    logits_dtype: torch.dtype
-    compute_dtype: torch.dtype
-    chunk_bytes: int | None
-    stats: bool
-    hidden_grad: bool
-    weight_grad: bool
-    bias_grad: bool
-
-    @property
-    def any_grad(self) -> bool:
-        return self.hidden_grad or self.weight_grad or self.bias_grad
 
 
 class RowResult(NamedTuple):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import passes
 from .logit_source import StudentLogits
-from .planning import ChunkPlan
+from .planning import ChunkPlan, chunk_plan
 from .spec import LogprobSpec, RowResult
 from .stats import TokenStats
 
@@ -24,49 +25,71 @@ def logprob_rows(
     value = torch.zeros(source.num_rows, dtype=source.dtype, device=source.device)
     stats = value.new_zeros(len(TokenStats._fields), source.num_rows) if spec.stats else None
     counted = torch.arange(source.num_rows, device=source.device) if mask is None else mask.nonzero().squeeze(1)
-    plan = ChunkPlan.make(len(counted), source.vocab, spec.logits_dtype.itemsize, source.device, spec.chunk_bytes)
+    plan = chunk_plan(spec, source, len(counted), buffers=1)
+    buffer = value.new_empty(min(plan.rows, len(counted)) * source.vocab)
     source.scale_gradients(row_weight)
     for rows in plan.row_chunks(len(counted)):
         index = counted[rows]
         source.load(index)
-        target = targets[index].long()
-        blocks = [source.block(cols) for cols in plan.blocks(source.vocab)]
-        lse = torch.stack([z.to(source.dtype).logsumexp(1) for z in blocks]).logsumexp(0)
-        at_target, entropy, top = (torch.zeros_like(lse) for _ in range(3))
-        top.fill_(-torch.inf)
-        for cols, z in zip(plan.blocks(source.vocab), blocks, strict=True):
-            column = target - cols.start
-            here = (column >= 0) & (column < z.shape[1])
-            column = column.clamp(0, z.shape[1] - 1)[:, None]
-            at_target = torch.where(here, z.gather(1, column)[:, 0].to(lse.dtype), at_target)
-            if spec.stats or spec.any_grad:
-                for tile in plan.tiles(len(index)):
-                    q = (z[tile].to(lse.dtype) - lse[tile, None]).exp_()
-                    if spec.stats:
-                        entropy[tile] += torch.special.entr(q).sum(1)
-                        top[tile] = torch.maximum(top[tile], z[tile].amax(1).to(lse.dtype))
-                    if spec.any_grad:
-                        weight_i = None if row_weight is None else row_weight[index][tile]
-                        _gradient(source, z, tile, q, here[tile], column[tile], weight_i)
-            if spec.any_grad:
-                source.take_gradient(cols, z.view(spec.compute_dtype)[:, : z.shape[1]])
-        source.finish_rows()
-        value[index] = at_target - lse
+        chunk = Chunk(spec, source, plan, buffer, targets[index].long())
+        value[index] = chunk.at_target - chunk.lse
         if stats is not None:
-            zero = torch.zeros_like(lse)
-            stats[:, index] = torch.stack([zero, entropy, zero, value[index], zero, (top - lse).exp(), zero])
-        del blocks, z  # before the next chunk's are made
+            stats[:, index] = chunk.stats(value[index])
+        if spec.any_grad:
+            chunk.gradient(None if row_weight is None else row_weight[index].to(source.dtype))
     return RowResult(value, stats, *source.gradients())
 
 
-def _gradient(source: StudentLogits, z: Tensor, tile: slice, q: Tensor, here: Tensor, column: Tensor, weight) -> None:
-    """Overwrite a tile of logits with d log q[target] / d z = (1[j = target] - q_j) / temperature."""
-    spec = source.spec
-    g = q.neg_().scatter_add_(1, column, here.to(q.dtype)[:, None])
-    if spec.softcap is not None:
-        capped = z[tile].to(q.dtype) * (spec.temperature / spec.softcap)
-        g = g * (1 - capped * capped)
-    g = g / spec.temperature if weight is None else g * (weight.to(q.dtype) / spec.temperature)[:, None]
-    if source.grad_scale is not None:
-        g = g * source.grad_scale
-    z.view(spec.compute_dtype)[tile, : z.shape[1]] = g
+class Chunk:
+    """Some rows against the whole vocabulary, block by block: their logits, replaced by the gradient at the end."""
+
+    def __init__(self, spec: LogprobSpec, source: StudentLogits, plan: ChunkPlan, buffer: Tensor, target: Tensor):
+        self.spec, self.source, self.target = spec, source, target
+        self.cols, self.tiles = plan.blocks(source.vocab), list(plan.tiles(len(target)))
+        self.run = passes.compiled if spec.compiled else lambda function: function
+        rows = len(target)
+        self.z = [buffer[rows * c.start : rows * c.stop].view(rows, -1) for c in self.cols]
+        lse_b, top_b = buffer.new_empty(2, len(self.cols), rows)
+        self.at_target = buffer.new_zeros(rows)
+        scratch = torch.empty_like(self.z[0][: plan.tile_rows])
+        for b, cols in enumerate(self.cols):
+            z = self.z[b].copy_(source.block(cols))
+            here, column = self._target_in(b)
+            self.at_target = torch.where(here, z.gather(1, column)[:, 0], self.at_target)
+            for tile in self.tiles:
+                out = scratch[: z[tile].shape[0], : z.shape[1]]
+                top_b[b, tile], lse_b[b, tile] = self.run(passes.block_softmax)(z[tile], out)
+        self.lse, self.top = lse_b.logsumexp(0), top_b.amax(0)
+
+    def _target_in(self, b: int) -> tuple[Tensor, Tensor]:
+        """Whose target lies in the block `[R]`, and its column there `[R, 1]` (any column for the others)."""
+        column, width = self.target - self.cols[b].start, self.z[b].shape[1]
+        return (column >= 0) & (column < width), column.clamp(0, width - 1)[:, None]
+
+    def stats(self, value: Tensor) -> Tensor:
+        entropy, zero = torch.zeros_like(self.lse), torch.zeros_like(self.lse)
+        for z in self.z:
+            for tile in self.tiles:
+                entropy[tile] += torch.special.entr((z[tile] - self.lse[tile, None]).exp_()).sum(1)
+        return torch.stack([zero, entropy, zero, value, zero, (self.top - self.lse).exp(), zero])
+
+    def gradient(self, weight: Tensor | None) -> None:
+        """d log q[target] / d z = (1[j = target] - q_j) / temperature, times the row's weight, goes to the source."""
+        source, spec = self.source, self.spec
+        factor = torch.full_like(self.lse, 1 / spec.temperature)
+        for f in (weight, source.grad_scale):
+            factor = factor if f is None else factor * f
+        late = source.scales_late and spec.softcap is None
+        for b, cols in enumerate(self.cols):
+            here, column = self._target_in(b)
+            out = source.gradient_storage(self.z[b])
+            for tile in self.tiles:
+                z = self.z[b][tile]
+                g = (z - self.lse[tile, None]).exp_().neg_()
+                g.scatter_add_(1, column[tile], here[tile].to(g.dtype)[:, None])
+                if spec.softcap is not None:
+                    capped = z * (spec.temperature / spec.softcap)
+                    g *= 1 - capped * capped
+                out[tile] = g if late else g * factor[tile, None]
+            source.take_gradient(cols, out, factor if late else None)
+        source.finish_rows()

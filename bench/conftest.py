@@ -16,7 +16,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--full",
         action="store_true",
-        help="every loss at N = 2048 with forward-only times, memory at every N (about 40 minutes on 2 cores)",
+        help="every loss at N = 2048 with forward-only times and the compiled entrants, memory at every N",
     )
 
 

@@ -20,6 +20,7 @@ import atesd_kernels
 from atesd_kernels import reference
 
 OURS = "atesd_kernels"
+OURS_COMPILED = "atesd_kernels, compiled"
 LOSSES = ("forward_kl", "jsd", "entry_clip", "logprobs")
 BETA = {"forward_kl": 0.0, "jsd": 0.5}
 ENTRY_CLIP = 0.05
@@ -42,12 +43,14 @@ class Inputs(NamedTuple):
 Loss = Callable[[Inputs], Tensor]
 
 
-def ours(loss: str, x: Inputs) -> Tensor:
+def ours(loss: str, x: Inputs, backend: str = "auto") -> Tensor:
     if loss == "logprobs":
-        return -atesd_kernels.linear_logprobs(x.student, x.weight, x.targets).mean()
+        return -atesd_kernels.linear_logprobs(x.student, x.weight, x.targets, backend=backend).mean()
     name = "jsd" if loss == "jsd" else "forward_kl"
     clip = ENTRY_CLIP if loss == "entry_clip" else None
-    return atesd_kernels.linear_divergence(x.student, x.weight, x.teacher, divergence=name, beta=0.5, entry_clip=clip)
+    return atesd_kernels.linear_divergence(
+        x.student, x.weight, x.teacher, divergence=name, beta=0.5, entry_clip=clip, backend=backend
+    )
 
 
 def dense_trl(loss: str, x: Inputs) -> Tensor:
@@ -117,6 +120,7 @@ def cce(loss: str, x: Inputs) -> Tensor:
 _KL, _ALL = ("forward_kl", "jsd"), LOSSES
 _ENTRANTS: dict[str, tuple[str, tuple[str, ...], Callable[[str, Inputs], Tensor]]] = {
     OURS: ("atesd_kernels", _ALL, ours),
+    OURS_COMPILED: ("atesd_kernels", _ALL, lambda loss, x: ours(loss, x, "torch_compiled")),
     "dense torch (TRL)": ("trl", _ALL, dense_trl),
     "dense torch, compiled": ("trl", _ALL, lambda loss, x: compiled_dense(loss, x.student.dtype)(x)),
     "Liger chunked JSD": ("liger_kernel", _KL, liger),
@@ -124,6 +128,8 @@ _ENTRANTS: dict[str, tuple[str, tuple[str, ...], Callable[[str, Inputs], Tensor]
     "ORDA (torch path)": ("orda_kernel", ("forward_kl",), orda),
     "CCE (torch_compile path)": ("cut_cross_entropy", ("logprobs",), cce),
 }
+# These wait for a compiler first.
+COMPILED = {OURS_COMPILED, "dense torch, compiled", "Liger chunked JSD", "CCE (torch_compile path)"}
 # Peers without a CPU path; their rows belong to a machine with a GPU.
 GPU_ONLY = {"Liger fused JSD": _KL, "flash-linear-attention": ("forward_kl",)}
 
@@ -143,8 +149,8 @@ def entrant(name: str, loss: str) -> Loss:
     return lambda x: function(loss, x)
 
 
-def present(loss: str) -> dict[str, Loss]:
-    return {name: entrant(name, loss) for name in names(loss) if missing(name) is None}
+def present(loss: str, compiled: bool = True) -> dict[str, Loss]:
+    return {n: entrant(n, loss) for n in names(loss) if missing(n) is None and (compiled or n not in COMPILED)}
 
 
 def value_and_grad(function: Loss, x: Inputs) -> tuple[Tensor, Tensor]:
@@ -155,20 +161,17 @@ def value_and_grad(function: Loss, x: Inputs) -> tuple[Tensor, Tensor]:
     return value.detach(), student.grad
 
 
-def oracle(loss: str, x: Inputs, chunk: int = 128, grad_rows: int | None = None) -> tuple[float, Tensor]:
-    """Loss and gradient in float64, rows in chunks; the gradient of the first `grad_rows` rows (default: all)."""
+def oracle(loss: str, x: Inputs, chunk: int = 128) -> tuple[float, Tensor]:
+    """Loss and gradient in float64, rows in chunks."""
     n, total, grads = len(x.student), 0.0, []
     weight = x.weight.double()
     for start in range(0, n, chunk):
         rows = x.rows(slice(start, start + chunk))
-        wanted = grad_rows is None or start < grad_rows
-        with torch.set_grad_enabled(wanted):
-            student = rows.student.double().requires_grad_(wanted)
-            value = _oracle_sum(loss, student, weight, rows) / n
-            total += value.item()
-            if wanted:
-                grads.append(torch.autograd.grad(value, student)[0])
-    return total, torch.cat(grads)[:grad_rows]
+        student = rows.student.double().requires_grad_()
+        value = _oracle_sum(loss, student, weight, rows) / n
+        total += value.item()
+        grads.append(torch.autograd.grad(value, student)[0])
+    return total, torch.cat(grads)
 
 
 def _oracle_sum(loss: str, student: Tensor, weight: Tensor, x: Inputs) -> Tensor:

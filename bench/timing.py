@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -15,13 +16,18 @@ from atesd_kernels import matmul
 from atesd_kernels.planning import ChunkPlan
 from bench.entrants import Inputs
 
+T = TypeVar("T")
 Seconds = tuple[float, float]  # wall, CPU
 
 
-def timed(function: Callable[[], object]) -> Seconds:
+def timed_result(function: Callable[[], T]) -> tuple[Seconds, T]:
     wall, cpu = time.perf_counter(), time.process_time()
-    function()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    result = function()
+    return (time.perf_counter() - wall, time.process_time() - cpu), result
+
+
+def timed(function: Callable[[], object]) -> Seconds:
+    return timed_result(function)[0]
 
 
 def interleave(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[Seconds]]:
@@ -48,7 +54,7 @@ MM_GEMMS = "the same GEMMs in torch.mm"
 def own_gemms(x: Inputs, backward: bool) -> None:
     """The products of `linear_divergence` with a shared head, in the shapes and on the road it takes for them."""
     with torch.no_grad():
-        plan = ChunkPlan.make(len(x.student), len(x.weight), 8, x.student.device, None)
+        plan = ChunkPlan.make(len(x.student), len(x.weight), 8, x.student.device, None, block_bytes=16)
         difference = (x.teacher.float() - x.student.float()).to(x.student.dtype)
         for rows in plan.row_chunks(len(x.student)):
             total = torch.zeros(x.student[rows].shape)

@@ -220,8 +220,9 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made():
     pair = make_pair(n=640, v=5000)
     rows = 40
     spec = DivergenceSpec(
-        "forward_kl", 0.5, 1.0, 1.0, None, None, None, torch.float32, torch.float32, 8 * 5000 * rows, True,
-        True, True, False,
+        divergence="forward_kl", beta=0.5, temperature=1.0, teacher_temperature=1.0, softcap=None, entry_clip=None,
+        token_clip=None, logits_dtype=torch.float32, compute_dtype=torch.float32, chunk_bytes=8 * 5000 * rows,
+        stats=True, hidden_grad=True, weight_grad=True, bias_grad=False,
     )  # fmt: skip
     with Largest():
         torch_chunked.divergence_rows(spec, *pair.tensors, None, None, None, None, None)
@@ -246,8 +247,42 @@ def test_a_divergence_of_ones_own_takes_two_lines():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert relative_l2(hidden.grad, true.grad) <= 1e-4
     assert ak.register_divergence(term) is term
-    with pytest.raises(ValueError, match="already registered"):
-        ak.register_divergence(ak.DivergenceTerm("squared_distance", lambda log_p, log_q, beta: (log_p, log_q)))
+    by_name = linear_divergence(*pair.tensors, divergence="squared_distance", entry_clip=1e-4)
+    assert by_name.equal(loss.detach())
+
+
+def test_a_divergence_of_ones_own_can_be_registered_again_but_not_in_place_of_a_built_in_one():
+    def twice(log_p, log_q, beta):
+        p, q = log_p.exp(), log_q.exp()
+        return 2 * (p - q).abs(), 2 * q * torch.sign(q - p)
+
+    pair = make_pair(scale=0.3)
+    for factor in (2, 4):  # a notebook's cell, edited and run again
+        scaled = lambda log_p, log_q, beta, f=factor: tuple(f / 2 * z for z in twice(log_p, log_q, beta))  # noqa: E731
+        ak.register_divergence(ak.DivergenceTerm("cell", scaled))
+        value = linear_divergence(*pair.tensors, divergence="cell")
+        expected = 2 * factor * linear_divergence(*pair.tensors, divergence="total_variation")
+        assert value.item() == pytest.approx(expected.item(), rel=1e-4)
+    with pytest.raises(ValueError, match="'jsd' is one of this package's own"):
+        ak.register_divergence(ak.DivergenceTerm("jsd", twice))
+
+
+def test_torch_compile_takes_a_divergence_that_nobody_registered():
+    def squared(log_p, log_q, beta):
+        p, q = log_p.exp(), log_q.exp()
+        return (p - q) ** 2, 2 * q * (q - p)
+
+    term, pair = ak.DivergenceTerm("never registered", squared), make_pair(scale=0.3)
+
+    def step(hidden):
+        return linear_divergence(hidden * 1.0, pair.student_weight, pair.teacher_hidden, divergence=term)
+
+    gradients = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        hidden = pair.student_hidden.clone().requires_grad_()
+        function(hidden).backward()
+        gradients.append(hidden.grad)
+    assert gradients[0].norm() > 0 and torch.allclose(*gradients, rtol=1e-5, atol=1e-9)
 
 
 def test_modules_are_the_functions_with_options_fixed():
@@ -270,6 +305,37 @@ def test_exposure_logprobs_average_over_what_the_teacher_has_not_seen():
     logprobs = reference.linear_logprobs(hidden, weight, targets)
     expected = [logprobs[0, 2:5].mean().item(), logprobs[1].mean().item(), 0.0]
     assert ak.exposure_logprobs(hidden, weight, targets, lengths, exposed).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_exposure_logprobs_give_the_statistics_of_the_span():
+    pair = make_pair(n=6)
+    hidden = pair.student_hidden.view(2, 3, -1)
+    targets = torch.zeros(2, 3, dtype=torch.long, device=DEVICE)
+    lengths, exposed = torch.tensor([3, 2], device=DEVICE), torch.tensor([1, 5], device=DEVICE)  # 5: nothing is left
+    arguments = (hidden, pair.student_weight, targets, lengths, exposed)
+    means, stats = ak.exposure_logprobs(*arguments, return_stats=True)
+    assert torch.allclose(means, ak.exposure_logprobs(*arguments)) and means[1] == 0
+    assert stats.student_logprob.sum(1).tolist() == pytest.approx([2 * means[0].item(), 0.0])
+    assert ((stats.student_entropy > 0) == torch.tensor([[False, True, True], [False] * 3], device=DEVICE)).all()
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU spans are the caller's promise")
+@pytest.mark.parametrize(
+    "lengths, exposed, message",
+    (
+        ([4, 3], [0, 0], "lengths must lie in [0, 3], the tokens there are, got 4"),
+        ([-1, 3], [0, 0], "got -1"),
+        ([3, 3], [0, -2], "exposed must not be negative, got -2"),
+    ),
+)
+def test_a_span_outside_the_sequence_is_refused(lengths, exposed, message):
+    pair = make_pair(n=6)
+    targets = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError) as error:
+        ak.exposure_logprobs(
+            pair.student_hidden.view(2, 3, -1), pair.student_weight, targets, *map(torch.tensor, (lengths, exposed))
+        )
+    assert message in str(error.value)
 
 
 ERRORS = {

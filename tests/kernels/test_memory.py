@@ -1,0 +1,61 @@
+"""Extra memory is the chunk and the results, whatever the number of tokens: every allocation of a call is counted."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from atesd_kernels import linear_divergence, linear_logprobs, planning
+
+from .cases import make_pair
+
+VOCAB, HIDDEN, CHUNK = 3000, 16, 8 * 3000 * 50
+TOKENS = (100, 1000)
+
+
+def peak_bytes(function) -> int:
+    """The most bytes alive at once among those `function` allocates on the CPU."""
+    function()  # what is allocated once only is not the call's
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    alive = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak
+
+
+def forward_and_backward(tokens: int, dtype, loss: str, **options):
+    pair = make_pair(tokens, HIDDEN, VOCAB, dtype=dtype)
+    hidden = pair.student_hidden.requires_grad_()
+    targets = torch.zeros(tokens, dtype=torch.long)
+
+    def run():
+        hidden.grad = None
+        if loss == "logprobs":
+            value = linear_logprobs(hidden, pair.student_weight, targets, chunk_bytes=CHUNK)
+        else:
+            value = linear_divergence(*pair.tensors, divergence=loss, chunk_bytes=CHUNK, **options)
+        value.mean().mul(3.0).backward()
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize(
+    "loss, options",
+    (("forward_kl", {}), ("forward_kl", {"reduction": "none"}), ("jsd", {"entry_clip": 1e-3}), ("logprobs", {})),
+)
+def test_peak_memory_is_the_chunk_and_the_results_whatever_the_tokens(loss, options, dtype, monkeypatch):
+    monkeypatch.setattr(planning, "CPU_BLOCK_COLUMNS", 500)  # blocks and tiles to a small chunk's measure
+    monkeypatch.setattr(planning, "CPU_TILE_ROWS", 25)
+    per_row = 200  # bytes: values, weights, indices; a row's hidden states in fp32 are 64, its logits 12,000
+    for tokens in TOKENS:
+        gradient = tokens * HIDDEN * dtype.itemsize
+        peak = peak_bytes(forward_and_backward(tokens, dtype, loss, **options))
+        # beside the chunk: one block's product, and the passes' tiles over it
+        assert 0.5 * CHUNK < peak - gradient - per_row * tokens < 1.2 * CHUNK, (tokens, peak, gradient)
+
+
+def test_the_count_sees_what_is_inside_an_operator():
+    assert peak_bytes(lambda: torch.zeros(1000, 1000).softmax(1)) == 8_000_000

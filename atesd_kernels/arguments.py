@@ -60,17 +60,19 @@ def checked_logprobs(
     checks.check_head("student", hidden, weight, bias)
     checks.check_scalars(temperature=temperature, softcap=softcap, chunk_bytes=chunk_bytes)
     checks.check_token_tensors(hidden.shape[:-1], hidden.device, mask=mask, targets=targets)
-    dtype = compute_dtype_of(hidden)
-    checks.check_dtypes(dtype, logits_dtype, **({} if dtype != hidden.dtype else {"weight": weight}))
+    dtype = checked_compute_dtype(hidden, logits_dtype, weight=weight)
     return choose_backend(backend, hidden.device, dtype, True), dtype
 
 
-def compute_dtype_of(hidden: Tensor) -> torch.dtype:
-    """The dtype of the matrix products: autocast's where it is on, else the inputs'."""
+def checked_compute_dtype(hidden: Tensor, logits_dtype: torch.dtype, **heads: Tensor | None) -> torch.dtype:
+    """The dtype of the matrix products: autocast's where it is on, which casts all operands, else the inputs'."""
     device = hidden.device.type
     if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
+        dtype, heads = torch.get_autocast_dtype(device), {}
+    else:
+        dtype = hidden.dtype
+    checks.check_dtypes(dtype, logits_dtype, **heads)
+    return dtype
 
 
 def gradients_wanted(*tensors: Tensor | None) -> tuple[bool, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,35 +12,40 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
+def require(condition: bool, message: Callable[[], str], error: type[Exception] = ValueError) -> None:
+    """`message` is made only when needed: torch.compile cannot format the sizes it keeps symbolic."""
     if not condition:
-        raise error(message)
+        raise error(message())
 
 
 def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """`hidden` `[..., H]`, `weight` `[V, H]`, `bias` `[V]`: shapes, devices, floating dtypes."""
     require(
         hidden.dim() >= 2,
-        f"{name}_hidden must be [..., H] with a leading dimension, got {tuple(hidden.shape)}; use hidden[None].",
+        lambda: (
+            f"{name}_hidden must be [..., H] with a leading dimension, got {tuple(hidden.shape)}; use hidden[None]."
+        ),
     )
-    require(weight.dim() == 2, f"{name}_weight must be [V, H], got {tuple(weight.shape)}.")
+    require(weight.dim() == 2, lambda: f"{name}_weight must be [V, H], got {tuple(weight.shape)}.")
     require(
         hidden.shape[-1] == weight.shape[1],
-        f"{name}_hidden has size {hidden.shape[-1]}, but {name}_weight is [V, H] = {tuple(weight.shape)}; "
-        "pass the head's weight as nn.Linear stores it.",
+        lambda: (
+            f"{name}_hidden has size {hidden.shape[-1]}, but {name}_weight is [V, H] = {tuple(weight.shape)}; "
+            "pass the head's weight as nn.Linear stores it."
+        ),
     )
     for label, tensor in ((f"{name}_hidden", hidden), (f"{name}_weight", weight), (f"{name}_bias", bias)):
         if tensor is None:
             continue
-        require(tensor.dtype in FLOATS, f"{label} has dtype {tensor.dtype}; use one of {FLOATS}.", TypeError)
+        require(tensor.dtype in FLOATS, lambda: f"{label} has dtype {tensor.dtype}; use one of {FLOATS}.", TypeError)
         require(
             tensor.device == hidden.device,
-            f"{label} is on {tensor.device}, {name}_hidden on {hidden.device}; move them together.",
+            lambda: f"{label} is on {tensor.device}, {name}_hidden on {hidden.device}; move them together.",
         )
     if bias is not None:
         require(
             bias.shape == weight.shape[:1],
-            f"{name}_bias must be [V] = [{weight.shape[0]}], got {tuple(bias.shape)}.",
+            lambda: f"{name}_bias must be [V] = [{weight.shape[0]}], got {tuple(bias.shape)}.",
         )
 
 
@@ -47,32 +53,36 @@ def check_pair(student: Tensor, teacher: Tensor, what: str) -> None:
     """Leading dimensions, dtype and device of the two models' inputs agree."""
     require(
         student.shape[:-1] == teacher.shape[:-1],
-        f"student_{what} and teacher_{what} must have the same leading dimensions, got {tuple(student.shape)} and "
-        f"{tuple(teacher.shape)}; both must hold the response tokens, in the same order.",
+        lambda: (
+            f"student_{what} and teacher_{what} must have the same leading dimensions, got {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}; both must hold the response tokens, in the same order."
+        ),
     )
     require(
         student.dtype == teacher.dtype or torch.is_autocast_enabled(student.device.type),
-        f"student_{what} is {student.dtype}, teacher_{what} {teacher.dtype}; cast one of them.",
+        lambda: f"student_{what} is {student.dtype}, teacher_{what} {teacher.dtype}; cast one of them.",
         TypeError,
     )
     require(
         student.device == teacher.device,
-        f"student_{what} is on {student.device}, teacher_{what} on {teacher.device}; move them together.",
+        lambda: f"student_{what} is on {student.device}, teacher_{what} on {teacher.device}; move them together.",
     )
 
 
 def check_vocabulary(student: int, teacher: int) -> None:
     require(
         student == teacher,
-        f"student and teacher vocabularies differ: {student} and {teacher} entries. If one is padded, cut its head to "
-        "the common tokens (weight[:V]), or extend the other with rows whose bias is -inf.",
+        lambda: (
+            f"student and teacher vocabularies differ: {student} and {teacher} entries. If one is padded, cut its head "
+            "to the common tokens (weight[:V]), or extend the other with rows whose bias is -inf."
+        ),
     )
 
 
 def check_num_tokens(num_tokens: int | float | Tensor | None) -> None:
     """A number must be positive; a tensor is the caller's promise, because looking would stop a GPU's stream."""
     if isinstance(num_tokens, (int, float)):
-        require(num_tokens > 0, f"num_tokens must be positive, got {num_tokens}; skip a step without tokens.")
+        require(num_tokens > 0, lambda: f"num_tokens must be positive, got {num_tokens}; skip a step without tokens.")
 
 
 INTEGER_TENSORS = ("targets", "lengths", "exposed")
@@ -83,11 +93,14 @@ def check_token_tensors(lead: torch.Size, device: torch.device, **tensors: Tenso
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        require(tensor.shape == lead, f"{name} must have the leading shape {tuple(lead)}, got {tuple(tensor.shape)}.")
-        require(tensor.device == device, f"{name} is on {tensor.device}, the hidden states on {device}.")
+        require(
+            tensor.shape == lead,
+            lambda: f"{name} must have the leading shape {tuple(lead)}, got {tuple(tensor.shape)}.",
+        )
+        require(tensor.device == device, lambda: f"{name} is on {tensor.device}, the hidden states on {device}.")
         require(
             name not in INTEGER_TENSORS or not (tensor.is_floating_point() or tensor.dtype == torch.bool),
-            f"{name} must be integers, got {tensor.dtype}.",
+            lambda: f"{name} must be integers, got {tensor.dtype}.",
             TypeError,
         )
 
@@ -99,10 +112,10 @@ def check_spans(lengths: Tensor, exposed: Tensor, max_length: int) -> None:
     low, high = lengths.min().item(), lengths.max().item()
     require(
         low >= 0 and high <= max_length,
-        f"lengths must lie in [0, {max_length}], the tokens there are, got {low if low < 0 else high}.",
+        lambda: f"lengths must lie in [0, {max_length}], the tokens there are, got {low if low < 0 else high}.",
     )
     least = exposed.min().item()
-    require(least >= 0, f"exposed must not be negative, got {least}; 0 is a teacher that was shown nothing.")
+    require(least >= 0, lambda: f"exposed must not be negative, got {least}; 0 is a teacher that was shown nothing.")
 
 
 def check_scalars(
@@ -122,28 +135,34 @@ def check_scalars(
         ("chunk_bytes", chunk_bytes),
         ("token_clip", token_clip),
     ):
-        require(value is None or 0 < value < math.inf, f"{name} must be positive and finite, got {value}.")
+        require(value is None or 0 < value < math.inf, lambda: f"{name} must be positive and finite, got {value}.")
     require(
         entry_clip is None or 0 <= entry_clip < math.inf,
-        f"entry_clip must be finite and not negative, got {entry_clip}; None is no clip.",
+        lambda: f"entry_clip must be finite and not negative, got {entry_clip}; None is no clip.",
     )
-    require(reduction in REDUCTIONS, f"unknown reduction {reduction!r}; known: {', '.join(map(repr, REDUCTIONS))}.")
+    require(
+        reduction in REDUCTIONS, lambda: f"unknown reduction {reduction!r}; known: {', '.join(map(repr, REDUCTIONS))}."
+    )
 
 
 def check_dtypes(compute_dtype: torch.dtype, logits_dtype: torch.dtype, **tensors: Tensor | None) -> None:
     """Operands share a dtype (autocast brings them to one), and logits are not narrower than they are."""
-    require(logits_dtype in FLOATS, f"logits_dtype must be one of {FLOATS}, got {logits_dtype}.", TypeError)
+    require(logits_dtype in FLOATS, lambda: f"logits_dtype must be one of {FLOATS}, got {logits_dtype}.", TypeError)
     if compute_dtype != torch.float64:  # whose logits are float64 whatever was asked
         require(
             logits_dtype.itemsize >= compute_dtype.itemsize,
-            f"logits_dtype={logits_dtype} is narrower than the inputs ({compute_dtype}); cast the inputs instead.",
+            lambda: (
+                f"logits_dtype={logits_dtype} is narrower than the inputs ({compute_dtype}); cast the inputs instead."
+            ),
             TypeError,
         )
     for name, tensor in tensors.items():
         require(
             tensor is None or tensor.dtype == compute_dtype,
-            f"{name} is {None if tensor is None else tensor.dtype}, but the other inputs are {compute_dtype}; cast it, "
-            "or run under torch.autocast.",
+            lambda: (
+                f"{name} is {tensor.dtype}, but the other inputs are {compute_dtype}; cast it, "
+                "or run under torch.autocast."
+            ),
             TypeError,
         )
 

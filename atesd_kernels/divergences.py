@@ -328,8 +328,10 @@ def get_divergence(divergence: str | DivergenceTerm, beta: float) -> DivergenceT
             known = [*sorted(BUILT_IN), *sorted(_REGISTRY.keys() - BUILT_IN)]
             raise ValueError(f"unknown divergence {divergence!r}; known: {', '.join(known)}.")
         term = _REGISTRY[divergence]
-    else:
+    elif isinstance(divergence, DivergenceTerm):
         term = divergence
+    else:
+        raise TypeError(f"divergence must be a name or a DivergenceTerm, got {type(divergence).__name__}.")
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must lie in [0, 1], got {beta}.")
     if term.key == "jsd" and beta in (0, 1):

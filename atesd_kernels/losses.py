@@ -7,9 +7,9 @@ from torch import Tensor
 
 from . import checks, ops
 from .arguments import (
+    checked_compute_dtype,
     checked_divergence,
     checked_logprobs,
-    compute_dtype_of,
     flat_mask,
     gradients_wanted,
     same_storage,
@@ -112,12 +112,8 @@ def linear_divergence(
     if teacher_weight is not None:
         checks.check_vocabulary(student_weight.shape[0], teacher_weight.shape[0])
     lead = student_hidden.shape[:-1]
-    compute_dtype = compute_dtype_of(student_hidden)
-    autocast = compute_dtype != student_hidden.dtype
-    checks.check_dtypes(
-        compute_dtype,
-        logits_dtype,
-        **({} if autocast else {"student_weight": student_weight, "teacher_weight": teacher_weight}),
+    compute_dtype = checked_compute_dtype(
+        student_hidden, logits_dtype, student_weight=student_weight, teacher_weight=teacher_weight
     )
     call = checked_divergence(
         lead, student_hidden.device, compute_dtype, divergence=divergence, beta=beta, temperature=temperature,
@@ -178,11 +174,15 @@ def divergence(
         >>> divergence(torch.zeros(3, 10), torch.zeros(3, 10)).item()
         0.0
     """
-    checks.require(student_logits.dim() >= 2, f"student_logits must be [..., V], got {tuple(student_logits.shape)}.")
+    checks.require(
+        student_logits.dim() >= 2, lambda: f"student_logits must be [..., V], got {tuple(student_logits.shape)}."
+    )
     checks.check_pair(student_logits, teacher_logits, "logits")
     checks.check_vocabulary(student_logits.shape[-1], teacher_logits.shape[-1])
     checks.require(
-        student_logits.dtype in checks.FLOATS, f"logits must be floating, got {student_logits.dtype}.", TypeError
+        student_logits.dtype in checks.FLOATS,
+        lambda: f"logits must be floating, got {student_logits.dtype}.",
+        TypeError,
     )
     lead = student_logits.shape[:-1]
     call = checked_divergence(

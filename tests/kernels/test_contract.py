@@ -202,6 +202,22 @@ def test_autocast_is_respected():
     assert loss.item() != linear_divergence(*pair.tensors).item()
 
 
+@pytest.mark.parametrize("hidden_dtype", (torch.bfloat16, torch.float32))
+def test_autocast_takes_a_head_of_another_dtype_than_the_hidden_states(hidden_dtype):
+    pair = make_pair(scale=0.2)
+    hidden = pair.student_hidden.to(hidden_dtype, copy=True).requires_grad_()
+    weight = pair.student_weight.clone().requires_grad_()
+    bias = torch.zeros(len(weight), device=DEVICE, requires_grad=True)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        loss = linear_divergence(hidden, weight, pair.teacher_hidden, student_bias=bias)
+        linear_logprobs(hidden, weight, torch.zeros(67, dtype=torch.long, device=DEVICE)).sum()
+    loss.backward()
+    true = pair.student_hidden.to(hidden_dtype).double().requires_grad_()
+    reference.linear_divergence(true, pair.student_weight.to(torch.bfloat16), pair.teacher_hidden).backward()
+    assert (hidden.grad.dtype, weight.grad.dtype, bias.grad.dtype) == (hidden_dtype, torch.float32, torch.float32)
+    assert relative_l2(hidden.grad, true.grad) <= 0.05  # the operands are rounded to bf16
+
+
 def test_no_tensor_of_tokens_by_vocabulary_is_made():
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -265,6 +281,22 @@ def test_a_divergence_of_ones_own_can_be_registered_again_but_not_in_place_of_a_
         assert value.item() == pytest.approx(expected.item(), rel=1e-4)
     with pytest.raises(ValueError, match="'jsd' is one of this package's own"):
         ak.register_divergence(ak.DivergenceTerm("jsd", twice))
+
+
+def test_torch_compile_keeps_sizes_and_options_symbolic():
+    pair = make_pair()
+
+    def step(hidden, teacher, mask, clip, temperature):
+        targets = torch.zeros(hidden.shape[:1], dtype=torch.long, device=DEVICE)
+        options = dict(mask=mask, entry_clip=clip, temperature=temperature, targets=targets, return_stats=True)
+        loss, stats = linear_divergence(hidden, pair.student_weight, teacher, **options)
+        s, t = (h @ pair.student_weight.T for h in (hidden, teacher))
+        return loss + ak.divergence(s, t, mask=mask) + stats.student_entropy.sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows, clip, temperature in ((67, 0.1, 1.1), (41, 0.2, 1.3)):
+        arguments = (pair.student_hidden[:rows], pair.teacher_hidden[:rows], torch.ones(rows, device=DEVICE))
+        assert torch.allclose(compiled(*arguments, clip, temperature), step(*arguments, clip, temperature), rtol=1e-5)
 
 
 def test_torch_compile_takes_a_divergence_that_nobody_registered():
@@ -358,6 +390,7 @@ ERRORS = {
     ),
     "teacher_weight is torch.bfloat16": dict(teacher_weight=torch.zeros(1009, 48, dtype=torch.bfloat16)),
     "narrower than the inputs": dict(logits_dtype=torch.bfloat16),
+    "divergence must be a name or a DivergenceTerm, got int": dict(divergence=3),
     "with a leading dimension": dict(student_hidden=torch.zeros(48)),
     "student_weight is on meta": dict(student_weight=torch.zeros(1009, 48, device="meta")),
 }

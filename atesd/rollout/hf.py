@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +19,8 @@ from transformers.cache_utils import DynamicLayer
 
 from atesd.rollout import Rollout, Sampling
 from atesd_kernels.integrations.head import unwrap
+
+ROOM = 1024  # tokens a cache grows by: an evaluation may ask for 38,912, and few responses take them
 
 
 class HFEngine:
@@ -51,6 +52,7 @@ class HFEngine:
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
         self.pad_id, self.stop_ids = tokenizer.pad_token_id, stop_token_ids(unwrap(model), tokenizer)
         self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.uniforms: Tensor | None = None  # `(prompts, tokens)`, in place of the generator where a call has its seeds
         self.config = GenerationConfig(
             max_new_tokens=max_completion_length,
             do_sample=True,
@@ -74,7 +76,7 @@ class HFEngine:
                 input_ids=input_ids,
                 attention_mask=mask,
                 generation_config=self.config,
-                past_key_values=buffered_cache(unwrap(model).config, dtype, self.config.max_new_tokens),
+                past_key_values=buffered_cache(unwrap(model).config, dtype, min(self.config.max_new_tokens, ROOM)),
                 custom_generate=self.decode,
             )
         return [
@@ -83,14 +85,24 @@ class HFEngine:
         ]
 
     def sampling_as(self, sampling: Sampling) -> HFEngine:
-        """This engine as `sampling` asks, with random numbers of its own: they depend on all the seeds of the call."""
+        """This engine as `sampling` asks: each response draws from its own seed, whatever else is in the batch."""
         other = copy.copy(self)
         other.temperature, other.top_p, other.top_k = sampling.temperature, sampling.top_p, sampling.top_k
         other.config = copy.deepcopy(self.config)
         other.config.max_new_tokens = sampling.max_completion_length
-        digest = hashlib.sha256(repr(sampling.seeds).encode()).digest()
-        other.generator = torch.Generator(self.device).manual_seed(int.from_bytes(digest[:6], "big"))
+        # drawn beforehand, and on the CPU: the same numbers on every device, for every length and batch
+        rows = [
+            torch.rand(other.config.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            for seed in sampling.seeds
+        ]
+        other.uniforms = torch.stack(rows).to(self.device)
         return other
+
+    def uniform(self, running: Tensor, step: int) -> Tensor:
+        """`(batch,)` numbers in [0, 1) for token `step` of the responses `running`."""
+        if self.uniforms is not None:
+            return self.uniforms[running, step]
+        return torch.rand(len(running), dtype=torch.float64, device=self.device, generator=self.generator)
 
     def decode(
         self, model: nn.Module, input_ids: Tensor, generation_config: GenerationConfig, **inputs: Any
@@ -119,7 +131,8 @@ class HFEngine:
                 use_cache=True,
                 logits_to_keep=1,
             )
-            sampled, drawn = sample(out.logits[:, -1], self.temperature, self.top_p, self.top_k, self.generator)
+            u = self.uniform(running, step)
+            sampled, drawn = sample(out.logits[:, -1], self.temperature, self.top_p, self.top_k, u)
             sampled = torch.where(ended | ~drawn, self.pad_id, sampled)
             responses[running, step] = sampled
             finite[running] &= drawn | ended
@@ -171,10 +184,9 @@ def candidates(logits: Tensor, temperature: float, top_p: float, top_k: int) -> 
     return probs, tokens
 
 
-def sample(
-    logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """`(batch, vocab)` logits -> `(batch,)` tokens, and `(batch,)` whether they were drawn from finite logits.
+def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """`(batch, vocab)` logits and `(batch,)` uniform numbers, float64 in [0, 1) -> `(batch,)` tokens, and `(batch,)`
+    whether they were drawn from finite logits.
 
     A row with a NaN or an infinity among its candidates (or nothing but -inf) has no distribution: its token is any.
     """
@@ -182,7 +194,7 @@ def sample(
     # one uniform number a row against the cumulative sum: 40 times faster than multinomial on a whole vocabulary
     mass = probs.cumsum(-1, dtype=torch.float64)
     total = mass[:, -1:]
-    u = torch.rand(len(mass), 1, dtype=torch.float64, device=mass.device, generator=generator) * total
+    u = uniform[:, None] * total
     u = torch.minimum(u, total.nextafter(torch.zeros_like(total)))  # the product may round up to the total
     choice = torch.searchsorted(mass, u, right=True)  # right: an entry of weight 0 is never the first to exceed u
     choice = choice.clamp(max=mass.shape[1] - 1)  # nothing exceeds NaN

@@ -9,10 +9,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorLis
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from atesd.batching import use_packed_attention
-from atesd.rollout import Sampling
+from atesd.rollout import Sampling, hf
 from atesd.rollout.hf import HFEngine, candidates, sample
 
 PROMPTS = [[5, 6, 7], [8, 40, 41, 42, 43, 44, 45, 46], [9, 10], [11, 12, 13, 14], [100, 101, 102]]
+
+
+def uniform(generator, count):
+    return torch.rand(count, dtype=torch.float64, generator=generator)
 
 
 @pytest.fixture
@@ -96,20 +100,20 @@ def test_candidates_have_the_probabilities_transformers_gives_them(top_p, top_k)
 def test_tokens_are_drawn_with_their_probabilities_and_never_one_that_was_filtered_out():
     logits = torch.tensor([0.5, 0.05, 0.3, 0.15]).log().expand(20_000, 4)
     generator = torch.Generator().manual_seed(0)
-    drawn = sample(logits, 1.0, 1.0, 0, generator)[0].bincount(minlength=4) / 20_000
+    drawn = sample(logits, 1.0, 1.0, 0, uniform(generator, len(logits)))[0].bincount(minlength=4) / 20_000
     assert drawn.tolist() == pytest.approx([0.5, 0.05, 0.3, 0.15], abs=0.015)  # four standard deviations
-    drawn = sample(logits, 1.0, 0.75, 0, generator)[0].bincount(minlength=4) / 20_000
+    drawn = sample(logits, 1.0, 0.75, 0, uniform(generator, len(logits)))[0].bincount(minlength=4) / 20_000
     assert drawn.tolist() == pytest.approx([0.625, 0.0, 0.375, 0.0], abs=0.015)
     assert drawn[1] == drawn[3] == 0
     certain = torch.full((50, 300), -torch.inf).index_fill(1, torch.tensor([7]), 0.0)
-    assert set(sample(certain, 1.1, 0.95, 20, generator)[0].tolist()) == {7}
+    assert set(sample(certain, 1.1, 0.95, 20, uniform(generator, len(certain)))[0].tolist()) == {7}
 
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.9, 0), (0.9, 2)])
 def test_a_row_without_a_distribution_is_named_and_the_others_are_drawn(top_p, top_k):
     nan, inf = torch.nan, torch.inf
     rows = torch.tensor([[0.0, -inf, -inf], [0.0, nan, 1.0], [0.0, inf, 1.0], [-inf] * 3, [-inf, -inf, 2.0]])
-    tokens, finite = sample(rows, 1.0, top_p, top_k, torch.Generator().manual_seed(0))
+    tokens, finite = sample(rows, 1.0, top_p, top_k, uniform(torch.Generator().manual_seed(0), len(rows)))
     assert finite.tolist() == [True, False, False, False, True]
     assert tokens[finite].tolist() == [0, 2] and tokens.max() <= 2
 
@@ -178,3 +182,28 @@ def test_a_call_that_samples_its_own_way_neither_uses_nor_moves_the_engine_s_ran
     assert max(len(r.response_ids) for r in evaluated) == 5
     assert evaluated == unused.generate(PROMPTS, sampling)
     assert used.generate(PROMPTS) == HFEngine(model, tokenizer, max_completion_length=8, seed=7).generate(PROMPTS)
+
+
+def test_a_seeded_response_is_the_same_in_any_batch_and_the_beginning_of_a_longer_one(model, tokenizer):
+    engine = HFEngine(model, tokenizer, max_completion_length=8)
+    engine.stop_ids = [-1]
+
+    def responses(prompts, seeds, length=6):
+        sampling = Sampling(length, temperature=1.0, top_p=1.0, top_k=0, seeds=seeds)
+        return [r.response_ids for r in engine.generate(prompts, sampling)]
+
+    together = responses(PROMPTS, (1, 2, 3, 4, 5))
+    alone = [responses([prompt], (seed,))[0] for seed, prompt in enumerate(PROMPTS, start=1)]
+    assert together == alone
+    assert responses(PROMPTS[::-1], (5, 4, 3, 2, 1)) == together[::-1]
+    longer = responses(PROMPTS, (1, 2, 3, 4, 5), length=40)
+    assert [ids[:6] for ids in longer] == together
+    assert responses([PROMPTS[0]] * 2, (1, 2))[0] != responses([PROMPTS[0]] * 2, (1, 2))[1]
+
+
+def test_a_cache_that_grows_on_the_way_changes_nothing(model, tokenizer, monkeypatch):
+    engine = HFEngine(model, tokenizer, max_completion_length=24, top_k=1)
+    engine.stop_ids = [-1]
+    expected = engine.generate(PROMPTS)
+    monkeypatch.setattr(hf, "ROOM", 5)
+    assert engine.generate(PROMPTS) == expected

@@ -1,4 +1,4 @@
-"""The command line: `atesd train | report | doctor`. Separate so that nothing else knows about argv or exit codes.
+"""The command line: `atesd train | eval | report | doctor`. Nothing else knows about argv or exit codes.
 
 Nothing heavy is imported before a command needs it: `atesd --help` answers at once, and a mistyped flag is refused
 before torch loads.
@@ -21,18 +21,20 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command != "train":
+    own_flags = {"train": train, "eval": evaluation}
+    if rest and arguments.command not in own_flags:
         parser.error(f"unexpected {' '.join(rest)!r}")
     try:
-        if arguments.command == "train":
-            return train(argv[argv.index("train") + 1 :])
+        if arguments.command in own_flags:
+            return own_flags[arguments.command](argv[argv.index(arguments.command) + 1 :])
         if arguments.command == "report":
             return report(Path(arguments.run_dir))
         return doctor()
     except ConfigError as error:
         return fail(error, 2)
     except KeyboardInterrupt:
-        return fail("stopped; go on with: atesd train --resume RUN_DIR", 130)
+        how = "the same command" if arguments.command == "eval" else "atesd train --resume RUN_DIR"
+        return fail(f"stopped; go on with: {how}", 130)
     except Exception as error:
         if os.environ.get("ATESD_TRACEBACK") or not written_for_people(error):
             raise
@@ -45,8 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"atesd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    # `train` has a flag for every field of the configuration, which HfArgumentParser makes once it is asked for.
+    # They have a flag for every field of their configuration, which HfArgumentParser makes once it is asked for.
     commands.add_parser("train", add_help=False, help="train a recipe or YAML file, or go on with a run (--resume)")
+    commands.add_parser("eval", add_help=False, help="evaluate a model or a run's adapter, or --compare evaluations")
     show = commands.add_parser("report", help="draw RUN_DIR/report.html, of a finished run or one under way")
     show.add_argument("run_dir", metavar="RUN_DIR")
     commands.add_parser("doctor", help="versions, devices, and which backends work here and why others do not")
@@ -74,6 +77,44 @@ def train(argv: list[str]) -> int:
     run_dir = trainer.train(config)
     print(f"report: {Path(run_dir) / 'report.html'}")
     return 0
+
+
+def evaluation(argv: list[str]) -> int:
+    from atesd.eval_config import eval_parser, load_eval_config
+
+    if not argv or {"-h", "--help"} & set(argv):
+        eval_parser().print_help()
+        return 0 if argv else 2
+    if "--compare" in argv:
+        return comparison(argv)
+    config = load_eval_config(argv)
+
+    from atesd.evaluate import evaluate
+
+    print(f"evaluation: {config.output_dir}", flush=True)
+    folder = evaluate(config)
+    print(summary(folder / "results.md"))
+    print(f"\nreport: {folder / 'results.html'}")
+    return 0
+
+
+def comparison(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="atesd eval", allow_abbrev=False)
+    parser.add_argument("--compare", nargs="+", metavar="RUN", required=True)
+    parser.add_argument("--output_dir", metavar="FOLDER", help="default: evals/compare-A-B")
+    arguments = parser.parse_args(argv)
+
+    from atesd.eval_compare import compare
+
+    folder = compare(arguments.compare, arguments.output_dir)
+    print(summary(folder / "comparison.md"))
+    print(f"\nreport: {folder / 'comparison.html'}")
+    return 0
+
+
+def summary(markdown: Path) -> str:
+    """A written report without its settings: what a terminal shows."""
+    return markdown.read_text(encoding="utf-8").partition("\n## Settings")[0].rstrip()
 
 
 def report(run_dir: Path) -> int:

@@ -27,6 +27,7 @@ CONFIG_FILE = "config.yaml"
 @dataclass
 class ATESDConfig(
     groups.RunFields,
+    groups.EvaluationFields,
     groups.TrainingFields,
     groups.ExposureFields,
     groups.LossFields,
@@ -155,16 +156,18 @@ def as_flags(settings: Mapping[str, Any]) -> list[str]:
     return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()]
 
 
-def config_parser() -> Any:
-    """The HfArgumentParser for `atesd train`; it raises ConfigError instead of ending the process."""
+USAGE = "atesd train RECIPE_OR_YAML [--flag value ...]\n       atesd train --resume RUN_DIR"
+
+
+def config_parser(field_groups: tuple[type, ...] = groups.GROUPS, prog: str = "atesd train", usage: str = USAGE) -> Any:
+    """The HfArgumentParser of a command; it raises ConfigError instead of ending the process."""
     from transformers.hf_argparser import HfArgumentParser
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> None:
             raise ConfigError(message)
 
-    usage = "atesd train RECIPE_OR_YAML [--flag value ...]\n       atesd train --resume RUN_DIR"
-    return Parser(groups.GROUPS, usage=usage, allow_abbrev=False, formatter_class=HelpFormatter)
+    return Parser(field_groups, prog=prog, usage=usage, allow_abbrev=False, formatter_class=HelpFormatter)
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter):
@@ -178,15 +181,16 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter):
         return f"{', '.join(names)} {value}".rstrip()
 
 
-def parse(parser: Any, flags: list[str]) -> ATESDConfig:
+def parse(parser: Any, flags: list[str], kind: type = ATESDConfig) -> Any:
+    """The settings `flags` make, as a `kind`: the dataclass that holds all fields of the parser's groups."""
     *parts, rest = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
     if rest:
-        known = [field.name for field in fields(ATESDConfig)]
+        known = [field.name for field in fields(kind)]
         word = rest[0].lstrip("-").split("=")[0].replace("-", "_")
         if not rest[0].startswith("-"):
-            raise ConfigError(f"unexpected {rest[0]!r}: `atesd train RECIPE --flag value`, the recipe before the flags")
-        raise ConfigError(f"unknown flag {rest[0]!r}{suggest(word, known)}; `atesd train --help` lists them all")
+            raise ConfigError(f"unexpected {rest[0]!r}: usage: {parser.usage}")
+        raise ConfigError(f"unknown flag {rest[0]!r}{suggest(word, known)}; `{parser.prog} --help` lists them all")
     values: dict[str, Any] = {}
     for part in parts:
         values.update(vars(part))
-    return ATESDConfig(**values)
+    return kind(**values)

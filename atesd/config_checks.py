@@ -23,13 +23,15 @@ LEARNED_POLICIES = ("atesd", "one_step")
 AT_LEAST_ONE = (
     "lora_r lora_alpha max_prompt_length num_generations max_completion_length hold_window lookahead policy_batch_size "
     "policy_hidden_size probe_every max_steps per_device_train_batch_size gradient_accumulation_steps "
-    "max_nonfinite_steps logging_steps save_steps save_total_limit"
+    "max_nonfinite_steps logging_steps save_steps save_total_limit eval_k"
 ).split()
 AT_LEAST_ZERO = (
-    "num_probe_problems num_eval_problems top_k warmup_steps weight_decay lambda_gt entropy_coef seed".split()
-)
-POSITIVE = "learning_rate temperature scoring_temperature adam_epsilon max_grad_norm policy_learning_rate".split()
-POSITIVE_OR_ABSENT = "entry_clip token_clip chunk_bytes num_train_problems".split()
+    "num_probe_problems num_eval_problems top_k warmup_steps weight_decay lambda_gt entropy_coef seed eval_steps"
+).split()
+POSITIVE = (
+    "learning_rate temperature scoring_temperature eval_temperature adam_epsilon max_grad_norm policy_learning_rate"
+).split()
+POSITIVE_OR_ABSENT = "entry_clip token_clip chunk_bytes num_train_problems eval_max_completion_length".split()
 FRACTIONS = "beta ema_decay alpha_min alpha_max reward_gamma".split()
 BELOW_ONE = "lora_dropout adam_beta1 adam_beta2".split()
 
@@ -95,6 +97,11 @@ def check_combinations(config: ATESDConfig) -> None:
         raise ConfigError(
             "progress_signal is 'probe_nll' but num_probe_problems is 0, so there is nothing to measure it on: "
             "set num_probe_problems to 8 or more, or progress_signal to 'distill_loss'"
+        )
+    if config.eval_steps and config.num_eval_problems == 0:
+        raise ConfigError(
+            f"eval_steps is {config.eval_steps} but num_eval_problems is 0, so there is nothing to evaluate on: "
+            f"set num_eval_problems to 32 or more, or eval_steps to 0"
         )
     trackers = config.report_to.replace(" ", "").split(",")
     for tracker in trackers:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def option(default: Any, source: str, help: str) -> Any:
-    return field(default=default, metadata={"help": f"[{source}] {help}"})
+def option(default: Any, source: str, help: str, *aliases: str) -> Any:
+    return field(default=default, metadata={"help": f"[{source}] {help}", "aliases": list(aliases)})
 
 
 @dataclass
@@ -162,6 +162,19 @@ class TrainingFields:
 
 
 @dataclass
+class EvaluationFields:
+    _argument_group_name = "evaluation during training"
+
+    eval_steps: int = option(0, "HF", "Steps between evaluations on the num_eval_problems held out; 0 is off.")
+    eval_on_start: bool = option(True, "our choice", "Evaluate the untrained student as well, as step 0.")
+    eval_k: int = option(4, "our choice", "Samples of each problem.")
+    eval_max_completion_length: int | None = option(
+        None, "our choice", "Longest response in tokens; absent, max_completion_length."
+    )
+    eval_temperature: float = option(1.0, "OPSD", "Sampling temperature, without top-p and top-k.")
+
+
+@dataclass
 class RunFields:
     _argument_group_name = "run directory, logging and checkpoints"
 
@@ -176,4 +189,13 @@ class RunFields:
     report_to: str = option("none", "HF", "none, or trackers of accelerate with commas between: tensorboard, wandb.")
 
 
-GROUPS = (ModelFields, DataFields, RolloutFields, LossFields, ExposureFields, TrainingFields, RunFields)
+GROUPS = (
+    ModelFields,
+    DataFields,
+    RolloutFields,
+    LossFields,
+    ExposureFields,
+    TrainingFields,
+    EvaluationFields,
+    RunFields,
+)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from atesd.answer_text import clean, same_answer
-from atesd.segmentation import final_answer
+from atesd.segmentation import boxed_answer, final_answer
 
 __all__ = ["Grader", "Verdict", "grade"]
 
@@ -49,8 +49,9 @@ class Grader:
     Args:
         num_workers: processes (our choice: 2). They start with the first answer that needs one.
         time_limit: seconds one answer may take (our choice: 5); a late one counts as wrong, reason "time limit".
-        box_only: count only answers in ``\boxed{}`` or on a ``####`` line. By default a response with neither is
-            searched for the last expression near its end, as math-verify does.
+        box_only: count only the last ``\boxed{}``, as the papers do. By default a response without one may state its
+            answer on a ``####`` line, and one with neither is searched for the last expression near its end, as
+            math-verify does.
 
     Example::
 
@@ -105,7 +106,7 @@ class Grader:
 
     def _decide_by_text(self, text: str, gold: str) -> Verdict | dict[str, Any]:
         """A verdict, or the request that a worker must decide."""
-        extracted = final_answer(text)
+        extracted = boxed_answer(text) if self.box_only else final_answer(text)
         if extracted is None:
             # A box that never closes is an answer cut short: what can be seen of it must not be taken for it.
             if self.box_only or "\\boxed" in text or not text.strip():

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from atesd.config import ATESDConfig
+    from atesd.eval_config import EvalConfig
 
 
 class ModelLoadError(RuntimeError):
@@ -39,7 +40,7 @@ def load_model_and_tokenizer(config: ATESDConfig) -> tuple[PreTrainedModel, PreT
     return load_model(config), tokenizer
 
 
-def load_tokenizer(config: ATESDConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: ATESDConfig | EvalConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, which pads on the left and has a pad token. Raises ModelLoadError."""
     from transformers import AutoTokenizer
 
@@ -52,7 +53,7 @@ def load_tokenizer(config: ATESDConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model_config(config: ATESDConfig) -> PreTrainedConfig:
+def load_model_config(config: ATESDConfig | EvalConfig) -> PreTrainedConfig:
     """The model's own configuration, without its weights. Raises ModelLoadError."""
     from transformers import AutoConfig
 
@@ -65,14 +66,19 @@ def context_length(model_config: PreTrainedConfig) -> int:
     return model_config.get_text_config().max_position_embeddings
 
 
-def load_model(config: ATESDConfig) -> PreTrainedModel:
-    """The model alone; see `load_model_and_tokenizer`."""
+def load_base(config: ATESDConfig | EvalConfig) -> PreTrainedModel:
+    """The model as it is stored, without an adapter."""
     import torch
     from transformers import AutoModelForCausalLM
 
     path = model_path(config.model_name_or_path)
     with errors_for_people(config):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.torch_dtype))
+        return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.torch_dtype))
+
+
+def load_model(config: ATESDConfig) -> PreTrainedModel:
+    """The model alone; see `load_model_and_tokenizer`."""
+    model = load_base(config)
     if config.use_peft:
         model = add_lora(model, config)
     if config.gradient_checkpointing:
@@ -82,7 +88,7 @@ def load_model(config: ATESDConfig) -> PreTrainedModel:
 
 
 @contextmanager
-def errors_for_people(config: ATESDConfig) -> Iterator[None]:
+def errors_for_people(config: ATESDConfig | EvalConfig) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:

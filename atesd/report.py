@@ -28,6 +28,12 @@ LINES = (
         "Divergence of a token before any clip: how far what the teacher read has moved it from the student.",
     ),
     ("Probe NLL", {"probe_nll": "probe NLL"}, "nats a token", "The student alone, on references it never trains on."),
+    (
+        "Evaluation",
+        {"eval_average": "Average@k", "eval_pass": "pass@k", "eval_maj": "maj@k"},
+        "share of problems",
+        "On held-out problems, k samples each; step 0 is before training.",
+    ),
     ("Reward", {"reward": "reward"}, "", "Of the exposure decisions that were paid at that step."),
     (
         "Teacher-grounded score",

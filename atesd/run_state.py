@@ -21,6 +21,7 @@ from transformers import get_scheduler
 from atesd.batching import ProblemSampler, use_packed_attention
 from atesd.checkpoint import latest_checkpoint, load_checkpoint
 from atesd.config import ATESDConfig
+from atesd.eval_training import TrainingEvaluation
 from atesd.metrics import PhaseTimer
 from atesd.models import context_length, load_model, load_model_config, load_tokenizer
 from atesd.objectives import Distillation
@@ -73,6 +74,9 @@ class RunState:
         )
         self.objective = Distillation.from_config(config)
         self.engine = make_engine(config, self.model, self.tokenizer, rank)
+        self.evaluation = TrainingEvaluation(
+            config, self.problems.eval, self.prompts, self.engine, self.tokenizer, self.accelerator
+        )
 
         # The optimizer, and the exposure policy: the same on every process, since it sees the same numbers
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from atesd.latex_spans import last_boxed, protected_spans
 
-__all__ = ["Reference", "final_answer", "segment", "split_reference"]
+__all__ = ["Reference", "boxed_answer", "final_answer", "segment", "split_reference"]
 
 # "Step 3:", "**Step 3.**", "### Step 3 - title"
 _STEP = re.compile(r"^[ \t]*(?:#{1,6}[ \t]*)?(?:\*\*|__)?(?:Step|STEP)[ \t]+\d+[ \t]*(?:[:.)\-–—*]|$)", re.MULTILINE)
@@ -107,11 +107,17 @@ def final_answer(text: str) -> str | None:
     >>> final_answer(r"so $x = \boxed{\frac{1}{2}}$"), final_answer("5 + 5\n#### 10"), final_answer("ten")
     ('\\frac{1}{2}', '10', None)
     """
-    box = last_boxed(text)
-    if box is not None:
-        return box[2]
+    boxed = boxed_answer(text)
+    if boxed is not None:
+        return boxed
     marker = _marker_line(text)
     return text[marker:].lstrip().split("\n", 1)[0].strip("# \t\r") if marker is not None else None
+
+
+def boxed_answer(text: str) -> str | None:
+    r"""The last ``\boxed{...}`` that holds something, else ``None``."""
+    box = last_boxed(text)
+    return None if box is None else box[2]
 
 
 def _marker_line(text: str) -> int | None:

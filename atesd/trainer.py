@@ -61,11 +61,15 @@ class Trainer(RunState):
         config, main = self.config, self.accelerator.is_main_process
         if main:
             config.save(self.run_dir)
-            self.log = RunLog(self.run_dir, self.start if config.resume else None)
+            self.log = RunLog(self.run_dir, self.start or None)
         self.accelerator.init_trackers("atesd", config=asdict(config))
+        if self.start == 0 and (measured := self.evaluation.measure(0)):
+            self.log.log(0, measured)
+            self.accelerator.log(measured, step=0)
         bar = tqdm(range(self.start, config.max_steps), initial=self.start, total=config.max_steps, disable=not main)
         for t in bar:
             metrics, sample = self.train_step(t)
+            metrics |= self.evaluation.measure(t + 1)
             if main:
                 self.log.log(t + 1, metrics)
                 self.log.sample(t + 1, sample)
@@ -84,6 +88,8 @@ class Trainer(RunState):
                 )
         if main:
             self.model.save_pretrained(self.run_dir / ("adapter" if config.use_peft else "model"))
+            if not config.use_peft:
+                self.tokenizer.save_pretrained(self.run_dir / "model")
             summary = {"steps": config.max_steps, **self.data.counts(), **self.policy.finish()}
             (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
             self.log.close()

@@ -78,7 +78,7 @@ def test_a_resumed_run_takes_its_settings_from_its_own_directory(tmp_path):
         ("quickstart", ["--model_name_or_path", "/no/such/model"], "model_name_or_path is '/no/such/model'"),
         ("quickstart", ["--dataset_name", "missing.jsonl"], "dataset_name is 'missing.jsonl'"),
         ("quickstart", ["--prompt_templates", "missing.yaml"], "prompt_templates is 'missing.yaml'"),
-        (None, ["quickstart"], "the recipe before the flags"),
+        (None, ["quickstart"], "usage: atesd train RECIPE_OR_YAML"),
     ],
 )
 def test_what_cannot_be_used_is_refused_by_name_with_the_value_seen(recipe, flags, told):

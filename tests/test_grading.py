@@ -51,21 +51,6 @@ def test_the_verdict_is_the_one_decided_by_hand(table, index):
     assert table[index].correct is case["correct"], (case["why"], case["answer"], table[index])
 
 
-def test_a_thousand_answers_take_under_twenty_seconds(grader):
-    kinds = [case for case in CASES if case["group"] != "hostile"]
-    chosen = [kinds[i % len(kinds)] for i in range(1000)]
-    # Distinct numbers keep the worker's cache of reference answers from flattering the figure.
-    texts = [
-        f"{text_of(c['prediction'])} " if i % 3 else f"\\boxed{{\\frac{{{2 * i}}}{{14}}}}" for i, c in enumerate(chosen)
-    ]
-    answers = [c["answer"] if i % 3 else f"\\frac{{{i}}}{{7}}" for i, c in enumerate(chosen)]
-    start = time.monotonic()
-    verdicts = grader.grade_many(texts, answers)
-    assert time.monotonic() - start < 20
-    assert all(verdict.correct for verdict in verdicts[::3])
-    assert [v.correct for i, v in enumerate(verdicts) if i % 3] == [c["correct"] for i, c in enumerate(chosen) if i % 3]
-
-
 def test_an_answer_that_hangs_costs_its_limit_and_the_next_ones_are_graded():
     with Grader(num_workers=1, time_limit=1.0) as pool:
         assert pool.grade(r"\boxed{\frac{2}{4}}", "1/2").correct  # the worker is up
@@ -120,9 +105,10 @@ def test_grading_works_from_several_threads_at_once(grader):
     assert all(verdict.correct for n in (2, 3, 4) for verdict in results[n])
 
 
-def test_box_only_gives_no_credit_for_an_answer_in_passing():
+def test_box_only_gives_no_credit_for_an_answer_in_passing_or_on_a_marked_line():
     with Grader(box_only=True) as pool:
         assert pool.grade("The answer is 7.", "7") == Verdict(False, None, "no answer")
+        assert pool.grade("3 + 4 = 7\n#### 7", "7") == Verdict(False, None, "no answer")
         assert pool.grade(r"\boxed{7}", "7").correct
 
 

@@ -1,0 +1,84 @@
+"""The small evaluation that runs every `eval_steps` of training, on held-out problems and with the run's own prompts.
+
+Separate from the trainer because it only looks: the samples have seeds of their own and no global random state is
+touched, so a run with evaluations trains exactly as one without.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from atesd.config import ATESDConfig
+from atesd.evaluate import Protocol, Sample, answers, summarise
+from atesd.grading import Grader
+from atesd.memory import release_freed_memory
+from atesd.problems import Problem
+from atesd.prompts import PromptBuilder, PromptTooLong
+from atesd.rollout import RolloutEngine
+
+CONFIDENCE, NUM_BOOTSTRAP = 0.95, 2_000
+ANSWERS_AT_ONCE = 16
+
+
+class TrainingEvaluation:
+    """Evaluates the student as it stands; each process answers its share of the problems.
+
+    Args:
+        config: `eval_steps` 0 switches it off.
+        problems: held out, from the run's own data.
+        prompts, engine, tokenizer: the run's.
+
+    Raises:
+        PromptTooLong: a problem that leaves less room than `eval_max_completion_length`.
+        ImportError: math-verify is not installed.
+    """
+
+    def __init__(
+        self,
+        config: ATESDConfig,
+        problems: list[Problem],
+        prompts: PromptBuilder,
+        engine: RolloutEngine,
+        tokenizer: Any,
+        accelerator: Accelerator,
+    ):
+        self.every, self.last, self.on_start = config.eval_steps, config.max_steps, config.eval_on_start
+        if not self.every:
+            return
+        self.engine, self.tokenizer, self.accelerator = engine, tokenizer, accelerator
+        length = config.eval_max_completion_length or config.max_completion_length
+        self.protocol = Protocol(
+            config.eval_k, length, config.eval_temperature, 1.0, 0, config.seed, batch_size=ANSWERS_AT_ONCE
+        )
+        self.problems = problems[accelerator.process_index :: accelerator.num_processes]
+        self.prompts = [prompts.student(problem) for problem in self.problems]
+        for problem, ids in zip(self.problems, self.prompts, strict=True):
+            if len(ids) + length > prompts.context_length:
+                advice = f"the context less eval_max_completion_length={length}; lower it, or drop the problem"
+                limit = prompts.context_length - length
+                raise PromptTooLong(problem.id, "evaluation prompt", len(ids), limit, advice)
+        self.grader = Grader(box_only=True)
+
+    def measure(self, step: int) -> dict[str, Any]:
+        """Metrics after `step` updates, none where no evaluation is due. Every process calls it; the first one gets
+        the metrics of all: `eval_average` (Average@k), `eval_pass`, `eval_maj`, `eval_response_length`, ...
+        """
+        if not self.every or not (step % self.every == 0 or step == self.last) or (step == 0 and not self.on_start):
+            return {}
+        started = time.perf_counter()
+        batches = answers(self.problems, self.prompts, self.engine, self.tokenizer, self.grader, self.protocol)
+        samples: list[Sample] = gather_object([sample for batch in batches for sample in batch])
+        release_freed_memory()
+        if not self.accelerator.is_main_process:
+            return {}
+        found = summarise(samples, self.protocol.k, self.grader, CONFIDENCE, NUM_BOOTSTRAP)["metrics"]
+        average = found[f"average@{self.protocol.k}"]
+        named = {"eval_average": average["value"], "eval_average_low": average["low"]}
+        named |= {"eval_average_high": average["high"], "eval_maj": found[f"maj@{self.protocol.k}"]["value"]}
+        named["eval_pass"] = found.get(f"pass@{self.protocol.k}", average)["value"]
+        named |= {f"eval_{name}": found[name]["value"] for name in ("response_length", "truncated", "no_answer")}
+        return {**named, "seconds_eval": time.perf_counter() - started}

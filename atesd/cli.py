@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -33,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         return fail(error, 2)
     except KeyboardInterrupt:
-        how = "the same command" if arguments.command == "eval" else "atesd train --resume RUN_DIR"
-        return fail(f"stopped; go on with: {how}", 130)
+        how = "; go on with the same command" if arguments.command == "eval" else ""
+        return fail(f"stopped{how}", 130)
     except Exception as error:
         if os.environ.get("ATESD_TRACEBACK") or not written_for_people(error):
             raise
@@ -71,10 +72,14 @@ def train(argv: list[str]) -> int:
         print(dry_run(config))
         return 0
 
-    from atesd import trainer
-
     print(f"run directory: {config.output_dir}", flush=True)
-    run_dir = trainer.train(config)
+    config.save(config.output_dir)  # before torch is imported: from here on there is something to resume
+    try:
+        from atesd import trainer
+
+        run_dir = trainer.train(config)
+    except KeyboardInterrupt:
+        return fail(f"stopped; go on with: atesd train --resume {shlex.quote(config.output_dir)}", 130)
     print(f"report: {Path(run_dir) / 'report.html'}")
     return 0
 

@@ -19,7 +19,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from atesd import config_fields as groups
-from atesd.config_checks import ConfigError, check, suggest
+from atesd.config_checks import ConfigError, check, check_resumable, suggest
 
 CONFIG_FILE = "config.yaml"
 
@@ -58,8 +58,8 @@ class ATESDConfig(
         """Writes the resolved settings as RUN_DIR/config.yaml, atomically; `load_config` reads them back."""
         path = Path(run_dir) / CONFIG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(asdict(self), sort_keys=False)
-        beside = path.with_suffix(".yaml.tmp")
+        text = yaml.safe_dump(asdict(self) | {"resume": None}, sort_keys=False)
+        beside = path.with_suffix(f".{os.getpid()}.tmp")  # processes of one run may write at the same time
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)
         return path
@@ -71,7 +71,7 @@ def load_config(recipe_or_yaml: str | None, flags: list[str]) -> ATESDConfig:
     Args:
         recipe_or_yaml: a recipe that ships with the package (`quickstart`), a YAML file, or None for the defaults.
         flags: command-line flags such as ["--max_steps", "2"]. With `--resume RUN_DIR` the settings come from
-            RUN_DIR/config.yaml, and flags may still change them.
+            RUN_DIR/config.yaml, and flags may change those in `config_fields.MAY_CHANGE`.
 
     Raises:
         ConfigError: an unknown key or flag, a value of the wrong type, or settings that cannot go together.
@@ -84,6 +84,7 @@ def load_config(recipe_or_yaml: str | None, flags: list[str]) -> ATESDConfig:
     parser.set_defaults(**{name: None for name, value in settings.items() if value is None})
     config = parse(parser, [*as_flags(settings), *flags])
     if config.resume:
+        check_resumable(saved=parse(parser, as_flags(settings)), given=config, output_dir=given.output_dir)
         config.output_dir = config.resume
     elif config.output_dir is None:
         config.output_dir = f"runs/{file.stem if file else 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -127,7 +128,8 @@ def find_recipe(name: str) -> Path:
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        with path.open(encoding="utf-8") as file:
+            settings = yaml.load(file, Loader=UniqueKeys) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(settings, Mapping):
@@ -148,6 +150,17 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         if value is None and type(None) not in get_args(hints[name]):
             raise ConfigError(f"{name} is null in {path}; it must have a value, or leave the line out")
     return inherited | settings
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML whose mappings name each key once; the plain loader silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [(key.value, key.start_mark) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, (key, mark) in enumerate(keys):
+            if key in [other for other, _ in keys[:index]]:
+                raise ConfigError(f"{key!r} is set a second time, {str(mark).strip()}: leave one of them out")
+        return super().construct_mapping(node, deep)
 
 
 def as_flags(settings: Mapping[str, Any]) -> list[str]:

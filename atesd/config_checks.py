@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from atesd.config_fields import MAY_CHANGE
 
 if TYPE_CHECKING:
     from atesd.config import ATESDConfig
@@ -42,6 +46,8 @@ class ConfigError(ValueError):
 
 def check(config: ATESDConfig) -> None:
     """Raises ConfigError for the first setting that cannot be used."""
+    for name, value in asdict(config).items():
+        require(config, name, not isinstance(value, float) or math.isfinite(value), "a finite number")
     check_ranges(config)
     check_combinations(config)
     check_places(config)
@@ -58,7 +64,7 @@ def check_ranges(config: ATESDConfig) -> None:
     for name in AT_LEAST_ZERO:
         require(config, name, getattr(config, name) >= 0, "at least 0")
     for name in POSITIVE:
-        require(config, name, 0 < getattr(config, name) < float("inf"), "a positive number")
+        require(config, name, getattr(config, name) > 0, "a positive number")
     for name in POSITIVE_OR_ABSENT:
         value = getattr(config, name)
         require(config, name, value is None or value > 0, "positive, or 0 for off")
@@ -76,6 +82,11 @@ def check_combinations(config: ATESDConfig) -> None:
         raise ConfigError(
             f"entry_clip ({config.entry_clip}) and token_clip ({config.token_clip}) exclude each other: "
             f"set one of them to 0"
+        )
+    if config.torch_dtype == "bfloat16" and not config.use_peft:
+        raise ConfigError(
+            "torch_dtype is 'bfloat16' and use_peft is false: AdamW's updates are smaller than the spacing of bfloat16 "
+            "weights, so most would be lost. Keep the weights in float32 (bf16: true makes the forward passes bfloat16)"
         )
     check_divergence(config)
     if config.dataset_name == "gsm_symbolic" and config.num_train_problems is None:
@@ -139,6 +150,19 @@ def check_places(config: ATESDConfig) -> None:
             f"output_dir {out!r} already holds a run: go on with it by --resume {out}, choose another output_dir, "
             f"or delete it"
         )
+
+
+def check_resumable(saved: ATESDConfig, given: ATESDConfig, output_dir: str | None) -> None:
+    """Raises ConfigError where the flags beside `--resume` would make another run of it."""
+    if output_dir not in (None, given.resume):
+        raise ConfigError(f"output_dir is {output_dir!r}, but resume goes on in {given.resume!r}: leave output_dir out")
+    for name, value in asdict(given).items():
+        before = getattr(saved, name)
+        if value != before and name not in (*MAY_CHANGE, "resume", "output_dir", "dry_run"):
+            raise ConfigError(
+                f"{name} is {value!r}, but the run in {given.resume!r} was started with {before!r}: leave the flag "
+                f"out, or start a new run. What --resume may change: {', '.join(MAY_CHANGE)}"
+            )
 
 
 def parse_json(text: str) -> Any:

@@ -10,6 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+# What `--resume` may change. Everything else decides what the checkpoint holds or how the run would have gone on.
+MAY_CHANGE = (
+    "max_steps learning_rate max_grad_norm max_nonfinite_steps gradient_checkpointing chunk_bytes logging_steps "
+    "save_steps save_total_limit report_to eval_steps"
+).split()
+
 
 def option(default: Any, source: str, help: str, *aliases: str) -> Any:
     return field(default=default, metadata={"help": f"[{source}] {help}", "aliases": list(aliases)})
@@ -179,7 +185,11 @@ class RunFields:
     _argument_group_name = "run directory, logging and checkpoints"
 
     output_dir: str | None = option(None, "HF", "Run directory; absent, runs/RECIPE-DATE-TIME.")
-    resume: str | None = option(None, "our choice", "Run directory to go on with; it brings its own settings.")
+    resume: str | None = option(
+        None,
+        "our choice",
+        f"Run directory to go on with; it brings its own settings. Flags may change {', '.join(MAY_CHANGE)}.",
+    )
     dry_run: bool = option(
         False, "our choice", "Load configuration and data, print the memory plan and the first prompts, and stop."
     )

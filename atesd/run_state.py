@@ -123,6 +123,12 @@ class RunState:
                 p.copy_(state["trained"][name])
         for name, part in self.stateful().items():
             part.load_state_dict(state[name])
+        # the settings that `--resume` may change, over what optimizer and schedule have saved of them
+        self.scheduler.base_lrs = [self.config.learning_rate] * len(self.scheduler.base_lrs)
+        for group, rate, shape in zip(
+            self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = rate * shape(self.scheduler.last_epoch)
         set_random_states(state["random"])
 
 

@@ -50,6 +50,7 @@ def train(config: ATESDConfig) -> Path:
         NonFiniteLoss: after `max_nonfinite_steps` such steps in a row.
     """
     config.validate()
+    config.save(config.resume or config.output_dir)  # before anything long: whatever ends the run, it can be resumed
     return Trainer(config).run()
 
 
@@ -60,7 +61,6 @@ class Trainer(RunState):
         """All steps from where the run stands, then the adapter, a summary and the report."""
         config, main = self.config, self.accelerator.is_main_process
         if main:
-            config.save(self.run_dir)
             self.log = RunLog(self.run_dir, self.start or None)
         self.accelerator.init_trackers("atesd", config=asdict(config))
         if self.start == 0 and (measured := self.evaluation.measure(0)):
@@ -158,16 +158,16 @@ class Trainer(RunState):
         loss, totals = torch.zeros((), device=self.device), TokenTotals()
         if not all(r.finite for r in rollouts):
             loss += torch.nan  # a rollout the student could not sample makes no step, whatever is computed on it
-        for part in chunks(len(rollouts), self.config.per_device_train_batch_size * self.config.num_generations):
-            responses = [r.response_ids for r in rollouts[part]]
-            read = [
-                self.prompts.teacher(p, self.references[p.id], alpha)
-                for p, alpha in zip(problems[part], alphas[part], strict=True)
-            ]
-            student_batch = pack([r.prompt_ids for r in rollouts[part]], responses, self.device)
-            teacher_batch = pack(read, responses, self.device)
-            assert_same_responses(student_batch, teacher_batch)
-            with self.autocast():
+        with self.autocast():  # one context for all micro-batches: each weight is cast once a step
+            for part in chunks(len(rollouts), self.config.per_device_train_batch_size * self.config.num_generations):
+                responses = [r.response_ids for r in rollouts[part]]
+                read = [
+                    self.prompts.teacher(p, self.references[p.id], alpha)
+                    for p, alpha in zip(problems[part], alphas[part], strict=True)
+                ]
+                student_batch = pack([r.prompt_ids for r in rollouts[part]], responses, self.device)
+                teacher_batch = pack(read, responses, self.device)
+                assert_same_responses(student_batch, teacher_batch)
                 with self.timer.phase("teacher"):
                     teacher_hidden = self.teacher.hidden(teacher_batch)
                 with self.timer.phase("student"):
@@ -177,10 +177,10 @@ class Trainer(RunState):
                     part_loss, stats = self.objective(
                         student_hidden, self.head, teacher_hidden, teacher_head, student_batch.targets, num_tokens
                     )
-            with self.timer.phase("loss_backward"):
-                self.accelerator.backward(part_loss)
-            loss += part_loss.detach()
-            totals.add(stats)
+                    with torch.autocast(self.device.type, enabled=False):
+                        self.accelerator.backward(part_loss)
+                loss += part_loss.detach()
+                totals.add(stats)
         return float(self.sum_over_processes(loss)), totals, num_tokens
 
     def update(self, loss: float) -> float | None:

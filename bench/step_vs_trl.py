@@ -1,12 +1,13 @@
 """A whole training step, ours and TRL's `SDFTTrainer`, on the same work: seconds by phase, tokens/s and peak memory.
 
-    python bench/step_vs_trl.py [--steps 4] [--prompts 8] [--max_completion_length 128] [--only atesd]
+    python -m bench.step_vs_trl [--steps 2] [--prompts 8] [--max_completion_length 128] [--only atesd]
 
-Both sides run in a process of their own: the same model with all its parameters trained, the same chat prompts for
+Every row comes from a process of its own: the same model with all its parameters trained, the same chat prompts for
 student and teacher (which reads the whole solution), responses of exactly `max_completion_length` tokens, the same
 precision, forward KL over the full vocabulary without clips, AdamW. The first step warms up and is not counted; the
-figure is the median of the others. TRL runs in both of its settings of gradient checkpointing (on is its default), and
-the ratios are taken against the faster for time and the smaller for memory.
+figure is the median of the others. TRL runs with all prompts in one micro-batch, its natural setting, and in our
+micro-batches, each with gradient checkpointing on (its default) and off; the ratios are taken against the fastest of
+its rows for time and the smallest for memory. A run of both sides is saved as bench/results/step_vs_trl.json.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+from bench.machine import ROOT, save
 
 PHASES = ("rollout", "teacher", "student", "loss_backward", "optimizer")
 
@@ -124,8 +127,8 @@ def run_trl(args: argparse.Namespace) -> dict:
         callbacks=[clock],
         args=SDFTConfig(
             output_dir=config.output_dir,
-            per_device_train_batch_size=args.prompts,
-            gradient_accumulation_steps=1,
+            per_device_train_batch_size=args.micro_batch,
+            gradient_accumulation_steps=args.prompts // args.micro_batch,
             num_generations=1,
             max_prompt_length=config.max_prompt_length,
             max_completion_length=config.max_completion_length,
@@ -153,16 +156,22 @@ def run_trl(args: argparse.Namespace) -> dict:
         ),
     )
     trainer.teacher_context_builder = WholeTeacherPrompt(trainer)
-    phases: dict[str, list[float]] = {"rollout": []}
-    generate = trainer._generate
+    phases: dict[str, list[float]] = {"rollout": [], "loss_forward": [], "backward": []}
 
-    def timed(prompt_ids):
-        start = time.perf_counter()
-        answer = generate(prompt_ids)
-        phases["rollout"].append(time.perf_counter() - start)
-        return answer
+    def time_calls(owner, name: str, phase: str) -> None:
+        function = getattr(owner, name)
 
-    trainer._generate = timed
+        def timed(*args, **kwargs):
+            start = time.perf_counter()
+            answer = function(*args, **kwargs)
+            phases[phase].append(time.perf_counter() - start)
+            return answer
+
+        setattr(owner, name, timed)
+
+    time_calls(trainer, "_generate", "rollout")
+    time_calls(trainer, "compute_loss", "loss_forward")  # teacher, student and loss
+    time_calls(trainer.accelerator, "backward", "backward")
     trainer.train()
     wall, cpu = zip(
         *((b[0] - a[0], b[1] - a[1]) for a, b in zip(clock.ends, clock.ends[1:], strict=False)), strict=True
@@ -170,65 +179,72 @@ def run_trl(args: argparse.Namespace) -> dict:
     return {
         "seconds": statistics.median(wall),
         "cpu_seconds": statistics.median(cpu),
-        "phases": {"rollout": statistics.median(phases["rollout"][1:])},
+        "phases": {name: median_of_steps(seconds, config.max_steps) for name, seconds in phases.items()},
         "loss": trainer.state.log_history[-2]["loss"],
     }
 
 
-def in_fresh_process(args: argparse.Namespace, side: str, checkpointing: bool) -> dict:
-    command = [
-        sys.executable,
-        __file__,
-        *sys.argv[1:],
-        "--side",
-        side,
-        f"--{'' if checkpointing else 'no-'}checkpointing",
-    ]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(out.splitlines()[-1])
+def median_of_steps(seconds: list[float], steps: int) -> float:
+    """Calls of a phase, several a step, as the median over the counted steps of their sum."""
+    calls = len(seconds) // steps
+    sums = [sum(seconds[step * calls : (step + 1) * calls]) for step in range(steps)]
+    return statistics.median(sums[1:])
 
 
-def report(name: str, result: dict, tokens: int) -> None:
-    phases = "  ".join(f"{phase} {seconds:.1f}" for phase, seconds in result["phases"].items())
+def in_fresh_process(name: str, side: str, micro_batch: int, checkpointing: bool) -> dict:
+    print(f"{name} ...", end="", flush=True)
+    command = [sys.executable, "-m", "bench.step_vs_trl", *sys.argv[1:], "--side", side]
+    command += ["--micro_batch", str(micro_batch), f"--{'' if checkpointing else 'no-'}checkpointing"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if run.returncode:
+        print(f"\n{run.stderr[-4000:]}", file=sys.stderr)
+        raise SystemExit(f"{name} ended with status {run.returncode}")
+    row = {"name": name, **json.loads(run.stdout.splitlines()[-1])}
+    phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in row["phases"].items())
     print(
-        f"{name:32s} {result['seconds']:6.1f} s/step  {tokens / result['seconds']:6.1f} tokens/s  "
-        f"{result['cpu_seconds']:6.1f} CPU s  "
-        f"peak {result['peak'] / 1e9:5.2f} GB   ({phases})  loss {result['loss']:.4g}"
+        f"\r{name}: {row['seconds']:.1f} s a step, {row['cpu_seconds']:.1f} CPU seconds, "
+        f"peak {row['peak'] / 1e9:.2f} GB ({phases}), loss {row['loss']:.4g}",
+        flush=True,
     )
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--steps", type=int, default=4, help="counted steps")
+    parser.add_argument("--steps", type=int, default=2, help="counted steps")
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--micro_batch", type=int, default=2, help="ours: prompts in a micro-batch")
+    parser.add_argument("--micro_batch", type=int, default=2, help="prompts in a micro-batch of ours")
     parser.add_argument("--max_completion_length", type=int, default=128)
     parser.add_argument("--top_p", type=float, default=1.0, help="of both; TRL sorts the whole vocabulary below 1")
     parser.add_argument("--top_k", type=int, default=0)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--only", choices=("atesd", "trl"))
     parser.add_argument("--side", choices=("atesd", "trl"), help=argparse.SUPPRESS)
-    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="of ours")
     args = parser.parse_args()
     if args.side:
         result = {"atesd": run_atesd, "trl": run_trl}[args.side](args)
         result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps(result))
         return
-    tokens = args.prompts * args.max_completion_length
-    ours = theirs = None
+    ours, theirs = [], []
     if args.only != "trl":
-        ours = in_fresh_process(args, "atesd", args.checkpointing)
-        report("atesd", ours, tokens)
+        name = f"atesd, micro-batches of {args.micro_batch}" + (", checkpointing" if args.checkpointing else "")
+        ours = [in_fresh_process(name, "atesd", args.micro_batch, args.checkpointing)]
     if args.only != "atesd":
-        theirs = [in_fresh_process(args, "trl", on) for on in (True, False)]
-        for result, on in zip(theirs, ("on", "off"), strict=True):
-            report(f"TRL SDFTTrainer, checkpointing {on}", result, tokens)
+        theirs = [
+            in_fresh_process(
+                f"TRL SDFTTrainer, micro-batches of {size}" + (", checkpointing" if on else ""), "trl", size, on
+            )
+            for size in dict.fromkeys((args.prompts, args.micro_batch))
+            for on in (True, False)
+        ]
     if ours and theirs:
-        seconds, cpu, peak = (min(r[name] for r in theirs) for name in ("seconds", "cpu_seconds", "peak"))
-        print(f"CPU time: {ours['cpu_seconds'] / cpu:.2f} of TRL's, the figure to read where others use the machine")
-        print(f"time: {ours['seconds'] / seconds:.2f} of TRL's   peak memory: {ours['peak'] / peak:.2f} of TRL's")
+        for name in ("seconds", "cpu_seconds", "peak"):
+            best = min(theirs, key=lambda row: row[name])
+            print(f"{name}: {ours[0][name] / best[name]:.2f} of TRL's best ({best['name']})")
+        save("step_vs_trl", {"tokens": args.prompts * args.max_completion_length, "rows": [*ours, *theirs]})
 
 
 if __name__ == "__main__":

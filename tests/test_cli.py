@@ -1,5 +1,6 @@
 """The command line: its answers, exit codes and speed, without training anything."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from atesd import cli
+from atesd.config import load_config
 from atesd.metrics import RunLog
 
 
@@ -44,6 +46,22 @@ def test_train_hands_the_configuration_to_the_trainer_and_names_the_report(monke
     assert cli.main(["train", "quickstart", "--max_steps", "3", "--output_dir", str(tmp_path / "run")]) == 0
     assert seen[0].max_steps == 3
     assert str(tmp_path / "run" / "report.html") in capsys.readouterr().out
+
+
+def test_ctrl_c_names_the_run_directory_and_the_command_that_goes_on(monkeypatch, capsys, tmp_path):
+    class Trainer:
+        @staticmethod
+        def train(config):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "atesd.trainer", Trainer)
+    monkeypatch.setattr("atesd.trainer", Trainer, raising=False)
+    run_dir = tmp_path / "my run"
+    assert cli.main(["train", "quickstart", "--output_dir", str(run_dir)]) == 130
+    command = capsys.readouterr().err.partition("go on with: atesd ")[2]
+    assert shlex.split(command) == ["train", "--resume", str(run_dir)]
+    assert (run_dir / "config.yaml").is_file()
+    assert load_config(None, shlex.split(command)[1:]).resume == str(run_dir)
 
 
 def test_train_help_explains_the_fields_and_train_alone_is_no_success(capsys):

@@ -3,12 +3,14 @@
 import dataclasses
 import subprocess
 import sys
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 
 from atesd.config import ATESDConfig, config_parser, load_config, recipes
 from atesd.config_checks import ConfigError
+from atesd.config_fields import MAY_CHANGE
 
 
 def write_yaml(path, **settings):
@@ -86,6 +88,55 @@ def test_what_cannot_be_used_is_refused_by_name_with_the_value_seen(recipe, flag
         load_config(recipe, flags)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_no_field_takes_a_number_that_is_not_finite(value):
+    config = ATESDConfig(output_dir="unused", num_train_problems=8, exposure_policy="fixed", fixed_alpha=0.5)
+    config.validate()
+    floats = [name for name, hint in get_type_hints(ATESDConfig).items() if float in (hint, *get_args(hint))]
+    assert {"weight_decay", "entropy_target", "token_clip", "fixed_alpha", "adam_epsilon"} <= set(floats)
+    for name in floats:
+        with pytest.raises(ConfigError, match=f"{name} is {value}; it must be a finite number"):
+            dataclasses.replace(config, **{name: float(value)}).validate()
+
+
+def test_bfloat16_master_weights_are_refused_and_allowed_under_an_adapter():
+    flags = ["--torch_dtype", "bfloat16"]
+    assert load_config("quickstart", flags).torch_dtype == "bfloat16"
+    with pytest.raises(ConfigError, match=r"torch_dtype is 'bfloat16' and use_peft is false: .* float32"):
+        load_config("quickstart", [*flags, "--no_use_peft"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "told"),
+    [
+        ("lora_r", "8", "lora_r is 8, but the run in .* was started with 64"),
+        ("use_peft", "false", "use_peft is False, .* was started with True"),
+        ("model_name_or_path", "other/model", "model_name_or_path is 'other/model'"),
+        ("max_completion_length", "64", "max_completion_length is 64, .* with 96"),
+        ("teacher", "ema", "teacher is 'ema', .* with 'frozen'"),
+        ("seed", "7", "seed is 7"),
+        ("output_dir", "elsewhere", "output_dir is 'elsewhere', but resume goes on in"),
+    ],
+)
+def test_a_resumed_run_refuses_by_name_what_would_make_it_another_run(tmp_path, flag, value, told):
+    load_config("quickstart", ["--output_dir", str(tmp_path)]).save(tmp_path)
+    with pytest.raises(ConfigError, match=told):
+        load_config(None, ["--resume", str(tmp_path), f"--{flag}", value])
+
+
+def test_a_resumed_run_takes_the_settings_that_may_change_and_help_names_them(tmp_path):
+    load_config("quickstart", ["--output_dir", str(tmp_path)]).save(tmp_path)
+    changes = {"max_steps": 40, "learning_rate": 1e-5, "save_steps": 2, "gradient_checkpointing": True}
+    flags = [f"--{name}={value}" for name, value in changes.items()]
+    config = load_config(None, ["--resume", str(tmp_path), *flags])
+    assert {name: getattr(config, name) for name in changes} == changes
+    assert all(name in {field.name for field in dataclasses.fields(ATESDConfig)} for name in MAY_CHANGE)
+    text = " ".join(config_parser().format_help().split())
+    assert f"Flags may change {', '.join(MAY_CHANGE)}." in text
+    # what it resumes is not what it would resume the next time
+    assert yaml.safe_load(config.save(tmp_path).read_text())["resume"] is None
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
@@ -94,6 +145,7 @@ def test_what_cannot_be_used_is_refused_by_name_with_the_value_seen(recipe, flag
         ("max_steps: null", "max_steps is null"),
         ("- a\n- b", "holds list"),
         ("a: [", "not valid YAML"),
+        ("max_steps: 2\nseed: 1\nmax_steps: 3", "'max_steps' is set a second time, in .*mine.yaml\", line 3"),
         ("max_steps: 2.5", "max_steps.*invalid int value: '2.5'"),
     ],
 )

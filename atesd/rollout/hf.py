@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from atesd.rollout import Rollout, Sampling
+from atesd.rollout.packed import decoding_model
 from atesd_kernels.integrations.head import unwrap
 
 ROOM = 1024  # tokens a cache grows by: an evaluation may ask for 38,912, and few responses take them
@@ -233,65 +233,3 @@ def buffered_cache(config: Any, dtype: torch.dtype, room: int) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [BufferedLayer(dtype, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
-
-
-class PackedLinear(nn.Module):
-    """A linear layer (and its LoRA update) as one matrix in oneDNN's own layout: 1.6 times faster at batch 8."""
-
-    def __init__(self, source: nn.Module):
-        super().__init__()
-        self.sources = [source]  # in a list, so that it is not a child
-        self.weight = self.bias = None
-
-    def pack(self, dtype: torch.dtype) -> None:
-        source = self.sources[0]
-        linear = getattr(source, "base_layer", source)
-        weight = linear.weight
-        for adapter in getattr(source, "active_adapters", ()):
-            if adapter in source.lora_A:
-                weight = weight + source.get_delta_weight(adapter)
-        self.bias = None if linear.bias is None else linear.bias.to(dtype)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias, "none", [], "")
-
-
-def can_pack(module: nn.Module) -> bool:
-    """Plain linear layers and plain LoRA around them; DoRA and the like keep their own forward."""
-    if type(module) is nn.Linear:
-        return True
-    plain = hasattr(module, "get_delta_weight") and type(getattr(module, "base_layer", None)) is nn.Linear
-    return plain and not any(getattr(module, "use_dora", {}).values())
-
-
-def packed_twin(model: nn.Module) -> nn.Module:
-    """`model` again, sharing every parameter, its linear layers replaced by `PackedLinear`."""
-    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
-
-    def replace_linear(twin: nn.Module, source: nn.Module) -> None:
-        for name, child in source.named_children():
-            if can_pack(child):
-                setattr(twin, name, PackedLinear(child))
-            else:
-                replace_linear(getattr(twin, name), child)
-
-    replace_linear(twin, model)
-    return twin
-
-
-@contextlib.contextmanager
-def decoding_model(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
-    """The model to decode with: on a CPU the packed twin, its matrices freed afterwards; elsewhere `model` itself."""
-    training = model.training
-    packable = next(model.parameters()).device.type == "cpu" and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    if packable and torch.backends.mkldnn.is_available():
-        model = packed_twin(unwrap(model))
-        for module in model.modules():
-            if isinstance(module, PackedLinear):
-                module.pack(dtype)
-    model.eval()
-    try:
-        yield model
-    finally:
-        model.train(training)

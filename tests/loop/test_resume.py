@@ -35,9 +35,12 @@ def lines(path: Path) -> list[str]:
 
 
 def kill_after(process: subprocess.Popen, run_dir: Path, steps: int) -> None:
-    """SIGKILL as soon as `steps` lines of metrics are there: the next step or a checkpoint is then under way."""
+    """SIGKILL as soon as `steps` lines of metrics are there: the next step or a checkpoint is then under way.
+
+    0 steps: as soon as there is a config.yaml, when nothing is loaded yet.
+    """
     deadline = time.monotonic() + 240
-    while len(lines(run_dir / "metrics.jsonl")) < steps:
+    while len(lines(run_dir / "metrics.jsonl")) < steps or not (run_dir / "config.yaml").exists():
         assert process.poll() is None, process.stderr.read().decode()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -61,11 +64,13 @@ def settings(tiny_config, tmp_path):
     return str(config.save(tmp_path / "settings"))
 
 
-def test_a_run_killed_three_times_ends_like_the_run_that_was_not(settings, tmp_path):
+def test_a_run_killed_four_times_ends_like_the_run_that_was_not(settings, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(start(settings, "--output_dir", str(whole)))
 
-    kill_after(start(settings, "--output_dir", str(broken)), broken, 1)  # before the first checkpoint
+    kill_after(start(settings, "--output_dir", str(broken)), broken, 0)
+    assert sorted(p.name for p in broken.iterdir()) == ["config.yaml"]
+    kill_after(start("--resume", str(broken)), broken, 1)  # before the first checkpoint
     kill_after(start("--resume", str(broken)), broken, 3)  # while the first is being written
     kill_after(start("--resume", str(broken)), broken, 5)  # between checkpoints
     finish(start("--resume", str(broken)))
@@ -78,10 +83,11 @@ def test_a_run_killed_three_times_ends_like_the_run_that_was_not(settings, tmp_p
     assert (broken / weights).read_bytes() == (whole / weights).read_bytes()
 
 
-def test_a_finished_run_goes_on_when_given_more_steps(tiny_config):
+def test_a_finished_run_goes_on_when_given_more_steps_and_another_learning_rate(tiny_config):
     from atesd.config import load_config
     from atesd.trainer import train
 
-    run_dir = train(tiny_config(max_steps=2))
-    train(load_config(None, ["--resume", str(run_dir), "--max_steps", "3"]))
-    assert [row["step"] for row in compared(run_dir, "metrics.jsonl")] == [1, 2, 3]
+    run_dir = train(tiny_config(max_steps=2, learning_rate=1e-3))
+    train(load_config(None, ["--resume", str(run_dir), "--max_steps", "3", "--learning_rate", "1e-4"]))
+    rows = compared(run_dir, "metrics.jsonl")
+    assert [(row["step"], row["learning_rate"]) for row in rows] == [(1, 1e-3), (2, 1e-3), (3, 1e-4)]

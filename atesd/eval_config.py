@@ -17,7 +17,8 @@ from atesd.config_checks import ConfigError, parse_json, require
 from atesd.config_fields import RolloutFields, option
 
 # Settings that neither samples nor verdicts depend on: they may differ when an evaluation goes on.
-FREE = ("output_dir", "confidence", "num_bootstrap", "grading_processes")
+FREE = ("output_dir", "confidence", "num_bootstrap", "grading_processes", "rollout_timeout", "rollout_retries")
+FREE += ("vllm_server_base_url", "vllm_kv_cache_bytes", "vllm_enable_sleep_mode")
 
 
 @dataclass
@@ -72,7 +73,7 @@ class EvalRolloutFields(RolloutFields):
     num_generations: int = option(12, "paper", "k: samples of each problem.", "--k")
     max_completion_length: int = option(38912, "OPSD", "Longest response in tokens.", "--max_new_tokens")
     temperature: float = option(1.0, "OPSD", "Sampling temperature.")
-    top_p: float = option(1.0, "OPSD", "Nucleus sampling; 1 is off.")
+    top_p: float = option(1.0, "OPSD", "Nucleus sampling; 1 is off, as OPSD states (its script falls back to 0.95).")
     top_k: int = option(0, "OPSD", "Top-k sampling; 0 is off.")
     batch_size: int | None = option(
         None, "our choice", "Responses asked of the engine at a time; absent, 16 of hf and 512 of vllm."
@@ -155,7 +156,7 @@ def load_eval_config(flags: list[str]) -> EvalConfig:
     config = parse(eval_parser(), flags, EvalConfig)
     config.validate()
     if config.batch_size is None:
-        config.batch_size = 512 if config.rollout_engine == "vllm" else 16
+        config.batch_size = 16 if config.rollout_engine == "hf" else 512
     if config.output_dir is None:
         evaluated = config.adapter or config.model_name_or_path
         config.output_dir = f"evals/{short_name(config.dataset_name)}-{short_name(evaluated)}"

@@ -113,6 +113,11 @@ def flat(record: dict[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
     return rows
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; nothing where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` so that the file is whole or absent."""
     beside = path.with_suffix(".json.tmp")

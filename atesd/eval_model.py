@@ -37,7 +37,14 @@ def find_adapter(path: str) -> Path:
 
 def find_run(folder: Path) -> Path | None:
     """The run directory a folder lies in, or is."""
-    return next((p for p in (folder, *folder.resolve().parents[:3]) if (p / CONFIG_FILE).is_file()), None)
+    return next((p for p in (folder, *folder.resolve().parents[:3]) if trained_model(p) is not None), None)
+
+
+def trained_model(run: Path) -> str | None:
+    """What the run in `run` trained; None for any other folder."""
+    file = run / CONFIG_FILE
+    settings = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return settings.get("model_name_or_path") if isinstance(settings, dict) else None
 
 
 def base_model(config: EvalConfig, adapter: Path | None) -> str:
@@ -46,7 +53,7 @@ def base_model(config: EvalConfig, adapter: Path | None) -> str:
         return config.model_name_or_path
     run = find_run(adapter)
     if run is not None:
-        return yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))["model_name_or_path"]
+        return trained_model(run)
     named = json.loads((adapter / ADAPTER_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not named:
         raise EvalError(f"the adapter in {adapter} does not name its base model: give --model")

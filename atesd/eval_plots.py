@@ -17,7 +17,7 @@ from atesd.report_plots import BLUE, GREY, INK, ORANGE, STYLE, canvas, png
 @matplotlib.rc_context(STYLE)
 def problems_plot(values: Mapping[str, float]) -> str:
     """One bar a problem, best first."""
-    figure, axes = canvas(5.1, 2.6)
+    figure, axes = canvas(10.4, 2.6)
     ordered = sorted(values.values(), reverse=True)
     axes.bar(np.arange(1, len(ordered) + 1), ordered, width=0.9, color=BLUE)
     axes.set_ylim(0, 1.02)

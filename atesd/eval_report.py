@@ -89,7 +89,7 @@ def html_report(run: EvalRun) -> str:
     body = (
         f"<h1>{text(run.name)}</h1><p>{text(headline(run))}</p>{warning}"
         f'<h2>Results</h2><div class="card">{html_table(header, rows)}</div>'
-        f'<div class="grid">{card("By problem", told, plots.problems_plot(by_problem))}</div>'
+        f"{card('By problem', told, plots.problems_plot(by_problem))}"
         f'<h2>Samples</h2><div class="samples">{"".join(sample_cards(read_jsonl(run.folder / "samples.jsonl")))}</div>'
         f'<h2>Settings</h2><div class="card">{html_table(["setting", "value"], settings)}'
         f"<p>Prompt</p><pre>{text(run.record['prompt'])}</pre><p>{text(versions(run))}</p></div>"

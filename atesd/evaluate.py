@@ -1,12 +1,6 @@
-"""An evaluation: k sampled answers to each problem, graded, written as they come, and summed up.
+"""`atesd eval`: finds model and problems, refuses what cannot work before any weight is loaded, draws what is missing.
 
-`answers` and `summarise` are what an evaluation is, and what training runs as well every `eval_steps`; `evaluate` is
-the command around them: it finds model and problems, refuses what cannot work before any weight is loaded, and goes on
-where a killed evaluation stopped.
-
-Samples are drawn in batches whose composition is a function of the settings. A batch that was cut off is drawn again
-whole and only what is missing of it is kept, so a resumed evaluation has the samples of an uninterrupted one, to the
-last bit on a CPU.
+What is drawn and counted is in eval_answers.py, the folder it lands in is kept by eval_files.py.
 """
 
 from __future__ import annotations
@@ -14,128 +8,35 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from atesd import __version__
-from atesd.batching import chunks
 from atesd.benchmarks import load_benchmark, seen_in_training
 from atesd.config_checks import ConfigError
+from atesd.eval_answers import Protocol, Sample, answers, summarise, take_over_weights
 from atesd.eval_config import FREE, EvalConfig
-from atesd.eval_files import RESULTS, EvalError, SampleFile, claim, fingerprint, seed_of, write_json
+from atesd.eval_files import RESULTS, EvalError, SampleFile, claim, fingerprint, read_json, seed_of, write_json
 from atesd.eval_model import base_model, find_adapter, find_run, load_student
 from atesd.eval_report import write_reports
-from atesd.eval_stats import estimate, majority_vote, pass_at, pass_at_levels
-from atesd.eval_votes import votes
 from atesd.grading import Grader
 from atesd.models import context_length, load_model_config, load_tokenizer, model_path
 from atesd.problems import Problem
 from atesd.prompts import PromptBuilder
-from atesd.rollout import RolloutEngine, Sampling, make_engine
+from atesd.rollout import RolloutEngine, make_engine
 from atesd.templates import PromptTemplates
 
 # What OPSD's evaluation asks, to the letter.
 PROMPT = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+CACHED_AT_LEAST = 8  # responses at their longest that vLLM's cache holds, where its size is not given
+CACHE_SHARE = 0.8  # of the GPU memory that is free once the model is loaded
 PACKAGES = ("torch", "transformers", "peft", "math-verify", "vllm")
-
-Sample = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How each problem is answered: `k` samples, drawn `batch_size` at a time."""
-
-    k: int
-    max_completion_length: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
-    batch_size: int
-
-    def sampling(self, seeds: tuple[int, ...]) -> Sampling:
-        return Sampling(self.max_completion_length, self.temperature, self.top_p, self.top_k, seeds)
-
-
-def answers(
-    problems: Sequence[Problem],
-    prompts: Sequence[list[int]],
-    engine: RolloutEngine,
-    tokenizer: Any,
-    grader: Grader,
-    protocol: Protocol,
-    done: frozenset[tuple[str, int]] = frozenset(),
-) -> Iterator[list[Sample]]:
-    """Samples every problem `k` times; yields the graded samples batch by batch, without those in `done`.
-
-    Args:
-        prompts: token ids, one prompt for each problem.
-        done: (problem id, sample index) of samples that are there already.
-
-    Yields:
-        Lists of samples: `problem_id`, `sample`, `seed`, `text`, `extracted`, `correct`, `reason` (the grader's),
-        `finish_reason` ("stop", "length", or "nonfinite" where the model's logits were not), `num_tokens`.
-    """
-    grid = [(index, sample) for index in range(len(problems)) for sample in range(protocol.k)]
-    for part in chunks(len(grid), protocol.batch_size):
-        batch = [(problems[index], prompts[index], sample) for index, sample in grid[part]]
-        if all((problem.id, sample) in done for problem, _, sample in batch):
-            continue
-        seeds = tuple(seed_of(protocol.seed, problem.id, sample) for problem, _, sample in batch)
-        rollouts = engine.generate([prompt for _, prompt, _ in batch], protocol.sampling(seeds))
-        texts = [tokenizer.decode(rollout.response_ids, skip_special_tokens=True) for rollout in rollouts]
-        verdicts = grader.grade_many(texts, [problem.answer for problem, _, _ in batch])
-        yield [
-            {
-                "problem_id": problem.id,
-                "sample": sample,
-                "seed": seed,
-                "text": text,
-                **asdict(verdict),
-                "finish_reason": "length" if rollout.truncated else "stop" if rollout.finite else "nonfinite",
-                "num_tokens": len(rollout.response_ids),
-            }
-            for (problem, _, sample), seed, rollout, text, verdict in zip(
-                batch, seeds, rollouts, texts, verdicts, strict=True
-            )
-            if (problem.id, sample) not in done
-        ]
-
-
-def summarise(
-    samples: Sequence[Sample], k: int, grader: Grader, confidence: float, num_bootstrap: int
-) -> dict[str, Any]:
-    """`{"metrics": {name: {value, low, high}}, "problems": {id: {metric: value}}}` of complete samples.
-
-    Metrics, each a mean over problems: `average@k` (share of right samples), unbiased `pass@j`, `maj@k`,
-    `response_length` in tokens, `truncated` (share cut by the limit), `no_answer` (share without an answer).
-    """
-    by_problem: dict[str, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        by_problem[sample["problem_id"]].append(sample)
-    rows: dict[str, dict[str, float]] = {}
-    for (name, own), cast in zip(by_problem.items(), votes(list(by_problem.values()), grader), strict=True):
-        correct = [s["correct"] for s in own]
-        rows[name] = {
-            f"average@{k}": sum(correct) / k,
-            **{f"pass@{j}": pass_at(j, sum(correct), k) for j in pass_at_levels(k)},
-            f"maj@{k}": majority_vote(cast, correct),
-            "response_length": sum(s["num_tokens"] for s in own) / k,
-            "truncated": sum(s["finish_reason"] == "length" for s in own) / k,
-            "no_answer": sum(s["extracted"] is None for s in own) / k,
-        }
-    table = np.array([list(row.values()) for row in rows.values()])
-    names = list(next(iter(rows.values())))
-    estimates = estimate(table, confidence, num_bootstrap)
-    return {"metrics": dict(zip(names, map(asdict, estimates), strict=True)), "problems": rows}
 
 
 def evaluate(config: EvalConfig) -> Path:
@@ -157,7 +58,7 @@ def evaluate(config: EvalConfig) -> Path:
     problems = load_benchmark(resolved)
     tokenizer = load_tokenizer(resolved)
     prompts = build_prompts(resolved, tokenizer, problems)
-    claim(folder, record(resolved, problems, adapter, device), (*FREE, "versions"))
+    claim(folder, record(resolved, problems, adapter, device), (*FREE, "versions", "threads"))
 
     with SampleFile(folder) as file:
         expected = {(p.id, s): seed_of(config.seed, p.id, s) for p in problems for s in range(config.num_generations)}
@@ -165,20 +66,24 @@ def evaluate(config: EvalConfig) -> Path:
         wrong = [row for row in file.rows if expected.get((row["problem_id"], row["sample"])) != row["seed"]]
         if wrong or len(done) < len(file.rows):
             raise EvalError(f"{file.path} holds samples that are not of this evaluation: choose another --output_dir")
-        if done == expected.keys() and (folder / RESULTS).is_file():
+        statistics = {"confidence": config.confidence, "num_bootstrap": config.num_bootstrap}
+        if done == expected.keys() and statistics.items() <= read_json(folder / RESULTS).items():
             return write_reports(folder)
         grader = Grader(config.grading_processes, config.grading_time_limit, config.box_only)
         with grader:
             if done != expected.keys():
                 model = load_student(resolved, adapter, device)
-                engine = make_engine(resolved, model, tokenizer)
+                engine = make_engine(engine_settings(resolved, prompts, device), model, tokenizer)
+                take_over_weights(engine)
                 draw(resolved, problems, prompts, engine, tokenizer, grader, file, done)
-            results = summarise(
-                in_order(file.rows, problems), config.num_generations, grader, config.confidence, config.num_bootstrap
-            )
+            rows = in_order(file.rows, problems)
+            results = summarise(rows, config.num_generations, grader, config.confidence, config.num_bootstrap)
     run = find_run(adapter) if adapter else None
     seen = seen_in_training(problems, run) if run else None
-    write_json(folder / RESULTS, {**results, "seen_in_training": seen})
+    nonfinite = sum(row["finish_reason"] == "nonfinite" for row in rows)
+    if nonfinite:
+        tqdm.write(f"{nonfinite} samples ended where the model's logits were not finite: its weights have diverged")
+    write_json(folder / RESULTS, {**results, **statistics, "nonfinite": nonfinite, "seen_in_training": seen})
     return write_reports(folder)
 
 
@@ -205,6 +110,21 @@ def draw(
             right = sum(row["correct"] for row in file.rows) / len(file.rows)
             bar.set_postfix({"right": f"{right:.1%}", "tok/s": f"{tokens / (time.perf_counter() - started):.0f}"})
             bar.update(len(batch))
+
+
+def engine_settings(config: EvalConfig, prompts: list[list[int]], device: torch.device) -> Any:
+    """What `make_engine` reads: the evaluation's settings, and the sizes of a batch under the names training has for
+    them. On a GPU vLLM's cache takes most of what the model leaves free: there is nothing else to keep it for.
+    """
+    sizes: dict[str, Any] = {
+        "max_prompt_length": max(map(len, prompts)),
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "num_generations": min(config.batch_size, CACHED_AT_LEAST),
+    }
+    if device.type == "cuda" and getattr(config, "vllm_kv_cache_bytes", None) is None:
+        sizes["vllm_kv_cache_bytes"] = int(CACHE_SHARE * torch.cuda.mem_get_info(device)[0])
+    return SimpleNamespace(**{**asdict(config), **sizes})
 
 
 def build_prompts(config: EvalConfig, tokenizer: Any, problems: list[Problem]) -> list[list[int]]:
@@ -251,6 +171,7 @@ def record(config: EvalConfig, problems: list[Problem], adapter: Path | None, de
         "model": {"files": fingerprint(model_path(config.model_name_or_path))},
         "adapter": {"files": fingerprint(adapter) if adapter else None},
         "device": device.type,
+        "threads": torch.get_num_threads(),
         "versions": versions,
     }
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from atesd.grading import Grader
-from bench.machine import save
+from bench.machine import markdown, save
 
 CASES = Path(__file__).parent.parent / "tests" / "data" / "grading_cases.jsonl"
 HANGS = r"\boxed{9^{9^{9^{9}}}}"
@@ -51,11 +51,18 @@ def measure(hostile: int) -> dict[str, float | int]:
     return {"answers": COUNT, "hostile": hostile, "time_limit": TIME_LIMIT, "seconds": seconds}
 
 
+def table(result: dict) -> str:
+    rows = [
+        [f"{row['answers']:,}", str(row["hostile"]), f"{row['time_limit']:g} s", f"{row['seconds']:.1f}"]
+        for row in result["rows"]
+    ]
+    return markdown(["answers graded by two processes", "of them hanging", "limit of one answer", "seconds"], rows)
+
+
 def main() -> None:
     rows = [measure(hostile) for hostile in (0, HOSTILE)]
-    for row in rows:
-        print(f"{row['answers']} answers, {row['hostile']} of them hanging: {row['seconds']:.1f} s")
-    print(save("grading_speed", {"rows": rows}))
+    path = save("grading_speed", {"rows": rows})
+    print(table({"rows": rows}), path, sep="\n")
 
 
 if __name__ == "__main__":

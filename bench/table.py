@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import accuracy_vs_kl, chunk_size, loss_speed, memory
+from bench import accuracy_vs_kl, chunk_size, grading_speed, loss_speed, memory
 from bench.entrants import DTYPES, LOSSES, OURS
 from bench.machine import RESULTS, ROOT, markdown
 from bench.timing import MM_GEMMS, OWN_GEMMS
@@ -103,12 +103,18 @@ def chunks() -> str:
     return f"{chunk_size.table(result)}\n{source(result)}"
 
 
+def grading() -> str:
+    result = load("grading_speed")
+    return f"{grading_speed.table(result)}\n{source(result)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy_vs_kl": accuracy,
     "memory": memory_over_tokens,
     "losses": losses_summary,
     **{f"losses-{loss}-{dtype}": one_loss(loss, dtype) for loss in LOSSES for dtype in DTYPES},
     "chunk_size": chunks,
+    "grading_speed": grading,
     "step_vs_trl": whole_step,
 }
 

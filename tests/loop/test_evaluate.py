@@ -18,9 +18,10 @@ import torch
 from atesd import cli
 from atesd import evaluate as evaluation
 from atesd.config_checks import ConfigError
+from atesd.eval_answers import Protocol, answers, summarise
 from atesd.eval_config import EvalConfig, load_eval_config, short_name
 from atesd.eval_files import EvalError, SampleFile, fingerprint
-from atesd.evaluate import Protocol, answers, evaluate, summarise
+from atesd.evaluate import evaluate
 from atesd.grading import Grader
 from atesd.metrics import read_jsonl
 from atesd.models import ModelLoadError
@@ -185,12 +186,16 @@ def test_a_finished_evaluation_does_nothing_when_run_again(make, monkeypatch):
 
 
 def test_other_settings_on_the_same_folder_are_refused_by_name_and_free_ones_are_not(make, tmp_path, tiny_model_path):
-    evaluate(make())
+    folder = evaluate(make())
     with pytest.raises(EvalError, match=r"temperature was 1.0 and is 0.7; seed was 0 and is 3. Choose another"):
         evaluate(make(temperature=0.7, seed=3))
     with pytest.raises(EvalError, match=r"num_problems was 3 and is 4; problems count was 3 and is 4"):
         evaluate(make(num_problems=4))
-    evaluate(make(num_bootstrap=100, grading_processes=1))
+    before = json.loads((folder / "results.json").read_text())
+    evaluate(make(confidence=0.5, grading_processes=1))
+    after = json.loads((folder / "results.json").read_text())
+    assert (before["confidence"], after["confidence"]) == (0.95, 0.5) and after["problems"] == before["problems"]
+    assert "50 % interval" in (folder / "results.md").read_text()
     # the same path with other weights is another model
     moved = tmp_path / "model"
     shutil.copytree(tiny_model_path, moved)

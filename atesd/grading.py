@@ -53,6 +53,9 @@ class Grader:
             answer on a ``####`` line, and one with neither is searched for the last expression near its end, as
             math-verify does.
 
+    What is neither equal text nor two plain numbers is decided by math-verify, which takes a decimal and an exact value
+    for equal when they agree to six decimals.
+
     Example::
 
         with Grader() as grader:

@@ -20,7 +20,7 @@ def run(*arguments):
 def test_help_names_the_commands_and_imports_nothing_heavy():
     result = run("--help")
     assert result.returncode == 0
-    assert all(command in result.stdout for command in ("train", "report", "doctor"))
+    assert all(command in result.stdout for command in ("train", "eval", "report", "doctor"))
     assert not any(f" {heavy}\n" in result.stderr for heavy in ("torch", "transformers", "matplotlib", "numpy"))
 
 
@@ -71,6 +71,33 @@ def test_train_help_explains_the_fields_and_train_alone_is_no_success(capsys):
     assert "[our choice]" in text
     assert "quickstart" in text
     assert cli.main(["train"]) == 2
+
+
+def test_eval_hands_its_settings_on_and_shows_the_results_without_the_settings(monkeypatch, capsys, tmp_path):
+    seen = []
+
+    class Evaluation:
+        @staticmethod
+        def evaluate(config):
+            seen.append(config)
+            (tmp_path / "results.md").write_text("# mine\n\n| average@2 |\n\n## Settings\n\n| seed |")
+            return tmp_path
+
+    monkeypatch.setitem(sys.modules, "atesd.evaluate", Evaluation)
+    monkeypatch.setattr("atesd.evaluate", Evaluation, raising=False)
+    assert cli.main(["eval", "--model", "m", "--data", "d.jsonl", "--k", "2"]) == 0
+    assert (seen[0].model_name_or_path, seen[0].num_generations, seen[0].output_dir) == ("m", 2, "evals/d-m")
+    text = capsys.readouterr().out
+    assert "average@2" in text and "results.html" in text and "seed" not in text
+
+
+def test_eval_help_explains_the_protocol_and_a_mistyped_flag_is_refused_by_name(capsys):
+    assert cli.main(["eval", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--max_new_tokens" in text and "[OPSD]" in text and "--compare" in text
+    assert cli.main(["eval"]) == 2
+    assert cli.main(["eval", "--model", "m", "--data", "d", "--temprature", "1"]) == 2
+    assert "did you mean temperature" in capsys.readouterr().err
 
 
 def test_report_draws_the_page_and_refuses_a_folder_that_is_no_run(tmp_path, capsys):

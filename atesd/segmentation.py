@@ -121,20 +121,21 @@ def boxed_answer(text: str) -> str | None:
 
 
 def _marker_line(text: str) -> int | None:
-    """Start of the line ``#### answer`` that states the answer, or None."""
-    end = len(text.rstrip())
-    last = True
-    while end > 0:
-        start = text.rfind("####", 0, end)
-        if start < 0:
-            return None
+    """Start of the line ``#### answer`` that states the answer, or None. A line is looked at once, however many
+    markers a response that repeats itself puts on it."""
+    end, last = len(text), True
+    while (start := text.rfind("####", 0, end)) >= 0:
         line_start = text.rfind("\n", 0, start) + 1
         line_end = text.find("\n", start)
-        content = text[start : line_end if line_end >= 0 else len(text)].strip("# \t\r\n")
-        is_last = last and not text[line_end:].strip() if line_end >= 0 else last
-        if not text[line_start:start].strip() and content and (is_last or _PLAIN_NUMBER.fullmatch(content)):
-            return line_start
-        end, last = start, False
+        line_end = len(text) if line_end < 0 else line_end
+        line = text[line_start:line_end]
+        first = line.find("####")
+        if not line[:first].strip() and not line.startswith("#####", first):
+            content = line.strip("# \t\r")
+            is_last = last and line_start + first == start and not text[line_end:].strip()
+            if content and (is_last or _PLAIN_NUMBER.fullmatch(content)):
+                return line_start
+        end, last = line_start, False
     return None
 
 

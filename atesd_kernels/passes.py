@@ -3,7 +3,7 @@
 They are apart from the walk over chunks (`torch_chunked`) because they exist twice: as they stand here, run eagerly on
 tiles that fit the processor's cache, and compiled by Inductor (backend "torch_compiled").
 
-Tiles are `[R, C]` and row vectors `[R]`. What a pass hands to a later one overwrites a tile given as `out`.
+Tiles are `[R, C]` and row vectors `[R]`.
 """
 
 from __future__ import annotations
@@ -53,19 +53,18 @@ def centred_kl(
 
 def near_terms(
     term: DivergenceTerm, beta: float, entry_clip: float | None, q: Tensor, rho: Tensor | None, y: Tensor, c: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of l, of the clipped terms and of u, from x = y - c; u takes y's place."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums of l, of the clipped terms and of u, and u itself, from x = y - c."""
     q = q if rho is None else q * rho[:, None]
     x = y - c[:, None]
     l, u = term.centred(x, q, beta)
-    k = term.slope(beta)
-    return _sums(l, u, k, entry_clip, q, l if k == 0 else _plain(l, q, x, k, entry_clip), y)
+    return _clipped(l, u, term.slope(beta), entry_clip, q, x)
 
 
 def far_terms(
     term: DivergenceTerm, beta: float, entry_clip: float | None, log_q: Tensor, t: Tensor, lse_t: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from both log-softmaxes; u takes the place of the teacher's logits `t`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same from both log-softmaxes, with `t` the teacher's logits."""
     log_p = t - lse_t[:, None]
     absent = torch.isneginf(log_q) & torch.isneginf(log_p)
     q, p, k = log_q.exp(), log_p.exp(), term.slope(beta)
@@ -76,29 +75,22 @@ def far_terms(
         near_l, near_u = term.centred(x.clamp(-1, 1), q, beta)
         close = x.abs() < 1
         l, u = torch.where(close, near_l, l), torch.where(close, near_u, u)
-    return _sums(l, u, k, entry_clip, q, l if k == 0 else _plain(l, q, x, k, entry_clip), t)
+    return _clipped(l, u, k, entry_clip, q, x)
 
 
-def _plain(l: Tensor, q: Tensor, x: Tensor, k: float, entry_clip: float | None) -> Tensor:
-    """The textbook term, which is what a clip looks at: l = l' + k (p - q)."""
-    return l if entry_clip is None else torch.addcmul(l, q, torch.expm1(x), value=k)
+def _clipped(l, u, k: float, entry_clip: float | None, q, x) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    raw = l.sum(1)
+    if entry_clip is None:
+        return raw, raw, u.sum(1), u
+    # a clip looks at the textbook term, l = l' + k (p - q)
+    plain = l if k == 0 else torch.addcmul(l, q, torch.expm1(x), value=k)
+    u = torch.where(plain > entry_clip, k * q, u)
+    return raw, plain.clamp_max(entry_clip).sum(1), u.sum(1), u
 
 
-def _sums(l, u, k: float, entry_clip: float | None, q, plain, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    raw = value = l.sum(1)
-    if entry_clip is not None:
-        clipped = plain > entry_clip
-        value = plain.clamp_max(entry_clip).sum(1)
-        u = torch.where(clipped, k * q, u)
-    sum_u = u.sum(1)
-    out.copy_(u)
-    return raw, value, sum_u
-
-
-def gradient(u: Tensor, q: Tensor, sum_u: Tensor, factor: Tensor | None, out: Tensor | None) -> None:
-    """(u - q sum_u) factor, into `out`, or in the place of u if that is None."""
-    g = torch.addcmul(u, q, sum_u[:, None], value=-1)
-    (u if out is None else out).copy_(_scaled(g, factor))
+def gradient(u: Tensor, q: Tensor, sum_u: Tensor, factor: Tensor | None) -> Tensor:
+    """(u - q sum_u) factor."""
+    return _scaled(torch.addcmul(u, q, sum_u[:, None], value=-1), factor)
 
 
 def shifted_gradient(w: Tensor, q: Tensor, centre: Tensor, factor: Tensor | None, out: Tensor | None) -> None:
@@ -114,5 +106,8 @@ def _scaled(g: Tensor, factor: Tensor | None) -> Tensor:
 
 @cache
 def compiled(function: Callable) -> Callable:
-    """`function` through Inductor, once for all sizes. Of its tensors, none may overlap another."""
+    """`function` through Inductor, once for all sizes. None of its tensors may overlap another.
+
+    Inductor of torch 2.13 fails on some passes that also write into an argument: those return their tile instead.
+    """
     return torch.compile(function, dynamic=True, fullgraph=True)

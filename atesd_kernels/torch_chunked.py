@@ -246,8 +246,10 @@ class Chunk:
         else:
             self.raw, value, sum_u, scale = self.row.clone(), self.row.clone(), self.row.clone(), None
             for b, tile in self._over_tiles():
-                for total, part in zip((self.raw, value, sum_u), self._terms(b, tile), strict=True):
+                *parts, u = self._terms(b, tile)
+                for total, part in zip((self.raw, value, sum_u), parts, strict=True):
                     total[tile] += part
+                self.other[b][tile] = u
         factor = self.row.new_full(self.row.shape, 1 / spec.temperature)
         for f in (scale, weight, self.source.grad_scale, None if spec.token_clip is None else value <= spec.token_clip):
             factor = factor if f is None else factor * f
@@ -255,25 +257,24 @@ class Chunk:
             late = self.source.scales_late and spec.softcap is None
             for b, cols in enumerate(self.cols):
                 g = self.source.gradient_storage(self.other[b])
-                in_place = g is self.other[b]
                 for tile in self.tiles:
                     q, rho = self._q(b, tile)
-                    arguments, out = (self.other[b][tile], q), None if in_place else g[tile]
                     # q's second factor goes with the row's where q is one of the gradient's factors
                     if self.shifted is not None:
                         now = None if late else (factor * self.rho[b])[tile]
-                        self.run(passes.shifted_gradient)(*arguments, centre[tile], now, out)
+                        out = None if g is self.other[b] else g[tile]
+                        self.run(passes.shifted_gradient)(self.other[b][tile], q, centre[tile], now, out)
                     else:
                         mass = sum_u[tile] if rho is None else sum_u[tile] * rho
                         now = None if late else self._slope(b, tile, factor[tile])
-                        self.run(passes.gradient)(*arguments, mass, now, out)
+                        g[tile] = self.run(passes.gradient)(self.other[b][tile], q, mass, now)
                 after = None if not late else factor if self.shifted is None else factor * self.rho[b]
                 self.source.take_gradient(cols, g, after)
             self.source.finish_rows()
         return value if spec.token_clip is None else value.clamp_max(spec.token_clip)
 
-    def _terms(self, b: int, tile: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums of l', of the terms after the clip, and of u, which takes the place of y or the teacher's logits."""
+    def _terms(self, b: int, tile: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sums of l', of the terms after the clip, and of u, and u, to take the place of y or the teacher's logits."""
         spec = self.spec
         if self.near:
             q, rho = self._q(b, tile)

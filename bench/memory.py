@@ -1,8 +1,9 @@
 """Extra peak memory of forward + backward to the hidden states, over the number of tokens.
 
-    python -m bench.memory
+    python -m bench.memory [--full]
 
-Each figure comes from a process of its own: inputs made, one warm-up call at 1,024 tokens (libraries load, compilers
+Without `--full` the peers are measured at the two smaller sizes only: at the largest they take minutes each. Each
+figure comes from a process of its own: inputs made, one warm-up call at 1,024 tokens (libraries load, compilers
 compile), freed memory handed back to the system, then the peak resident set of one call less the resident set before
 it. The gradient that the call returns, N x H, is included. H = 576 and V = 49,152 are SmolLM2-135M's.
 """
@@ -22,7 +23,7 @@ from bench.machine import ROOT, markdown, save
 
 HIDDEN, VOCAB, WARM_UP = 576, 49_152, 1024
 TOKENS = (1024, 4096, 16_384)
-ENTRANTS = (OURS, "dense torch (TRL)", "Liger chunked JSD", "Liger chunked JSD, eager")
+ENTRANTS = (OURS, "dense torch (TRL)", "Liger chunked JSD")
 MIB = 2**20
 HEADROOM = 0.7  # of the free memory: what a run may be expected to take
 
@@ -65,7 +66,8 @@ def measure(name: str, dtype: str, tokens: int) -> dict:
     return {"extra_bytes": json.loads(run.stdout.splitlines()[-1])}
 
 
-def run(tokens: tuple[int, ...] = TOKENS) -> dict:
+def run(tokens: tuple[int, ...] = TOKENS, peers: tuple[int, ...] = TOKENS) -> dict:
+    """This library at all `tokens`, peers at those that are among `peers`."""
     import psutil
 
     rows = []
@@ -78,6 +80,8 @@ def run(tokens: tuple[int, ...] = TOKENS) -> dict:
                 needed = seen[-1][1] * n / seen[-1][0] if len(seen) > 1 and growing(seen) else 0
                 if missing(name):
                     row["not_run"] = missing(name)
+                elif name != OURS and n not in peers:
+                    row["not_run"] = "only with --full"
                 elif needed > HEADROOM * available:
                     row["not_run"] = f"would take about {needed / 2**30:.0f} GiB"
                 else:
@@ -102,7 +106,7 @@ def table(result: dict) -> str:
             rows.append([f"{name} {dtype}", *(cell(own[n]) for n in result["tokens"])])
         itemsize = DTYPES[dtype].itemsize
         outputs = [f"{n * result['hidden'] * itemsize / MIB:,.0f}" for n in result["tokens"]]
-        rows.append([f"(of which the gradient returned, {dtype})", *outputs])
+        rows.append([f"(of which the gradient returned, in each, {dtype})", *outputs])
     return markdown(header, rows)
 
 
@@ -110,8 +114,8 @@ def cell(row: dict) -> str:
     return f"{row['extra_bytes'] / MIB:,.0f}" if "extra_bytes" in row else f"not run: {row['not_run']}"
 
 
-def main(tokens: tuple[int, ...] = TOKENS) -> dict:
-    result = run(tokens)
+def main(full: bool = False) -> dict:
+    result = run(TOKENS, TOKENS if full else TOKENS[:2])
     print(table(result))
     save("memory", result)
     return result
@@ -120,8 +124,9 @@ def main(tokens: tuple[int, ...] = TOKENS) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--full", action="store_true")
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(child(arguments.child[0], arguments.child[1], int(arguments.child[2]))))
     else:
-        main()
+        main(arguments.full)

@@ -76,7 +76,7 @@ def linear_divergence(
         num_tokens: replaces the mean's denominator, for gradient accumulation and data parallelism.
         backend: "auto", "torch", "torch_compiled" (its elementwise passes through Inductor: faster after a wait for the
             compiler), "triton", "triton_tiled".
-        chunk_bytes: budget for the chunk of logits, the only vocabulary-sized temporary. Our choice: 80 MiB on a CPU,
+        chunk_bytes: budget for the chunk of logits, the only vocabulary-sized temporary. Our choice: 128 MiB on a CPU,
             1 GiB on a GPU.
         logits_dtype: of the student's logits (and of separate teacher logits). bf16 is faster and costs 2 to 3 % of
             the gradient.

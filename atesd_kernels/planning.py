@@ -18,14 +18,14 @@ COMPILED = "torch_compiled"
 TORCH = ("torch", COMPILED)
 BACKENDS = ("torch", COMPILED, "triton", "triton_tiled")
 
-# Our choice. CPU: rows enough for the GEMMs to run at full speed (bench/chunk_size.py), at 3 % of the memory of dense
+# Our choice. CPU: rows enough for the GEMMs to run at full speed (bench/chunk_size.py), at 5 % of the memory of dense
 # logits at N = 2048, V = 49,152. GPU: 1,024 rows of a 152k vocabulary in fp32 S and bf16 D take 0.9 GiB.
-DEFAULT_CHUNK_BYTES = {"cpu": 80 * MIB, "cuda": 1024 * MIB}
+DEFAULT_CHUNK_BYTES = {"cpu": 128 * MIB, "cuda": 1024 * MIB}
 
 # CPU only. A block of the vocabulary is one GEMM; a tile, a few rows of a block, is what the elementwise passes work
 # on while it lies in the processor's cache.
 CPU_BLOCK_COLUMNS = 4096
-CPU_TILE_ROWS = 64
+CPU_TILE_ROWS = 128
 GPU_BLOCK_COLUMNS = 16_384  # backend "torch" on a GPU: bounds what the eager passes leave between their kernels
 
 

@@ -25,7 +25,7 @@ from .planning import ChunkPlan, chunk_plan
 from .spec import DivergenceSpec, RowResult
 from .stats import TokenStats
 
-# exp(2 * NEAR) does not overflow fp32, and where q underflows, p = q exp(x) is below exp(NEAR - 87): nothing. Real pairs
+# exp(2 * NEAR) does not overflow fp32, and where q underflows, p = q exp(x) is below exp(NEAR - 87): nothing. Pairs
 # with a mean KL of 0.1 have rare entries beyond 16.
 NEAR = 40.0
 # Rounding D to bf16 costs 0.2 % of each logit difference. That is 0.3 % of the gradient where the method lives, and

@@ -7,6 +7,7 @@ before torch loads.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import sys
@@ -74,12 +75,17 @@ def train(argv: list[str]) -> int:
 
     print(f"run directory: {config.output_dir}", flush=True)
     config.save(config.output_dir)  # before torch is imported: from here on there is something to resume
+    go_on = f"go on with: atesd train --resume {shlex.quote(config.output_dir)}"
     try:
         from atesd import trainer
 
         run_dir = trainer.train(config)
     except KeyboardInterrupt:
-        return fail(f"stopped; go on with: atesd train --resume {shlex.quote(config.output_dir)}", 130)
+        return fail(f"stopped; {go_on}", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return fail(f"the disk is full ({error}); the last checkpoint is valid. Free some space, then {go_on}", 1)
     print(f"report: {Path(run_dir) / 'report.html'}")
     return 0
 

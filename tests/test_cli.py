@@ -1,5 +1,7 @@
 """The command line: its answers, exit codes and speed, without training anything."""
 
+import errno
+import re
 import shlex
 import subprocess
 import sys
@@ -48,19 +50,28 @@ def test_train_hands_the_configuration_to_the_trainer_and_names_the_report(monke
     assert str(tmp_path / "run" / "report.html") in capsys.readouterr().out
 
 
-def test_ctrl_c_names_the_run_directory_and_the_command_that_goes_on(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (KeyboardInterrupt(), 130, "stopped"),
+        (OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl"), 1, "disk is full .*metrics.jsonl"),
+    ],
+)
+def test_ctrl_c_and_a_full_disk_name_the_run_directory_and_the_command_that_goes_on(
+    monkeypatch, capsys, tmp_path, error, code, told
+):
     class Trainer:
         @staticmethod
         def train(config):
-            raise KeyboardInterrupt
+            raise error
 
     monkeypatch.setitem(sys.modules, "atesd.trainer", Trainer)
     monkeypatch.setattr("atesd.trainer", Trainer, raising=False)
     run_dir = tmp_path / "my run"
-    assert cli.main(["train", "quickstart", "--output_dir", str(run_dir)]) == 130
-    command = capsys.readouterr().err.partition("go on with: atesd ")[2]
+    assert cli.main(["train", "quickstart", "--output_dir", str(run_dir)]) == code
+    message, _, command = capsys.readouterr().err.partition("go on with: atesd ")
+    assert re.search(told, message)
     assert shlex.split(command) == ["train", "--resume", str(run_dir)]
-    assert (run_dir / "config.yaml").is_file()
     assert load_config(None, shlex.split(command)[1:]).resume == str(run_dir)
 
 

@@ -7,7 +7,8 @@ student and teacher (which reads the whole solution), responses of exactly `max_
 precision, forward KL over the full vocabulary without clips, AdamW. The first step warms up and is not counted; the
 figure is the median of the others. TRL runs with all prompts in one micro-batch, its natural setting, and in our
 micro-batches, each with gradient checkpointing on (its default) and off; the ratios are taken against the fastest of
-its rows for time and the smallest for memory. A run of both sides is saved as bench/results/step_vs_trl.json.
+its rows for time and the smallest for memory. Rows are saved in bench/results/step_vs_trl.json; `--only TEXT` measures
+those whose name holds TEXT and keeps the others, if this machine and these versions made them.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import sys
 import tempfile
 import time
 
-from bench.machine import ROOT, save
+from bench.machine import RESULTS, ROOT, machine, save, versions
 
+SIDES = {"atesd": "atesd", "trl": "TRL SDFTTrainer"}
 PHASES = ("rollout", "teacher", "student", "loss_backward", "optimizer")
 
 
@@ -219,7 +221,7 @@ def main() -> None:
     parser.add_argument("--top_p", type=float, default=1.0, help="of both; TRL sorts the whole vocabulary below 1")
     parser.add_argument("--top_k", type=int, default=0)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--only", choices=("atesd", "trl"))
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the rows whose name holds this")
     parser.add_argument("--side", choices=("atesd", "trl"), help=argparse.SUPPRESS)
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="of ours")
     args = parser.parse_args()
@@ -228,23 +230,33 @@ def main() -> None:
         result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps(result))
         return
-    ours, theirs = [], []
-    if args.only != "trl":
-        name = f"atesd, micro-batches of {args.micro_batch}" + (", checkpointing" if args.checkpointing else "")
-        ours = [in_fresh_process(name, "atesd", args.micro_batch, args.checkpointing)]
-    if args.only != "atesd":
-        theirs = [
-            in_fresh_process(
-                f"TRL SDFTTrainer, micro-batches of {size}" + (", checkpointing" if on else ""), "trl", size, on
-            )
-            for size in dict.fromkeys((args.prompts, args.micro_batch))
-            for on in (True, False)
-        ]
-    if ours and theirs:
-        for name in ("seconds", "cpu_seconds", "peak"):
-            best = min(theirs, key=lambda row: row[name])
-            print(f"{name}: {ours[0][name] / best[name]:.2f} of TRL's best ({best['name']})")
-        save("step_vs_trl", {"tokens": args.prompts * args.max_completion_length, "rows": [*ours, *theirs]})
+    how = [("atesd", args.micro_batch, args.checkpointing)]
+    sizes = dict.fromkeys((args.prompts, args.micro_batch))
+    how += [("trl", size, checkpointing) for size in sizes for checkpointing in (True, False)]
+    shape = [args.prompts, args.max_completion_length, args.bf16, args.top_p, args.top_k, args.model]
+    rows = kept_rows(shape)
+    for side, size, checkpointing in how:
+        name = f"{SIDES[side]}, micro-batches of {size}" + (", checkpointing" if checkpointing else "")
+        if args.only in name:
+            rows[name] = in_fresh_process(name, side, size, checkpointing)
+    ordered = sorted(rows.values(), key=lambda row: (not row["name"].startswith("atesd"), row["seconds"]))
+    save("step_vs_trl", {"tokens": args.prompts * args.max_completion_length, "shape": shape, "rows": ordered})
+    theirs = [row for row in ordered if row["name"].startswith(SIDES["trl"])]
+    for ours in (row for row in ordered if theirs and row["name"].startswith("atesd")):
+        for what in ("seconds", "cpu_seconds", "peak"):
+            best = min(theirs, key=lambda row: row[what])
+            print(f"{ours['name']}: {what} {ours[what] / best[what]:.2f} of TRL's best ({best['name']})")
+
+
+def kept_rows(shape: list) -> dict[str, dict]:
+    """By name, the rows already saved that may stand beside new ones."""
+    path = RESULTS / "step_vs_trl.json"
+    if not path.exists():
+        return {}
+    old = json.loads(path.read_text(encoding="utf-8"))
+    same = all(old["machine"][key] == machine()[key] for key in ("cpu", "cores", "isa", "ram_gib"))
+    same = same and old["versions"] == versions() and old["shape"] == shape
+    return {row["name"]: row for row in old["rows"]} if same else {}
 
 
 if __name__ == "__main__":

@@ -29,13 +29,17 @@ lint: $(VENV)/.installed-test
 
 # The kernels' GPU suite without a GPU: what Triton's compiler produces is executed on the CPU, and an out-of-bounds
 # access, a race between programs or a read of unwritten memory fails its test. Python 3.12, in an environment of its own.
-SANITIZE_PYTHON ?= python3.12
+# The first Python 3.12 that runs, on the path (where pyenv's shims may only say so) or among pyenv's.
+SANITIZE_PYTHON ?= $(shell for python in python3.12 $$(ls -d "$$(pyenv root 2>/dev/null)"/versions/3.12*/bin/python3.12 \
+	2>/dev/null); do $$python -c "" 2>/dev/null && echo $$python && break; done)
 SANITIZE_VENV ?= .venv-sanitize
 
 sanitize: $(SANITIZE_VENV)/.installed
 	$(SANITIZE_VENV)/bin/python -m ttsem.sanitize pytest tests/kernels/test_triton_gpu.py --noconftest -q $(ARGS)
 
 $(SANITIZE_VENV)/.installed: requirements-sanitize.txt
+	@test -n "$(SANITIZE_PYTHON)" || { echo "make sanitize needs Python 3.12 and found none: install one" \
+		"(pyenv install 3.12, apt install python3.12-venv) or name one, SANITIZE_PYTHON=/path/to/python3.12"; exit 1; } >&2
 	$(SANITIZE_PYTHON) -m venv $(SANITIZE_VENV)
 	$(SANITIZE_VENV)/bin/python -m pip install --quiet --requirement requirements-sanitize.txt
 	@touch $@

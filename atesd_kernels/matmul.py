@@ -49,7 +49,8 @@ def add_weight_grad(acc: Tensor, g: Tensor, h: Tensor) -> None:
     """`acc += g.T @ h` with `acc` `[C, H]` in fp32 or fp64."""
     g, h = _wide_fp16(g, h)
     if g.is_cuda and g.dtype != acc.dtype:
-        acc.add_(torch.mm(g.T, h, out_dtype=acc.dtype))
+        # in the GEMM: a product of its own would be one more tensor of the head's size, written and read
+        torch.addmm(acc, g.T, h, out_dtype=acc.dtype, out=acc)
     elif g.dtype == torch.float32:
         acc.add_(_linear_fp32(g.T, h.T))
     else:

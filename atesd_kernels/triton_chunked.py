@@ -4,8 +4,8 @@ A chunk's logits are formed by two GEMMs (S in `logits_dtype`; with a shared hea
 dtype, else T), read by two or three sweeps of `kernels/rows.py`, and overwritten by the gradient, which two more
 GEMMs carry to hidden states and head. Bias, softcap and temperatures are applied inside the kernels, so D stays a
 plain product. Nothing here waits for the device: shapes and options alone decide what is launched, and a call can be
-captured in a CUDA graph. Masked rows go through the GEMMs but not through the kernels. D is rounded as it comes: the
-torch backend first subtracts its value at the student's most likely token, which would take one more sweep here.
+captured in a CUDA graph. Masked rows go through the GEMMs but not through the kernels. Before D is rounded, the GEMM
+subtracts its value at a likely token of the row (`centre`).
 
 Memory is a chunk of logits plus outputs. Where the gradient is narrower than D or T it cannot overwrite them without
 a race, and gets a buffer of its own within the same budget.
@@ -26,6 +26,8 @@ from .kernels import rows as row_kernels
 from .spec import DivergenceSpec, LogprobSpec, RowResult
 from .stats import TokenStats
 
+CENTRE_COLUMNS = 1024
+
 
 def divergence_rows(
     spec: DivergenceSpec,
@@ -44,6 +46,8 @@ def divergence_rows(
     w_t = w_s if shared else teacher_weight.to(dtype)
     s_dtype, o_dtype = logit_dtypes(spec, shared)
     in_place = o_dtype == dtype
+    # a softcap is no function of differences alone: it needs D itself
+    centred = shared and o_dtype.itemsize == 2 and spec.softcap is None
     num_rows, vocab = student_hidden.shape[0], student_weight.shape[0]
     bytes_per_logit = s_dtype.itemsize + o_dtype.itemsize + (0 if in_place or not spec.any_grad else dtype.itemsize)
     chunks = row_chunks(num_rows, vocab, bytes_per_logit, spec, student_hidden.device)
@@ -53,7 +57,8 @@ def divergence_rows(
         for rows in chunks:
             h_s = student_hidden[rows].to(dtype)
             s = matmul.logits(h_s, w_s, s_dtype)
-            o = matmul.logits(teacher_operand(spec, shared, student_hidden[rows], teacher_hidden[rows]), w_t, o_dtype)
+            h_o = teacher_operand(spec, shared, student_hidden[rows], teacher_hidden[rows])
+            o = matmul.logits(h_o, w_t, o_dtype, centre(s, h_o, w_t) if centred else None)
             g = None
             if spec.any_grad:
                 g = o if in_place else torch.empty(o.shape, dtype=dtype, device=o.device)
@@ -75,7 +80,7 @@ def divergence_logits(
     """The same sweeps over logits the caller holds; `hidden_grad` is then the gradient of `student_logits`."""
     s, t = (z if z.stride(1) == 1 else z.contiguous() for z in (student_logits, teacher_logits))
     grad = torch.empty(s.shape, dtype=s.dtype, device=s.device) if spec.any_grad else None
-    sweeps = Sweeps(spec, *s.shape, False, None, s.device)
+    sweeps = Sweeps(spec, *s.shape, False, (None, None), s.device)
     with on(s.device):
         sweeps.run(s, t, grad, slice(0, s.shape[0]), mask, row_weight, targets, 1.0)
     return RowResult(sweeps.value, sweeps.stats, grad, None, None)
@@ -98,7 +103,7 @@ def logprob_rows(
     gradients = Gradients(spec, hidden, weight, bias, mask)
     out = torch.zeros(num_rows, logprob_kernels.NUM_LOGPROB_OUT.value, device=device)
     config = tuning.row_config(device, vocab)
-    softcap, inv_t = spec.softcap or 1.0, 1 / spec.temperature
+    inv_t = 1 / spec.temperature
     with on(device):
         for rows in row_chunks(num_rows, vocab, bytes_per_logit, spec, device):
             h = hidden[rows].to(dtype)
@@ -108,17 +113,14 @@ def logprob_rows(
                 g = torch.empty(s.shape, dtype=dtype, device=device)
             splits = tuning.row_splits(len(s), vocab, config.block, device)
             parts = torch.empty(len(s), splits, logprob_kernels.NUM_LOGPROB_PARTS.value, device=device)
-            mask_c, weight_c = cut(mask, rows, s), cut(row_weight, rows, s)
-            flags = dict(HAS_BIAS=bias is not None, HAS_SOFTCAP=spec.softcap is not None, HAS_MASK=mask is not None)
             common = dict(BLOCK=config.block, num_warps=config.num_warps)
             logprob_kernels.normalise_one[(len(s), splits)](
-                s, s if bias is None else bias, mask_c, targets[rows], parts, s.stride(0), vocab, inv_t, softcap,
-                **flags, STATS=spec.stats, **common,
+                s, bias, cut(mask, rows), targets[rows], parts, s.stride(0), vocab, inv_t, spec.softcap,
+                STATS=spec.stats, **common,
             )  # fmt: skip
             logprob_kernels.finish_logprob[(len(s), splits)](
-                s, g, s if bias is None else bias, mask_c, targets[rows], weight_c, parts, out[rows], s.stride(0),
-                g.stride(0), vocab, inv_t, softcap, gradients.scale, GRAD=spec.any_grad, **flags,
-                HAS_WEIGHT=row_weight is not None, SPLITS=splits, **common,
+                s, g, bias, cut(mask, rows), targets[rows], cut(row_weight, rows), parts, out[rows], s.stride(0),
+                g.stride(0), vocab, inv_t, spec.softcap, gradients.scale, GRAD=spec.any_grad, SPLITS=splits, **common,
             )  # fmt: skip
             if spec.any_grad:
                 gradients.take(rows, h, g, w)
@@ -146,6 +148,14 @@ def teacher_operand(spec: DivergenceSpec, shared: bool, h_s: Tensor, h_t: Tensor
     return (h_t.float() - h_s.float()).to(spec.compute_dtype)
 
 
+def centre(s: Tensor, h_o: Tensor, w: Tensor) -> Tensor:
+    """What to add to each row of D `[R]`, so that it is small where q is large: a constant changes no softmax, but D is
+    rounded relative to its size. The likely token is looked for among CENTRE_COLUMNS entries only: on SmolLM2's states
+    the gradient is as good as with the row's true maximum, which would cost one more sweep over S."""
+    top = s[:, :CENTRE_COLUMNS].argmax(1)
+    return torch.linalg.vecdot(h_o.float(), w[top].float()).neg_()
+
+
 def row_chunks(num_rows: int, vocab: int, bytes_per_logit: int, spec, device) -> list[slice]:
     budget = spec.chunk_bytes or planning.gpu_chunk_bytes(vocab, bytes_per_logit, spec.weight_grad, device)
     plan = planning.ChunkPlan.make(num_rows, vocab, bytes_per_logit, device, budget)
@@ -153,17 +163,18 @@ def row_chunks(num_rows: int, vocab: int, bytes_per_logit: int, spec, device) ->
 
 
 def pair_of_biases(bias_s: Tensor | None, bias_t: Tensor | None, shared: bool, like: Tensor):
-    """Both models' biases, or None if there is none. The shared head's is the teacher's too unless it has its own."""
+    """Both models' biases, None and None if there is none. The shared head's is the teacher's too unless it has its
+    own."""
     if bias_s is None and bias_t is None:
-        return None
+        return None, None
     zeros = like.new_zeros(like.shape[0]) if bias_s is None or bias_t is None else None
     bias_s = zeros if bias_s is None else bias_s
     return bias_s, bias_t if bias_t is not None else bias_s if shared else zeros
 
 
-def cut(tensor: Tensor | None, rows: slice, placeholder: Tensor) -> Tensor:
-    """A chunk of a per-row tensor; any pointer where there is none, the kernel does not look."""
-    return placeholder if tensor is None else tensor[rows]
+def cut(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    """A chunk of a per-row tensor."""
+    return None if tensor is None else tensor[rows]
 
 
 def on(device: torch.device):
@@ -187,26 +198,14 @@ class Sweeps:
         self.config = tuning.row_config(device, vocab)
         self.value = torch.zeros(num_rows, device=device)
         self.stats = torch.zeros(len(TokenStats._fields), num_rows, device=device) if spec.stats else None
-        self.scalars = (1 / spec.temperature, 1 / spec.teacher_temperature, spec.softcap or 1.0)
-        self.flags = dict(
-            IS_DELTA=is_delta,
-            HAS_BIAS=biases is not None,
-            HAS_SOFTCAP=spec.softcap is not None,
-            HAS_TEMPERATURE=spec.temperature != 1 or spec.teacher_temperature != 1,
-            BLOCK=self.config.block,
-            num_warps=self.config.num_warps,
-        )
-        self.term_flags = dict(
-            TERM=triton_term(term),
-            BETA=spec.beta,
-            SUM_U=self.known_sum or "sum",
-            HAS_ENTRY_CLIP=spec.entry_clip is not None,
-            HAS_TOKEN_CLIP=spec.token_clip is not None,
-        )
+        self.scalars = (1 / spec.temperature, 1 / spec.teacher_temperature, spec.softcap)
+        self.clips = (spec.entry_clip, spec.token_clip, term.slope(spec.beta))
+        self.flags = dict(IS_DELTA=is_delta, STATS=spec.stats)
+        self.term_flags = dict(TERM=triton_term(term), BETA=spec.beta, SUM_U=self.known_sum or "sum")
 
     def run(self, s, o, g, rows: slice, mask, row_weight, targets, grad_scale: float) -> None:
         """Value, statistics and, into `g` `[R, V]`, the gradient of the chunk's rows."""
-        spec, num_rows = self.spec, s.shape[0]
+        num_rows = s.shape[0]
         if num_rows == 0:
             return
         splits = tuning.row_splits(num_rows, self.vocab, self.config.block, s.device)
@@ -214,35 +213,30 @@ class Sweeps:
         new = torch.zeros if mask is not None else torch.empty
         parts = new(num_rows, splits, row_kernels.NUM_PARTS.value, device=s.device)
         sums = new(num_rows, splits, row_kernels.NUM_SUMS.value, device=s.device)
-        bias_s, bias_t = self.biases or (s, s)
-        mask_c, weight_c, target_c = (cut(x, rows, s) for x in (mask, row_weight, targets))
-        flags = dict(self.flags, HAS_MASK=mask is not None, STATS=spec.stats)
+        mask_c, weight_c, target_c = (cut(x, rows) for x in (mask, row_weight, targets))
+        flags = dict(self.flags, BLOCK=self.config.block, num_warps=self.config.num_warps)
         grid = (num_rows, splits)
         row_kernels.normalise[grid](
-            s, o, bias_s, bias_t, mask_c, target_c, parts, s.stride(0), o.stride(0), self.vocab, *self.scalars,
-            HAS_TARGETS=targets is not None, **flags,
-        )  # fmt: skip
+            s, o, *self.biases, mask_c, target_c, parts, s.stride(0), o.stride(0), self.vocab, *self.scalars, **flags
+        )
         g_or_o = o if g is None else g
         for phase in ("sum",) if g is None else ("both",) if self.one_pass else ("sum", "grad"):
             row_kernels.accumulate[grid](
-                s, o, g_or_o, bias_s, bias_t, mask_c, weight_c, parts, sums, s.stride(0), o.stride(0),
-                g_or_o.stride(0), self.vocab, *self.scalars, spec.entry_clip or 0.0, spec.token_clip or 0.0,
-                spec.term.slope(spec.beta), grad_scale, PHASE=phase, HAS_WEIGHT=row_weight is not None, SPLITS=splits,
-                **self.term_flags, **flags,
+                s, o, g_or_o, *self.biases, mask_c, weight_c, parts, sums, s.stride(0), o.stride(0), g_or_o.stride(0),
+                self.vocab, *self.scalars, *self.clips, grad_scale, PHASE=phase, SPLITS=splits, **self.term_flags,
+                **flags,
             )  # fmt: skip
-        self.collect(rows, sums, parts, mask_c, flags["HAS_MASK"], targets is not None)
+        self.collect(rows, sums, parts, mask_c, target_c)
 
-    def collect(self, rows: slice, sums: Tensor, parts: Tensor, mask, has_mask: bool, has_targets: bool) -> None:
+    def collect(self, rows: slice, sums: Tensor, parts: Tensor, mask, targets) -> None:
         """Add up what the programs of each row left: `sums` and `parts` are `[R, splits, ...]`."""
         totals = sums.sum(1)
         value = totals[:, 1]
         self.value[rows] = value if self.spec.token_clip is None else value.clamp_max(self.spec.token_clip)
         if self.spec.stats:
             row_stats = sums.new_zeros(len(sums), row_kernels.NUM_ROW_STATS.value)
-            row_kernels.settle[(len(sums),)](
-                parts, mask, row_stats, HAS_MASK=has_mask, HAS_TARGETS=has_targets, SPLITS=parts.shape[1]
-            )
-            confidence, logprob_s, logprob_t, agree = row_stats.unbind(1)
+            row_kernels.settle[(len(sums),)](parts, mask, targets, row_stats, SPLITS=parts.shape[1])
+            confidence, agree, logprob_s, logprob_t = row_stats.unbind(1)
             self.stats[:, rows] = torch.stack(
                 [totals[:, 0], totals[:, 4], totals[:, 5], logprob_s, logprob_t, confidence, agree]
             )

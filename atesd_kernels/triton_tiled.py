@@ -63,26 +63,20 @@ def divergence_rows(
     sum_splits = 1 << (len(blocks) * block_splits - 1).bit_length() if one_pass else splits
     parts = torch.zeros(num_rows, splits, row_kernels.NUM_PARTS.value, device=device)
     sums = torch.zeros(num_rows, sum_splits, row_kernels.NUM_SUMS.value, device=device)
-    bias_s, bias_t = biases or (w_s, w_s)
-    any_pointer = w_s
     strides = (h_s.stride(0), h_t.stride(0), w_s.stride(0), w_t.stride(0))
-    flags = {k: v for k, v in sweeps.flags.items() if k not in ("BLOCK", "num_warps")}
-    flags |= dict(STATS=spec.stats, PRECISION="ieee")
+    flags = dict(sweeps.flags, PRECISION="ieee")
 
     def accumulate(phase: str, g: Tensor, cols: slice, programs: int, sum_place: int = 0) -> None:
         tile_kernels.tile_accumulate[(-(-num_rows // config.block_m), programs)](
-            h_s, h_t, w_s, w_t, g, bias_s, bias_t, row, count, any_pointer if row_weight is None else row_weight,
-            parts, sums, *strides, g.stride(0), cols.start, sum_place, cols.stop, hidden, h_t.shape[1],
-            *sweeps.scalars, spec.entry_clip or 0.0, spec.token_clip or 0.0, spec.term.slope(spec.beta),
-            gradients.scale, PHASE=phase, HAS_WEIGHT=row_weight is not None, SPLITS=splits, SUM_SPLITS=sum_splits,
-            **sweeps.term_flags, **flags, **config.constants,
+            h_s, h_t, w_s, w_t, g, *biases, row, count, row_weight, parts, sums, *strides, g.stride(0), cols.start,
+            sum_place, cols.stop, hidden, h_t.shape[1], *sweeps.scalars, *sweeps.clips, gradients.scale, PHASE=phase,
+            SPLITS=splits, SUM_SPLITS=sum_splits, **sweeps.term_flags, **flags, **config.constants,
         )  # fmt: skip
 
     with on(device):
         tile_kernels.tile_normalise[(-(-num_rows // first.block_m), splits)](
-            h_s, h_t, w_s, w_t, bias_s, bias_t, row, count, any_pointer if targets is None else targets, parts,
-            *strides, vocab, hidden, h_t.shape[1], *sweeps.scalars, HAS_TARGETS=targets is not None, **flags,
-            **first.constants,
+            h_s, h_t, w_s, w_t, *biases, row, count, targets, parts, *strides, vocab, hidden, h_t.shape[1],
+            *sweeps.scalars, **flags, **first.constants,
         )  # fmt: skip
         if not one_pass:
             accumulate("sum", parts, slice(0, vocab), splits)
@@ -93,9 +87,7 @@ def divergence_rows(
                 accumulate("both" if one_pass else "grad", g, cols, block_splits, i * block_splits)
                 carrier.take(cols, g)
             carrier.finish()
-        sweeps.collect(
-            slice(0, num_rows), sums, parts, parts if mask is None else mask, mask is not None, targets is not None
-        )
+        sweeps.collect(slice(0, num_rows), sums, parts, mask, targets)
     return RowResult(sweeps.value, sweeps.stats, *gradients.finish())
 
 
@@ -163,24 +155,20 @@ def scores(spec: LogprobSpec, hidden: Tensor, weight: Tensor, bias: Tensor | Non
     row, count = counted_rows(mask, num_rows, device)
     splits = tuning.tile_splits(num_rows, vocab, config, device)
     parts = torch.zeros(num_rows, splits, logprob_kernels.NUM_LOGPROB_PARTS.value, device=device)
-    softcap, inv_t = spec.softcap or 1.0, 1 / spec.temperature
-    any_pointer = w
-    bias = any_pointer if bias is None else bias
-    flags = dict(HAS_BIAS=bias is not any_pointer, HAS_SOFTCAP=spec.softcap is not None)
+    inv_t = 1 / spec.temperature
 
     def launch(g: Tensor, cols: slice, row_weight: Tensor | None, scale: float, grad: bool = True) -> None:
         programs = tuning.tile_splits(num_rows, cols.stop - cols.start, config, device) if grad else splits
         tile_kernels.tile_scores[(-(-num_rows // config.block_m), programs)](
-            h, w, bias, row, count, targets, parts, g, any_pointer if row_weight is None else row_weight, out,
-            h.stride(0), w.stride(0), g.stride(0), cols.start, cols.stop, size, inv_t, softcap, scale, GRAD=grad,
-            HAS_WEIGHT=row_weight is not None, PRECISION="ieee", **flags, **config.constants,
+            h, w, bias, row, count, targets, parts, g, row_weight, out, h.stride(0), w.stride(0), g.stride(0),
+            cols.start, cols.stop, size, inv_t, spec.softcap, scale, GRAD=grad, PRECISION="ieee", **config.constants,
         )  # fmt: skip
 
     with on(device):
         launch(parts, slice(0, vocab), None, 1.0, grad=False)
         logprob_kernels.finish_logprob[(num_rows, 1)](
-            h, h, bias, any_pointer if mask is None else mask, targets, any_pointer, parts, out, 0, 0, vocab, inv_t,
-            softcap, 1.0, GRAD=False, HAS_MASK=mask is not None, HAS_WEIGHT=False, SPLITS=splits, BLOCK=1024, **flags,
+            h, h, bias, mask, targets, None, parts, out, 0, 0, vocab, inv_t, spec.softcap, 1.0, GRAD=False,
+            SPLITS=splits, BLOCK=1024,
         )  # fmt: skip
     return out, launch
 

@@ -2,7 +2,8 @@
 
 A program owns the part of a row that `num_programs(1)` leaves it: one program per row, or several where rows are few.
 Programs write their partial sums side by side and the next kernel adds them up in a fixed order, so results do not
-depend on scheduling. Accumulators are vectors, one slot per lane, reduced once at the end.
+depend on scheduling. Accumulators are vectors, one slot per lane, reduced once at the end. An option that is not used
+(bias, mask, weight, softcap, clip) is None, and its code is not compiled.
 """
 
 import triton
@@ -14,7 +15,7 @@ LOWEST = tl.constexpr(-3.0e38)  # in place of -inf, whose difference with itself
 FAR = tl.constexpr(40.0)  # log p - log q beyond which the sum under q may miss the teacher's mass
 NUM_PARTS = tl.constexpr(16)  # normalise: m_s a_s b d m_t a_t largest_d d0 s_target t_target top_s top_t
 NUM_SUMS = tl.constexpr(8)  # accumulate: l' clipped sum_u lost_q entropy_s entropy_t
-NUM_ROW_STATS = tl.constexpr(4)  # confidence logprob_s logprob_t agree
+NUM_ROW_STATS = tl.constexpr(4)  # confidence agree logprob_s logprob_t
 
 
 @triton.jit
@@ -26,15 +27,20 @@ def span(V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def prepare(
-    s, o, bias_s, bias_t, exists, inv_t_s, inv_t_t, softcap,
-    IS_DELTA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
-):  # fmt: skip
+def put(P, values, mask):
+    """values[i] at P + i."""
+    for i in tl.static_range(len(values)):
+        tl.store(P + i, values[i], mask=mask)
+
+
+@triton.jit
+def prepare(s, o, bias_s, bias_t, exists, scale, IS_DELTA: tl.constexpr):
     """Scaled logits s, t and d = t - s, fp32, from raw student logits and either raw differences or teacher logits.
 
     d is formed from the raw difference, never from two rounded logits. Where `exists` is false, and where both models
-    exclude an entry, s = t = -inf and d = 0.
+    exclude an entry, s = t = -inf and d = 0. `scale` is (1 / T_s, 1 / T_t, softcap or None).
     """
+    inv_t_s, inv_t_t, softcap = scale
     if IS_DELTA:
         d = o.to(tl.float32)
         t = s.to(tl.float32) + d
@@ -42,37 +48,37 @@ def prepare(
         d = (o - s).to(tl.float32)
         t = o.to(tl.float32)
     s = s.to(tl.float32)
-    if HAS_BIAS:
+    if bias_s is not None:
         s += bias_s
         t += bias_t
         d += tl.where(bias_t == bias_s, 0.0, bias_t - bias_s)
-    if HAS_SOFTCAP:
+    if softcap is not None:
         # tanh(a + b) - tanh(a) = tanh(b) (1 - tanh(a)^2) / (1 + tanh(a) tanh(b))
         tanh_s, tanh_d = tanh(s / softcap), tanh(d / softcap)
         s, t = softcap * tanh_s, softcap * tanh(t / softcap)
         d = tl.where(tl.abs(d) < FAR, softcap * tanh_d * (1 - tanh_s * tanh_s) / (1 + tanh_s * tanh_d), t - s)
-    if HAS_TEMPERATURE:
-        d = d * inv_t_t + s * (inv_t_t - inv_t_s)
-        s, t = s * inv_t_s, t * inv_t_t
-    s, t = tl.where(exists, s, -float("inf")), tl.where(exists, t, -float("inf"))
+    d = d * inv_t_t + s * (inv_t_t - inv_t_s)
+    s, t = tl.where(exists, s * inv_t_s, -float("inf")), tl.where(exists, t * inv_t_t, -float("inf"))
     one_sided = (s == -float("inf")) | (t == -float("inf"))
     return s, t, tl.where(one_sided, tl.where(s == t, 0.0, t - s), d)
 
 
 @triton.jit
-def load_pair(
-    S, O, BIAS_S, BIAS_T, cols, exists, inv_t_s, inv_t_t, softcap,
-    IS_DELTA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
-):  # fmt: skip
+def load_bias(BIAS, cols, exists):
+    """fp32; None where there is none."""
+    if BIAS is None:
+        return None
+    else:
+        return tl.load(BIAS + cols, mask=exists, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_pair(S, O, BIAS_S, BIAS_T, cols, exists, scale, IS_DELTA: tl.constexpr):
     """`prepare` from memory: S, O at the row's start."""
     s = tl.load(S + cols, mask=exists, other=0.0)
     o = tl.load(O + cols, mask=exists, other=0.0)
-    bias_s, bias_t = 0.0, 0.0
-    if HAS_BIAS:
-        bias_s = tl.load(BIAS_S + cols, mask=exists, other=0.0).to(tl.float32)
-        bias_t = tl.load(BIAS_T + cols, mask=exists, other=0.0).to(tl.float32)
     return prepare(
-        s, o, bias_s, bias_t, exists, inv_t_s, inv_t_t, softcap, IS_DELTA, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE
+        s, o, load_bias(BIAS_S, cols, exists), load_bias(BIAS_T, cols, exists), exists, scale, IS_DELTA
     )  # fmt: skip
 
 
@@ -97,37 +103,28 @@ def reference_difference(s, d):
 @triton.jit
 def normalise(
     S, O, BIAS_S, BIAS_T, MASK, TARGETS, PARTS, stride_s, stride_o, V, inv_t_s, inv_t_t, softcap,
-    IS_DELTA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_TARGETS: tl.constexpr, STATS: tl.constexpr, BLOCK: tl.constexpr,
+    IS_DELTA: tl.constexpr, STATS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """First sweep: what both normalisers, and c = lse_t - lse_s, are made of."""
     row = tl.program_id(0).to(tl.int64)
     start, stop = span(V, BLOCK)
-    if HAS_MASK:
+    if MASK is not None:
         stop = tl.where(tl.load(MASK + row) != 0, stop, start)
     S += row * stride_s
     O += row * stride_o
+    scale = (inv_t_s, inv_t_t, softcap)
     lanes = tl.arange(0, BLOCK)
-    s, t, d = load_pair(
-        S, O, BIAS_S, BIAS_T, start + lanes, start + lanes < stop, inv_t_s, inv_t_t, softcap,
-        IS_DELTA, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE,
-    )  # fmt: skip
+    s, t, d = load_pair(S, O, BIAS_S, BIAS_T, start + lanes, start + lanes < stop, scale, IS_DELTA)
     d0 = reference_difference(s, d)
     m_s = tl.full([BLOCK], LOWEST, tl.float32)
-    m_t = m_s
-    largest = m_s
+    m_t, largest = m_s, m_s
     a_s = tl.zeros([BLOCK], tl.float32)
-    a_t = a_s
-    b_e = a_s  # sum w expm1(d - d0)
-    b_d = a_s  # sum w (d - d0)
+    a_t, b_e, b_d = a_s, a_s, a_s  # b_e = sum w expm1(d - d0), b_d = sum w (d - d0)
     top_s = tl.zeros([BLOCK], tl.int32)
     top_t = top_s
     for j in range(start, stop, BLOCK):
         cols = j + lanes
-        s, t, d = load_pair(
-            S, O, BIAS_S, BIAS_T, cols, cols < stop, inv_t_s, inv_t_t, softcap,
-            IS_DELTA, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE,
-        )  # fmt: skip
+        s, t, d = load_pair(S, O, BIAS_S, BIAS_T, cols, cols < stop, scale, IS_DELTA)
         d -= d0
         largest = tl.maximum(largest, d)
         m_s, shrink, w, up = grow(m_s, s)
@@ -142,29 +139,19 @@ def normalise(
             top_t = tl.where(up, cols, top_t)
     max_s, max_t = tl.max(m_s, 0), tl.max(m_t, 0)
     w = tl.exp(m_s - max_s)
+    w_t = tl.exp(m_t - max_t)
     PARTS += (row * tl.num_programs(1) + tl.program_id(1)) * NUM_PARTS
-    tl.store(PARTS, max_s)
-    tl.store(PARTS + 1, tl.sum(a_s * w, 0))
-    tl.store(PARTS + 2, tl.sum(b_e * w, 0))
-    tl.store(PARTS + 3, tl.sum(b_d * w, 0))
-    tl.store(PARTS + 4, max_t)
-    tl.store(PARTS + 5, tl.sum(a_t * tl.exp(m_t - max_t), 0))
-    tl.store(PARTS + 6, tl.max(largest, 0))
-    tl.store(PARTS + 7, d0)
+    put(PARTS, (max_s, tl.sum(a_s * w, 0), tl.sum(b_e * w, 0), tl.sum(b_d * w, 0)), True)
+    put(PARTS + 4, (max_t, tl.sum(a_t * w_t, 0), tl.max(largest, 0), d0), True)
     if STATS:
-        if HAS_TARGETS:
+        if TARGETS is not None:
             target = tl.load(TARGETS + row)
             here = (target >= start) & (target < stop)
-            s, t, d = load_pair(
-                S, O, BIAS_S, BIAS_T, target, here, inv_t_s, inv_t_t, softcap,
-                IS_DELTA, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE,
-            )  # fmt: skip
-            tl.store(PARTS + 8, tl.where(here, s, 0.0))
-            tl.store(PARTS + 9, tl.where(here, t, 0.0))
+            s, t, d = load_pair(S, O, BIAS_S, BIAS_T, target, here, scale, IS_DELTA)
+            put(PARTS + 8, (tl.where(here, s, 0.0), tl.where(here, t, 0.0)), True)
         first_s = tl.min(tl.where(m_s == max_s, top_s, V), 0)
         first_t = tl.min(tl.where(m_t == max_t, top_t, V), 0)
-        tl.store((PARTS + 10).to(tl.pointer_type(tl.int32), bitcast=True), first_s)
-        tl.store((PARTS + 11).to(tl.pointer_type(tl.int32), bitcast=True), first_t)
+        put((PARTS + 10).to(tl.pointer_type(tl.int32), bitcast=True), (first_s, first_t), True)
 
 
 @triton.jit
@@ -197,49 +184,44 @@ def merged(P, AXIS: tl.constexpr):
 
 
 @triton.jit
-def evaluate(
-    s, t, d, lse_s, lse_t, c, exists, entry_clip, slope,
-    TERM: tl.constexpr, BETA: tl.constexpr, HAS_ENTRY_CLIP: tl.constexpr,
-):  # fmt: skip
-    """p, q, l', and under an entry clip: u' without the clipped entries, the clipped textbook term, what is clipped,
-    and k q. The textbook term is l' + k (p - q)."""
+def evaluate(s, t, d, lse_s, lse_t, c, exists, entry_clip, slope, TERM: tl.constexpr, BETA: tl.constexpr):
+    """p, q, l', and under an entry clip: u' without the clipped entries, terms whose sum is that of the clipped
+    textbook terms l' + k (p - q), what is clipped, and k q. As sum (p - q) = 0, the terms that stay may be l': it alone
+    is small where p and q nearly agree."""
     x = d - c
     q = tl.exp(s - lse_s)
     e, bend = expm1_parts(x)
     p = tl.where(tl.abs(x) < 16, q * (e + 1), tl.exp(t - lse_t))
     near = tl.abs(x) < 0.5
     l, u = TERM(x, p, q, near, e, bend, BETA)
-    plain, clipped, k_q = l, exists, q
-    if HAS_ENTRY_CLIP:
-        plain = l + slope * tl.where(near, q * e, p - q)
-        clipped = (plain > entry_clip) & exists
-        plain = tl.where(clipped, entry_clip, tl.where(exists, plain, 0.0))
+    bounded, clipped, k_q = l, exists, q
+    if entry_clip is not None:
+        tilt = slope * tl.where(near, q * e, p - q)
+        clipped = (l + tilt > entry_clip) & exists
+        bounded = tl.where(clipped, entry_clip - tilt, l)
         u = tl.where(clipped, 0.0, u)
         k_q = slope * q
-    return p, q, l, u, plain, clipped, k_q
+    return p, q, l, u, bounded, clipped, k_q
 
 
 @triton.jit
-def gradient(
-    s, q, u, k_q, clipped, sum_u, lost, inv_t_s, softcap, exists,
-    HAS_ENTRY_CLIP: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
+def gradient(s, q, u, k_q, clipped, sum_u, lost, entry_clip, inv_t_s, softcap, exists):
     """dD / d(raw logit), but for the factor 1 / T: 1_A u' - q sum_A u' + k q (1_notA - sum_notA q)."""
     g = u - q * sum_u
-    if HAS_ENTRY_CLIP:
+    if entry_clip is not None:
         g += k_q * (tl.where(clipped, 1.0, 0.0) - lost)
-    if HAS_SOFTCAP:
+    if softcap is not None:
         tanh_s = s / (inv_t_s * softcap)
         g *= tl.where(exists, 1 - tanh_s * tanh_s, 0.0)
     return g
 
 
 @triton.jit
-def settle(PARTS, MASK, STATS_OUT, HAS_MASK: tl.constexpr, HAS_TARGETS: tl.constexpr, SPLITS: tl.constexpr):
+def settle(PARTS, MASK, TARGETS, STATS_OUT, SPLITS: tl.constexpr):
     """The statistics that the first sweep settles: confidence, log-probabilities of the target, agreement."""
     row = tl.program_id(0).to(tl.int64)
     counted = True
-    if HAS_MASK:
+    if MASK is not None:
         counted = tl.load(MASK + row) != 0
     if counted:
         lanes = tl.arange(0, SPLITS)
@@ -251,20 +233,16 @@ def settle(PARTS, MASK, STATS_OUT, HAS_MASK: tl.constexpr, HAS_TARGETS: tl.const
         tops = (PARTS + row * SPLITS * NUM_PARTS).to(tl.pointer_type(tl.int32), bitcast=True)
         top_s, top_t = tl.load(tops + best_s * NUM_PARTS + 10), tl.load(tops + best_t * NUM_PARTS + 11)
         STATS_OUT += row * NUM_ROW_STATS
-        tl.store(STATS_OUT, tl.exp(tl.max(m_s, 0) - lse_s))
-        tl.store(STATS_OUT + 3, (top_s == top_t).to(tl.float32))
-        if HAS_TARGETS:
-            tl.store(STATS_OUT + 1, tl.sum(tl.load(P + 8), 0) - lse_s)
-            tl.store(STATS_OUT + 2, tl.sum(tl.load(P + 9), 0) - lse_t)
+        put(STATS_OUT, (tl.exp(tl.max(m_s, 0) - lse_s), (top_s == top_t).to(tl.float32)), True)
+        if TARGETS is not None:
+            put(STATS_OUT + 2, (tl.sum(tl.load(P + 8), 0) - lse_s, tl.sum(tl.load(P + 9), 0) - lse_t), True)
 
 
 @triton.jit
 def accumulate(
     S, O, G, BIAS_S, BIAS_T, MASK, WEIGHT, PARTS, SUMS, stride_s, stride_o, stride_g, V,
     inv_t_s, inv_t_t, softcap, entry_clip, token_clip, slope, grad_scale,
-    TERM: tl.constexpr, BETA: tl.constexpr, SUM_U: tl.constexpr, PHASE: tl.constexpr,
-    IS_DELTA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_ENTRY_CLIP: tl.constexpr, HAS_TOKEN_CLIP: tl.constexpr,
+    TERM: tl.constexpr, BETA: tl.constexpr, SUM_U: tl.constexpr, PHASE: tl.constexpr, IS_DELTA: tl.constexpr,
     STATS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The sweeps after the first. PHASE "sum" adds up the row, "grad" writes its gradient (over O, if G is O), "both"
@@ -273,12 +251,11 @@ def accumulate(
     start, stop = span(V, BLOCK)
     lanes = tl.arange(0, BLOCK)
     counted = True
-    if HAS_MASK:
+    if MASK is not None:
         counted = tl.load(MASK + row) != 0
     S += row * stride_s
     O += row * stride_o
     G += row * stride_g
-    part = (row * SPLITS + tl.program_id(1)) * NUM_SUMS
     if counted:
         lse_s, lse_t, c, mean_d = merged(PARTS + (row * SPLITS + tl.arange(0, SPLITS)) * NUM_PARTS, 0)
         zeros = tl.zeros([BLOCK], tl.float32)
@@ -286,32 +263,28 @@ def accumulate(
         sum_u, lost, factor = 0.0, 0.0, 1.0
         if PHASE != "sum":
             factor = inv_t_s * grad_scale
-            if HAS_WEIGHT:
+            if WEIGHT is not None:
                 factor *= tl.load(WEIGHT + row).to(tl.float32)
         if PHASE == "both" and SUM_U == "mean":
             sum_u = c - mean_d
         if PHASE == "grad":
             R = SUMS + (row * SPLITS + tl.arange(0, SPLITS)) * NUM_SUMS
             sum_u = tl.sum(tl.load(R + 2), 0)
-            if HAS_ENTRY_CLIP:
+            if entry_clip is not None:
                 lost = tl.sum(tl.load(R + 3), 0)
-            if HAS_TOKEN_CLIP:
-                value = tl.sum(tl.load(R + 1), 0)
-                factor = tl.where(value <= token_clip, factor, 0.0)
+            if token_clip is not None:
+                factor = tl.where(tl.sum(tl.load(R + 1), 0) <= token_clip, factor, 0.0)
         for j in range(start, stop, BLOCK):
             cols = j + lanes
             exists = cols < stop
-            s, t, d = load_pair(
-                S, O, BIAS_S, BIAS_T, cols, exists, inv_t_s, inv_t_t, softcap,
-                IS_DELTA, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE,
+            s, t, d = load_pair(S, O, BIAS_S, BIAS_T, cols, exists, (inv_t_s, inv_t_t, softcap), IS_DELTA)
+            p, q, l, u, bounded, clipped, k_q = evaluate(
+                s, t, d, lse_s, lse_t, c, exists, entry_clip, slope, TERM, BETA
             )  # fmt: skip
-            p, q, l, u, plain, clipped, k_q = evaluate(
-                s, t, d, lse_s, lse_t, c, exists, entry_clip, slope, TERM, BETA, HAS_ENTRY_CLIP
-            )
             if PHASE != "grad":
                 loss += l
-            if HAS_ENTRY_CLIP:
-                clipped_loss += plain
+            if entry_clip is not None:
+                clipped_loss += bounded
                 lost_q += tl.where(clipped, q, 0.0)
             if PHASE == "sum":
                 total_u += u
@@ -319,18 +292,13 @@ def accumulate(
                 entropy_s += tl.where(q > 0, q * (lse_s - s), 0.0)
                 entropy_t += tl.where(p > 0, p * (lse_t - t), 0.0)
             if PHASE != "sum":
-                g = gradient(s, q, u, k_q, clipped, sum_u, lost, inv_t_s, softcap, exists, HAS_ENTRY_CLIP, HAS_SOFTCAP)
-                g *= factor
-                tl.store(G + cols, g.to(G.dtype.element_ty), mask=exists)
+                g = gradient(s, q, u, k_q, clipped, sum_u, lost, entry_clip, inv_t_s, softcap, exists)
+                tl.store(G + cols, (g * factor).to(G.dtype.element_ty), mask=exists)
         if PHASE != "grad":
+            R = SUMS + (row * SPLITS + tl.program_id(1)) * NUM_SUMS
             total = tl.sum(loss, 0)
-            tl.store(SUMS + part, total)
-            tl.store(SUMS + part + 1, tl.sum(clipped_loss, 0) if HAS_ENTRY_CLIP else total)
-            tl.store(SUMS + part + 2, tl.sum(total_u, 0))
-            tl.store(SUMS + part + 3, tl.sum(lost_q, 0))
-            if STATS:
-                tl.store(SUMS + part + 4, tl.sum(entropy_s, 0))
-                tl.store(SUMS + part + 5, tl.sum(entropy_t, 0))
+            put(R, (total, tl.sum(clipped_loss, 0) if entry_clip is not None else total), True)
+            put(R + 2, (tl.sum(total_u, 0), tl.sum(lost_q, 0), tl.sum(entropy_s, 0), tl.sum(entropy_t, 0)), True)
     elif PHASE != "sum":
         for j in range(start, stop, BLOCK):
             tl.store(G + j + lanes, tl.zeros([BLOCK], G.dtype.element_ty), mask=j + lanes < stop)

@@ -7,8 +7,8 @@ not count are in no program's list: no product, no copy. Partial sums have the l
 import triton
 import triton.language as tl
 
-from .logprobs import NUM_LOGPROB_OUT, NUM_LOGPROB_PARTS, scaled
-from .rows import FAR, LOWEST, NUM_PARTS, NUM_SUMS, evaluate, gradient, merged, prepare
+from .logprobs import NUM_LOGPROB_OUT, NUM_LOGPROB_PARTS, logprob_gradient, scaled
+from .rows import FAR, LOWEST, NUM_PARTS, NUM_SUMS, evaluate, gradient, load_bias, merged, prepare, put
 from .terms import expm1_parts
 
 
@@ -21,69 +21,54 @@ def tile_rows(ROWS, COUNT, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def product(
-    A, W, row, there, col, exists, stride_a, stride_w, H,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A[row] @ W[col].T, fp32: `[BLOCK_M, BLOCK_N]`."""
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    lanes = tl.arange(0, BLOCK_K)
-    A += row[:, None] * stride_a
-    W += col.to(tl.int64)[None, :] * stride_w
-    for k in range(0, H, BLOCK_K):
-        inside = k + lanes < H
-        a = tl.load(A + (k + lanes)[None, :], mask=there[:, None] & inside[None, :], other=0.0)
-        w = tl.load(W + (k + lanes)[:, None], mask=exists[None, :] & inside[:, None], other=0.0)
-        acc = tl.dot(a, w, acc, input_precision=PRECISION)
-    return acc
+def columns(V, first, BLOCK_N: tl.constexpr):
+    """The columns of this program: [start, stop), of [first, V)."""
+    tiles = tl.cdiv(tl.cdiv(V - first, BLOCK_N), tl.num_programs(1))
+    start = first + tl.program_id(1) * tiles * BLOCK_N
+    return start, tl.minimum(start + tiles * BLOCK_N, V)
 
 
 @triton.jit
-def product_and_difference(
+def products(
     A, B, W, row, there, col, exists, stride_a, stride_b, stride_w, H,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A[row] @ W[col].T and (B - A)[row] @ W[col].T, the difference taken in fp32 and rounded once."""
+    """A[row] @ W[col].T in fp32, `[BLOCK_M, BLOCK_N]`, and unless B is None (B - A)[row] @ W[col].T, the difference
+    taken in fp32 and rounded once."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc_d = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     lanes = tl.arange(0, BLOCK_K)
-    A += row[:, None] * stride_a
-    B += row[:, None] * stride_b
     W += col.to(tl.int64)[None, :] * stride_w
     for k in range(0, H, BLOCK_K):
         inside = k + lanes < H
-        a = tl.load(A + (k + lanes)[None, :], mask=there[:, None] & inside[None, :], other=0.0)
-        b = tl.load(B + (k + lanes)[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+        mask = there[:, None] & inside[None, :]
+        a = tl.load(A + row[:, None] * stride_a + (k + lanes)[None, :], mask=mask, other=0.0)
         w = tl.load(W + (k + lanes)[:, None], mask=exists[None, :] & inside[:, None], other=0.0)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
-        acc_d = tl.dot((b.to(tl.float32) - a.to(tl.float32)).to(a.dtype), w, acc_d, input_precision=PRECISION)
+        if B is not None:
+            b = tl.load(B + row[:, None] * stride_b + (k + lanes)[None, :], mask=mask, other=0.0)
+            acc_d = tl.dot((b.to(tl.float32) - a.to(tl.float32)).to(a.dtype), w, acc_d, input_precision=PRECISION)
     return acc, acc_d
 
 
 @triton.jit
 def tile_pair(
-    A, B, W, W_T, BIAS_S, BIAS_T, row, there, col, stop, stride_a, stride_b, stride_w, stride_w_t, H, H_T,
-    inv_t_s, inv_t_t, softcap, IS_DELTA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    tensors, row, there, col, stop, strides, H, H_T, scale, IS_DELTA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`rows.prepare` of a tile: s, t, d, `[BLOCK_M, BLOCK_N]`."""
+    A, B, W, W_T, BIAS_S, BIAS_T = tensors
+    s_a, s_b, s_w, s_w_t = strides
     exists = col < stop
     if IS_DELTA:
-        s, o = product_and_difference(
-            A, B, W, row, there, col, exists, stride_a, stride_b, stride_w, H, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
-        )
+        s, o = products(A, B, W, row, there, col, exists, s_a, s_b, s_w, H, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     else:
-        s = product(A, W, row, there, col, exists, stride_a, stride_w, H, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-        o = product(B, W_T, row, there, col, exists, stride_b, stride_w_t, H_T, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-    bias_s, bias_t = 0.0, 0.0
-    if HAS_BIAS:
-        bias_s = tl.load(BIAS_S + col, mask=exists, other=0.0).to(tl.float32)[None, :]
-        bias_t = tl.load(BIAS_T + col, mask=exists, other=0.0).to(tl.float32)[None, :]
-    return prepare(
-        s, o, bias_s, bias_t, exists[None, :], inv_t_s, inv_t_t, softcap, IS_DELTA, HAS_BIAS, HAS_SOFTCAP,
-        HAS_TEMPERATURE,
-    )  # fmt: skip
+        s, _ = products(A, None, W, row, there, col, exists, s_a, 0, s_w, H, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+        o, _ = products(B, None, W_T, row, there, col, exists, s_b, 0, s_w_t, H_T, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+    bias_s, bias_t = None, None
+    if BIAS_S is not None:
+        bias_s, bias_t = load_bias(BIAS_S, col, exists)[None, :], load_bias(BIAS_T, col, exists)[None, :]
+    return prepare(s, o, bias_s, bias_t, exists[None, :], scale, IS_DELTA)
 
 
 @triton.jit
@@ -102,32 +87,27 @@ def first_at(z, top, col):
 @triton.jit
 def tile_normalise(
     A, B, W, W_T, BIAS_S, BIAS_T, ROWS, COUNT, TARGETS, PARTS, stride_a, stride_b, stride_w, stride_w_t, V, H, H_T,
-    inv_t_s, inv_t_t, softcap, IS_DELTA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr, HAS_TARGETS: tl.constexpr, STATS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    inv_t_s, inv_t_t, softcap, IS_DELTA: tl.constexpr, STATS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """First pass: `rows.normalise` without logits in memory."""
     if tl.program_id(0) * BLOCK_M >= tl.load(COUNT):
         return
     row, there = tile_rows(ROWS, COUNT, BLOCK_M)
-    tiles = tl.cdiv(tl.cdiv(V, BLOCK_N), tl.num_programs(1))
-    start = tl.program_id(1) * tiles * BLOCK_N
-    stop = tl.minimum(start + tiles * BLOCK_N, V)
+    start, stop = columns(V, 0, BLOCK_N)
     m_s = tl.full([BLOCK_M], LOWEST, tl.float32)
     m_t, largest = m_s, m_s
     a_s = tl.zeros([BLOCK_M], tl.float32)
     a_t, b_e, b_d, d0, at_s, at_t = a_s, a_s, a_s, a_s, a_s, a_s
     top_s = tl.zeros([BLOCK_M], tl.int32)
     top_t = top_s
-    target = tl.zeros([BLOCK_M], tl.int64)
-    if HAS_TARGETS:
+    if TARGETS is not None:
         target = tl.load(TARGETS + row, mask=there, other=-1).to(tl.int64)
     for j in range(start, stop, BLOCK_N):
         col = j + tl.arange(0, BLOCK_N)
         s, t, d = tile_pair(
-            A, B, W, W_T, BIAS_S, BIAS_T, row, there, col, stop, stride_a, stride_b, stride_w, stride_w_t, H, H_T,
-            inv_t_s, inv_t_t, softcap, IS_DELTA, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, BLOCK_M, BLOCK_N, BLOCK_K,
-            PRECISION,
+            (A, B, W, W_T, BIAS_S, BIAS_T), row, there, col, stop, (stride_a, stride_b, stride_w, stride_w_t), H, H_T,
+            (inv_t_s, inv_t_t, softcap), IS_DELTA, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
         m_new, shrink, w = rescale(m_s, s)
         if STATS:
@@ -148,25 +128,14 @@ def tile_normalise(
             top_t = tl.where(m_new > m_t, first_at(t, m_new, col), top_t)
         m_t = m_new
         a_t = a_t * shrink + tl.sum(w, 1)
-        if HAS_TARGETS:
+        if TARGETS is not None:
             hit = col[None, :] == target[:, None]
             at_s += tl.sum(tl.where(hit, s, 0.0), 1)
             at_t += tl.sum(tl.where(hit, t, 0.0), 1)
     P = PARTS + (row * tl.num_programs(1) + tl.program_id(1)) * NUM_PARTS
-    tl.store(P, m_s, mask=there)
-    tl.store(P + 1, a_s, mask=there)
-    tl.store(P + 2, b_e, mask=there)
-    tl.store(P + 3, b_d, mask=there)
-    tl.store(P + 4, m_t, mask=there)
-    tl.store(P + 5, a_t, mask=there)
-    tl.store(P + 6, largest, mask=there)
-    tl.store(P + 7, d0, mask=there)
-    if HAS_TARGETS:
-        tl.store(P + 8, at_s, mask=there)
-        tl.store(P + 9, at_t, mask=there)
+    put(P, (m_s, a_s, b_e, b_d, m_t, a_t, largest, d0, at_s, at_t), there)
     if STATS:
-        tl.store((P + 10).to(tl.pointer_type(tl.int32), bitcast=True), top_s, mask=there)
-        tl.store((P + 11).to(tl.pointer_type(tl.int32), bitcast=True), top_t, mask=there)
+        put((P + 10).to(tl.pointer_type(tl.int32), bitcast=True), (top_s, top_t), there)
 
 
 @triton.jit
@@ -174,10 +143,8 @@ def tile_accumulate(
     A, B, W, W_T, G, BIAS_S, BIAS_T, ROWS, COUNT, WEIGHT, PARTS, SUMS, stride_a, stride_b, stride_w, stride_w_t,
     stride_g, first, sum_place, V, H, H_T, inv_t_s, inv_t_t, softcap, entry_clip, token_clip, slope, grad_scale,
     TERM: tl.constexpr, BETA: tl.constexpr, SUM_U: tl.constexpr, PHASE: tl.constexpr, IS_DELTA: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    HAS_ENTRY_CLIP: tl.constexpr, HAS_TOKEN_CLIP: tl.constexpr, STATS: tl.constexpr, SPLITS: tl.constexpr,
-    SUM_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STATS: tl.constexpr, SPLITS: tl.constexpr, SUM_SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Second pass, over the columns [first, V): recomputes tiles and, as in `rows.accumulate`, adds up the divergence
     or writes these columns' gradient to G, or both. G's first column is `first`; the program's sums go to place
@@ -185,77 +152,66 @@ def tile_accumulate(
     if tl.program_id(0) * BLOCK_M >= tl.load(COUNT):
         return
     row, there = tile_rows(ROWS, COUNT, BLOCK_M)
-    tiles = tl.cdiv(tl.cdiv(V - first, BLOCK_N), tl.num_programs(1))
-    start = first + tl.program_id(1) * tiles * BLOCK_N
-    stop = tl.minimum(start + tiles * BLOCK_N, V)
+    start, stop = columns(V, first, BLOCK_N)
     own = tl.where(there, row, tl.load(ROWS).to(tl.int64))  # a row that is not there reads a counted one's parts
     lse_s, lse_t, c, mean_d = merged(PARTS + (own[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]) * NUM_PARTS, 1)
     loss = tl.zeros([BLOCK_M], tl.float32)
     clipped_loss, total_u, lost_q, entropy_s, entropy_t, sum_u, lost = loss, loss, loss, loss, loss, loss, loss
     factor = loss + inv_t_s * grad_scale
-    if HAS_WEIGHT and PHASE != "sum":
+    if WEIGHT is not None and PHASE != "sum":
         factor *= tl.load(WEIGHT + row, mask=there, other=0.0).to(tl.float32)
     if PHASE == "both" and SUM_U == "mean":
         sum_u = c - mean_d
     if PHASE == "grad":
-        lanes = tl.arange(0, SUM_SPLITS)
-        R = SUMS + (own[:, None] * SUM_SPLITS + lanes[None, :]) * NUM_SUMS
+        R = SUMS + (own[:, None] * SUM_SPLITS + tl.arange(0, SUM_SPLITS)[None, :]) * NUM_SUMS
         sum_u = tl.sum(tl.load(R + 2), 1)
-        if HAS_ENTRY_CLIP:
+        if entry_clip is not None:
             lost = tl.sum(tl.load(R + 3), 1)
-        if HAS_TOKEN_CLIP:
+        if token_clip is not None:
             factor = tl.where(tl.sum(tl.load(R + 1), 1) <= token_clip, factor, 0.0)
     for j in range(start, stop, BLOCK_N):
         col = j + tl.arange(0, BLOCK_N)
         exists = (col < stop)[None, :]
         s, t, d = tile_pair(
-            A, B, W, W_T, BIAS_S, BIAS_T, row, there, col, stop, stride_a, stride_b, stride_w, stride_w_t, H, H_T,
-            inv_t_s, inv_t_t, softcap, IS_DELTA, HAS_BIAS, HAS_SOFTCAP, HAS_TEMPERATURE, BLOCK_M, BLOCK_N, BLOCK_K,
-            PRECISION,
+            (A, B, W, W_T, BIAS_S, BIAS_T), row, there, col, stop, (stride_a, stride_b, stride_w, stride_w_t), H, H_T,
+            (inv_t_s, inv_t_t, softcap), IS_DELTA, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
-        p, q, l, u, plain, clipped, k_q = evaluate(
-            s, t, d, lse_s[:, None], lse_t[:, None], c[:, None], exists, entry_clip, slope, TERM, BETA, HAS_ENTRY_CLIP
-        )
+        p, q, l, u, bounded, clipped, k_q = evaluate(
+            s, t, d, lse_s[:, None], lse_t[:, None], c[:, None], exists, entry_clip, slope, TERM, BETA
+        )  # fmt: skip
         if PHASE != "sum":
             g = gradient(
-                s, q, u, k_q, clipped, sum_u[:, None], lost[:, None], inv_t_s, softcap, exists,
-                HAS_ENTRY_CLIP, HAS_SOFTCAP,
+                s, q, u, k_q, clipped, sum_u[:, None], lost[:, None], entry_clip, inv_t_s, softcap, exists
             )  # fmt: skip
             g = (g * factor[:, None]).to(G.dtype.element_ty)
             tl.store(G + row[:, None] * stride_g + (col - first)[None, :], g, mask=there[:, None] & exists)
         if PHASE != "grad":
             loss += tl.sum(l, 1)
             total_u += tl.sum(u, 1)
-            if HAS_ENTRY_CLIP:
-                clipped_loss += tl.sum(plain, 1)
+            if entry_clip is not None:
+                clipped_loss += tl.sum(bounded, 1)
                 lost_q += tl.sum(tl.where(clipped, q, 0.0), 1)
             if STATS:
                 entropy_s += tl.sum(tl.where(q > 0, q * (lse_s[:, None] - s), 0.0), 1)
                 entropy_t += tl.sum(tl.where(p > 0, p * (lse_t[:, None] - t), 0.0), 1)
     if PHASE != "grad":
         R = SUMS + (row * SUM_SPLITS + sum_place + tl.program_id(1)) * NUM_SUMS
-        tl.store(R, loss, mask=there)
-        tl.store(R + 1, clipped_loss if HAS_ENTRY_CLIP else loss, mask=there)
-        tl.store(R + 2, total_u, mask=there)
-        tl.store(R + 3, lost_q, mask=there)
-        tl.store(R + 4, entropy_s, mask=there)
-        tl.store(R + 5, entropy_t, mask=there)
+        clipped_loss = clipped_loss if entry_clip is not None else loss
+        put(R, (loss, clipped_loss, total_u, lost_q, entropy_s, entropy_t), there)
 
 
 @triton.jit
 def tile_scores(
     A, W, BIAS, ROWS, COUNT, TARGETS, PARTS, G, WEIGHT, OUT, stride_a, stride_w, stride_g, first, V, H, inv_t, softcap,
-    grad_scale, GRAD: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    grad_scale, GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One model. First pass: `logprobs.normalise_one`. With GRAD, of the columns [first, V), the gradient of
     log q[target], by the normalisers in OUT."""
     if tl.program_id(0) * BLOCK_M >= tl.load(COUNT):
         return
     row, there = tile_rows(ROWS, COUNT, BLOCK_M)
-    tiles = tl.cdiv(tl.cdiv(V - first, BLOCK_N), tl.num_programs(1))
-    start = first + tl.program_id(1) * tiles * BLOCK_N
-    stop = tl.minimum(start + tiles * BLOCK_N, V)
+    start, stop = columns(V, first, BLOCK_N)
     target = tl.load(TARGETS + row, mask=there, other=-1)
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     a = tl.zeros([BLOCK_M], tl.float32)
@@ -263,22 +219,21 @@ def tile_scores(
     if GRAD:
         lse = tl.load(OUT + row * NUM_LOGPROB_OUT + 3, mask=there, other=0.0)
         factor = a + inv_t * grad_scale
-        if HAS_WEIGHT:
+        if WEIGHT is not None:
             factor *= tl.load(WEIGHT + row, mask=there, other=0.0).to(tl.float32)
     for j in range(start, stop, BLOCK_N):
         col = j + tl.arange(0, BLOCK_N)
         exists = col < stop
-        s = product(A, W, row, there, col, exists, stride_a, stride_w, H, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-        bias = 0.0
-        if HAS_BIAS:
-            bias = tl.load(BIAS + col, mask=exists, other=0.0).to(tl.float32)[None, :]
-        s = scaled(s, bias, exists[None, :], inv_t, softcap, HAS_SOFTCAP)
+        s, _ = products(
+            A, None, W, row, there, col, exists, stride_a, 0, stride_w, H, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        )  # fmt: skip
+        bias = None
+        if BIAS is not None:
+            bias = load_bias(BIAS, col, exists)[None, :]
+        s = scaled(s, bias, exists[None, :], inv_t, softcap)
         hit = col[None, :] == target[:, None]
         if GRAD:
-            g = (tl.where(hit, 1.0, 0.0) - tl.exp(s - lse[:, None])) * factor[:, None]
-            if HAS_SOFTCAP:
-                tanh_s = s / (inv_t * softcap)
-                g *= tl.where(exists[None, :], 1 - tanh_s * tanh_s, 0.0)
+            g = logprob_gradient(s, lse[:, None], hit, exists[None, :], inv_t, softcap) * factor[:, None]
             place = G + row[:, None] * stride_g + (col - first)[None, :]
             tl.store(place, g.to(G.dtype.element_ty), mask=there[:, None] & exists[None, :])
         else:
@@ -291,8 +246,4 @@ def tile_scores(
             at += tl.sum(tl.where(hit, s, 0.0), 1)
     if not GRAD:
         P = PARTS + (row * tl.num_programs(1) + tl.program_id(1)) * NUM_LOGPROB_PARTS
-        tl.store(P, m, mask=there)
-        tl.store(P + 1, a, mask=there)
-        tl.store(P + 2, b, mask=there)
-        tl.store(P + 3, s0, mask=there)
-        tl.store(P + 4, at, mask=there)
+        put(P, (m, a, b, s0, at), there)

@@ -19,10 +19,13 @@ DIVERGENCES = (
     "total_variation",
     "alpha",
 )
-# every backend that can run here: the Triton ones on a GPU, or interpreted
+# every backend that can run here: the Triton ones on a GPU, or interpreted (see conftest.py)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # but for the compiled form of the torch backend, whose own test keeps the compiler's wait in one place
 BACKENDS = [b for b in planning.BACKENDS if b != planning.COMPILED and planning.unavailable(b, DEVICE) is None]
+INTERPRETED = DEVICE.type == "cpu"
+# Triton's interpreter multiplies the bit patterns of bf16 operands
+BF16_BACKENDS = [b for b in BACKENDS if b == "torch" or not INTERPRETED]
 
 
 @dataclass
@@ -37,6 +40,11 @@ class Pair:
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         return self.student_hidden, self.student_weight, self.teacher_hidden, self.teacher_weight
+
+
+def size(backend: str) -> dict[str, int]:
+    """Shape of a test's pair: an interpreted kernel takes a millisecond per operation of each of its programs."""
+    return dict(n=3, h=24, v=261) if INTERPRETED and backend != "torch" else dict(n=67, h=48, v=1009)
 
 
 def make_pair(n=67, h=48, v=1009, *, scale=0.05, dtype=torch.float32, shared=True, teacher_size=None, seed=0) -> Pair:

@@ -1,4 +1,4 @@
-"""What is particular to the Triton backends, under Triton's interpreter: set TRITON_INTERPRET=1, or have a GPU.
+"""What is particular to the Triton backends, on a GPU or under Triton's interpreter.
 
 The tests every backend must pass are in the other files of this folder; those that need bf16, a compiler's view of
 memory and several programs are in `test_triton_gpu.py`.
@@ -12,8 +12,10 @@ import inspect
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from atesd_kernels import linear_divergence, linear_logprobs, planning, tuning
+from atesd_kernels import divergence as logit_divergence
+from atesd_kernels import exposure_logprobs, linear_divergence, linear_logprobs, ops, planning, tuning
 from atesd_kernels.divergences import _REGISTRY, get_divergence
 
 from .cases import DEVICE, DIVERGENCES, compare, make_pair
@@ -33,28 +35,130 @@ def splits(request, monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("divergence", ("forward_kl", "reverse_kl", "jsd"))
 def test_rows_split_over_programs_give_the_same_loss_and_gradient(divergence, backend, splits):
-    result = compare(make_pair(n=3, v=4100), divergence=divergence, beta=0.3, backend=backend)
+    result = compare(make_pair(n=3, v=2100), divergence=divergence, beta=0.3, backend=backend)
     assert result.loss_error <= 1e-6
     assert result.hidden_error <= 1e-5
     assert result.weight_error <= 1e-5
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_triton_twins_agree_with_their_definition_near_and_far(divergence, backend):
-    for scale in (1e-3, 0.3, 3.0):
-        pair = make_pair(n=2, v=521, scale=scale)
-        clipped = compare(pair, divergence=divergence, beta=0.3, entry_clip=1e-4, reduction="sum", backend=backend)
-        plain = compare(pair, divergence=divergence, beta=0.3, backend=backend)
-        for result in (clipped, plain):
-            assert result.hidden_error <= 1e-5
-        assert plain.loss_error <= 1e-6
+class NoHostSync(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: a value read back, or a shape that depends on values. A CUDA graph
+    cannot be captured around either."""
+
+    SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "_unique2")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_mask = func.overloadpacket.__name__ in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        if func.overloadpacket.__name__ in self.SYNCS or by_mask:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_host_sync(monkeypatch):
+    """Watches the backends, under the operators that hide what they do from dispatch modes."""
+    backend = ops._backend
+
+    def watched(name, function):
+        def run(*args):
+            with NoHostSync():
+                return backend(name, function)(*args)
+
+        return run
+
+    monkeypatch.setattr(ops, "_backend", watched)
+
+
+@pytest.mark.parametrize(
+    "ask", (lambda x: x.sum().item(), lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x if x.any() else 0)
+)
+def test_the_watch_for_host_syncs_sees_them(ask):
+    with pytest.raises(AssertionError, match="waits for the device"), NoHostSync():
+        ask(torch.ones(3, device=DEVICE))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_fp16_inputs(backend):
-    result = compare(make_pair(n=5, v=521, scale=0.01, dtype=torch.float16), backend=backend)
-    assert result.hidden_error <= 2e-3
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+@pytest.mark.parametrize("options", ({}, dict(entry_clip=1e-4, token_clip=0.1, softcap=20.0, divergence="jsd")))
+def test_no_call_waits_for_the_device(options, reduction, backend, no_host_sync):
+    pair = make_pair(n=4, h=24, v=300)
+    mask = torch.tensor([True, False, True, True], device=DEVICE)
+    targets = torch.tensor([0, 5, 299, 7], device=DEVICE)
+    h, w = pair.student_hidden.clone().requires_grad_(), pair.student_weight.clone().requires_grad_()
+    with NoHostSync():
+        loss, stats = linear_divergence(
+            h, w, pair.teacher_hidden, mask=mask, targets=targets, token_weight=mask.float(), return_stats=True,
+            reduction=reduction, backend=backend, chunk_bytes=8 * 300 * 2, **options,
+        )  # fmt: skip
+        loss.sum().backward()
+        linear_logprobs(h, w, targets, mask=mask, backend=backend).sum().backward()
+    assert h.grad.abs().sum() > 0 and stats.student_entropy.sum() > 0
+
+
+def test_exposure_scores_do_not_wait_for_the_device_either(no_host_sync):
+    pair = make_pair(n=6, h=24, v=300)
+    lengths, exposed = torch.tensor([3, 2], device=DEVICE), torch.tensor([1, 2], device=DEVICE)
+    targets = torch.arange(6, device=DEVICE).view(2, 3)
+    with NoHostSync():
+        scores = exposure_logprobs(
+            pair.student_hidden.view(2, 3, -1), pair.student_weight, targets, lengths, exposed, backend="triton"
+        )
+    assert scores[0] < 0 and scores[1] == 0
+
+
+@pytest.fixture
+def vocabulary_traffic(monkeypatch):
+    """Bytes that interpreted kernels load and store in blocks of a row."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    counted = []
+
+    def count(name):
+        method = getattr(interpreter.InterpreterBuilder, name)
+        mask_at = 1 if name == "create_masked_load" else 2
+
+        def run(self, ptrs, *args):
+            mask = args[mask_at - 1].data
+            if mask.size >= 128:
+                counted.append(int(mask.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8)
+            return method(self, ptrs, *args)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, name, run)
+
+    count("create_masked_load"), count("create_masked_store")
+    return counted
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="counts what the interpreter does")
+@pytest.mark.parametrize("logits_dtype, options, limit", (
+    (torch.float32, {}, 14), (torch.float32, dict(divergence="jsd"), 20), (torch.float32, dict(entry_clip=1e-3), 20),
+    (torch.float16, {}, 10), (torch.float16, dict(divergence="jsd"), 14),
+))  # fmt: skip
+def test_row_kernels_read_and_write_each_logit_pair_as_few_times_as_promised(
+    logits_dtype, options, limit, vocabulary_traffic, monkeypatch
+):
+    monkeypatch.setattr(tuning, "row_config", lambda device, vocab: tuning.RowConfig(256, 4))
+    n, v = 4, 1300
+    pair = make_pair(n=n, h=16, v=v, dtype=torch.float16)
+    weight = pair.student_weight.clone().requires_grad_()
+    linear_divergence(
+        pair.student_hidden, weight, pair.teacher_hidden, backend="triton", logits_dtype=logits_dtype, **options
+    ).backward()
+    first_block = 6 * 256 / v  # read once more for the reference difference, from the cache
+    assert limit <= sum(vocabulary_traffic) / (n * v) <= limit + first_block
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a mapped file needs no memory on a CPU only")
+def test_rows_may_lie_more_than_two_to_the_31_entries_apart(tmp_path):
+    apart = (1 << 30) + 512
+    file = torch.from_file(str(tmp_path / "logits"), shared=True, size=2 * apart + 600, dtype=torch.float16)
+    s = file.as_strided((3, 261), (apart, 1))
+    s.copy_(torch.randn(3, 261, generator=torch.Generator().manual_seed(0)))
+    t = s.clone() + 0.125
+    t[:, ::2] += 0.5
+    values = [logit_divergence(x, t, reduction="none", backend="triton") for x in (s, s.clone())]
+    assert torch.equal(*values) and (values[0] > 0).all()
 
 
 def test_every_divergence_of_the_library_has_a_triton_function():
@@ -86,26 +190,16 @@ def test_no_rows_and_no_counted_rows(backend):
     assert linear_logprobs(h[:0], pair.student_weight, mask[:0].long(), backend=backend).shape == (0,)
 
 
-def test_the_kernels_stay_within_700_lines_of_code():
-    """Docstrings, comments and blank lines not counted."""
+def test_the_kernels_stay_under_700_lines():
+    """Every line from a kernel's decorator to its end, comments and docstring included."""
     import triton
 
     from atesd_kernels.kernels import logprobs, rows, terms, tiles
 
-    lines = set()
+    lines = 0
     for module in (terms, rows, logprobs, tiles):
-        source = inspect.getsource(module)
-        for function in ast.parse(source).body:
-            if not isinstance(function, ast.FunctionDef):
-                continue
-            assert isinstance(getattr(module, function.name), triton.runtime.jit.KernelInterface)
-            code = function.body[1:] if ast.get_docstring(function) else function.body
-            numbers = [
-                *range(function.lineno, function.body[0].lineno),
-                *range(code[0].lineno, function.end_lineno + 1),
-            ]
-            text = source.splitlines()
-            lines |= {
-                (module, i) for i in numbers if (t := text[i - 1].strip()) and t[0] != "#" and not t.startswith('"""')
-            }
-    assert 300 < len(lines) < 700, len(lines)
+        for function in ast.parse(inspect.getsource(module)).body:
+            if isinstance(function, ast.FunctionDef):
+                assert isinstance(getattr(module, function.name), triton.runtime.jit.KernelInterface)
+                lines += function.end_lineno - function.decorator_list[0].lineno + 1
+    assert 300 < lines < 700, lines

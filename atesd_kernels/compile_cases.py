@@ -15,21 +15,24 @@ BYTES = {"*fp32": 4, "*bf16": 2}
 
 TYPES = {
     **dict.fromkeys(("MASK",), "*i1"),
-    **dict.fromkeys(("PARTS", "SUMS", "STATS_OUT", "WEIGHT", "OUT"), "*fp32"),
+    **dict.fromkeys(("PARTS", "SUMS", "STATS_OUT", "WEIGHT", "OUT", "TOPS"), "*fp32"),
     **dict.fromkeys(("BIAS_S", "BIAS_T", "BIAS"), "*bf16"),
     **dict.fromkeys(("stride_s", "stride_o", "stride_g", "V"), "i32"),
     **dict.fromkeys(("inv_t_s", "inv_t_t", "inv_t", "softcap", "entry_clip", "token_clip"), "fp32"),
-    **dict.fromkeys(("slope", "grad_scale"), "fp32"),
+    **dict.fromkeys(("slope", "grad_scale", "grad_filter"), "fp32"),
     **dict.fromkeys(("A", "B", "W", "W_T"), "*bf16"),
     **dict.fromkeys(("ROWS", "COUNT"), "*i32"),
-    **dict.fromkeys(("stride_a", "stride_b", "stride_w", "stride_w_t", "H", "H_T", "first", "sum_place"), "i32"),
+    **dict.fromkeys(
+        ("stride_a", "stride_b", "stride_w", "stride_w_t", "H", "H_T", "first", "sum_place", "stride_top"), "i32"
+    ),
     "TARGETS": "*i64",
 }
 FLAGS = dict(IS_DELTA=True, STATS=False, SPLITS=1, SUM_SPLITS=1, BETA=0.5, SUM_U="sum", PRECISION="ieee")
 # None unless a case names them in `used`; mask, weights and targets are always there
-OPTIONAL = ("BIAS_S", "BIAS_T", "BIAS", "softcap", "entry_clip", "token_clip")
+OPTIONAL = ("BIAS_S", "BIAS_T", "BIAS", "softcap", "entry_clip", "token_clip", "TOPS", "grad_filter")
 BIAS_AND_SOFTCAP = ("BIAS_S", "BIAS_T", "softcap")
 CLIPS = ("entry_clip", "token_clip")
+FILTER = ("TOPS", "grad_filter")
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Case:
 
     def constants(self, arch: str) -> dict[str, Any]:
         tile = {k: v for k, v in self.tile(arch).constants.items() if k.isupper()}
+        top = tuning.TILES[arch]
+        tile |= dict(TOP_M=top.block_m, TOP_N=top.block_n)
         constants = {**dict.fromkeys(self._absent), **FLAGS, "BLOCK": tuning.ROWS[arch].block, **tile, **self.flags}
         return {name: value for name, value in constants.items() if name in self.kernel.arg_names}
 
@@ -129,7 +134,9 @@ def _tile_cases() -> list[Case]:
             ("tiles: statistics", tiles.tile_normalise, {}, ()),
             ("tiles: statistics, stats", tiles.tile_normalise, dict(STATS=True), ()),
             ("tiles: statistics, separate heads", tiles.tile_normalise, dict(IS_DELTA=False), ()),
+            ("tiles: statistics, filter", tiles.tile_normalise, {}, FILTER),
             ("tiles: KL and gradient", tiles.tile_accumulate, kl, ()),
+            ("tiles: KL and gradient, filter", tiles.tile_accumulate, kl, FILTER),
             ("tiles: jsd sums, clips, stats", tiles.tile_accumulate, sums, CLIPS),
             ("tiles: jsd gradient, clips", tiles.tile_accumulate, grad, CLIPS),
             ("tiles: log-prob", tiles.tile_scores, dict(GRAD=False), ()),

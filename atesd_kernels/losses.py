@@ -42,6 +42,7 @@ def linear_divergence(
     backend: str = "auto",
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
+    grad_filter: float | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Divergence between teacher and student next-token distributions, straight from hidden states.
@@ -80,6 +81,10 @@ def linear_divergence(
             1 GiB on a GPU.
         logits_dtype: of the student's logits (and of separate teacher logits). bf16 is faster and costs 2 to 3 % of
             the gradient.
+        grad_filter: for backend "triton_tiled" only; blocks of tokens by vocabulary in which neither model gives any
+            entry a probability above it get no gradient, and no work. Off by default. No skipped entry of the forward
+            KL's gradient by the logits exceeds it (times the token's weight); unclipped KLs lose these entries' terms
+            in the loss too.
         return_stats: also return `TokenStats`.
 
     Returns:
@@ -121,6 +126,7 @@ def linear_divergence(
         entry_clip=entry_clip, token_clip=token_clip, reduction=reduction, num_tokens=num_tokens, backend=backend,
         chunk_bytes=chunk_bytes,
     )  # fmt: skip
+    checks.check_grad_filter(grad_filter, call.backend)
     value, stats, *_ = ops.linear_divergence_op(
         student_hidden.reshape(lead.numel(), student_hidden.shape[-1]),
         student_weight,
@@ -135,6 +141,7 @@ def linear_divergence(
         logits_dtype,
         compute_dtype,
         chunk_bytes,
+        grad_filter,
         return_stats,
         reduction != "none",
         *gradients_wanted(student_hidden, student_weight, student_bias),

@@ -75,6 +75,7 @@ def linear_divergence_op(
     logits_dtype: torch.dtype,
     compute_dtype: torch.dtype,
     chunk_bytes: int | None,
+    grad_filter: float | None,
     stats: bool,
     weighted: bool,
     hidden_grad: bool,
@@ -88,6 +89,7 @@ def linear_divergence_op(
         divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
         softcap=softcap, entry_clip=entry_clip, token_clip=token_clip, logits_dtype=logits_dtype,
         compute_dtype=compute_dtype, chunk_bytes=chunk_bytes, stats=stats, compiled=backend == COMPILED, **grads,
+        grad_filter=grad_filter,
     )  # fmt: skip
     run = _backend(backend, "divergence_rows")
     result = run(
@@ -101,7 +103,7 @@ def linear_divergence_op(
 def _(
     student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, mask, row_weight,
     targets, backend, divergence, beta, temperature, teacher_temperature, softcap, entry_clip, token_clip,
-    logits_dtype, compute_dtype, chunk_bytes, stats, weighted, hidden_grad, weight_grad, bias_grad,
+    logits_dtype, compute_dtype, chunk_bytes, grad_filter, stats, weighted, hidden_grad, weight_grad, bias_grad,
 ):  # fmt: skip
     grads = _formed_now(weighted, hidden_grad, weight_grad, bias_grad)
     tensors = (student_hidden, student_weight, student_bias)

@@ -11,20 +11,29 @@ backend needs 3 or 4 in all: this one trades time for memory. Rows that do not c
 copy. Partial sums are merged in a fixed order; there are no atomics.
 
 fp32 inputs with separate heads go to the chunked backend, whose fp64 logits their difference needs.
+
+`grad_filter=eps` skips a tile's products in the pass that writes the gradient if neither model gives any of its tokens
+a probability above eps; the first pass keeps the maxima that say so. An entry of a KL's gradient by the logits is q - p
+(forward) or at most eps times a logarithm, so no skipped entry of the forward KL's exceeds eps. Where loss and gradient
+are one pass (unclipped KLs), the loss leaves out these tiles' terms too.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from . import matmul, planning, triton_chunked, tuning
+from . import autotune, matmul, planning, triton_chunked, tuning
 from .kernels import logprobs as logprob_kernels
 from .kernels import rows as row_kernels
 from .kernels import tiles as tile_kernels
 from .spec import DivergenceSpec, LogprobSpec, RowResult
 from .stats import TokenStats
 from .triton_chunked import Gradients, Sweeps, divergence_logits, on, pair_of_biases
+from .tuning import TileConfig
 
 __all__ = ["divergence_logits", "divergence_rows", "exposure_means", "logprob_rows"]
 
@@ -44,6 +53,8 @@ def divergence_rows(
     dtype, shared = spec.compute_dtype, teacher_weight is None
     arguments = (student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias)
     if dtype == torch.float32 and not shared:
+        if spec.grad_filter is not None:
+            raise ValueError("grad_filter cannot be used with fp32 inputs and separate heads, whose logits are fp64.")
         return triton_chunked.divergence_rows(spec, *arguments, mask, row_weight, targets)
     h_s, w_s, h_t = (rows_of(x.to(dtype)) for x in arguments[:3])
     w_t = w_s if shared else rows_of(teacher_weight.to(dtype))
@@ -53,38 +64,59 @@ def divergence_rows(
     sweeps = Sweeps(spec, num_rows, vocab, shared, biases, device)
     if num_rows == 0:
         return RowResult(sweeps.value, sweeps.stats, *zeroed(gradients).finish())
-    first = tuning.tile_config(device, dtype)
-    config = tuning.tile_config(device, dtype, tuning.SECOND_PASS_TILES)
     row, count = counted_rows(mask, num_rows, device)
-    splits = tuning.tile_splits(num_rows, vocab, first, device)
-    blocks = column_blocks(spec, num_rows, vocab, dtype, config, device)
+    filtered = spec.grad_filter is not None and spec.any_grad
     one_pass = sweeps.one_pass and spec.any_grad
-    block_splits = tuning.tile_splits(num_rows, blocks[0].stop, config, device) if spec.any_grad else 1
-    sum_splits = 1 << (len(blocks) * block_splits - 1).bit_length() if one_pass else splits
-    parts = torch.zeros(num_rows, splits, row_kernels.NUM_PARTS.value, device=device)
-    sums = torch.zeros(num_rows, sum_splits, row_kernels.NUM_SUMS.value, device=device)
     strides = (h_s.stride(0), h_t.stride(0), w_s.stride(0), w_t.stride(0))
     flags = dict(sweeps.flags, PRECISION="ieee")
 
-    def accumulate(phase: str, g: Tensor, cols: slice, programs: int, sum_place: int = 0) -> None:
+    def normalise(config: TileConfig) -> tuple[Tensor, Tensor | None]:
+        """First pass: the rows' partial sums `[N, splits, ...]`, and the tiles' maxima for a filter."""
+        splits = tuning.tile_splits(num_rows, vocab, config, device)
+        parts = torch.zeros(num_rows, splits, row_kernels.NUM_PARTS.value, device=device)
+        tops = None
+        if filtered:
+            tops = torch.zeros(-(-num_rows // config.block_m), -(-vocab // config.block_n), device=device)
+        tile_kernels.tile_normalise[(-(-num_rows // config.block_m), splits)](
+            h_s, h_t, w_s, w_t, *biases, row, count, targets, parts, tops, *strides, vocab, hidden, h_t.shape[1],
+            *sweeps.scalars, **flags, **config.constants,
+        )  # fmt: skip
+        return parts, tops
+
+    def accumulate(config: TileConfig, phase: str, g: Tensor, cols: slice, programs: int, sum_place: int = 0) -> None:
+        top = None if phase == "sum" else tops
         tile_kernels.tile_accumulate[(-(-num_rows // config.block_m), programs)](
-            h_s, h_t, w_s, w_t, g, *biases, row, count, row_weight, parts, sums, *strides, g.stride(0), cols.start,
-            sum_place, cols.stop, hidden, h_t.shape[1], *sweeps.scalars, *sweeps.clips, gradients.scale, PHASE=phase,
-            SPLITS=splits, SUM_SPLITS=sum_splits, **sweeps.term_flags, **flags, **config.constants,
+            h_s, h_t, w_s, w_t, g, *biases, row, count, row_weight, parts, sums, top, *strides, g.stride(0),
+            0 if top is None else top.stride(0), cols.start, sum_place, cols.stop, hidden, h_t.shape[1],
+            *sweeps.scalars, *sweeps.clips, gradients.scale, spec.grad_filter, first.block_m, first.block_n,
+            PHASE=phase, SPLITS=parts.shape[1], SUM_SPLITS=sums.shape[1], **sweeps.term_flags, **flags,
+            **config.constants,
         )  # fmt: skip
 
+    # a filter's second pass works on tiles that the first pass's contain: those of the table
+    call = TunedCall(device, dtype, hidden, vocab, "shared" if shared else "separate", tuned=not filtered)
     with on(device):
-        tile_kernels.tile_normalise[(-(-num_rows // first.block_m), splits)](
-            h_s, h_t, w_s, w_t, *biases, row, count, targets, parts, *strides, vocab, hidden, h_t.shape[1],
-            *sweeps.scalars, **flags, **first.constants,
+        first = call.tile_config("tile_normalise", tuning.TILES, normalise)
+        parts, tops = normalise(first)
+        if tops is not None:
+            tighten(tops, parts, row, count, first)
+        sums = torch.zeros(num_rows, parts.shape[1], row_kernels.NUM_SUMS.value, device=device)
+        config = call.tile_config(
+            "tile_accumulate", tuning.SECOND_PASS_TILES,
+            lambda c: accumulate(c, "sum", parts, slice(0, vocab), parts.shape[1]),
         )  # fmt: skip
-        if not one_pass:
-            accumulate("sum", parts, slice(0, vocab), splits)
+        blocks = column_blocks(spec, num_rows, vocab, dtype, config, device)
+        block_splits = tuning.tile_splits(num_rows, blocks[0].stop, config, device) if blocks else 1
+        if one_pass:
+            sum_splits = 1 << (len(blocks) * block_splits - 1).bit_length()
+            sums = torch.zeros(num_rows, sum_splits, row_kernels.NUM_SUMS.value, device=device)
+        else:
+            accumulate(config, "sum", parts, slice(0, vocab), parts.shape[1])
         if spec.any_grad:
-            carrier = ColumnGradients(gradients, h_s, w_s, mask)
+            carrier = ColumnGradients(gradients, h_s, w_s, mask, whole=mask is None and tops is None)
             for i, cols in enumerate(blocks):
                 g = carrier.buffer(cols)
-                accumulate("both" if one_pass else "grad", g, cols, block_splits, i * block_splits)
+                accumulate(config, "both" if one_pass else "grad", g, cols, block_splits, i * block_splits)
                 carrier.take(cols, g)
             carrier.finish()
         sweeps.collect(slice(0, num_rows), sums, parts, mask, targets)
@@ -111,10 +143,9 @@ def logprob_rows(
         return RowResult(value.contiguous(), stats, *zeroed(gradients).finish())
     dtype = spec.compute_dtype
     w = weight.to(dtype)
-    carrier = ColumnGradients(gradients, hidden.to(dtype), w, mask)
-    config = tuning.tile_config(hidden.device, dtype, tuning.ONE_MODEL_TILES)
+    carrier = ColumnGradients(gradients, hidden.to(dtype), w, mask, whole=mask is None)
     with on(hidden.device):
-        for cols in column_blocks(spec, len(value), len(w), dtype, config, hidden.device):
+        for cols in column_blocks(spec, len(value), len(w), dtype, launch.args[0], hidden.device):
             g = carrier.buffer(cols)
             launch(g, cols, row_weight, gradients.scale)
             carrier.take(cols, g)
@@ -151,26 +182,49 @@ def scores(spec: LogprobSpec, hidden: Tensor, weight: Tensor, bias: Tensor | Non
     out = torch.zeros(num_rows, logprob_kernels.NUM_LOGPROB_OUT.value, device=device)
     if num_rows == 0:
         return out, None
-    config = tuning.tile_config(device, dtype, tuning.ONE_MODEL_TILES)
     row, count = counted_rows(mask, num_rows, device)
-    splits = tuning.tile_splits(num_rows, vocab, config, device)
-    parts = torch.zeros(num_rows, splits, logprob_kernels.NUM_LOGPROB_PARTS.value, device=device)
     inv_t = 1 / spec.temperature
 
-    def launch(g: Tensor, cols: slice, row_weight: Tensor | None, scale: float, grad: bool = True) -> None:
-        programs = tuning.tile_splits(num_rows, cols.stop - cols.start, config, device) if grad else splits
+    def launch(config: TileConfig, g: Tensor, cols: slice, row_weight: Tensor | None, scale: float, grad=True) -> None:
+        programs = tuning.tile_splits(num_rows, cols.stop - cols.start, config, device)
         tile_kernels.tile_scores[(-(-num_rows // config.block_m), programs)](
-            h, w, bias, row, count, targets, parts, g, row_weight, out, h.stride(0), w.stride(0), g.stride(0),
+            h, w, bias, row, count, targets, g, g, row_weight, out, h.stride(0), w.stride(0), g.stride(0),
             cols.start, cols.stop, size, inv_t, spec.softcap, scale, GRAD=grad, PRECISION="ieee", **config.constants,
         )  # fmt: skip
 
+    def normalise(config: TileConfig) -> Tensor:
+        """The rows' partial sums `[N, splits, ...]`."""
+        splits = tuning.tile_splits(num_rows, vocab, config, device)
+        parts = torch.zeros(num_rows, splits, logprob_kernels.NUM_LOGPROB_PARTS.value, device=device)
+        launch(config, parts, slice(0, vocab), None, 1.0, grad=False)
+        return parts
+
     with on(device):
-        launch(parts, slice(0, vocab), None, 1.0, grad=False)
+        call = TunedCall(device, dtype, size, vocab, "one model")
+        config = call.tile_config("tile_scores", tuning.ONE_MODEL_TILES, normalise)
+        parts = normalise(config)
         logprob_kernels.finish_logprob[(num_rows, 1)](
             h, h, bias, mask, targets, None, parts, out, 0, 0, vocab, inv_t, spec.softcap, 1.0, GRAD=False,
-            SPLITS=splits, BLOCK=1024,
+            SPLITS=parts.shape[1], BLOCK=1024,
         )  # fmt: skip
-    return out, launch
+    return out, functools.partial(launch, config)
+
+
+class TunedCall:
+    """Chooses the tile sizes of a call: the table's, or under `ATESD_AUTOTUNE=1` the fastest of a few."""
+
+    def __init__(self, device, dtype: torch.dtype, hidden: int, vocab: int, heads: str, tuned: bool = True):
+        self.device, self.dtype, self.arch = device, dtype, tuning.architecture(device)
+        self.key = f"{self.arch} {dtype} H={hidden} V={vocab} {heads}"
+        self.operands = 1 if heads == "one model" else 2  # blocks of rows that a step over the hidden size holds
+        self.tuned = tuned and autotune.enabled() and self.arch is not None
+
+    def tile_config(self, kernel: str, table: dict[str, TileConfig], launch: Callable[[TileConfig], None]):
+        default = tuning.tile_config(self.device, self.dtype, table)
+        if not self.tuned:
+            return default
+        configs = autotune.candidates(default, self.arch, self.dtype.itemsize, self.operands)
+        return autotune.fastest(f"{kernel} {self.key}", configs, launch)
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -187,6 +241,17 @@ def counted_rows(mask: Tensor | None, num_rows: int, device: torch.device) -> tu
         )
     order = torch.argsort(mask.to(torch.uint8), descending=True, stable=True)
     return order.to(torch.int32), mask.sum(dtype=torch.int32).reshape(1)
+
+
+def tighten(tops: Tensor, parts: Tensor, row: Tensor, count: Tensor, config: TileConfig) -> None:
+    """Make the first pass's `tops` `[row tiles, column tiles]`, relative to the columns of one program, relative to all
+    columns, by the most that the program's columns hold of a row's distributions. `parts` is `[N, splits, ...]`."""
+    lse = parts[..., 0:8:4] + parts[..., 1:8:4].log()  # of both models
+    share = (lse - lse.logsumexp(1, keepdim=True)).exp().amax(2)[row.long()]
+    counted = torch.arange(len(row), device=row.device)[:, None] < count
+    share = torch.nn.functional.pad(torch.where(counted, share, 0.0), (0, 0, 0, -len(row) % config.block_m))
+    share = share.view(len(tops), config.block_m, -1).amax(1)
+    tops *= share.repeat_interleave(-(-tops.shape[1] // share.shape[1]), 1)[:, : tops.shape[1]]
 
 
 def column_blocks(spec, num_rows: int, vocab: int, dtype: torch.dtype, config, device) -> list[slice]:
@@ -207,16 +272,16 @@ def zeroed(gradients: Gradients) -> Gradients:
 class ColumnGradients:
     """`triton_chunked.Gradients`, fed by blocks of columns instead of rows."""
 
-    def __init__(self, gradients: Gradients, h: Tensor, w: Tensor, mask: Tensor | None):
-        self.gradients, self.h, self.w, self.mask = gradients, h, w, mask
+    def __init__(self, gradients: Gradients, h: Tensor, w: Tensor, mask: Tensor | None, whole: bool):
+        self.gradients, self.h, self.w, self.whole = gradients, h, w, whole
         if mask is not None and gradients.weight_grad is not None:
             self.h = torch.where(mask[:, None], h, 0)  # whatever a masked row holds, NaN included
         wanted = gradients.hidden_grad is not None
         self.hidden_grad = torch.zeros(h.shape, dtype=torch.float32, device=h.device) if wanted else None
 
     def buffer(self, cols: slice) -> Tensor:
-        # the kernels do not write the rows of masked tokens
-        new = torch.empty if self.mask is None else torch.zeros
+        # the kernels do not write the rows of masked tokens, nor filtered tiles
+        new = torch.empty if self.whole else torch.zeros
         return new(len(self.h), cols.stop - cols.start, dtype=self.w.dtype, device=self.w.device)
 
     def take(self, cols: slice, g: Tensor) -> None:

@@ -86,11 +86,12 @@ def first_at(z, top, col):
 
 @triton.jit
 def tile_normalise(
-    A, B, W, W_T, BIAS_S, BIAS_T, ROWS, COUNT, TARGETS, PARTS, stride_a, stride_b, stride_w, stride_w_t, V, H, H_T,
-    inv_t_s, inv_t_t, softcap, IS_DELTA: tl.constexpr, STATS: tl.constexpr,
+    A, B, W, W_T, BIAS_S, BIAS_T, ROWS, COUNT, TARGETS, PARTS, TOPS, stride_a, stride_b, stride_w, stride_w_t,
+    V, H, H_T, inv_t_s, inv_t_t, softcap, IS_DELTA: tl.constexpr, STATS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """First pass: `rows.normalise` without logits in memory."""
+    """First pass: `rows.normalise` without logits in memory. TOPS, if any, gets each tile's largest probability under
+    either model, relative to the columns this program has seen so far: no less than the true one."""
     if tl.program_id(0) * BLOCK_M >= tl.load(COUNT):
         return
     row, there = tile_rows(ROWS, COUNT, BLOCK_M)
@@ -123,11 +124,15 @@ def tile_normalise(
         a_s = a_s * shrink + tl.sum(w, 1)
         b_e = b_e * shrink + tl.sum(w * expm1_parts(d)[0], 1)
         b_d = b_d * shrink + tl.sum(tl.where(w > 0, w * d, 0.0), 1)
-        m_new, shrink, w = rescale(m_t, t)
+        m_new, shrink, w_t = rescale(m_t, t)
         if STATS:
             top_t = tl.where(m_new > m_t, first_at(t, m_new, col), top_t)
         m_t = m_new
-        a_t = a_t * shrink + tl.sum(w, 1)
+        a_t = a_t * shrink + tl.sum(w_t, 1)
+        if TOPS is not None:
+            top = tl.maximum(tl.max(w, 1) / a_s, tl.max(w_t, 1) / a_t)
+            place = tl.program_id(0) * tl.cdiv(V, BLOCK_N) + j // BLOCK_N
+            tl.store(TOPS + place, tl.max(tl.where(there, top, 0.0), 0))
         if TARGETS is not None:
             hit = col[None, :] == target[:, None]
             at_s += tl.sum(tl.where(hit, s, 0.0), 1)
@@ -140,15 +145,17 @@ def tile_normalise(
 
 @triton.jit
 def tile_accumulate(
-    A, B, W, W_T, G, BIAS_S, BIAS_T, ROWS, COUNT, WEIGHT, PARTS, SUMS, stride_a, stride_b, stride_w, stride_w_t,
-    stride_g, first, sum_place, V, H, H_T, inv_t_s, inv_t_t, softcap, entry_clip, token_clip, slope, grad_scale,
+    A, B, W, W_T, G, BIAS_S, BIAS_T, ROWS, COUNT, WEIGHT, PARTS, SUMS, TOPS, stride_a, stride_b, stride_w, stride_w_t,
+    stride_g, stride_top, first, sum_place, V, H, H_T, inv_t_s, inv_t_t, softcap, entry_clip, token_clip, slope,
+    grad_scale, grad_filter, TOP_M: tl.constexpr, TOP_N: tl.constexpr,
     TERM: tl.constexpr, BETA: tl.constexpr, SUM_U: tl.constexpr, PHASE: tl.constexpr, IS_DELTA: tl.constexpr,
     STATS: tl.constexpr, SPLITS: tl.constexpr, SUM_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Second pass, over the columns [first, V): recomputes tiles and, as in `rows.accumulate`, adds up the divergence
     or writes these columns' gradient to G, or both. G's first column is `first`; the program's sums go to place
-    `sum_place + program_id(1)` of SUM_SPLITS."""
+    `sum_place + program_id(1)` of SUM_SPLITS. TOPS is of the first pass's tiles, TOP_M x TOP_N: where it is at most
+    `grad_filter`, nothing is done."""
     if tl.program_id(0) * BLOCK_M >= tl.load(COUNT):
         return
     row, there = tile_rows(ROWS, COUNT, BLOCK_M)
@@ -170,30 +177,35 @@ def tile_accumulate(
         if token_clip is not None:
             factor = tl.where(tl.sum(tl.load(R + 1), 1) <= token_clip, factor, 0.0)
     for j in range(start, stop, BLOCK_N):
-        col = j + tl.arange(0, BLOCK_N)
-        exists = (col < stop)[None, :]
-        s, t, d = tile_pair(
-            (A, B, W, W_T, BIAS_S, BIAS_T), row, there, col, stop, (stride_a, stride_b, stride_w, stride_w_t), H, H_T,
-            (inv_t_s, inv_t_t, softcap), IS_DELTA, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-        )  # fmt: skip
-        p, q, l, u, bounded, clipped, k_q = evaluate(
-            s, t, d, lse_s[:, None], lse_t[:, None], c[:, None], exists, entry_clip, slope, TERM, BETA
-        )  # fmt: skip
-        if PHASE != "sum":
-            g = gradient(
-                s, q, u, k_q, clipped, sum_u[:, None], lost[:, None], entry_clip, inv_t_s, softcap, exists
+        wanted = True
+        if TOPS is not None:
+            top = TOPS + tl.program_id(0) * BLOCK_M // TOP_M * stride_top + j // TOP_N
+            wanted = tl.load(top) > grad_filter
+        if wanted:
+            col = j + tl.arange(0, BLOCK_N)
+            exists = (col < stop)[None, :]
+            s, t, d = tile_pair(
+                (A, B, W, W_T, BIAS_S, BIAS_T), row, there, col, stop, (stride_a, stride_b, stride_w, stride_w_t),
+                H, H_T, (inv_t_s, inv_t_t, softcap), IS_DELTA, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
             )  # fmt: skip
-            g = (g * factor[:, None]).to(G.dtype.element_ty)
-            tl.store(G + row[:, None] * stride_g + (col - first)[None, :], g, mask=there[:, None] & exists)
-        if PHASE != "grad":
-            loss += tl.sum(l, 1)
-            total_u += tl.sum(u, 1)
-            if entry_clip is not None:
-                clipped_loss += tl.sum(bounded, 1)
-                lost_q += tl.sum(tl.where(clipped, q, 0.0), 1)
-            if STATS:
-                entropy_s += tl.sum(tl.where(q > 0, q * (lse_s[:, None] - s), 0.0), 1)
-                entropy_t += tl.sum(tl.where(p > 0, p * (lse_t[:, None] - t), 0.0), 1)
+            p, q, l, u, bounded, clipped, k_q = evaluate(
+                s, t, d, lse_s[:, None], lse_t[:, None], c[:, None], exists, entry_clip, slope, TERM, BETA
+            )  # fmt: skip
+            if PHASE != "sum":
+                g = gradient(
+                    s, q, u, k_q, clipped, sum_u[:, None], lost[:, None], entry_clip, inv_t_s, softcap, exists
+                )  # fmt: skip
+                g = (g * factor[:, None]).to(G.dtype.element_ty)
+                tl.store(G + row[:, None] * stride_g + (col - first)[None, :], g, mask=there[:, None] & exists)
+            if PHASE != "grad":
+                loss += tl.sum(l, 1)
+                total_u += tl.sum(u, 1)
+                if entry_clip is not None:
+                    clipped_loss += tl.sum(bounded, 1)
+                    lost_q += tl.sum(tl.where(clipped, q, 0.0), 1)
+                if STATS:
+                    entropy_s += tl.sum(tl.where(q > 0, q * (lse_s[:, None] - s), 0.0), 1)
+                    entropy_t += tl.sum(tl.where(p > 0, p * (lse_t[:, None] - t), 0.0), 1)
     if PHASE != "grad":
         R = SUMS + (row * SUM_SPLITS + sum_place + tl.program_id(1)) * NUM_SUMS
         clipped_loss = clipped_loss if entry_clip is not None else loss

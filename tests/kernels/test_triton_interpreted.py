@@ -41,6 +41,43 @@ def test_rows_split_over_programs_give_the_same_loss_and_gradient(divergence, ba
     assert result.weight_error <= 1e-5
 
 
+@pytest.mark.parametrize("divergence", ("forward_kl", "jsd"))
+@pytest.mark.parametrize("eps", (1e-12, 1e-3))
+def test_a_gradient_filter_loses_at_most_eps_of_an_entry(divergence, eps, splits, monkeypatch):
+    monkeypatch.setattr(tuning, "tile_config", lambda device, dtype, table=None: tuning.TileConfig(16, 32, 64, 4, 1))
+    n, v = 19, 261
+    g = torch.Generator().manual_seed(0)
+    student = 3 * torch.randn(n, v, generator=g).to(DEVICE)
+    student[:, 64:192] -= 12  # tokens that neither model would say
+    teacher = student + 0.3 * torch.randn(n, v, generator=g).to(DEVICE)
+    head = torch.eye(v, device=DEVICE)  # hidden states are logits: their gradient is the filtered one
+    mask = torch.arange(n, device=DEVICE) % 7 > 0
+    results = []
+    for filtered in (eps, None):
+        h = student.clone().requires_grad_()
+        loss = linear_divergence(
+            h, head, teacher, divergence=divergence, mask=mask, reduction="sum", backend="triton_tiled",
+            chunk_bytes=4 * n * 96, grad_filter=filtered,
+        )  # fmt: skip
+        loss.backward()
+        results.append((loss.item(), h.grad))
+    (loss, grad), (whole, true) = results
+    skipped = (grad == 0) & (true != 0)
+    assert skipped.any() == (eps > 1e-6)
+    assert true[skipped].abs().amax().item() <= eps if skipped.any() else grad.equal(true)
+    assert grad[~skipped].equal(true[~skipped])
+    assert loss == pytest.approx(whole, rel=1e-3 if skipped.any() else 1e-7)
+
+
+@pytest.mark.parametrize("backend", ("torch", "triton"))
+def test_a_gradient_filter_is_refused_where_nothing_would_be_skipped(backend):
+    pair = make_pair(n=2, v=50)
+    with pytest.raises(ValueError, match="needs backend='triton_tiled'"):
+        linear_divergence(*pair.tensors, backend=backend, grad_filter=1e-4)
+    with pytest.raises(ValueError, match="is a probability"):
+        linear_divergence(*pair.tensors, backend="triton_tiled", grad_filter=0.0)
+
+
 class NoHostSync(TorchDispatchMode):
     """Refuses what makes the host wait for a GPU: a value read back, or a shape that depends on values. A CUDA graph
     cannot be captured around either."""

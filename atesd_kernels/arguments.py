@@ -21,6 +21,10 @@ class Checked(NamedTuple):
     targets: Tensor | None  # [N]
     options: tuple  # in the operators' order
 
+    @property
+    def backend(self) -> str:
+        return self.options[0]
+
 
 def checked_divergence(
     lead: torch.Size, device, dtype, *, divergence, beta, temperature, teacher_temperature, softcap, mask, token_weight,

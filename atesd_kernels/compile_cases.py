@@ -27,7 +27,7 @@ TYPES = {
     ),
     "TARGETS": "*i64",
 }
-FLAGS = dict(IS_DELTA=True, STATS=False, SPLITS=1, SUM_SPLITS=1, BETA=0.5, SUM_U="sum", PRECISION="ieee")
+FLAGS = dict(IS_DELTA=1, STATS=False, SPLITS=1, SUM_SPLITS=1, BETA=0.5, SUM_U="sum", PRECISION="ieee")
 # None unless a case names them in `used`; mask, weights and targets are always there
 OPTIONAL = ("BIAS_S", "BIAS_T", "BIAS", "softcap", "entry_clip", "token_clip", "TOPS", "grad_filter")
 BIAS_AND_SOFTCAP = ("BIAS_S", "BIAS_T", "softcap")
@@ -101,11 +101,11 @@ def _row_cases() -> list[Case]:
         Case("normalise, shared head", rows.normalise, 0, delta),
         Case("normalise, shared head, stats", rows.normalise, 0, delta, stats),
         Case("normalise, bf16 logits", rows.normalise, 0, low),
-        Case("normalise, separate heads", rows.normalise, 0, separate, dict(IS_DELTA=False)),
+        Case("normalise, separate heads", rows.normalise, 0, separate, dict(IS_DELTA=0)),
         Case("KL and gradient, shared head", rows.accumulate, 0, delta, both),
         Case("KL and gradient, shared head, stats", rows.accumulate, 0, delta, {**both, **stats}),
         Case("KL and gradient, bf16 logits", rows.accumulate, 0, low, both),
-        Case("KL and gradient, separate heads", rows.accumulate, 0, separate, {**both, "IS_DELTA": False}),
+        Case("KL and gradient, separate heads", rows.accumulate, 0, separate, {**both, "IS_DELTA": 0}),
         Case("KL and gradient, bias and softcap", rows.accumulate, 0, delta, both, BIAS_AND_SOFTCAP),
     ]  # fmt: skip
     for name in ("forward_kl", "reverse_kl", "jsd", "jeffreys", "skew_kl", "skew_reverse_kl", "total_variation"):
@@ -133,7 +133,7 @@ def _tile_cases() -> list[Case]:
         for name, kernel, flags, used in (
             ("tiles: statistics", tiles.tile_normalise, {}, ()),
             ("tiles: statistics, stats", tiles.tile_normalise, dict(STATS=True), ()),
-            ("tiles: statistics, separate heads", tiles.tile_normalise, dict(IS_DELTA=False), ()),
+            ("tiles: statistics, separate heads", tiles.tile_normalise, dict(IS_DELTA=0), ()),
             ("tiles: statistics, filter", tiles.tile_normalise, {}, FILTER),
             ("tiles: KL and gradient", tiles.tile_accumulate, kl, ()),
             ("tiles: KL and gradient, filter", tiles.tile_accumulate, kl, FILTER),

@@ -52,13 +52,22 @@ def divergence_rows(
     bytes_per_logit = s_dtype.itemsize + o_dtype.itemsize + (0 if in_place or not spec.any_grad else dtype.itemsize)
     chunks = row_chunks(num_rows, vocab, bytes_per_logit, spec, student_hidden.device)
     gradients = Gradients(spec, student_hidden, student_weight, student_bias, mask)
-    sweeps = Sweeps(spec, num_rows, vocab, shared, pair_of_biases(student_bias, teacher_bias, shared, w_s), w_s.device)
+    sweeps = Sweeps(
+        spec,
+        num_rows,
+        vocab,
+        delta_parts(spec, shared),
+        pair_of_biases(student_bias, teacher_bias, shared, w_s),
+        w_s.device,
+    )
     with on(student_hidden.device):
         for rows in chunks:
             h_s = student_hidden[rows].to(dtype)
             s = matmul.logits(h_s, w_s, s_dtype)
-            h_o = teacher_operand(spec, shared, student_hidden[rows], teacher_hidden[rows])
+            h_o, rest = teacher_operand(spec, shared, student_hidden[rows], teacher_hidden[rows])
             o = matmul.logits(h_o, w_t, o_dtype, centre(s, h_o, w_t) if centred else None)
+            if rest is not None:
+                matmul.add_weight_grad(o, rest.T, w_t.T)
             g = None
             if spec.any_grad:
                 g = o if in_place else torch.empty(o.shape, dtype=dtype, device=o.device)
@@ -80,7 +89,7 @@ def divergence_logits(
     """The same sweeps over logits the caller holds; `hidden_grad` is then the gradient of `student_logits`."""
     s, t = (z if z.stride(1) == 1 else z.contiguous() for z in (student_logits, teacher_logits))
     grad = torch.empty(s.shape, dtype=s.dtype, device=s.device) if spec.any_grad else None
-    sweeps = Sweeps(spec, *s.shape, False, (None, None), s.device)
+    sweeps = Sweeps(spec, *s.shape, 0, (None, None), s.device)
     with on(s.device):
         sweeps.run(s, t, grad, slice(0, s.shape[0]), mask, row_weight, targets, 1.0)
     return RowResult(sweeps.value, sweeps.stats, grad, None, None)
@@ -142,10 +151,18 @@ def logit_dtypes(spec: DivergenceSpec, shared: bool) -> tuple[torch.dtype, torch
     return spec.logits_dtype, spec.compute_dtype if spec.term.smooth else torch.float32
 
 
-def teacher_operand(spec: DivergenceSpec, shared: bool, h_s: Tensor, h_t: Tensor) -> Tensor:
+def teacher_operand(spec: DivergenceSpec, shared: bool, h_s: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What the head is multiplied by for D or T; and the rest of it, where rounding would cost u its sign."""
     if not shared:
-        return h_t.to(spec.compute_dtype)
-    return (h_t.float() - h_s.float()).to(spec.compute_dtype)
+        return h_t.to(spec.compute_dtype), None
+    wide = h_t.float() - h_s.float()
+    rounded = wide.to(spec.compute_dtype)
+    return rounded, (wide - rounded.float()).to(rounded.dtype) if delta_parts(spec, shared) == 2 else None
+
+
+def delta_parts(spec: DivergenceSpec, shared: bool) -> int:
+    """Of how many tensors in the compute dtype H_t - H_s is the sum; 0 where T is computed instead of D."""
+    return shared * (1 if spec.term.smooth or spec.compute_dtype == torch.float32 else 2)
 
 
 def centre(s: Tensor, h_o: Tensor, w: Tensor) -> Tensor:
@@ -189,7 +206,7 @@ def triton_term(term: DivergenceTerm):
 class Sweeps:
     """Launches the row kernels over a chunk and collects each row's value and statistics."""
 
-    def __init__(self, spec: DivergenceSpec, num_rows: int, vocab: int, is_delta: bool, biases, device: torch.device):
+    def __init__(self, spec: DivergenceSpec, num_rows: int, vocab: int, is_delta: int, biases, device: torch.device):
         self.spec, self.vocab, self.biases = spec, vocab, biases
         term = spec.term
         self.known_sum = {"forward_kl": "zero", "reverse_kl": "mean", "jeffreys": "mean"}.get(term.name)

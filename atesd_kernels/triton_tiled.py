@@ -32,7 +32,7 @@ from .kernels import rows as row_kernels
 from .kernels import tiles as tile_kernels
 from .spec import DivergenceSpec, LogprobSpec, RowResult
 from .stats import TokenStats
-from .triton_chunked import Gradients, Sweeps, divergence_logits, on, pair_of_biases
+from .triton_chunked import Gradients, Sweeps, delta_parts, divergence_logits, on, pair_of_biases
 from .tuning import TileConfig
 
 __all__ = ["divergence_logits", "divergence_rows", "exposure_means", "logprob_rows"]
@@ -61,7 +61,7 @@ def divergence_rows(
     (num_rows, hidden), vocab, device = h_s.shape, w_s.shape[0], h_s.device
     biases = pair_of_biases(student_bias, teacher_bias, shared, w_s)
     gradients = Gradients(spec, student_hidden, student_weight, student_bias, mask)
-    sweeps = Sweeps(spec, num_rows, vocab, shared, biases, device)
+    sweeps = Sweeps(spec, num_rows, vocab, delta_parts(spec, shared), biases, device)
     if num_rows == 0:
         return RowResult(sweeps.value, sweeps.stats, *zeroed(gradients).finish())
     row, count = counted_rows(mask, num_rows, device)

@@ -30,11 +30,11 @@ def columns(V, first, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def products(
-    A, B, W, row, there, col, exists, stride_a, stride_b, stride_w, H,
+    A, B, W, row, there, col, exists, stride_a, stride_b, stride_w, H, DELTA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A[row] @ W[col].T in fp32, `[BLOCK_M, BLOCK_N]`, and unless B is None (B - A)[row] @ W[col].T, the difference
-    taken in fp32 and rounded once."""
+    """A[row] @ W[col].T in fp32, `[BLOCK_M, BLOCK_N]`, and unless DELTA is 0 (B - A)[row] @ W[col].T, the difference
+    taken in fp32 and, as DELTA says, rounded once or kept as the sum of two rounded parts."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc_d = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     lanes = tl.arange(0, BLOCK_K)
@@ -45,9 +45,13 @@ def products(
         a = tl.load(A + row[:, None] * stride_a + (k + lanes)[None, :], mask=mask, other=0.0)
         w = tl.load(W + (k + lanes)[:, None], mask=exists[None, :] & inside[:, None], other=0.0)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
-        if B is not None:
+        if DELTA > 0:
             b = tl.load(B + row[:, None] * stride_b + (k + lanes)[None, :], mask=mask, other=0.0)
-            acc_d = tl.dot((b.to(tl.float32) - a.to(tl.float32)).to(a.dtype), w, acc_d, input_precision=PRECISION)
+            wide = b.to(tl.float32) - a.to(tl.float32)
+            d = wide.to(a.dtype)
+            acc_d = tl.dot(d, w, acc_d, input_precision=PRECISION)
+            if DELTA == 2:
+                acc_d = tl.dot((wide - d.to(tl.float32)).to(a.dtype), w, acc_d, input_precision=PRECISION)
     return acc, acc_d
 
 
@@ -61,10 +65,12 @@ def tile_pair(
     s_a, s_b, s_w, s_w_t = strides
     exists = col < stop
     if IS_DELTA:
-        s, o = products(A, B, W, row, there, col, exists, s_a, s_b, s_w, H, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+        s, o = products(
+            A, B, W, row, there, col, exists, s_a, s_b, s_w, H, IS_DELTA, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        )  # fmt: skip
     else:
-        s, _ = products(A, None, W, row, there, col, exists, s_a, 0, s_w, H, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-        o, _ = products(B, None, W_T, row, there, col, exists, s_b, 0, s_w_t, H_T, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+        s, _ = products(A, A, W, row, there, col, exists, s_a, 0, s_w, H, 0, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+        o, _ = products(B, B, W_T, row, there, col, exists, s_b, 0, s_w_t, H_T, 0, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     bias_s, bias_t = None, None
     if BIAS_S is not None:
         bias_s, bias_t = load_bias(BIAS_S, col, exists)[None, :], load_bias(BIAS_T, col, exists)[None, :]
@@ -130,9 +136,9 @@ def tile_normalise(
         m_t = m_new
         a_t = a_t * shrink + tl.sum(w_t, 1)
         if TOPS is not None:
-            top = tl.maximum(tl.max(w, 1) / a_s, tl.max(w_t, 1) / a_t)
             place = tl.program_id(0) * tl.cdiv(V, BLOCK_N) + j // BLOCK_N
-            tl.store(TOPS + place, tl.max(tl.where(there, top, 0.0), 0))
+            share = tl.maximum(w / a_s[:, None], w_t / a_t[:, None])
+            tl.store(TOPS + place, tl.max(tl.where(there[:, None], share, 0.0)))
         if TARGETS is not None:
             hit = col[None, :] == target[:, None]
             at_s += tl.sum(tl.where(hit, s, 0.0), 1)
@@ -237,7 +243,7 @@ def tile_scores(
         col = j + tl.arange(0, BLOCK_N)
         exists = col < stop
         s, _ = products(
-            A, None, W, row, there, col, exists, stride_a, 0, stride_w, H, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+            A, A, W, row, there, col, exists, stride_a, 0, stride_w, H, 0, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
         )  # fmt: skip
         bias = None
         if BIAS is not None:

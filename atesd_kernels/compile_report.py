@@ -75,10 +75,11 @@ class Compiled:
             found.append(f"{self.spills} spill instructions")
         if self.case.is_matmul and not self.mma:
             found.append("no tensor-core instructions")
-        narrow = sum(n for bits, n in self.loads.items() if bits <= 16) if not self.loads[128] else 0
-        if narrow:
-            found.append(f"{narrow} scalar 16-bit loads in a loop")
-        if not self.case.is_matmul and not sum(n for bits, n in self.loads.items() if bits >= 64):
+        narrow, wide = (sum(n for bits, n in self.loads.items() if (bits >= 64) == vector) for vector in (False, True))
+        # single ones are a row's target or a tile's maximum; the logits and operands come many at a time
+        if narrow >= max(wide, 1):
+            found.append(f"{narrow} loads of 32 bits or less in a loop, beside {wide} wider ones")
+        if not wide:
             found.append("no vector loads in a loop")
         if self.shared > self.gpu.shared:
             found.append(f"{self.shared} bytes of shared memory, the limit is {self.gpu.shared}")

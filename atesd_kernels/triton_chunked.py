@@ -7,6 +7,9 @@ plain product. Nothing here waits for the device: shapes and options alone decid
 captured in a CUDA graph. Masked rows go through the GEMMs but not through the kernels. Before D is rounded, the GEMM
 subtracts its value at a likely token of the row (`centre`).
 
+GEMM work is 3U with a frozen head and 4U with a trained one, U = 2 N H V. Total variation of 16-bit inputs with a
+shared head takes one U more: u jumps at p = q, so H_t - H_s enters D as two rounded parts.
+
 Memory is a chunk of logits plus outputs. Where the gradient is narrower than D or T it cannot overwrite them without
 a race, and gets a buffer of its own within the same budget.
 """

@@ -1,0 +1,27 @@
+"""That the compile report's check can fail. Compiling takes seconds: one row kernel, one GPU."""
+
+import os
+import subprocess
+import sys
+
+SCRIPT = """
+from dataclasses import replace
+from atesd_kernels.compile_report import CASES, GPUS, compile_case
+h100 = next(gpu for gpu in GPUS if gpu.arch == "sm_90")
+case = next(case for case in CASES if case.name == "KL and gradient, shared head")
+print(compile_case(case, h100).faults())
+print(compile_case(replace(case, multiples_of_16=()), h100).faults())
+print(replace(compile_case(case, h100), spills=3, shared=1 << 20).faults())
+print(replace(compile_case(case, h100), case=replace(case, is_matmul=True)).faults())
+"""
+
+
+def test_spills_scalar_loads_missing_tensor_cores_and_too_much_shared_memory_are_faults():
+    # a process of its own: here the kernels are interpreted
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, env=env)
+    sound, unaligned, greedy, slow = done.stdout.splitlines()
+    assert sound == "[]"
+    assert "loads of 32 bits or less in a loop" in unaligned
+    assert "3 spill instructions" in greedy and "bytes of shared memory" in greedy
+    assert "no tensor-core instructions" in slow

@@ -178,6 +178,9 @@ class EvaluationFields:
         None, "our choice", "Longest response in tokens; absent, max_completion_length."
     )
     eval_temperature: float = option(1.0, "OPSD", "Sampling temperature, without top-p and top-k.")
+    eval_box_only: bool = option(
+        True, "OPSD", "Count the last \\boxed{} only; off, a #### line or the last expression is an answer as well."
+    )
 
 
 @dataclass

@@ -71,8 +71,7 @@ def write_reports(folder: Path) -> Path:
 def markdown_report(run: EvalRun) -> str:
     header, rows = metric_table(run)
     parts = [f"# {run.name}", headline(run), markdown_table(header, rows)]
-    if run.results.get("seen_in_training"):
-        parts.append(f"**{seen(run)}**")
+    parts += [f"**{warning}**" for warning in warnings(run)]
     settings = [[name, f"`{json.dumps(value)}`"] for name, value in run.settings.items()]
     parts += ["## Settings", markdown_table(["setting", "value"], settings)]
     parts += [f"Prompt: `{json.dumps(run.record['prompt'])}`", f"Versions: {versions(run)}"]
@@ -85,9 +84,9 @@ def html_report(run: EvalRun) -> str:
     average = next(iter(run.metrics))
     by_problem = {name: row[average] for name, row in run.results["problems"].items()}
     told = f"{average} of each problem, best first: at 0 and 1 there is nothing left to tell models apart by."
-    warning = f"<p><b>{text(seen(run))}</b></p>" if run.results.get("seen_in_training") else ""
+    warned = "".join(f"<p><b>{text(warning)}</b></p>" for warning in warnings(run))
     body = (
-        f"<h1>{text(run.name)}</h1><p>{text(headline(run))}</p>{warning}"
+        f"<h1>{text(run.name)}</h1><p>{text(headline(run))}</p>{warned}"
         f'<h2>Results</h2><div class="card">{html_table(header, rows)}</div>'
         f"{card('By problem', told, plots.problems_plot(by_problem))}"
         f'<h2>Samples</h2><div class="samples">{"".join(sample_cards(read_jsonl(run.folder / "samples.jsonl")))}</div>'
@@ -145,11 +144,21 @@ def headline(run: EvalRun) -> str:
     )
 
 
-def seen(run: EvalRun) -> str:
-    return (
-        f"{len(run.results['seen_in_training'])} of these problems were trained on or probed with by the run of this "
-        f"adapter: they say nothing about problems it has not seen"
-    )
+def warnings(run: EvalRun) -> list[str]:
+    """What a reader must know before the numbers mean anything."""
+    told = []
+    if run.results.get("seen_in_training"):
+        told.append(
+            f"{len(run.results['seen_in_training'])} of these problems were trained on or probed with by the run of "
+            f"this adapter: they say nothing about problems it has not seen."
+        )
+    silent = run.metrics["no_answer"]["value"]
+    if silent > 0.5 and run.settings["box_only"]:
+        told.append(
+            f"{shown('no_answer', silent)} of the samples hold no \\boxed{{}}, and nothing else counts here. For a "
+            f"model that does not write one, give --no_box_only."
+        )
+    return told
 
 
 def versions(run: EvalRun) -> str:

@@ -61,7 +61,7 @@ class TrainingEvaluation:
                 advice = f"the context less eval_max_completion_length={length}; lower it, or drop the problem"
                 limit = prompts.context_length - length
                 raise PromptTooLong(problem.id, "evaluation prompt", len(ids), limit, advice)
-        self.grader = Grader(box_only=True)
+        self.grader = Grader(box_only=config.eval_box_only)
 
     def measure(self, step: int) -> dict[str, Any]:
         """Metrics after `step` updates, none where no evaluation is due. Every process calls it; the first one gets

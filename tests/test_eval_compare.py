@@ -10,7 +10,7 @@ import pytest
 
 from atesd import cli
 from atesd.eval_compare import compare, paired
-from atesd.eval_config import EvalConfig
+from atesd.eval_config import EvalConfig, load_eval_config
 from atesd.eval_files import EvalError
 from atesd.eval_report import load_run, write_reports
 from atesd.eval_stats import estimate
@@ -124,6 +124,19 @@ def test_a_page_escapes_what_it_shows_and_warns_of_problems_seen_in_training(wri
     assert (
         "1 of these problems were trained on" in page and "1 of these problems" in (folder / "results.md").read_text()
     )
+
+
+def test_a_model_that_boxes_no_answer_is_told_what_to_do(written):
+    folder = written("a", [1, 2, 3])
+    write_reports(folder)
+    assert "--no_box_only" not in (folder / "results.md").read_text()
+    results = json.loads((folder / "results.json").read_text())
+    results["metrics"]["no_answer"]["value"] = 0.9
+    (folder / "results.json").write_text(json.dumps(results))
+    write_reports(folder)
+    assert "90.0 % of the samples hold no \\boxed{}" in (folder / "results.md").read_text()
+    assert "--no_box_only" in (folder / "results.html").read_text()
+    assert load_eval_config(["--model", "m", "--data", "d", "--no_box_only"]).box_only is False
 
 
 def test_one_problem_has_no_interval_and_says_so(written):

@@ -22,6 +22,7 @@ from torch import Tensor
 from . import passes
 from .logit_source import GivenLogits, LinearLogits
 from .planning import ChunkPlan, chunk_plan
+from .row_stats import RowStats
 from .spec import DivergenceSpec, RowResult
 from .stats import TokenStats
 
@@ -194,9 +195,7 @@ class Chunk:
         self.lse_b = torch.empty_like(self.top_b)
         self.lowest = self.row.new_zeros(())
         self.mean_e, self.mean_l = self.row.clone(), self.row.clone()
-        self.top_p, self.argtop_t = self.row.clone(), torch.zeros_like(self.row, dtype=torch.long)
-        self.entropy_s, self.entropy_t = self.row.clone(), self.row.clone()
-        self.s_target, self.x_target = self.row.clone(), self.row.clone()
+        self.row_stats = RowStats(self.row, self.target) if self.spec.stats else None
 
     def _softmax(self, b: int, tile: slice, s: Tensor) -> Tensor:
         """A tile of student logits, as they come from the source, into the first buffer; their softmax in the block."""
@@ -208,7 +207,8 @@ class Chunk:
             kept.copy_(s)
         if self.source.may_be_infinite:
             self.lowest = torch.minimum(self.lowest, s.amin())
-        self._gather_target(self.s_target[tile], b, tile, s)
+        if self.row_stats is not None:
+            self.row_stats.see_student(self.cols[b].start, tile, s)
         return q_b
 
     def _normalise_student(self) -> None:
@@ -223,13 +223,6 @@ class Chunk:
             found[here] = self.s[b][here].argmax(1) + cols.start
         return found
 
-    def _gather_target(self, out: Tensor, b: int, tile: slice, values: Tensor) -> None:
-        if self.spec.stats and self.target is not None:
-            column = self.target[tile] - self.cols[b].start
-            here = (column >= 0) & (column < values.shape[1])
-            found = values.gather(1, column.clamp(0, values.shape[1] - 1)[:, None])[:, 0]
-            out.copy_(torch.where(here, found, out))
-
     def _q(self, b: int, tile: slice) -> tuple[Tensor, Tensor | None]:
         """The student's probabilities in a tile as two factors, the second one per row, or None for 1."""
         if self.keeps_logits:
@@ -241,8 +234,6 @@ class Chunk:
     def divergence(self, weight: Tensor | None) -> Tensor:
         """The rows' divergence after clips; gradients, times `weight`, go to the source."""
         spec = self.spec
-        if spec.stats:
-            self.argtop_s = self.top_token()
         if self.shifted is not None:
             value, centre, scale = self.shifted.finish(self.mean_l, self.mean_e)
         else:
@@ -297,8 +288,6 @@ class Chunk:
         capped = self.s[b][tile] * (self.spec.temperature / self.spec.softcap)
         return (1 - capped * capped) * factor[:, None]
 
-    # Statistics.
-
     def _add_stats(self, b: int, tile: slice) -> None:
         q, rho = self._q(b, tile)
         q = q if rho is None else q * rho[:, None]
@@ -308,22 +297,7 @@ class Chunk:
         else:
             log_p = self.other[b][tile] - self.lse_t[tile, None]
             p, x = log_p.exp(), (log_p - (self.s[b][tile] - self.lse_s[tile, None])).nan_to_num_(nan=0.0)
-        self.entropy_s[tile] += torch.special.entr(q).sum(1)
-        self.entropy_t[tile] += torch.special.entr(p).sum(1)
-        update_top(self.top_p[tile], self.argtop_t[tile], p, self.cols[b].start)
-        self._gather_target(self.x_target[tile], b, tile, x)
+        self.row_stats.add(self.cols[b].start, tile, q, p, x)
 
     def stats(self) -> Tensor:
-        agree = (self.argtop_s == self.argtop_t).to(self.row.dtype)
-        confidence, logprob = (self.top_b.amax(0) - self.lse_s).exp(), self.s_target - self.lse_s
-        return torch.stack(
-            [self.raw, self.entropy_s, self.entropy_t, logprob, logprob + self.x_target, confidence, agree]
-        )
-
-
-def update_top(top: Tensor, argtop: Tensor, values: Tensor, start: int) -> None:
-    """Running row maximum `top` `[R]` and its column `argtop`, over blocks that start at column `start`."""
-    block_top, block_arg = values.max(1)
-    better = block_top > top
-    argtop.copy_(torch.where(better, block_arg + start, argtop))
-    top.copy_(torch.where(better, block_top, top))
+        return self.row_stats.result(self.raw, self.top_b.amax(0), self.top_token(), self.lse_s)

@@ -59,3 +59,18 @@ def test_peak_memory_is_the_chunk_and_the_results_whatever_the_tokens(loss, opti
 
 def test_the_count_sees_what_is_inside_an_operator():
     assert peak_bytes(lambda: torch.zeros(1000, 1000).softmax(1)) == 8_000_000
+
+
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_backward_scales_the_gradient_where_it_lies_unless_the_graph_is_kept(reduction):
+    pair = make_pair(200, 1000, 50)
+    hidden = pair.student_hidden.requires_grad_()
+    losses = [linear_divergence(*pair.tensors, reduction=reduction).mean() * 3.0 for _ in range(4)]
+    size = hidden.numel() * hidden.element_size()
+
+    def backward(**options):
+        hidden.grad = None
+        losses.pop().backward(**options)
+
+    assert peak_bytes(lambda: backward(retain_graph=True)) >= size
+    assert peak_bytes(backward) < 0.1 * size

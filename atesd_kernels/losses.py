@@ -84,7 +84,8 @@ def linear_divergence(
         grad_filter: for backend "triton_tiled" only; blocks of tokens by vocabulary in which neither model gives any
             entry a probability above it get no gradient, and no work. Off by default. No skipped entry of the forward
             KL's gradient by the logits exceeds it (times the token's weight); unclipped KLs lose these entries' terms
-            in the loss too.
+            in the loss too. On SmolLM2 with an H100's tiles, 1e-4 skips 29 % of them for a gradient error of 0.5 % and
+            a loss 0.3 % too low (bench/grad_filter.py).
         return_stats: also return `TokenStats`.
 
     Returns:

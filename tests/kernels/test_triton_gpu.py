@@ -76,7 +76,9 @@ def check(dtype, tensors, backend, trained_head=True, upstream=None, stats=False
         h, w, t, w_t = ((x if x is None else x.double().clone() if oracle else on_gpu(x)) for x in tensors)
         h, w = h.requires_grad_(), w.requires_grad_(trained_head)
         if oracle:
-            known = {k: v for k, v in options.items() if k not in ("chunk_bytes", "logits_dtype", "targets")}
+            known = {
+                k: v for k, v in options.items() if k not in ("chunk_bytes", "logits_dtype", "targets", "grad_filter")
+            }
             loss = reference.linear_divergence(h, w, t, w_t, **known)
         else:
             known = {k: on_gpu(v) for k, v in options.items()}
@@ -114,6 +116,13 @@ def test_bf16_keeps_the_gradient_from_a_kl_of_1e_minus_4_to_1(scale, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_all_logit_differences_of_a_row_share_is_not_rounded(backend):
     check(torch.bfloat16, pair(torch.bfloat16, common=12.0), backend)
+
+
+@pytest.mark.parametrize("divergence", ("forward_kl", "jsd"))
+def test_a_filter_that_drops_next_to_nothing_changes_next_to_nothing(divergence):
+    tensors = pair(torch.bfloat16, n=37)
+    mask = torch.arange(37) % 9 > 0
+    check(torch.bfloat16, tensors, "triton_tiled", divergence=divergence, mask=mask, grad_filter=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,5 +1,6 @@
 # make train   everything from nothing: environment, model, the quickstart run and its report
 # make test    the same environment with the test extra, and the tests
+# make test-vllm   rollouts with the real vLLM, its CPU build, in an environment of its own
 #
 # PYTHON=python3.12 picks another interpreter, VENV=path another environment, ARGS="--max_steps 4" adds arguments.
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 INPUTS := setup.py pyproject.toml constraints.txt
 
-.PHONY: train test sanitize compile-report lint bench model clean
+.PHONY: train test test-vllm sanitize compile-report lint bench model clean
 .DELETE_ON_ERROR:
 
 train: model
@@ -44,6 +45,20 @@ $(SANITIZE_VENV)/.installed: requirements-sanitize.txt
 	$(SANITIZE_VENV)/bin/python -m pip install --quiet --requirement requirements-sanitize.txt
 	@touch $@
 
+# vLLM pins torch and transformers, hence an environment of its own. Its CPU build asks for three packages that exist for
+# pictures and sound and do not load beside that torch: vLLM does without them.
+VLLM_VENV ?= .venv-vllm
+
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m atesd.smollm
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm_rollouts $(ARGS)
+
+$(VLLM_VENV)/.installed: requirements-vllm.txt setup.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --requirement requirements-vllm.txt --editable .
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 # Compiles every kernel for four GPUs this machine need not have, and fails on spills and slow instructions.
 compile-report: $(VENV)/.installed-test
 	$(BIN)/python -m atesd_kernels.compile_report --check
@@ -64,4 +79,4 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) $(SANITIZE_VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SANITIZE_VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -50,7 +50,7 @@ setup(
     extras_require={
         "gpu": GPU,
         "flash": ["flash-attn>=2.7,<3; platform_system == 'Linux'"],
-        "vllm": ["vllm>=0.10; platform_system == 'Linux'"],
+        "vllm": ["vllm>=0.32,<1; platform_system == 'Linux'"],
         "eval": EVAL,
         "bench": BENCH,
         "test": TEST,

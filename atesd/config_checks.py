@@ -30,12 +30,17 @@ AT_LEAST_ONE = (
     "max_nonfinite_steps logging_steps save_steps save_total_limit eval_k"
 ).split()
 AT_LEAST_ZERO = (
-    "num_probe_problems num_eval_problems top_k warmup_steps weight_decay lambda_gt entropy_coef seed eval_steps"
+    "num_probe_problems num_eval_problems rollout_retries top_k warmup_steps weight_decay lambda_gt entropy_coef seed "
+    "eval_steps"
 ).split()
 POSITIVE = (
-    "learning_rate temperature scoring_temperature eval_temperature adam_epsilon max_grad_norm policy_learning_rate"
+    "rollout_timeout learning_rate temperature scoring_temperature eval_temperature adam_epsilon max_grad_norm "
+    "policy_learning_rate"
 ).split()
-POSITIVE_OR_ABSENT = "entry_clip token_clip chunk_bytes num_train_problems eval_max_completion_length".split()
+POSITIVE_OR_ABSENT = (
+    "entry_clip token_clip chunk_bytes num_train_problems eval_max_completion_length importance_clip "
+    "vllm_kv_cache_bytes"
+).split()
 FRACTIONS = "beta ema_decay alpha_min alpha_max reward_gamma".split()
 BELOW_ONE = "lora_dropout adam_beta1 adam_beta2".split()
 
@@ -120,8 +125,11 @@ def check_combinations(config: ATESDConfig) -> None:
         require(config, "report_to", tracker in TRACKERS, what)
     alone = trackers == ["none"] or "none" not in trackers
     require(config, "report_to", alone, "none, or trackers without none")
-    if config.rollout_engine != "hf":
-        raise ConfigError(f"rollout_engine is {config.rollout_engine!r}; this version rolls out with 'hf' only")
+    if config.importance_clip is not None and config.rollout_engine == "hf":
+        raise ConfigError(
+            f"importance_clip ({config.importance_clip}) would be ignored, for rollout_engine is 'hf', which samples "
+            f"from the student itself: leave it out"
+        )
 
 
 def check_divergence(config: ATESDConfig) -> None:

@@ -80,14 +80,33 @@ class DataFields:
 class RolloutFields:
     _argument_group_name = "rollouts"
 
-    rollout_engine: Literal["hf", "vllm"] = option(
-        "hf", "our choice", "transformers generates the rollouts; vllm is refused."
+    rollout_engine: Literal["hf", "vllm", "vllm_server"] = option(
+        "hf",
+        "our choice",
+        "Who generates the rollouts: transformers, vLLM inside this process, or a server started with `vllm serve`.",
     )
     num_generations: int = option(1, "OPSD", "Responses sampled for each problem.")
     max_completion_length: int = option(1024, "OPSD", "Longest response in tokens.")
     temperature: float = option(1.1, "OPSD", "Sampling temperature of the rollouts.")
     top_p: float = option(0.95, "OPSD", "Nucleus sampling of the rollouts.")
     top_k: int = option(20, "OPSD", "Top-k sampling of the rollouts; 0 is off.")
+    importance_clip: float | None = option(
+        None, "our choice", "Weigh tokens by trainer/vLLM probability, at most this; absent, no weights."
+    )
+    rollout_timeout: float = option(1800.0, "our choice", "Seconds after which vLLM's answer is no longer waited for.")
+    rollout_retries: int = option(2, "our choice", "How often a response that vLLM did not give is asked for again.")
+    vllm_server_base_url: str = option("http://localhost:8000", "HF", "Where the server answers.")
+    vllm_server_weights: Literal["adapter", "merged"] = option(
+        "adapter",
+        "our choice",
+        "What a server is sent where LoRA is trained: its adapter, or all weights: faster to decode with on a CPU.",
+    )
+    vllm_kv_cache_bytes: int | None = option(
+        None, "our choice", "vLLM's key-value cache; absent, the memory plan's: a step's rollouts at their longest."
+    )
+    vllm_enable_sleep_mode: bool = option(
+        True, "our choice", "Release vLLM's GPU memory while the student is updated; nothing is released on a CPU."
+    )
 
 
 @dataclass

@@ -112,8 +112,3 @@ def summarise(
     names = list(next(iter(rows.values())))
     estimates = estimate(table, confidence, num_bootstrap)
     return {"metrics": dict(zip(names, map(asdict, estimates), strict=True)), "problems": rows}
-
-
-def take_over_weights(engine: RolloutEngine) -> None:
-    """Lets an engine that holds weights of its own read the model's; the others read them anyway."""
-    getattr(engine, "sync", lambda: None)()

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from atesd.config import ATESDConfig
-from atesd.eval_answers import Protocol, Sample, answers, summarise, take_over_weights
+from atesd.eval_answers import Protocol, Sample, answers, summarise
 from atesd.grading import Grader
 from atesd.memory import release_freed_memory
 from atesd.problems import Problem
@@ -70,9 +70,10 @@ class TrainingEvaluation:
         if not self.every or not (step % self.every == 0 or step == self.last) or (step == 0 and not self.on_start):
             return {}
         started = time.perf_counter()
-        take_over_weights(self.engine)
+        self.engine.sync()
         batches = answers(self.problems, self.prompts, self.engine, self.tokenizer, self.grader, self.protocol)
         samples: list[Sample] = gather_object([sample for batch in batches for sample in batch])
+        self.engine.release()
         release_freed_memory()
         if not self.accelerator.is_main_process:
             return {}

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from atesd import __version__
 from atesd.benchmarks import load_benchmark, seen_in_training
 from atesd.config_checks import ConfigError
-from atesd.eval_answers import Protocol, Sample, answers, summarise, take_over_weights
+from atesd.eval_answers import Protocol, Sample, answers, summarise
 from atesd.eval_config import FREE, EvalConfig
 from atesd.eval_files import RESULTS, EvalError, SampleFile, claim, fingerprint, read_json, seed_of, write_json
 from atesd.eval_model import base_model, find_adapter, find_run, load_student
@@ -74,8 +74,9 @@ def evaluate(config: EvalConfig) -> Path:
             if done != expected.keys():
                 model = load_student(resolved, adapter, device)
                 engine = make_engine(engine_settings(resolved, prompts, device), model, tokenizer)
-                take_over_weights(engine)
+                engine.sync()
                 draw(resolved, problems, prompts, engine, tokenizer, grader, file, done)
+                engine.close()
             rows = in_order(file.rows, problems)
             results = summarise(rows, config.num_generations, grader, config.confidence, config.num_bootstrap)
     run = find_run(adapter) if adapter else None
@@ -122,7 +123,7 @@ def engine_settings(config: EvalConfig, prompts: list[list[int]], device: torch.
         "gradient_accumulation_steps": 1,
         "num_generations": min(config.batch_size, CACHED_AT_LEAST),
     }
-    if device.type == "cuda" and getattr(config, "vllm_kv_cache_bytes", None) is None:
+    if device.type == "cuda" and config.vllm_kv_cache_bytes is None:
         sizes["vllm_kv_cache_bytes"] = int(CACHE_SHARE * torch.cuda.mem_get_info(device)[0])
     return SimpleNamespace(**{**asdict(config), **sizes})
 

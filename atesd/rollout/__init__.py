@@ -21,12 +21,15 @@ class Rollout:
         response_ids: what was sampled, its end-of-sequence token included where one came.
         truncated: True when `max_completion_length` ended it.
         finite: False when the student's logits were not: the response ends there, and the trainer skips the step.
+        logprobs: what the engine says the log-probability of each response token was, at temperature 1 and before
+            top-k and top-p; None from an engine that is the trained model itself.
     """
 
     prompt_ids: list[int]
     response_ids: list[int]
     truncated: bool
     finite: bool = True
+    logprobs: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,24 @@ class Sampling:
     seeds: tuple[int, ...]
 
 
-class RolloutEngine(Protocol):
-    """Samples one response for each prompt from the student as it is now."""
+class RolloutError(RuntimeError):
+    """An engine gave no usable responses, or cannot be used: the message says why and what to do."""
 
-    def generate(self, prompts: list[list[int]], sampling: Sampling | None = None) -> list[Rollout]: ...
+
+class RolloutEngine(Protocol):
+    """Samples one response for each prompt, from the student as it was at the last `sync`."""
+
+    def sync(self) -> None:
+        """Take over the student's weights as they are now. Comes before the first `generate`."""
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling | None = None) -> list[Rollout]:
+        """One response for each prompt, in their order, or RolloutError: never fewer."""
+
+    def release(self) -> None:
+        """Give up memory until the next `sync`, where the engine holds any on the trainer's device."""
+
+    def close(self) -> None:
+        """The engine is not needed any more."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -58,18 +75,37 @@ class RolloutEngine(Protocol):
 
 
 def make_engine(config: ATESDConfig, model: Any, tokenizer: Any, rank: int = 0) -> RolloutEngine:
-    """The engine `config.rollout_engine` names; each process (`rank`) draws other responses."""
-    if config.rollout_engine == "hf":
-        from atesd.rollout.hf import HFEngine
+    """The engine `config.rollout_engine` names; each process (`rank`) draws other responses.
 
-        return HFEngine(
-            model,
-            tokenizer,
-            max_completion_length=config.max_completion_length,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            seed=config.seed + 7919 * rank,
-            bf16=config.bf16,
-        )
-    raise ValueError(f"rollout_engine is {config.rollout_engine!r}; this version generates with 'hf' only.")
+    Raises:
+        RolloutError: vLLM is not installed, its server does not answer or cannot hold the run's prompts.
+    """
+    if config.rollout_engine != "hf":
+        from accelerate import PartialState
+
+        if PartialState().num_processes > 1:
+            raise RolloutError(
+                f"rollout_engine is {config.rollout_engine!r} and {PartialState().num_processes} processes train; vLLM "
+                "rollouts work with one: start one process, or set rollout_engine to 'hf'."
+            )
+    if config.rollout_engine == "vllm":
+        from atesd.rollout.vllm import VLLMEngine
+
+        return VLLMEngine.from_config(config, model, tokenizer)
+    if config.rollout_engine == "vllm_server":
+        from atesd.rollout.vllm_server import VLLMServerEngine
+
+        return VLLMServerEngine.from_config(config, model, tokenizer)
+
+    from atesd.rollout.hf import HFEngine
+
+    return HFEngine(
+        model,
+        tokenizer,
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        seed=config.seed + 7919 * rank,
+        bf16=config.bf16,
+    )

@@ -152,6 +152,15 @@ class HFEngine:
         rows = zip(responses.tolist(), lengths.tolist(), finite.tolist(), strict=True)
         return [(row[:n], drawn) for row, n, drawn in rows]
 
+    def sync(self) -> None:
+        """Nothing to do: this engine decodes with the student itself."""
+
+    def release(self) -> None:
+        """Nothing to do: cache and packed matrices live as long as `generate`."""
+
+    def close(self) -> None:
+        """Nothing to do: it holds nothing of its own."""
+
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}
 

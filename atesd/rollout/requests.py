@@ -1,0 +1,152 @@
+"""Rollouts from an engine that answers requests: what is asked, what counts as an answer, and what is asked again.
+
+Separate because vLLM in this process and vLLM behind a server differ only in how a request travels. Every response has
+a seed of its own, so that neither the order of the answers nor the company in a batch decides what is sampled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from atesd.rollout import Rollout, RolloutError, Sampling
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An engine's answer, as it came."""
+
+    token_ids: list[int]
+    logprobs: list[float] | None
+    finish_reason: str | None
+
+
+class RequestEngine(ABC):
+    """Turns prompts into requests with seeds, repeats those that fail, and refuses what stays unusable.
+
+    Args:
+        stop_ids: tokens that end a response; the engine's own list is not used, so that all engines stop alike.
+        context_length: longest prompt and response together.
+        max_completion_length, temperature, top_p, top_k, seed: the engine's own sampling.
+        retries: how often a response that failed is asked for again.
+        timeout: seconds after which a request is given up.
+    """
+
+    pause = 0.0  # seconds before the first repetition; the second waits twice as long
+
+    def __init__(
+        self,
+        *,
+        stop_ids: list[int],
+        context_length: int,
+        max_completion_length: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        retries: int = 2,
+        timeout: float = 1800.0,
+    ):
+        self.stop_ids, self.context_length = stop_ids, context_length
+        self.max_completion_length = max_completion_length
+        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
+        self.seed, self.asked = seed, 0
+        self.retries, self.timeout = retries, timeout
+
+    @abstractmethod
+    def complete(self, prompts: list[list[int]], parameters: list[dict[str, Any]]) -> list[Completion | Exception]:
+        """An answer, or what went wrong, for each prompt, under vLLM's sampling parameters."""
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling | None = None) -> list[Rollout]:
+        """One response for each prompt. Log-probabilities come with the engine's own sampling only."""
+        if sampling is not None:
+            return self.ask_for(prompts, sampling, logprobs=False)
+        seeds = tuple(seed_of(self.seed, self.asked + i) for i in range(len(prompts)))
+        sampling = Sampling(self.max_completion_length, self.temperature, self.top_p, self.top_k, seeds)
+        rollouts = self.ask_for(prompts, sampling, logprobs=True)
+        self.asked += len(prompts)
+        return rollouts
+
+    def ask_for(self, prompts: list[list[int]], sampling: Sampling, logprobs: bool) -> list[Rollout]:
+        longest = max(map(len, prompts))
+        if longest + sampling.max_completion_length > self.context_length:
+            raise RolloutError(
+                f"a prompt of {longest} tokens and a response of up to {sampling.max_completion_length} do not fit the "
+                f"rollout engine's context of {self.context_length} tokens. Lower max_prompt_length or "
+                "max_completion_length, or start the engine with a longer context."
+            )
+        parameters = [request_parameters(sampling, seed, self.stop_ids, logprobs) for seed in sampling.seeds]
+        done: dict[int, Rollout] = {}
+        problem = ""
+        for attempt in range(1 + self.retries):
+            left = [i for i in range(len(prompts)) if i not in done]
+            if attempt:
+                tqdm.write(f"{len(left)} of {len(prompts)} rollouts failed and are asked for again: {problem}")
+                time.sleep(self.pause * attempt)
+            answers = self.complete([prompts[i] for i in left], [parameters[i] for i in left])
+            for i, answer in zip(left, answers, strict=True):
+                wrong = self.what_is_wrong(answer, logprobs)
+                if wrong is None:
+                    finite = all(map(math.isfinite, answer.logprobs or ()))
+                    truncated = finite and answer.finish_reason == "length"
+                    done[i] = Rollout(prompts[i], answer.token_ids, truncated, finite, answer.logprobs)
+                else:
+                    problem = wrong
+            if len(done) == len(prompts):
+                return [done[i] for i in range(len(prompts))]
+        failed = len(prompts) - len(done)
+        raise RolloutError(f"{failed} of {len(prompts)} rollouts failed {1 + self.retries} times. The last: {problem}")
+
+    def what_is_wrong(self, answer: Completion | Exception, logprobs: bool) -> str | None:
+        """Why an answer cannot be trained on; None where it can."""
+        if isinstance(answer, RolloutError):
+            raise answer
+        if isinstance(answer, Exception):
+            return f"{type(answer).__name__}: {answer}"
+        if not answer.token_ids:
+            return f"an empty response (finish reason {answer.finish_reason!r})"
+        if answer.finish_reason not in ("stop", "length"):
+            return f"a response that ended with finish reason {answer.finish_reason!r}"
+        if answer.finish_reason == "stop" and answer.token_ids[-1] not in self.stop_ids:
+            return f"a response that stopped at token {answer.token_ids[-1]}, which is no end token"
+        if logprobs and (answer.logprobs is None or len(answer.logprobs) != len(answer.token_ids)):
+            return "a response without a log-probability for each of its tokens"
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "asked" not in state:
+            raise RolloutError(
+                "the checkpoint's rollouts came from rollout_engine 'hf', whose random state means nothing to vLLM: "
+                "resume with --rollout_engine hf, or start a new run."
+            )
+        self.asked = state["asked"]
+
+
+def seed_of(seed: int, number: int) -> int:
+    """The seed of a run's response `number`: 48 bits that look nothing like the next one's."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:6], "big")
+
+
+def request_parameters(sampling: Sampling, seed: int, stop_ids: list[int], logprobs: bool) -> dict[str, Any]:
+    """Sampling parameters under vLLM's names; what a model's generation config might add is switched off by name."""
+    return {
+        "max_tokens": sampling.max_completion_length,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "seed": seed,
+        "stop_token_ids": stop_ids,
+        "ignore_eos": True,
+        "logprobs": 0 if logprobs else None,
+    }

@@ -1,0 +1,205 @@
+"""Rollouts by vLLM inside the training process ("colocated").
+
+The student's merged weights are handed over as tensors before each batch of rollouts. On a GPU the engine sleeps while
+the student is updated, so that both need not fit at once; vLLM knows no sleep on a CPU, where nothing is released.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from atesd.config import ATESDConfig
+from atesd.memory_plan import cached_numbers
+from atesd.models import context_length, model_path
+from atesd.rollout import RolloutError
+from atesd.rollout.hf import stop_token_ids
+from atesd.rollout.requests import Completion, RequestEngine
+from atesd.rollout.vllm_worker import WORKER_EXTENSION
+from atesd.rollout.weights import merged_weights
+from atesd_kernels.integrations.head import unwrap
+
+BLOCK = 128  # tokens in a block of the cache on a CPU; on a GPU they are smaller
+
+
+class VLLMEngine(RequestEngine):
+    """Samples from a copy of `model` that vLLM holds.
+
+    Args:
+        model: the student, bare or under peft.
+        path: the folder or Hub id `model` was loaded from, for its architecture.
+        dtype: of the engine's weights and cache.
+        kv_cache_bytes: size of its key-value cache; requests beyond it wait.
+        sleep: release the engine's memory between `release` and `sync`; ignored on a CPU.
+        **requests: as in `RequestEngine`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str,
+        *,
+        dtype: torch.dtype,
+        kv_cache_bytes: int,
+        sleep: bool = True,
+        **requests: Any,
+    ):
+        super().__init__(**requests)
+        if importlib.util.find_spec("vllm") is None:
+            raise RolloutError(
+                "rollout_engine is 'vllm', which is not installed here: pip install 'atesd[vllm]' (without a GPU: see "
+                "requirements-vllm.txt), or set rollout_engine to 'hf'."
+            )
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        self.model, self.dtype, self.sleep, self.asleep = model, dtype, sleep and not on_cpu, False
+        self.requests = 0
+        with as_a_guest():
+            from vllm import LLM
+
+            try:
+                self.llm = LLM(
+                    path,
+                    dtype=str(dtype).removeprefix("torch."),
+                    max_model_len=self.context_length,
+                    kv_cache_memory_bytes=kv_cache_bytes,
+                    enable_sleep_mode=self.sleep,
+                    enforce_eager=on_cpu,  # a compiled CPU graph keeps the packed matrices it was traced with
+                    skip_tokenizer_init=True,
+                    use_tqdm_on_load=False,
+                    worker_extension_cls=WORKER_EXTENSION,
+                    seed=self.seed,
+                )
+            except (ValueError, RuntimeError) as error:
+                raise RolloutError(f"vLLM does not start with {path!r}: {error}") from error
+
+    @classmethod
+    def from_config(cls, config: ATESDConfig, model: nn.Module, tokenizer: Any) -> VLLMEngine:
+        """As `config` says, with a cache for all rollouts of a step where its size is left open."""
+        dtype = torch.bfloat16 if config.bf16 else getattr(torch, config.torch_dtype)
+        return cls(
+            model,
+            model_path(config.model_name_or_path),
+            dtype=dtype,
+            kv_cache_bytes=config.vllm_kv_cache_bytes or kv_cache_bytes(unwrap(model).config, config, dtype),
+            sleep=config.vllm_enable_sleep_mode,
+            **request_settings(config, model, tokenizer),
+        )
+
+    def sync(self) -> None:
+        if self.asleep:
+            self.llm.wake_up(tags=["weights"])
+        self.llm.collective_rpc("load_student", args=(merged_weights(self.model, self.dtype),))
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
+        if not self.llm.reset_prefix_cache():
+            raise RolloutError("vLLM keeps keys and values of the old weights: a request is still running.")
+
+    def release(self) -> None:
+        if self.sleep and not self.asleep:
+            self.llm.sleep(level=2)  # nothing is kept: `sync` brings every weight
+            self.asleep = True
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def complete(self, prompts: list[list[int]], parameters: list[dict[str, Any]]) -> list[Completion | Exception]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self.llm.llm_engine
+        final = RequestOutputKind.FINAL_ONLY
+        indices: dict[str, int] = {}
+        answers: list[Completion | Exception] = [TimeoutError(f"no answer in {self.timeout:g} s")] * len(prompts)
+        deadline = time.monotonic() + self.timeout
+        try:
+            with global_randomness_kept():
+                for index, (prompt, settings) in enumerate(zip(prompts, parameters, strict=True)):
+                    name, self.requests = str(self.requests), self.requests + 1
+                    settings = SamplingParams(**settings, detokenize=False, output_kind=final)
+                    engine.add_request(name, {"prompt_token_ids": prompt}, settings)
+                    indices[name] = index
+                while indices and time.monotonic() < deadline:
+                    for output in engine.step():
+                        if output.finished:
+                            answers[indices.pop(output.request_id)] = completion(output.outputs[0])
+        except Exception as error:
+            for index in indices.values():
+                answers[index] = error
+        finally:
+            engine.abort_request(list(indices))
+        return answers
+
+
+def completion(output: Any) -> Completion:
+    """vLLM's output, its log-probs reduced to those of the sampled tokens."""
+    ids = list(output.token_ids)
+    logprobs = None
+    if output.logprobs is not None:
+        logprobs = [entry[token].logprob for token, entry in zip(ids, output.logprobs, strict=True)]
+    return Completion(ids, logprobs, output.finish_reason)
+
+
+def request_settings(config: ATESDConfig, model: nn.Module, tokenizer: Any) -> dict[str, Any]:
+    """What both vLLM engines take from a configuration."""
+    return {
+        "context_length": longest_sequence(config, model),
+        "stop_ids": stop_token_ids(unwrap(model), tokenizer),
+        "max_completion_length": config.max_completion_length,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": config.top_k,
+        "seed": config.seed,
+        "retries": config.rollout_retries,
+        "timeout": config.rollout_timeout,
+    }
+
+
+def longest_sequence(config: ATESDConfig, model: nn.Module) -> int:
+    """Tokens of the longest prompt with the longest response, an evaluation's during training among them."""
+    response = max(config.max_completion_length, getattr(config, "eval_max_completion_length", None) or 0)
+    return min(context_length(unwrap(model).config), config.max_prompt_length + response)
+
+
+def kv_cache_bytes(model_config: Any, config: ATESDConfig, dtype: torch.dtype) -> int:
+    """The memory plan's cache, all rollouts of a step at their longest, in whole blocks and one that vLLM keeps."""
+    rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.num_generations
+    blocks = -(-(config.max_prompt_length + config.max_completion_length) // BLOCK)
+    return (rollouts * blocks + 1) * BLOCK * cached_numbers(model_config) * dtype.itemsize
+
+
+@contextmanager
+def global_randomness_kept() -> Iterator[None]:
+    """vLLM draws from the global generators, though every request has a seed, and seeds them all when it starts."""
+    states = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+@contextmanager
+def as_a_guest() -> Iterator[None]:
+    """vLLM in this very process, quiet, and without the trace it leaves on a CPU: a `torch.set_num_threads` that does
+    nothing."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    for name, value in (("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_NO_USAGE_STATS", "1")):
+        os.environ.setdefault(name, value)
+    set_num_threads = torch.set_num_threads
+    try:
+        with global_randomness_kept():
+            yield
+    finally:
+        torch.set_num_threads = set_num_threads

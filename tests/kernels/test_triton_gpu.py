@@ -254,3 +254,32 @@ def test_two_runs_give_the_same_bits():
             grads.append((h.grad, w.grad))
         for first, second in zip(*grads, strict=True):
             assert torch.equal(first, second)
+
+
+@pytest.mark.skipif(SANITIZED, reason="needs a GPU")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_call_can_be_captured_in_a_cuda_graph(backend):
+    student, weight, teacher, _ = map(on_gpu, pair(torch.bfloat16))
+    mask = torch.tensor([True, True, False, True, True], device=DEVICE)
+    h = student.requires_grad_()
+
+    def step():
+        h.grad = None
+        loss = linear_divergence(h, weight, teacher, mask=mask, backend=backend)
+        loss.backward()
+        return loss.detach()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    with torch.no_grad():
+        h += 0.05
+    captured = h.grad
+    graph.replay()
+    replayed = loss.clone(), captured.clone()
+    assert torch.equal(replayed[0], step()) and torch.equal(replayed[1], h.grad)

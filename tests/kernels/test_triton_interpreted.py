@@ -198,6 +198,20 @@ def test_rows_may_lie_more_than_two_to_the_31_entries_apart(tmp_path):
     assert torch.equal(*values) and (values[0] > 0).all()
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a mapped file needs no memory on a CPU only")
+def test_rows_of_a_head_may_lie_as_far_apart(tmp_path):
+    v, apart = 70, 1 << 25
+    file = torch.from_file(str(tmp_path / "head"), shared=True, size=v * apart, dtype=torch.float16)
+    head = file.as_strided((v, 24), (apart, 1))
+    pair = make_pair(n=3, h=24, v=v, dtype=torch.float16)
+    head.copy_(pair.student_weight)
+    targets = torch.tensor([0, 68, 69])
+    values = [
+        linear_logprobs(pair.student_hidden, w, targets, backend="triton_tiled") for w in (head, pair.student_weight)
+    ]
+    assert torch.equal(*values)
+
+
 def test_every_divergence_of_the_library_has_a_triton_function():
     for name in DIVERGENCES:
         module, function = get_divergence(name, 0.5).triton.split(":")

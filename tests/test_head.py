@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, PhiConfig
 
 from atesd_kernels.integrations.head import check_head, hidden_states_and_head
@@ -124,3 +125,49 @@ def test_logits_changed_after_the_head_in_an_unannounced_way_are_caught(model):
     model.lm_head.register_forward_hook(lambda module, inputs, output: output + torch.arange(300.0) / 100)
     with pytest.raises(ValueError, match="after the linear head"):
         check_head(model)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def calls_of(module) -> list[str]:
+    seen = []
+    module.register_forward_pre_hook(lambda *_: seen.append("forward"))
+    return seen
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lora], ids=["bare", "peft"])
+def test_under_ddp_and_fsdp2_the_wrapper_runs_the_backbone(model, wrap, one_process):
+    wrapped = wrap(model)
+    expected = logits_from_parts(wrapped)
+    ddp = nn.parallel.DistributedDataParallel(wrapped)
+    seen = calls_of(ddp)
+    torch.testing.assert_close(logits_from_parts(ddp), expected)
+    assert seen == ["forward"] and "forward" not in vars(wrapped)
+    (logits_from_parts(ddp) * expected.detach()).sum().backward()  # the reducer is ready for it
+    sharded = wrap(AutoModelForCausalLM.from_pretrained(model.name_or_path)) if wrap is not lora else model
+    for p in sharded.lm_head.parameters():
+        p.requires_grad_(False)
+    fully_shard(sharded)
+    seen = calls_of(sharded)
+    torch.testing.assert_close(logits_from_parts(sharded), expected)
+    assert seen == ["forward"] and type(hidden_states_and_head(sharded)[1].weight) is torch.Tensor
+
+
+def test_a_head_whose_gradient_fsdp2_would_average_is_refused(model, one_process):
+    fully_shard(model)
+    with pytest.raises(ValueError, match="is trained and sharded by fully_shard"):
+        hidden_states_and_head(model)
+
+
+def test_fsdp1_and_zero3_are_refused_by_name(model, one_process):
+    model.lm_head.weight.ds_id = 1
+    with pytest.raises(ValueError, match="ZeRO-3"):
+        hidden_states_and_head(model)
+    del model.lm_head.weight.ds_id
+    with pytest.raises(ValueError, match="FSDP1"):
+        hidden_states_and_head(FullyShardedDataParallel(model))

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -94,25 +97,57 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def _through(wrapper: nn.Module, inner: nn.Module, function: Callable[..., object], **inputs: object) -> object:
+    """Call `function` as the forward of `inner`, so that `wrapper` sees a forward pass and prepares its gradients.
+
+    DDP exchanges gradients, and FSDP gathers parameters, only around a call of the wrapper itself.
+    """
+    had_own = "forward" in vars(inner)
+    forward = inner.forward
+
+    def restore() -> None:
+        if had_own:
+            inner.forward = forward
+        elif "forward" in vars(inner):
+            del inner.forward
+
+    def once(**kwargs: object) -> object:
+        restore()
+        return function(**kwargs)
+
+    inner.forward = once
+    try:
+        return wrapper(**inputs)
+    finally:
+        restore()
+
+
 def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., object], HeadSpec]:
     """Split `model` into its backbone and its head.
 
     Args:
-        model: a causal language model as transformers loads it, bare or wrapped by peft, DDP or torch.compile.
+        model: a causal language model as transformers loads it, bare or wrapped by peft, DDP, FSDP2 (`fully_shard`) or
+            torch.compile (the backbone then runs uncompiled). The wrapper's own forward is what runs the backbone.
 
     Returns:
         `(backbone, head)`: calling `backbone(input_ids=..., ...)` gives an output whose `last_hidden_state` is
-        `(batch, length, hidden)`, adapters included; `head` maps its rows to logits.
+        `(batch, length, hidden)`, adapters included; `head` maps its rows to logits. A frozen head that FSDP2 has
+        sharded is gathered once, here.
 
     Raises:
         ValueError: naming what stands in the way: no head, an adapter or a wrapper on the head, a head that is not a
-            plain linear layer, sharded parameters, a softcap together with a scale.
+            plain linear layer, FSDP1 or ZeRO-3, a trained head under FSDP2, a softcap together with a scale.
 
     Example:
         >>> backbone, head = hidden_states_and_head(model)
         >>> hidden = backbone(input_ids=ids).last_hidden_state
         >>> loss = linear_divergence(hidden, head.weight, teacher_hidden, softcap=head.softcap)
     """
+    if isinstance(model, FullyShardedDataParallel):
+        raise ValueError(
+            "the model is wrapped by FullyShardedDataParallel (FSDP1), which keeps its head out of reach. "
+            "Use fully_shard (FSDP2) or DDP."
+        )
     base = unwrap(model)
     name = type(base).__name__
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
@@ -130,8 +165,19 @@ def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., object], Hea
         )
     if type(head) is not nn.Linear:
         raise ValueError(f"the head of {name} is a {type(head).__name__}, not torch.nn.Linear: load it unquantised.")
-    if head.weight.dim() != 2:
-        raise ValueError(f"the head weight of {name} has shape {tuple(head.weight.shape)}: it seems sharded (FSDP).")
+    if head.weight.dim() != 2 or hasattr(head.weight, "ds_id"):
+        raise ValueError(
+            f"the head weight of {name} has shape {tuple(head.weight.shape)}: it is sharded by DeepSpeed ZeRO-3 or "
+            "FSDP1, so its values are not here. Use DDP, ZeRO-2 or fully_shard (FSDP2)."
+        )
+    weight, bias = head.weight, head.bias
+    if isinstance(weight, DTensor):
+        if weight.requires_grad and isinstance(model, FSDPModule):
+            raise ValueError(
+                f"the head of {name} is trained and sharded by fully_shard: FSDP2 averages gradients over ranks inside "
+                "its forward only. Freeze the head (LoRA does), or leave it out of the sharding."
+            )
+        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
     backbone = getattr(base, getattr(base, "base_model_prefix", ""), None)
     if not isinstance(backbone, nn.Module):
         raise ValueError(f"{name} has no separate backbone (looked for '{getattr(base, 'base_model_prefix', '')}').")
@@ -146,7 +192,12 @@ def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., object], Hea
         scale = float(config.lm_head_multiplier)
     if softcap and scale != 1.0:
         raise ValueError(f"{name} has both a logit softcap ({softcap}) and a scale ({scale}); their order is unknown.")
-    return backbone, HeadSpec(head.weight, head.bias, float(softcap) if softcap else None, scale)
+    call: Callable[..., object] = backbone
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        call = partial(_through, model, model.module, backbone)
+    elif isinstance(model, FSDPModule):
+        call = partial(_through, model, model, backbone)
+    return call, HeadSpec(weight, bias, float(softcap) if softcap else None, scale)
 
 
 @torch.no_grad()

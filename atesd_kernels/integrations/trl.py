@@ -108,13 +108,7 @@ def hidden_states(trainer: Any, model: nn.Module, **inputs: Tensor) -> Hidden:
     """Run `model` as far as its last hidden states, `[B, L, H]`, in the trainer's precision."""
     backbone, head = hidden_states_and_head(model)
     with trainer.accelerator.autocast():
-        if isinstance(model, nn.parallel.DistributedDataParallel):  # its forward prepares the gradient exchange
-            from trl.models.utils import _ForwardRedirection
-
-            output = _ForwardRedirection()(model, model.module, backbone, use_cache=False, **inputs)
-        else:
-            output = backbone(use_cache=False, **inputs)
-    return Hidden(output.last_hidden_state, head)
+        return Hidden(backbone(use_cache=False, **inputs).last_hidden_state, head)
 
 
 def _require_whole_heads(trainer: Any) -> None:

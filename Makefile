@@ -27,6 +27,7 @@ test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The kernels' GPU suite without a GPU: what Triton's compiler produces is executed on the CPU, and an out-of-bounds
 # access, a race between programs or a read of unwritten memory fails its test. Python 3.12, in an environment of its own.

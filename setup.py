@@ -29,8 +29,14 @@ TRL = ["trl>=1.0,<2"]
 LIGER = ["liger-kernel>=0.6,<1; platform_system == 'Linux'"]
 BENCH = ["pytest>=8,<10", "pytest-benchmark>=5,<6", "psutil>=5.9,<8", *TRL, *LIGER]
 # triton: its interpreter and its offline compiler run on machines without a GPU.
-TEST = ["pytest>=8,<10", "hypothesis>=6.100,<7", "ruff>=0.9,<1", "triton>=3.2; platform_system == 'Linux'"]
-TEST += [*EVAL, *TRL, *LIGER]
+TEST = [
+    "pytest>=8,<10",
+    "hypothesis>=6.100,<7",
+    "ruff>=0.9,<1",
+    "mypy>=1.15,<3",
+    "triton>=3.2; platform_system == 'Linux'",
+]
+TEST += [*EVAL, *TRL, *LIGER, "pytorch-lightning>=2.4,<3"]
 
 README = Path(__file__).parent / "README.md"
 
@@ -61,7 +67,10 @@ setup(
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

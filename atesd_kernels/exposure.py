@@ -6,6 +6,8 @@ asks the question that matters: does the exposed prefix help with the rest?
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -77,19 +79,11 @@ def exposure_logprobs(
             return ops.exposure_means_op(
                 hidden, weight, bias, targets, lengths, exposed, mask, float(temperature), softcap, logits_dtype, dtype
             )
-    result = linear_logprobs(
-        hidden,
-        weight,
-        targets,
-        temperature=temperature,
-        bias=bias,
-        softcap=softcap,
-        mask=mask,
-        backend=backend,
-        chunk_bytes=chunk_bytes,
-        logits_dtype=logits_dtype,
-        return_stats=return_stats,
-    )
+    options: dict[str, Any] = dict(
+        temperature=temperature, bias=bias, softcap=softcap, mask=mask, backend=backend, chunk_bytes=chunk_bytes,
+        logits_dtype=logits_dtype, return_stats=return_stats,
+    )  # fmt: skip
+    result: Any = linear_logprobs(hidden, weight, targets, **options)
     logprobs, *stats = result if return_stats else (result,)
     means = logprobs.sum(1) / mask.sum(1).clamp_min(1)
     return (means, *stats) if return_stats else means

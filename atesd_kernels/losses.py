@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,32 @@ from .arguments import (
 from .divergences import DivergenceTerm
 from .stats import TokenStats
 
+if TYPE_CHECKING:  # the overloads say what `return_stats` changes; the definitions below say the rest
+    from typing_extensions import Unpack
 
+    from .options import DivergenceOptions, LinearDivergenceOptions, LogprobOptions
+
+
+@overload
+def linear_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LinearDivergenceOptions],
+) -> Tensor: ...
+@overload
+def linear_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None = None,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[LinearDivergenceOptions],
+) -> tuple[Tensor, TokenStats]: ...
 def linear_divergence(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -151,6 +178,18 @@ def linear_divergence(
     return (loss, _stats(stats, lead, targets is not None)) if return_stats else loss
 
 
+@overload
+def divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[DivergenceOptions],
+) -> Tensor: ...
+@overload
+def divergence(
+    student_logits: Tensor, teacher_logits: Tensor, *, return_stats: Literal[True], **options: Unpack[DivergenceOptions]
+) -> tuple[Tensor, TokenStats]: ...
 def divergence(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -214,6 +253,19 @@ def divergence(
     return (loss, _stats(stats, lead, targets is not None)) if return_stats else loss
 
 
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LogprobOptions],
+) -> Tensor: ...
+@overload
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, return_stats: Literal[True], **options: Unpack[LogprobOptions]
+) -> tuple[Tensor, TokenStats]: ...
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -285,8 +337,8 @@ def _per_token(value: Tensor, row_weight: Tensor | None, lead: torch.Size) -> Te
 
 def _stats(stats: Tensor, lead: torch.Size, has_targets: bool) -> TokenStats:
     shaped = stats.detach().reshape(len(TokenStats._fields), *lead)
-    fields = dict(zip(TokenStats._fields, shaped.unbind(0), strict=True))
-    fields["top1_agree"] = fields["top1_agree"] > 0
+    fields: dict[str, Tensor | None] = dict(zip(TokenStats._fields, shaped.unbind(0), strict=True))
+    fields["top1_agree"] = shaped[TokenStats._fields.index("top1_agree")] > 0
     if not has_targets:
         fields["student_logprob"] = fields["teacher_logprob"] = None
-    return TokenStats(**fields)
+    return TokenStats(**fields)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class HeadSpec:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The causal language model under torch.compile, DDP / DataParallel and peft wrappers."""
     while True:
         if hasattr(model, "_orig_mod"):
@@ -97,7 +98,7 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def _through(wrapper: nn.Module, inner: nn.Module, function: Callable[..., object], **inputs: object) -> object:
+def _through(wrapper: nn.Module, inner: nn.Module, function: Callable[..., Any], **inputs: object) -> object:
     """Call `function` as the forward of `inner`, so that `wrapper` sees a forward pass and prepares its gradients.
 
     DDP exchanges gradients, and FSDP gathers parameters, only around a call of the wrapper itself.
@@ -122,7 +123,24 @@ def _through(wrapper: nn.Module, inner: nn.Module, function: Callable[..., objec
         restore()
 
 
-def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., object], HeadSpec]:
+# Frozen heads that FSDP2 shards, whole: one tensor for all callers, so that teacher and student are seen to share it.
+_WHOLE: WeakKeyDictionary[nn.Module, tuple[int, Tensor, Tensor | None]] = WeakKeyDictionary()
+
+
+def _gathered(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """The whole weight and bias. Between a forward and its backward FSDP2 lends them unsharded, and frees them then."""
+    sharded, known = isinstance(head.weight, DTensor), _WHOLE.get(head)
+    if known is None or (sharded and known[0] != head.weight._version):
+
+        def whole(t: Tensor) -> Tensor:
+            return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+
+        bias = None if head.bias is None else whole(head.bias)
+        known = _WHOLE[head] = (head.weight._version if sharded else -1, whole(head.weight), bias)
+    return known[1], known[2]
+
+
+def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., Any], HeadSpec]:
     """Split `model` into its backbone and its head.
 
     Args:
@@ -132,7 +150,7 @@ def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., object], Hea
     Returns:
         `(backbone, head)`: calling `backbone(input_ids=..., ...)` gives an output whose `last_hidden_state` is
         `(batch, length, hidden)`, adapters included; `head` maps its rows to logits. A frozen head that FSDP2 has
-        sharded is gathered once, here.
+        sharded is gathered once and kept.
 
     Raises:
         ValueError: naming what stands in the way: no head, an adapter or a wrapper on the head, a head that is not a
@@ -170,14 +188,15 @@ def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., object], Hea
             f"the head weight of {name} has shape {tuple(head.weight.shape)}: it is sharded by DeepSpeed ZeRO-3 or "
             "FSDP1, so its values are not here. Use DDP, ZeRO-2 or fully_shard (FSDP2)."
         )
-    weight, bias = head.weight, head.bias
-    if isinstance(weight, DTensor):
-        if weight.requires_grad and isinstance(model, FSDPModule):
+    weight: Tensor = head.weight
+    bias: Tensor | None = head.bias
+    if isinstance(model, FSDPModule):
+        if weight.requires_grad:
             raise ValueError(
                 f"the head of {name} is trained and sharded by fully_shard: FSDP2 averages gradients over ranks inside "
-                "its forward only. Freeze the head (LoRA does), or leave it out of the sharding."
+                "its forward only. Freeze the head (LoRA does), or use DDP."
             )
-        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+        weight, bias = _gathered(head)
     backbone = getattr(base, getattr(base, "base_model_prefix", ""), None)
     if not isinstance(backbone, nn.Module):
         raise ValueError(f"{name} has no separate backbone (looked for '{getattr(base, 'base_model_prefix', '')}').")
@@ -192,7 +211,7 @@ def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., object], Hea
         scale = float(config.lm_head_multiplier)
     if softcap and scale != 1.0:
         raise ValueError(f"{name} has both a logit softcap ({softcap}) and a scale ({scale}); their order is unknown.")
-    call: Callable[..., object] = backbone
+    call: Callable[..., Any] = backbone
     if isinstance(model, nn.parallel.DistributedDataParallel):
         call = partial(_through, model, model.module, backbone)
     elif isinstance(model, FSDPModule):

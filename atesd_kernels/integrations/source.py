@@ -20,7 +20,7 @@ from typing import Any
 def fingerprint(function: Callable) -> str:
     """12 hex digits of `function`'s source without comments, docstring and indentation."""
     lines = textwrap.dedent(inspect.getsource(function)).splitlines()
-    node = ast.parse("\n".join(lines)).body[0]
+    node: Any = ast.parse("\n".join(lines)).body[0]
     first = node.body[0]
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
         del lines[first.lineno - 1 : first.end_lineno]

@@ -10,7 +10,6 @@ source of every function that is replaced, or relied on, is compared with the on
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -168,12 +167,12 @@ def _self_distillation_loss(
     ratio = torch.ones_like(mask, dtype=torch.float32)
     old = inputs.get("old_per_token_logps")
     if args.distillation_is_clip is not None and old is not None:
-        clip = inspect.getmodule(type(trainer)._forward_logits).apply_importance_sampling_clipping
+        clip = type(trainer)._compute_self_distillation_loss.__globals__["apply_importance_sampling_clipping"]
         with torch.no_grad():
             ratio = clip(ratio, logprobs(student, ids, counted), old, args.distillation_is_clip)
     # sum_b (1/B) sum_t mask D / T_b
     weight = mask * ratio / mask.sum(-1, keepdim=True).clamp(min=1) / len(mask)
-    metrics = {}
+    metrics: dict[str, Any] = {}
     if args.distillation_mode == "sampled_token":
         own = logprobs(student, ids, counted)
         with torch.no_grad():
@@ -291,6 +290,6 @@ def _patch_distillation(trainer: Any, clips: dict[str, Any], options: dict[str, 
     trainer._compute_loss = with_globals(trainer, "_compute_loss", _chunked_divergence_loss=loss_of_hidden_states)
 
 
-def _whole(tensor: Tensor | None) -> Tensor | None:
+def _whole(tensor: Any) -> Any:
     """A sharded (DTensor) parameter gathered, once a call; FSDP2 shards the head like any other."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,0 +1,45 @@
+"""The Hugging Face Trainer with a divergence for its loss; rows are those of `pairs.collate`.
+
+trainer = SelfDistillationTrainer(model, args, train_dataset=rows, loss_options={"entry_clip": 0.05})
+trainer.train()
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer
+
+from .pairs import collate, pair_divergence
+
+
+class SelfDistillationTrainer(Trainer):
+    """`transformers.Trainer` on rows with `prompt_ids`, `teacher_prompt_ids` and `response_ids`.
+
+    Args:
+        teacher: see `pair_divergence`; None is the model without its peft adapters.
+        loss_options: further options of `pair_divergence`.
+
+    The others are the Trainer's. The loss is the mean over the response tokens of the whole optimizer step.
+    """
+
+    def __init__(
+        self, *args: Any, teacher: nn.Module | None = None, loss_options: dict[str, Any] | None = None, **kwargs: Any
+    ):
+        kwargs.setdefault("data_collator", collate)
+        super().__init__(*args, **kwargs)
+        self.teacher, self.loss_options = teacher, loss_options or {}
+        self.args.remove_unused_columns = False
+        self.model_accepts_loss_kwargs = True  # the Trainer then counts the tokens of the step for us
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        with self.accelerator.autocast():
+            loss: Tensor = pair_divergence(
+                model, inputs, self.teacher, num_tokens=num_items_in_batch, **self.loss_options
+            )
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # the count is global, and DDP averages gradients
+        return (loss, {}) if return_outputs else loss

@@ -1,0 +1,47 @@
+"""The keyword options of the public losses, for type checkers: `losses.py` documents them.
+
+Separate because nobody imports them at run time: `return_stats` changes what a loss returns, and saying so takes
+each option's type a second time.
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from .divergences import DivergenceTerm
+
+
+class DivergenceOptions(TypedDict, total=False):
+    divergence: str | DivergenceTerm
+    beta: float
+    temperature: float
+    teacher_temperature: float | None
+    softcap: float | None
+    mask: Tensor | None
+    token_weight: Tensor | None
+    targets: Tensor | None
+    entry_clip: float | None
+    token_clip: float | None
+    reduction: str
+    num_tokens: int | float | Tensor | None
+    backend: str
+    chunk_bytes: int | None
+
+
+class LinearDivergenceOptions(DivergenceOptions, total=False):
+    student_bias: Tensor | None
+    teacher_bias: Tensor | None
+    logits_dtype: torch.dtype
+
+
+class LogprobOptions(TypedDict, total=False):
+    temperature: float
+    bias: Tensor | None
+    softcap: float | None
+    mask: Tensor | None
+    backend: str
+    chunk_bytes: int | None
+    logits_dtype: torch.dtype

@@ -1,0 +1,142 @@
+"""The same few steps by a plain loop, by the Hugging Face Trainer and by Lightning."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from atesd_kernels import divergence
+from atesd_kernels.integrations.pairs import collate, pair_divergence
+
+README = Path(__file__).parents[2] / "README.md"
+ROWS = [
+    {"prompt_ids": [5, 6], "teacher_prompt_ids": [5, 6, 7, 8, 9], "response_ids": [11, 12, 13]},
+    {"prompt_ids": [15, 6, 3], "teacher_prompt_ids": [15, 6, 3, 40], "response_ids": [21, 22]},
+    {"prompt_ids": [9], "teacher_prompt_ids": [9, 33, 34], "response_ids": [31, 32, 33, 34, 35]},
+    {"prompt_ids": [4, 4, 4, 4], "teacher_prompt_ids": [4, 4], "response_ids": [41]},
+]
+LEARNING_RATE, STEPS = 1e-2, 3
+
+
+@pytest.fixture
+def model(sharp_model_path):
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(sharp_model_path), config)
+
+
+def trained(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+@pytest.fixture
+def expected(model):
+    """A plain PyTorch loop over the whole batch."""
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    losses = []
+    for _ in range(STEPS):
+        loss = pair_divergence(model, collate(ROWS), temperature=1.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    after = trained(model)
+    model.load_state_dict(state)
+    assert losses[-1] < losses[0]
+    return losses, after
+
+
+def test_the_loss_is_the_divergence_of_the_two_models_at_the_response(model):
+    total = tokens = 0
+    for row in ROWS:
+        n = len(row["response_ids"])
+        with torch.no_grad():
+            student = model(input_ids=torch.tensor([row["prompt_ids"] + row["response_ids"]])).logits[0, -n - 1 : -1]
+            ids = torch.tensor([row["teacher_prompt_ids"] + row["response_ids"]])
+            with model.disable_adapter():
+                teacher = model(input_ids=ids).logits[0, -n - 1 : -1]
+        total += divergence(student, teacher, reduction="sum", temperature=1.1).item()
+        tokens += n
+    assert pair_divergence(model, collate(ROWS), temperature=1.1).item() == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_another_model_may_be_the_teacher_and_a_missing_one_is_refused(model, sharp_model_path):
+    other = AutoModelForCausalLM.from_pretrained(sharp_model_path)
+    mine = pair_divergence(model, collate(ROWS))
+    assert pair_divergence(model, collate(ROWS), other).item() == pytest.approx(mine.item(), rel=1e-4)
+    with pytest.raises(ValueError, match="pass a frozen copy"):
+        pair_divergence(other, collate(ROWS))
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_hugging_face_trainer_follows_the_plain_loop(model, expected, accumulation, tmp_path):
+    from atesd_kernels.integrations.hf_trainer import SelfDistillationTrainer
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=4 // accumulation, max_steps=STEPS, use_cpu=True,
+        gradient_accumulation_steps=accumulation, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
+        weight_decay=1e-2, max_grad_norm=0.0, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = SelfDistillationTrainer(model, arguments, train_dataset=ROWS, loss_options={"temperature": 1.1})
+    trainer.train()
+    losses, after = expected
+    logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert logged == pytest.approx(losses, rel=1e-3)
+    torch.testing.assert_close(trained(model), after, rtol=1e-2, atol=1e-4)
+
+
+def test_lightning_follows_the_plain_loop(model, expected, tmp_path):
+    pl = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed")
+    from atesd_kernels.integrations.lightning import SelfDistillationModule
+
+    module = SelfDistillationModule(model, learning_rate=LEARNING_RATE, loss_options={"temperature": 1.1})
+    data = torch.utils.data.DataLoader(ROWS, batch_size=4, collate_fn=collate)
+    trainer = pl.Trainer(
+        max_steps=STEPS, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=str(tmp_path),
+    )  # fmt: skip
+    trainer.fit(module, data)
+    torch.testing.assert_close(trained(model), expected[1], rtol=1e-2, atol=1e-4)
+
+
+def test_gradient_checkpointing_of_the_backbone_changes_nothing(model):
+    gradients = []
+    for on in (False, True):
+        if on:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        model.train()
+        pair_divergence(model, collate(ROWS)).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+        model.zero_grad()
+    torch.testing.assert_close(*gradients)
+
+
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+BLOCKS = [block for block in BLOCKS if "integrations" in block]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[block.splitlines()[-1][:30] for block in BLOCKS])
+def test_the_readmes_blocks_run(block, model, sharp_model_path, tmp_path):
+    names = {"model": model, "rows": ROWS, "ids": torch.tensor([[5, 6, 7]])}
+    names["optimizer"] = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    names["args"] = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=1, report_to="none")
+    if "use_exposure" in block:
+        pytest.importorskip("trl", reason="trl is not installed")
+        from .trl_trainers import make_trainer
+
+        names["trainer"] = make_trainer("sdft", sharp_model_path, tmp_path, lora=True, max_steps=1)
+    before = trained(model).clone()
+    exec(block, names)
+    if "rows" in block:
+        assert not trained(model).equal(before)
+
+
+def test_the_readme_has_these_blocks():
+    assert len(BLOCKS) == 4

@@ -169,11 +169,12 @@ def delta_parts(spec: DivergenceSpec, shared: bool) -> int:
 
 
 def centre(s: Tensor, h_o: Tensor, w: Tensor) -> Tensor:
-    """What to add to each row of D `[R]`, so that it is small where q is large: a constant changes no softmax, but D is
-    rounded relative to its size. The likely token is looked for among CENTRE_COLUMNS entries only: the row's true maximum
-    would cost one more sweep over S and is no better. With the same roundings in float64 arithmetic on SmolLM2's states,
-    the gradient's error is 0.33 to 0.45 % for mean KLs from 1e-4 to 0.9, and 0.35 to 0.50 % without a centre: unlike the
-    torch backend, whose look at the KL a GPU would have to wait for, D needs no fp32 there."""
+    """What to add to each row of D `[R]`, so that it is small where q is large: a constant changes no softmax, but
+    D is rounded relative to its size. The likely token is looked for among CENTRE_COLUMNS entries only: the row's
+    true maximum would cost one more sweep over S and is no better. With the same roundings in float64 arithmetic on
+    SmolLM2's states, the gradient's error is 0.33 to 0.45 % for mean KLs from 1e-4 to 0.9, and 0.35 to 0.50 %
+    without a centre: unlike the torch backend, whose look at the KL a GPU would have to wait for, D needs no fp32
+    there."""
     top = s[:, :CENTRE_COLUMNS].argmax(1)
     return torch.linalg.vecdot(h_o.float(), w[top].float()).neg_()
 

@@ -103,14 +103,16 @@ def table(result: dict) -> str:
     for dtype in DTYPES:
         for name in ENTRANTS:
             own = {r["tokens"]: r for r in result["rows"] if (r["entrant"], r["dtype"]) == (name, dtype)}
-            rows.append([f"{name} {dtype}", *(cell(own[n]) for n in result["tokens"])])
+            rows.append([f"{name} {dtype}", *(cell(own.get(n)) for n in result["tokens"])])
         itemsize = DTYPES[dtype].itemsize
         outputs = [f"{n * result['hidden'] * itemsize / MIB:,.0f}" for n in result["tokens"]]
         rows.append([f"(of which the gradient returned, in each, {dtype})", *outputs])
     return markdown(header, rows)
 
 
-def cell(row: dict) -> str:
+def cell(row: dict | None) -> str:
+    if row is None:
+        return "not run"
     return f"{row['extra_bytes'] / MIB:,.0f}" if "extra_bytes" in row else f"not run: {row['not_run']}"
 
 

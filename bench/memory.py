@@ -103,7 +103,8 @@ def table(result: dict) -> str:
     for dtype in DTYPES:
         for name in ENTRANTS:
             own = {r["tokens"]: r for r in result["rows"] if (r["entrant"], r["dtype"]) == (name, dtype)}
-            rows.append([f"{name} {dtype}", *(cell(own.get(n)) for n in result["tokens"])])
+            if own:
+                rows.append([f"{name} {dtype}", *(cell(own.get(n)) for n in result["tokens"])])
         itemsize = DTYPES[dtype].itemsize
         outputs = [f"{n * result['hidden'] * itemsize / MIB:,.0f}" for n in result["tokens"]]
         rows.append([f"(of which the gradient returned, in each, {dtype})", *outputs])

@@ -178,7 +178,7 @@ class ExposureCallback(TrainerCallback):
             for i, row in enumerate(rows):
                 text = self.text(row["privileged_context"])
                 m = len(split_reference(text, None).segments)
-                prompts = {exposed_context(text, k / m if m else 1.0) for k in {0, max(m - 1, 0), m}}
+                prompts: list[Any] = [exposed_context(text, k / m if m else 1.0) for k in {0, max(m - 1, 0), m}]
                 if hasattr(self.builder, "_compose_teacher_prompt"):
                     prompts = [self.builder._compose_teacher_prompt(row["prompt"], p) for p in prompts]
                 else:
@@ -285,7 +285,7 @@ class ExposureCallback(TrainerCallback):
             hidden: Hidden = hidden_states(self.trainer, model, input_ids=ids, attention_mask=attention)
         states = hidden.states.gather(1, (index - 1)[..., None].expand(-1, -1, hidden.states.shape[-1]))
         with self.trainer.accelerator.autocast():
-            means = exposure_logprobs(
+            means: Any = exposure_logprobs(
                 states,
                 hidden.head.weight,
                 ids.gather(1, index),

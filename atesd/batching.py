@@ -6,7 +6,6 @@ call `pack` and `hidden_rows`, and no other file slices a hidden state.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -14,11 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-
-PACKED_SDPA = "sdpa_packed"
 
 
 @dataclass(frozen=True)
@@ -84,51 +78,6 @@ def hidden_rows(backbone: Callable[..., Any], batch: PackedBatch) -> Tensor:
         input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=batch.ends, use_cache=False
     )
     return out.last_hidden_state[0].index_select(0, batch.rows)
-
-
-def packed_sdpa_forward(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Causal attention within each sequence of a packed row; plain sdpa for every other mask (generation).
-
-    query `(1, heads, L, head_dim)` -> `(1, L, heads, head_dim)`. One call per sequence costs nothing beside a mask of
-    `L * L` entries, and each call is the fused causal kernel.
-    """
-    if attention_mask is None or attention_mask.dtype != torch.int32:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    window, kwargs = kwargs.get("sliding_window"), {**kwargs, "is_causal": True}
-    outputs, start = [], 0
-    precise = contextlib.nullcontext()
-    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        # the CPU kernel is a quarter faster in float32 than in autocast's bfloat16
-        query, key, value = query.float(), key.float(), value.float()
-        precise = torch.autocast("cpu", enabled=False)
-    for end in attention_mask.flatten().tolist():
-        if window is not None and end - start > window:
-            raise ValueError(
-                f"a sequence of {end - start} tokens exceeds the model's sliding window of {window}, which packed "
-                "batches do not support with sdpa. Lower max_prompt_length or max_completion_length."
-            )
-        part = slice(start, end)
-        with precise:
-            states = (x[:, :, part] for x in (query, key, value))
-            outputs.append(sdpa_attention_forward(module, *states, None, **kwargs)[0])
-        start = end
-    return torch.cat(outputs, dim=1), None
-
-
-def use_packed_attention(model: torch.nn.Module) -> None:
-    """Let `model` (bare, not wrapped) understand `PackedBatch.ends`.
-
-    flash-attention already reads sequence starts from the position ids; any other kernel is refused.
-    """
-    used = model.config._attn_implementation
-    if used in ("sdpa", PACKED_SDPA):
-        AttentionInterface.register(PACKED_SDPA, packed_sdpa_forward)
-        AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)
-        model.set_attn_implementation(PACKED_SDPA)
-    else:
-        raise ValueError(f"attn_implementation is {used!r}; packed batches need 'sdpa'.")
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:

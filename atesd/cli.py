@@ -1,4 +1,4 @@
-"""The command line: `atesd train | eval | report | doctor`. Nothing else knows about argv or exit codes.
+"""The command line: `atesd train | eval | sweep | report | doctor`. Nothing else knows about argv or exit codes.
 
 Nothing heavy is imported before a command needs it: `atesd --help` answers at once, and a mistyped flag is refused
 before torch loads.
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    own_flags = {"train": train, "eval": evaluation}
+    own_flags = {"train": train, "eval": evaluation, "sweep": sweep}
     if rest and arguments.command not in own_flags:
         parser.error(f"unexpected {' '.join(rest)!r}")
     try:
@@ -52,6 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     # They have a flag for every field of their configuration, which HfArgumentParser makes once it is asked for.
     commands.add_parser("train", add_help=False, help="train a recipe or YAML file, or go on with a run (--resume)")
     commands.add_parser("eval", add_help=False, help="evaluate a model or a run's adapter, or --compare evaluations")
+    sweeping = "run a recipe at fixed exposures and several seeds, and draw outcome and mismatch against alpha"
+    commands.add_parser("sweep", add_help=False, help=sweeping)
     show = commands.add_parser("report", help="draw RUN_DIR/report.html, of a finished run or one under way")
     show.add_argument("run_dir", metavar="RUN_DIR")
     commands.add_parser("doctor", help="versions, devices, and which backends work here and why others do not")
@@ -126,6 +128,33 @@ def comparison(argv: list[str]) -> int:
 def summary(markdown: Path) -> str:
     """A written report without its settings: what a terminal shows."""
     return markdown.read_text(encoding="utf-8").partition("\n## Settings")[0].rstrip()
+
+
+def sweep(argv: list[str]) -> int:
+    usage = (
+        "atesd sweep RECIPE_OR_YAML [--alphas 0,0.25,0.5,0.75,1] [--seeds 0,1,2] [--output_dir DIR] [--flag value ...]"
+    )
+    parser = argparse.ArgumentParser(prog="atesd sweep", usage=usage, allow_abbrev=False)
+    parser.add_argument("--alphas", help="exposures, with commas between", default="0,0.25,0.5,0.75,1")
+    parser.add_argument("--seeds", help="seeds, with commas between", default="0,1,2")
+    parser.add_argument("--output_dir", help="folder of the runs and the figure; the same one goes on with a sweep")
+    parser.epilog = "All other flags are those of `atesd train`."
+    if not argv:
+        parser.print_help()
+        return 2
+    recipe, flags = (None, argv) if argv[0].startswith("-") else (argv[0], argv[1:])
+    own, rest = parser.parse_known_args(flags)
+    try:
+        alphas = [float(alpha) for alpha in own.alphas.split(",")]
+        seeds = [int(seed) for seed in own.seeds.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--alphas and --seeds are numbers with commas between: {error}") from error
+
+    from atesd import sweep as study
+
+    folder = own.output_dir or f"runs/sweep-{Path(recipe or 'run').stem}"
+    print(f"figure: {study.sweep(recipe, rest, folder, alphas, seeds) / 'study.png'}")
+    return 0
 
 
 def report(run_dir: Path) -> int:

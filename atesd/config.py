@@ -37,7 +37,7 @@ class ATESDConfig(
 ):
     """Everything a run needs to know, under Hugging Face and TRL names; the fields are in config_fields.py.
 
-    A clip or a byte budget of 0 means "off" and becomes None.
+    A clip, a byte budget or a half-life of 0 means "off" and becomes None.
 
     Example:
         >>> from atesd.config import load_config
@@ -46,7 +46,7 @@ class ATESDConfig(
     """
 
     def __post_init__(self) -> None:
-        for name in ("entry_clip", "token_clip", "chunk_bytes"):
+        for name in ("entry_clip", "token_clip", "chunk_bytes", "position_halflife"):
             if getattr(self, name) == 0:
                 setattr(self, name, None)
 

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +36,11 @@ AT_LEAST_ZERO = (
 ).split()
 POSITIVE = (
     "rollout_timeout learning_rate temperature scoring_temperature eval_temperature adam_epsilon max_grad_norm "
-    "policy_learning_rate"
+    "policy_learning_rate reward_weight"
 ).split()
 POSITIVE_OR_ABSENT = (
     "entry_clip token_clip chunk_bytes num_train_problems eval_max_completion_length importance_clip "
-    "vllm_kv_cache_bytes"
+    "vllm_kv_cache_bytes position_halflife early_stopping_patience"
 ).split()
 FRACTIONS = "beta ema_decay alpha_min alpha_max reward_gamma".split()
 BELOW_ONE = "lora_dropout adam_beta1 adam_beta2".split()
@@ -94,6 +95,12 @@ def check_combinations(config: ATESDConfig) -> None:
             "weights, so most would be lost. Keep the weights in float32 (bf16: true makes the forward passes bfloat16)"
         )
     check_divergence(config)
+    check_objective(config)
+    if config.attn_implementation == "flash_attention_2":
+        if find_spec("flash_attn") is None:
+            raise ConfigError("attn_implementation 'flash_attention_2' needs flash-attn: pip install 'atesd[flash]'")
+        if not config.bf16 and config.torch_dtype != "bfloat16":
+            raise ConfigError("attn_implementation 'flash_attention_2' has no float32 form: set bf16 to true")
     if config.dataset_name == "gsm_symbolic" and config.num_train_problems is None:
         raise ConfigError(
             "num_train_problems is not set, and gsm_symbolic makes as many as are asked for: set it, to 400 say"
@@ -130,6 +137,27 @@ def check_combinations(config: ATESDConfig) -> None:
             f"importance_clip ({config.importance_clip}) would be ignored, for rollout_engine is 'hf', which samples "
             f"from the student itself: leave it out"
         )
+
+
+def check_objective(config: ATESDConfig) -> None:
+    objective, learned = config.objective, config.exposure_policy in LEARNED_POLICIES
+    if objective in ("sft", "grpo") and config.exposure_policy != "full":
+        raise ConfigError(
+            f"objective {objective!r} has no teacher, so exposure_policy {config.exposure_policy!r} has nothing to "
+            "choose: set exposure_policy to 'full'"
+        )
+    if "grpo" in objective:
+        require(config, "num_generations", config.num_generations >= 2, f"at least 2, for objective is {objective!r}")
+        if find_spec("math_verify") is None:
+            raise ConfigError(f"objective {objective!r} grades answers with math-verify: pip install 'atesd[eval]'")
+    if config.per_example_exposure and not learned:
+        raise ConfigError(
+            f"per_example_exposure is on, and exposure_policy {config.exposure_policy!r} gives every problem the same "
+            f"exposure: choose one of {', '.join(LEARNED_POLICIES)}, or leave it off"
+        )
+    for name in ("early_stopping_patience", "save_best"):
+        if getattr(config, name) and config.num_probe_problems == 0:
+            raise ConfigError(f"{name} goes by the probe NLL, but num_probe_problems is 0: set it to 8 or more")
 
 
 def check_divergence(config: ATESDConfig) -> None:

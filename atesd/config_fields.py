@@ -13,7 +13,7 @@ from typing import Any, Literal
 # What `--resume` may change. Everything else decides what the checkpoint holds or how the run would have gone on.
 MAY_CHANGE = (
     "max_steps learning_rate max_grad_norm max_nonfinite_steps gradient_checkpointing chunk_bytes logging_steps "
-    "save_steps save_total_limit report_to eval_steps"
+    "save_steps save_total_limit report_to eval_steps early_stopping_patience stop_on_collapse save_best"
 ).split()
 
 
@@ -39,6 +39,13 @@ class ModelFields:
     lora_target_modules: str = option(
         "all-linear", "OPSD", "all-linear (every projection, not the head), or module names with commas between."
     )
+    attn_implementation: Literal["sdpa", "flash_attention_2"] = option(
+        "sdpa",
+        "HF",
+        "Attention of packed rows: torch's kernel for each sequence (written out where a model caps its scores, as "
+        "Gemma 2), or flash-attn's variable-length kernel (a GPU and bfloat16).",
+    )
+    use_liger_kernel: bool = option(False, "HF", "Liger's kernels for norms, rotary embedding and MLP; needs a GPU.")
     gradient_checkpointing: bool = option(False, "HF", "Recompute activations in backward: less memory, more time.")
 
 
@@ -111,8 +118,18 @@ class RolloutFields:
 
 @dataclass
 class LossFields:
-    _argument_group_name = "distillation loss"
+    _argument_group_name = "objective and distillation loss"
 
+    objective: Literal["distill", "sft", "grpo", "distill+grpo"] = option(
+        "distill",
+        "OPSD",
+        "What is trained: distillation from the teacher, imitation of the references, GRPO with a verifier's reward "
+        "(needs math-verify and num_generations of 2 or more), or distillation and reward together.",
+    )
+    reward_weight: float = option(1.0, "our choice", "Weight of the GRPO term where objective is distill+grpo.")
+    position_halflife: float | None = option(
+        None, "our choice", "Tokens after which a response token counts half as much in the distillation; 0 is off."
+    )
     divergence: str = option("forward_kl", "paper", "Divergence of the student from the teacher, from atesd_kernels.")
     beta: float = option(0.5, "HF", "Mixture weight where the divergence is jsd: 0 forward KL, 1 reverse KL.")
     scoring_temperature: float = option(1.1, "OPSD", "Temperature of both distributions in the loss.")
@@ -160,6 +177,12 @@ class ExposureFields:
         "H_target: Beta entropy, in nats, above which it is penalised; Beta(2, 2) has -0.125.",
     )
     entropy_coef: float = option(1.0, "our choice", "Weight c_t of the entropy bound at the end of the run.")
+    per_example_exposure: bool = option(
+        False,
+        "our choice",
+        "Let the policy pick an alpha for each problem, reading how hard the student finds its reference; costs a "
+        "forward of the student over the step's references.",
+    )
     probe_every: int = option(1, "our choice", "Steps between measurements of the probe NLL.")
 
 
@@ -206,6 +229,13 @@ class EvaluationFields:
 class RunFields:
     _argument_group_name = "run directory, logging and checkpoints"
 
+    early_stopping_patience: int | None = option(
+        None, "our choice", "Probe measurements in a row without a new best NLL that end the run; absent, none do."
+    )
+    stop_on_collapse: bool = option(
+        False, "our choice", "End the run when entropy, length or repetition say the student collapses; else only warn."
+    )
+    save_best: bool = option(False, "our choice", "Keep the adapter with the best probe NLL in RUN_DIR/best.")
     output_dir: str | None = option(None, "HF", "Run directory; absent, runs/RECIPE-DATE-TIME.")
     resume: str | None = option(
         None,

@@ -66,25 +66,55 @@ def context_length(model_config: PreTrainedConfig) -> int:
     return model_config.get_text_config().max_position_embeddings
 
 
-def load_base(config: ATESDConfig | EvalConfig) -> PreTrainedModel:
-    """The model as it is stored, without an adapter."""
+def load_base(config: ATESDConfig | EvalConfig, attn_implementation: str | None = None) -> PreTrainedModel:
+    """The model as it is stored, without an adapter. Without an attention named, transformers chooses."""
     import torch
     from transformers import AutoModelForCausalLM
 
     path = model_path(config.model_name_or_path)
     with errors_for_people(config):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.torch_dtype))
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, config.torch_dtype), attn_implementation=attn_implementation
+        )
 
 
 def load_model(config: ATESDConfig) -> PreTrainedModel:
     """The model alone; see `load_model_and_tokenizer`."""
-    model = load_base(config)
+    model = load_base(config, attention_of(config))
+    if config.use_liger_kernel:
+        use_liger_kernels(model)
     if config.use_peft:
         model = add_lora(model, config)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     return model.train()
+
+
+def attention_of(config: ATESDConfig) -> str | None:
+    """None lets transformers choose: sdpa, or eager for a model that sdpa cannot serve (Gemma 2's capped scores)."""
+    return None if config.attn_implementation == "sdpa" else config.attn_implementation
+
+
+def use_liger_kernels(model: Any) -> None:
+    """Liger's norms, rotary embedding and gated MLP in place of the model's; the loss stays that of atesd_kernels.
+
+    Raises:
+        ModelLoadError: without a GPU or liger-kernel, or for a model Liger has no kernels for.
+    """
+    import torch
+
+    try:
+        from liger_kernel.transformers import monkey_patch as liger
+    except ImportError as error:
+        raise ModelLoadError("use_liger_kernel needs liger-kernel: pip install 'atesd[gpu]'") from error
+    if not torch.cuda.is_available():
+        raise ModelLoadError("use_liger_kernel is on, and its kernels need a GPU, of which there is none: leave it off")
+    kind = model.config.model_type
+    if kind not in liger.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        known = ", ".join(sorted(liger.MODEL_TYPE_TO_APPLY_LIGER_FN))
+        raise ModelLoadError(f"use_liger_kernel is on, and Liger has no kernels for {kind!r}; it has them for {known}")
+    liger._apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False, cross_entropy=False)
 
 
 @contextmanager

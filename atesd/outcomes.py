@@ -65,13 +65,22 @@ class OutcomeMeter:
 
     def probe_nll(self) -> float:
         """Mean over tokens of `-log p_S(y*|x)`: how well the student alone predicts the held-out references."""
-        total, count = 0.0, 0
-        for part in chunks(len(self.probe), self.batch_size):
-            replies = [self.prompts.reference_completion(self.references[p.id])[0] for p in self.probe[part]]
-            batch = pack([self.prompts.student(p) for p in self.probe[part]], replies, self.device)
-            total -= float(token_logprobs(self.backbone, self.head, batch).double().sum())
-            count += len(batch.targets)
-        return total / count
+        return -float(torch.cat(self.reference_logprobs(self.probe)).mean())
+
+    @torch.no_grad()
+    def reference_nll(self, problems: Sequence[Problem]) -> list[float]:
+        """Of each problem, the mean over its tokens of `-log p_S(y*|x)`: how hard the student finds it."""
+        with evaluating(self.model):
+            return [-float(logprobs.mean()) for logprobs in self.reference_logprobs(problems)]
+
+    def reference_logprobs(self, problems: Sequence[Problem]) -> list[torch.Tensor]:
+        """Of each problem, `log p_S` of its reference's tokens, float64."""
+        parts: list[torch.Tensor] = []
+        for part in chunks(len(problems), self.batch_size):
+            replies = [self.prompts.reference_completion(self.references[p.id])[0] for p in problems[part]]
+            batch = pack([self.prompts.student(p) for p in problems[part]], replies, self.device)
+            parts += token_logprobs(self.backbone, self.head, batch).double().split(batch.lengths)
+        return parts
 
     def grounded(self, alphas: Sequence[float], problems: list[Problem]) -> float:
         """Mean over problems of the mean `log p_T^alpha` of the reference tokens the teacher was not shown.

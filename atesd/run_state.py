@@ -18,15 +18,19 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import get_scheduler
 
-from atesd.batching import ProblemSampler, use_packed_attention
+from atesd.batching import ProblemSampler
 from atesd.checkpoint import latest_checkpoint, load_checkpoint
 from atesd.config import ATESDConfig
+from atesd.difficulty import Difficulty
 from atesd.eval_training import TrainingEvaluation
+from atesd.guards import Guards
 from atesd.metrics import PhaseTimer
 from atesd.models import context_length, load_model, load_model_config, load_tokenizer
-from atesd.objectives import Distillation
+from atesd.objectives import make_objective
 from atesd.outcomes import OutcomeMeter
+from atesd.packed_attention import check_packing, use_packed_attention
 from atesd.policies import make_policy
+from atesd.reward import VerifierReward
 from atesd.rollout import make_engine
 from atesd.rollout.mismatch import EngineMismatch
 from atesd.run_data import load_run_data
@@ -59,8 +63,13 @@ class RunState:
         # The student, its rollouts, the teacher and the objective
         model = load_model(config)
         use_packed_attention(unwrap(model))
-        check_head(model)
         self.model = model.to(self.device)
+        # flash-attention has no float32 form
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=config.attn_implementation == "flash_attention_2"
+        ):
+            check_head(self.model)
+            check_packing(self.model)
         self.backbone, self.head = hidden_states_and_head(self.model)
         self.teacher = Teacher(self.model, config.teacher, ema_decay=config.ema_decay, bf16=config.bf16)
         self.meter = OutcomeMeter(
@@ -73,7 +82,8 @@ class RunState:
             grounding=config.grounding,
             batch_size=config.per_device_train_batch_size,
         )
-        self.objective = Distillation.from_config(config)
+        self.objective = make_objective(config)
+        self.reward = VerifierReward(self.tokenizer, config.num_generations) if self.objective.needs_reward else None
         self.engine = make_engine(config, self.model, self.tokenizer, rank)
         self.engine_mismatch = EngineMismatch(config.importance_clip)
         self.evaluation = TrainingEvaluation(
@@ -96,7 +106,9 @@ class RunState:
         settings = {name: getattr(config, name) for name in POLICY_FIELDS}
         if config.grounding == "none":
             settings["lambda_gt"] = 0.0
-        self.policy = make_policy(config.exposure_policy, **settings)
+        self.policy = make_policy(config.exposure_policy, per_example=config.per_example_exposure, **settings)
+        self.difficulty = Difficulty(self.meter.reference_nll, self.gather) if config.per_example_exposure else None
+        self.guards = Guards(config, self.run_dir)
         self.timer = PhaseTimer()
         self.start, self.nonfinite_in_a_row = 0, 0
         checkpoint = latest_checkpoint(self.run_dir) if config.resume else None
@@ -109,8 +121,13 @@ class RunState:
 
     def stateful(self) -> dict[str, Any]:
         """All that a continued run needs besides the trained weights and the random states."""
-        names = ("optimizer", "scheduler", "sampler", "engine", "policy", "teacher")
-        return {name: getattr(self, name) for name in names}
+        names = ("optimizer", "scheduler", "sampler", "engine", "policy", "difficulty", "guards", "teacher")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def gather(self, values: list[float]) -> list[float]:
+        """The values of all processes, in order of rank; every process has as many."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return self.accelerator.gather(mine).tolist()
 
     def state_dict(self, step: int) -> dict[str, Any]:
         trained = {name: p.detach() for name, p in self.trained.items()}

@@ -25,9 +25,10 @@ from atesd.batching import assert_same_responses, chunks, hidden_rows, pack
 from atesd.checkpoint import save_checkpoint
 from atesd.config import ATESDConfig
 from atesd.exposure import exposed_text
+from atesd.guards import clip_fraction, repetition
 from atesd.memory import release_freed_memory
 from atesd.metrics import RunLog, peak_memory_bytes
-from atesd.objectives import TokenTotals
+from atesd.objectives import ResponseTokens, TokenTotals
 from atesd.problems import Problem
 from atesd.report import write_report
 from atesd.rollout import Rollout, RolloutError
@@ -67,9 +68,15 @@ class Trainer(RunState):
             self.log.log(0, measured)
             self.accelerator.log(measured, step=0)
         bar = tqdm(range(self.start, config.max_steps), initial=self.start, total=config.max_steps, disable=not main)
+        done = self.start
         for t in bar:
             metrics, sample = self.train_step(t)
             metrics |= self.evaluation.measure(t + 1)
+            done = t + 1
+            self.guards.after_step(done, metrics)
+            stop = bool(
+                self.sum_over_processes(torch.tensor(float(self.guards.stop_reason is not None), device=self.device))
+            )
             if main:
                 self.log.log(t + 1, metrics)
                 self.log.sample(t + 1, sample)
@@ -77,7 +84,7 @@ class Trainer(RunState):
                     self.accelerator.log(metrics, step=t + 1)
                 shown = {"loss": metrics["loss"], "alpha": metrics["alpha"], "tok/s": metrics["tokens_per_second"]}
                 bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
-                if (t + 1) % config.save_steps == 0 or t + 1 == config.max_steps:
+                if done % config.save_steps == 0 or done == config.max_steps or stop:
                     self.save(t + 1)
             if self.nonfinite_in_a_row >= config.max_nonfinite_steps:
                 raise NonFiniteLoss(
@@ -85,11 +92,14 @@ class Trainer(RunState):
                     f"row (the last is step {t + 1}). The batches are in {self.run_dir / 'nonfinite'}. Lower "
                     "learning_rate or max_grad_norm, or run without bf16."
                 )
+            if stop:
+                tqdm.write(f"stopped after step {done}: {self.guards.stop_reason or 'another process asked for it'}")
+                break
         if main:
             self.model.save_pretrained(self.run_dir / ("adapter" if config.use_peft else "model"))
             if not config.use_peft:
                 self.tokenizer.save_pretrained(self.run_dir / "model")
-            summary = {"steps": config.max_steps, **self.data.counts(), **self.policy.finish()}
+            summary = {"steps": done, **self.data.counts(), **self.guards.summary(), **self.policy.finish()}
             (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
             self.log.close()
             write_report(self.run_dir)
@@ -100,8 +110,6 @@ class Trainer(RunState):
     def train_step(self, t: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """One optimizer step: exposure, rollouts, distillation, update, outcome. Returns metrics and a sample."""
         config, started = self.config, time.perf_counter()
-        alpha = self.policy.alpha(t)
-
         # y ~ p_S(.|x): every process takes its share of the step's problems
         count, position = config.per_device_train_batch_size * config.gradient_accumulation_steps, self.sampler.position
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -115,23 +123,27 @@ class Trainer(RunState):
             raise RolloutError(
                 f"{error}\nThe run is saved as it was after step {t}: go on with atesd train --resume {self.run_dir}"
             ) from error
-        alphas = [self.data.alpha(problem, alpha) for problem in problems]
+        with self.timer.phase("reward"):
+            advantages, rewards = self.reward.advantages(problems, rollouts) if self.reward else (None, {})
+        alphas = self.exposures(t, problems)
 
         # What the update has to show for itself is measured before it is made
         with self.timer.phase("probe"), self.autocast():
             outcome = self.meter.measure(t, alphas, problems)
-        loss, totals, num_tokens = self.distill(problems, rollouts, alphas)
+        writer = self.model.save_pretrained if self.accelerator.is_main_process else None
+        self.guards.before_update(t, outcome["probe_nll"], writer)
+        loss, totals, num_tokens = self.distill(problems, rollouts, alphas, advantages)
         with self.timer.phase("optimizer"):
             grad_norm = self.update(loss)
         skipped = grad_norm is None
         if skipped:
-            self.save_nonfinite(t, problems, rollouts, alpha=alpha, loss=loss)
+            self.save_nonfinite(t, problems, rollouts, alpha=alphas[0], loss=loss)
         self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if skipped else 0
 
-        means = (self.sum_over_processes(totals.sum()) / num_tokens).tolist()
-        stats = dict(zip(TokenTotals.NAMES, means, strict=True)) | {"mismatch_p95": totals.p95()}
-        measured = {"loss": loss, "mismatch": stats["mismatch"], "confidence": stats["student_confidence"]}
-        learned = self.policy.observe(t, **(dict.fromkeys(measured) if skipped else measured), **outcome)
+        stats = totals.means(self.sum_over_processes(totals.sum()), num_tokens)
+        measured = {"loss": loss, "mismatch": stats.get("mismatch"), "confidence": stats["student_confidence"]}
+        with self.timer.phase("policy"):
+            learned = self.policy.observe(t, **(dict.fromkeys(measured) if skipped else measured), **outcome)
         lengths = [len(r.response_ids) for r in rollouts]
         seconds = time.perf_counter() - started
         metrics = {
@@ -139,13 +151,15 @@ class Trainer(RunState):
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm,
             **stats,
+            **clip_fraction(config, loss, totals, stats.get("mismatch")),
+            **rewards,
             "response_length": sum(lengths) / len(lengths),
             "truncated_fraction": sum(r.truncated for r in rollouts) / len(rollouts),
+            "repetition": sum(repetition(r.response_ids) for r in rollouts) / len(rollouts),
             "num_tokens": num_tokens,
             **self.engine_mismatch.take(),
             **{("grounded_score" if name == "grounded" else name): v for name, v in outcome.items() if v is not None},
             **learned,
-            "alpha": alpha,
             "skipped": int(skipped),
             "tokens_per_second": num_tokens / seconds,
             "peak_memory_bytes": peak_memory_bytes(),
@@ -156,19 +170,41 @@ class Trainer(RunState):
         return metrics, self.describe(problems[0], rollouts[0], alphas[0])
 
     def roll_out(self, problems: list[Problem]) -> list[Rollout]:
-        """A response to each problem from the student as it is now, whoever generates it."""
+        """A response to each problem from the student as it is now, whoever generates it: y ~ p_S(.|x). Where the
+        objective is to imitate, the reference solutions in their place."""
+        prompts = [self.prompts.student(problem) for problem in problems]
+        if not self.objective.needs_rollouts:
+            replies = [self.prompts.reference_completion(self.references[problem.id])[0] for problem in problems]
+            return [Rollout(prompt, reply, truncated=False) for prompt, reply in zip(prompts, replies, strict=True)]
         with self.timer.phase("weight_sync"):
             self.engine.sync()
         with self.timer.phase("rollout"):
-            rollouts = self.engine.generate([self.prompts.student(problem) for problem in problems])
+            rollouts = self.engine.generate(prompts)
             self.engine.release()
         release_freed_memory()
         return rollouts
 
+    def exposures(self, t: int, problems: list[Problem]) -> list[float]:
+        """How much of its reference the teacher of each problem reads: what the policy says, as far as it fits."""
+        if self.difficulty is None:
+            with self.timer.phase("policy"):
+                alphas = [self.policy.alpha(t)] * len(problems)
+        else:
+            repeats = self.config.num_generations
+            with self.timer.phase("probe"), self.autocast():
+                rank = self.accelerator.process_index
+                own = self.difficulty.alphas(self.policy, t, problems[::repeats], rank)
+            alphas = [alpha for alpha in own for _ in range(repeats)]
+        return [self.data.alpha(problem, alpha) for problem, alpha in zip(problems, alphas, strict=True)]
+
     def distill(
-        self, problems: list[Problem], rollouts: list[Rollout], alphas: list[float]
+        self,
+        problems: list[Problem],
+        rollouts: list[Rollout],
+        alphas: list[float],
+        advantages: list[float] | None = None,
     ) -> tuple[float, TokenTotals, int]:
-        """Accumulate the gradient of the mean divergence over all response tokens of the step."""
+        """Accumulate the gradient of the objective, a mean over all response tokens of the step."""
         local = sum(len(r.response_ids) for r in rollouts)
         num_tokens = int(self.sum_over_processes(torch.tensor(local, device=self.device)))
         loss, totals = torch.zeros((), device=self.device), TokenTotals()
@@ -177,23 +213,25 @@ class Trainer(RunState):
         with self.autocast():  # one context for all micro-batches: each weight is cast once a step
             for part in chunks(len(rollouts), self.config.per_device_train_batch_size * self.config.num_generations):
                 responses = [r.response_ids for r in rollouts[part]]
-                read = [
-                    self.prompts.teacher(p, self.references[p.id], alpha)
-                    for p, alpha in zip(problems[part], alphas[part], strict=True)
-                ]
                 student_batch = pack([r.prompt_ids for r in rollouts[part]], responses, self.device)
-                teacher_batch = pack(read, responses, self.device)
-                assert_same_responses(student_batch, teacher_batch)
-                with self.timer.phase("teacher"):
-                    teacher_hidden = self.teacher.hidden(teacher_batch)
+                chosen = None if advantages is None else tuple(advantages[part])
+                teacher_hidden = None
+                if self.objective.needs_teacher:
+                    exposed = zip(problems[part], alphas[part], strict=True)
+                    read = [self.prompts.teacher(p, self.references[p.id], alpha) for p, alpha in exposed]
+                    teacher_batch = pack(read, responses, self.device)
+                    assert_same_responses(student_batch, teacher_batch)
+                    with self.timer.phase("teacher"):
+                        teacher_hidden = self.teacher.hidden(teacher_batch)
                 with self.timer.phase("student"):
                     student_hidden = hidden_rows(self.backbone, student_batch)
                 with self.timer.phase("loss_backward"):
                     targets = student_batch.targets
                     teacher_head = None if self.teacher.shares_head else self.teacher.head
                     weight = self.engine_mismatch.measure(rollouts[part], student_hidden, self.head, targets)
+                    tokens = ResponseTokens(targets, student_batch.lengths, chosen, weight)
                     part_loss, stats = self.objective(
-                        student_hidden, self.head, teacher_hidden, teacher_head, targets, num_tokens, weight
+                        student_hidden, self.head, teacher_hidden, teacher_head, tokens, num_tokens
                     )
                     with torch.autocast(self.device.type, enabled=False):
                         self.accelerator.backward(part_loss)

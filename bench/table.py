@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import accuracy_vs_kl, chunk_size, grading_speed, loss_speed, memory
+from bench import accuracy_vs_kl, chunk_size, grading_speed, learning_curves, loss_speed, memory
 from bench.entrants import DTYPES, LOSSES, OURS
 from bench.machine import RESULTS, ROOT, markdown
 from bench.timing import MM_GEMMS, OWN_GEMMS
@@ -108,6 +108,11 @@ def grading() -> str:
     return f"{grading_speed.table(result)}\n{source(result)}"
 
 
+def learning() -> str:
+    found = learning_curves.results()
+    return f"{learning_curves.table(found)}\n{source(found[0])}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy_vs_kl": accuracy,
     "memory": memory_over_tokens,
@@ -116,6 +121,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "chunk_size": chunks,
     "grading_speed": grading,
     "step_vs_trl": whole_step,
+    "learning_curves": learning,
 }
 
 

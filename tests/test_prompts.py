@@ -163,6 +163,26 @@ def test_qwen3_puts_the_response_after_the_same_think_block_in_both(backend, thi
     assert builder_of(tokenizer, student_chat_kwargs=kwargs, teacher_chat_kwargs=kwargs).student_suffix == expected
 
 
+def test_qwen3_thinks_as_a_teacher_and_not_as_a_student_token_by_token(backend):
+    """OPSD's setting: the student's prompt goes on with a closed think block, and the same response ids follow both."""
+    tokenizer = make_tokenizer(backend, (trl_templates() / "qwen3.jinja").read_text(encoding="utf-8"))
+    with pytest.warns(UserWarning, match="prompts end differently because their chat kwargs do"):
+        builder = builder_of(
+            tokenizer,
+            student_chat_kwargs={"enable_thinking": False},
+            teacher_chat_kwargs={"enable_thinking": True},
+        )
+    opened = tokenizer("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+    block = tokenizer("<think>\n\n</think>\n\n", add_special_tokens=False)["input_ids"]
+    student = builder.student(PROBLEM)
+    assert student[-len(opened + block) :] == opened + block
+    assert student == chat(tokenizer, builder.student_text(PROBLEM), enable_thinking=False)
+    for alpha in ALPHAS:
+        teacher = builder.teacher(PROBLEM, REFERENCE, alpha)
+        assert teacher[-len(opened) :] == opened
+        assert teacher == chat(tokenizer, builder.teacher_text(PROBLEM, REFERENCE, alpha), enable_thinking=True)
+
+
 @pytest.mark.model
 def test_smollm2_reads_the_prompts_token_by_token(smollm2_dir):
     from transformers import AutoTokenizer

@@ -12,9 +12,8 @@ from atesd.batching import (
     chunks,
     hidden_rows,
     pack,
-    packed_sdpa_forward,
-    use_packed_attention,
 )
+from atesd.packed_attention import packed_sdpa_forward, use_packed_attention
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14]]
 RESPONSES = [[20, 21], [22, 23, 24, 25], [26]]

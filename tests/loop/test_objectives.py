@@ -6,8 +6,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from atesd.batching import hidden_rows, pack, use_packed_attention
-from atesd.objectives import Distillation, TokenTotals, token_logprobs
+from atesd.batching import hidden_rows, pack
+from atesd.objectives import (
+    Distillation,
+    Mixed,
+    PolicyGradient,
+    ResponseTokens,
+    SupervisedFineTuning,
+    TokenTotals,
+    position_weights,
+    token_logprobs,
+)
+from atesd.packed_attention import use_packed_attention
+from atesd.reward import group_advantages
 from atesd_kernels import TokenStats
 from atesd_kernels.integrations.head import hidden_states_and_head
 
@@ -15,6 +26,7 @@ PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
 READ = [[50, 51, 52, 53, 5, 6, 7], [54, 8, 9], [55, 56, 10, 11, 12, 13], [57, 58, 14]]
 RESPONSES = [[20, 21], [22, 23, 24, 25, 26, 27], [28], [29, 30, 31]]
 TOKENS = sum(map(len, RESPONSES))
+ADVANTAGES = [0.5, -1.5, 2.0, 0.25]
 
 
 @pytest.fixture
@@ -31,7 +43,7 @@ def model(tiny_model_path):
     return model
 
 
-def step(model, micro_batch, objective):
+def step(model, micro_batch, objective, weight=None):
     """Gradients and loss of one step in micro-batches; the teacher is the same model with the longer prompts."""
     model.zero_grad()
     backbone, head = hidden_states_and_head(model)
@@ -41,9 +53,8 @@ def step(model, micro_batch, objective):
         student = pack(PROMPTS[part], RESPONSES[part], "cpu")
         with torch.no_grad():
             teacher_hidden = hidden_rows(backbone, pack(READ[part], RESPONSES[part], "cpu"))
-        part_loss, stats = objective(
-            hidden_rows(backbone, student), head, teacher_hidden, None, student.targets, TOKENS
-        )
+        tokens = ResponseTokens(student.targets, student.lengths, tuple(ADVANTAGES[part]), weight)
+        part_loss, stats = objective(hidden_rows(backbone, student), head, teacher_hidden, None, tokens, TOKENS)
         part_loss.backward()
         loss += part_loss.item()
         totals.add(stats)
@@ -64,6 +75,98 @@ def dense_opsd(model, temperature, entry_clip):
     loss = total / TOKENS
     loss.backward()
     return loss.item(), [p.grad.clone() for p in model.parameters()]
+
+
+def dense_terms(model, temperature):
+    """Of each response: log-probs of its tokens (T,), and the forward KL to the teacher of each (T,)."""
+    for prompt, read, response in zip(PROMPTS, READ, RESPONSES, strict=True):
+        s = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
+        with torch.no_grad():
+            t = model(torch.tensor([read + response])).logits[0, len(read) - 1 : -1] / temperature
+        log_q, log_p = s.log_softmax(-1), t.log_softmax(-1)
+        yield log_q[range(len(response)), response], (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def assert_is(model, objective, dense_loss, weight=None):
+    """Loss and gradient of `objective` are those of `dense_loss()`, whose loss is not zero."""
+    loss, gradient, _ = step(model, 4, objective, weight)
+    model.zero_grad()
+    expected = dense_loss()
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-9)
+    expected_gradient = [p.grad.clone() for p in model.parameters()]
+    assert sum(g.abs().sum() for g in expected_gradient) > 0.1
+    assert relative_error(gradient, expected_gradient) < 1e-9
+    if weight is None:  # and the same in micro-batches
+        assert relative_error(step(model, 1, objective)[1], expected_gradient) < 1e-9
+
+
+def test_sft_is_the_mean_cross_entropy_of_the_reference_tokens(model):
+    def dense():
+        losses = []
+        for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(response), reduction="sum"))
+        return sum(losses) / TOKENS
+
+    assert_is(model, SupervisedFineTuning(), dense)
+
+
+def test_grpo_is_the_policy_gradient_of_the_advantages(model):
+    def dense():
+        """sum over tokens of A * p / [p]: the ratio written with probabilities, not log-probabilities."""
+        total = 0.0
+        for A, (logp, _) in zip(ADVANTAGES, dense_terms(model, 1.1), strict=True):
+            total = total - (A * logp.exp() / logp.exp().detach()).sum()
+        return total / TOKENS
+
+    assert_is(model, PolicyGradient(temperature=1.1), dense)
+
+
+def test_importance_ratios_multiply_each_tokens_policy_gradient(model):
+    weight = torch.linspace(0.2, 2.0, TOKENS, dtype=torch.float64)
+
+    def dense():
+        logp = torch.cat([logp for logp, _ in dense_terms(model, 1.0)])
+        A = torch.cat([torch.full((len(r),), a).double() for a, r in zip(ADVANTAGES, RESPONSES, strict=True)])
+        return -(weight * A * (logp - logp.detach() + 1)).sum() / TOKENS
+
+    assert_is(model, PolicyGradient(), dense, weight)
+
+
+def test_the_mixed_objective_is_the_weighted_sum_of_both(model):
+    def dense():
+        terms = list(dense_terms(model, 1.1))
+        divergence = torch.cat([kl for _, kl in terms]).sum()
+        gain = sum(A * (logp - logp.detach() + 1).sum() for A, (logp, _) in zip(ADVANTAGES, terms, strict=True))
+        return (divergence - 0.3 * gain) / TOKENS
+
+    objective = Mixed(Distillation(scoring_temperature=1.1), PolicyGradient(temperature=1.1), reward_weight=0.3)
+    assert_is(model, objective, dense)
+
+
+def test_position_weights_halve_and_keep_a_responses_share_of_the_loss(model):
+    weights = position_weights((2, 6, 1), halflife=2.0).split([2, 6, 1])
+    assert all(part.mean().item() == pytest.approx(1) for part in weights)
+    assert (weights[1][2] / weights[1][0]).item() == pytest.approx(0.5)
+
+    def dense():
+        total = 0.0
+        for _, kl in dense_terms(model, 1.0):
+            w = torch.tensor([0.5 ** (n / 2) for n in range(len(kl))], dtype=torch.float64)
+            total = total + (w / w.mean() * kl).sum()
+        return total / TOKENS
+
+    assert_is(model, Distillation(position_halflife=2.0), dense)
+
+
+def test_group_advantages_compare_a_problems_responses_with_each_other_only():
+    got = group_advantages([1, 0, 0, 0, 1, 1, 1, 1, 0, 1, 0, 1], group=4)
+    assert got[:4] == pytest.approx([1.4997, -0.4999, -0.4999, -0.4999], abs=1e-3)  # (r - 1/4) / (1/2)
+    assert got[4:8] == [0, 0, 0, 0]
+    assert sum(got[8:]) == pytest.approx(0) and got[9] > 0 > got[8]
+    with pytest.raises(ValueError, match="do not make groups of 1"):
+        group_advantages([1.0], group=1)
 
 
 def relative_error(got, expected):
@@ -103,7 +206,12 @@ def test_averaging_micro_batches_with_equal_weight_would_be_another_gradient(mod
         with torch.no_grad():
             teacher_hidden = hidden_rows(backbone, pack(READ[i : i + 1], RESPONSES[i : i + 1], "cpu"))
         loss, _ = Distillation()(
-            hidden_rows(backbone, student), head, teacher_hidden, None, student.targets, len(RESPONSES[i])
+            hidden_rows(backbone, student),
+            head,
+            teacher_hidden,
+            None,
+            ResponseTokens(student.targets, student.lengths),
+            len(RESPONSES[i]),
         )
         (loss / 4).backward()
     assert relative_error([p.grad for p in model.parameters()], expected) > 0.05
@@ -128,14 +236,14 @@ def test_totals_are_sums_over_tokens_and_the_percentile_is_over_all_of_them():
     totals = TokenTotals()
     totals.add(stats([1.0, 2.0]))
     totals.add(stats([3.0]))
-    means = dict(zip(TokenTotals.NAMES, (totals.sum() / 3).tolist(), strict=True))
-    assert means == pytest.approx(
+    assert totals.means(totals.sum(), 3) == pytest.approx(
         {
             "mismatch": 2.0,
             "top1_agreement": 1 / 3,
             "student_entropy": 4.0,
             "teacher_entropy": 6.0,
             "student_confidence": 0.2,
+            "mismatch_p95": 2.0,
         }
     )
     many = TokenTotals()

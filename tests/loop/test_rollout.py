@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from atesd.batching import use_packed_attention
+from atesd.packed_attention import use_packed_attention
 from atesd.rollout import Sampling, hf
 from atesd.rollout.hf import HFEngine, candidates, sample
 

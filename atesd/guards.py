@@ -1,0 +1,153 @@
+"""Guards of a run: signs of a collapse, early stopping, and the best adapter by probe.
+
+Separate from the trainer because a guard only reads what a step measured; it never changes a gradient. On-policy
+self-distillation is known to collapse after one or two hundred steps: responses shrink or repeat themselves, or the
+student's entropy falls to nothing or blows up. Every threshold here is our choice.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from atesd.config import ATESDConfig
+from atesd.objectives import TokenTotals
+from atesd.signals import finite
+
+NGRAM = 4
+START_STEPS = 5  # steps whose mean is "the start"
+IN_A_ROW = 3  # steps a sign must last
+# metric -> (low, high): a collapse is below low or above high times its start
+RELATIVE_BOUNDS = {"student_entropy": (0.1, 5.0), "response_length": (0.1, None)}
+REPETITION_BOUND = 0.5
+BEST = "best"
+
+
+def repetition(token_ids: Sequence[int], n: int = NGRAM) -> float:
+    """The share of a response's n-grams that occurred in it before: 0 for none, towards 1 for a loop.
+
+    >>> repetition([1, 2, 3, 4, 5, 6]), round(repetition([7, 8] * 50), 2)
+    (0.0, 0.98)
+    """
+    grams = [tuple(token_ids[i : i + n]) for i in range(len(token_ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+class Guards:
+    """Watches the steps of a run.
+
+    Args:
+        config: reads `early_stopping_patience`, `stop_on_collapse` and `save_best`.
+        run_dir: where the best adapter goes.
+
+    Attributes:
+        stop_reason: why the run should end now; None to go on.
+    """
+
+    def __init__(self, config: ATESDConfig, run_dir: Path):
+        self.config, self.run_dir = config, run_dir
+        self.best_probe_nll: float | None = None
+        self.best_step = 0
+        self.probes_without_best = 0
+        self.start: dict[str, list[float]] = {name: [] for name in RELATIVE_BOUNDS}
+        self.signs_in_a_row: dict[str, int] = {}
+        self.stop_reason: str | None = None
+
+    def before_update(self, updates: int, probe_nll: float | None, save: Callable[[Path], None] | None) -> None:
+        """Take the probe NLL of the weights after `updates` optimizer steps, before the next one changes them.
+
+        A new best is written to RUN_DIR/best by `save` (None: on another process, or not asked for).
+        """
+        probe_nll = finite(probe_nll)
+        if probe_nll is None:
+            return
+        if self.best_probe_nll is None or probe_nll < self.best_probe_nll:
+            self.best_probe_nll, self.best_step, self.probes_without_best = probe_nll, updates, 0
+            if self.config.save_best and save is not None:
+                self.write_best(save)
+            return
+        self.probes_without_best += 1
+        patience = self.config.early_stopping_patience
+        if patience is not None and self.probes_without_best >= patience:
+            self.stop_reason = (
+                f"the probe NLL has not fallen below {self.best_probe_nll:.4g} (step {self.best_step}) in "
+                f"{self.probes_without_best} measurements (early_stopping_patience)"
+            )
+
+    def after_step(self, step: int, metrics: dict[str, Any]) -> None:
+        """Look for signs of a collapse in the metrics of a step, and say so once for each; stop if asked to."""
+        for sign in self.signs(metrics):
+            self.signs_in_a_row[sign] = self.signs_in_a_row.get(sign, 0) + 1
+            if self.signs_in_a_row[sign] != IN_A_ROW:
+                continue
+            tqdm.write(f"step {step}: the student may be collapsing: {sign}, {IN_A_ROW} steps in a row")
+            if self.config.stop_on_collapse:
+                self.stop_reason = f"collapse: {sign} (stop_on_collapse)"
+        present = set(self.signs(metrics))
+        self.signs_in_a_row = {sign: n for sign, n in self.signs_in_a_row.items() if sign in present}
+        for name, values in self.start.items():
+            value = finite(metrics.get(name))
+            if value is not None and len(values) < START_STEPS:
+                values.append(value)
+
+    def signs(self, metrics: dict[str, Any]) -> list[str]:
+        """The signs of a collapse this step shows."""
+        found = []
+        for name, (low, high) in RELATIVE_BOUNDS.items():
+            value, values = finite(metrics.get(name)), self.start[name]
+            if value is None or len(values) < START_STEPS:
+                continue
+            start = sum(values) / len(values)
+            if value < low * start:
+                found.append(f"{name} is below {low:g} times its start")
+            elif high is not None and value > high * start:
+                found.append(f"{name} is above {high:g} times its start")
+        if (finite(metrics.get("repetition")) or 0.0) > REPETITION_BOUND:
+            found.append(f"more than {REPETITION_BOUND:.0%} of the responses' {NGRAM}-grams repeat")
+        return found
+
+    def write_best(self, save: Callable[[Path], None]) -> None:
+        """RUN_DIR/best: the adapter (or model) and best.json, whole or not at all."""
+        target, staging = self.run_dir / BEST, self.run_dir / f".writing-{BEST}"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        save(staging / ("adapter" if self.config.use_peft else "model"))
+        best = {"step": self.best_step, "probe_nll": self.best_probe_nll}
+        (staging / "best.json").write_text(json.dumps(best) + "\n", encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        staging.rename(target)
+
+    def summary(self) -> dict[str, Any]:
+        """For summary.json: the best probe NLL, after how many updates, and why the run ended early, if it did."""
+        best = {} if self.best_probe_nll is None else {"best_probe_nll": self.best_probe_nll}
+        return best | {"best_step": self.best_step, "stopped": self.stop_reason}
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("best_probe_nll", "best_step", "probes_without_best", "start", "signs_in_a_row")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def clip_fraction(config: ATESDConfig, loss: float, totals: TokenTotals, mismatch: float | None) -> dict[str, float]:
+    """`{"clip_fraction": ...}`, how much the clip takes away; nothing where there is none to tell.
+
+    With `token_clip` c the share of tokens whose divergence exceeds c. With `entry_clip` the share of the step's mean
+    divergence that is missing from the loss, 1 - loss / mismatch, since no one holds a token's entries side by side;
+    told only where the loss is that divergence and nothing else.
+    """
+    if config.token_clip is not None and mismatch is not None:
+        return {"clip_fraction": totals.share_above(config.token_clip)}
+    weighted = config.position_halflife is not None or config.importance_clip is not None
+    plain = config.objective == "distill" and not weighted
+    if config.entry_clip is not None and plain and mismatch:
+        return {"clip_fraction": 1 - loss / mismatch}
+    return {}

@@ -142,7 +142,7 @@ def use_packed_attention(model: nn.Module) -> None:
         model.set_attn_implementation(PACKED_EAGER)
     else:
         raise ValueError(
-            f"attn_implementation is {used!r}; packed batches need 'sdpa', 'flash_attention_2' or 'eager'."
+            f"attn_implementation of {type(model).__name__} is {used!r}; packed batches need 'sdpa', 'flash_attention_2' or 'eager'."
         )
 
 

@@ -41,6 +41,13 @@ LINES = (
         "log-prob a token",
         "How likely the teacher finds the part of the reference that it was not shown.",
     ),
+    (
+        "Repetition and clip",
+        {"repetition": "repeated 4-grams", "clip_fraction": "taken by the clip"},
+        "share",
+        "Of the responses' 4-grams, those that came before; of the divergence, what the clip takes away.",
+    ),
+    ("Right answers", {"verifier_reward": "right"}, "share", "Of the step's rollouts, as the verifier sees them."),
     ("Response length", {"response_length": "tokens"}, "tokens", "Mean over the step's rollouts."),
     (
         "Entropy",

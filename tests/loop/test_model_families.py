@@ -87,9 +87,13 @@ def test_the_loss_of_a_step_is_that_of_the_models_own_dense_logits(family, tiny_
     config = tiny_config(model_name_or_path=model, exposure_policy="full", entry_clip=None,
                          gradient_checkpointing=family == "query and key norms")  # fmt: skip
     trainer = quietly(lambda: Trainer(config))
-    trainer.model.double()
     problems = [trainer.problems.train[i] for i in range(4)]
     rollouts = trainer.engine.generate([trainer.prompts.student(p) for p in problems])
+    with torch.no_grad():  # a student that is not its teacher
+        for name, p in trainer.trained.items():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+    trainer.model.double()
     loss, _, _ = trainer.distill(problems, rollouts, [1.0] * 4)
     got = {name: p.grad.clone() for name, p in trainer.trained.items()}
     trainer.model.zero_grad()
@@ -100,6 +104,8 @@ def test_the_loss_of_a_step_is_that_of_the_models_own_dense_logits(family, tiny_
     size = sum(p.grad.square().sum() for p in trainer.trained.values())
     error = sum((got[name] - p.grad).square().sum() for name, p in trainer.trained.items())
     assert float((error / size).sqrt()) < 1e-5 and size > 0
+    trainer.model.zero_grad()
+    trainer.model.float()
     metrics, _ = quietly(lambda: trainer.train_step(0))
     assert metrics["grad_norm"] > 0
 
@@ -109,8 +115,8 @@ def test_layers_that_carry_a_state_across_sequences_are_refused_by_name(tiny_con
                          bos_token_id=1, eos_token_id=2)  # fmt: skip
     config.max_position_embeddings = 2048
     model = saved(config, tmp_path / "mamba", tiny_model_path)
-    with pytest.raises((ValueError, TypeError), match=r"Mamba|mixes|attn_implementation|unexpected"):
-        quietly(lambda: Trainer(tiny_config(model_name_or_path=model)))
+    with pytest.raises(ValueError, match="MambaForCausalLM"):
+        quietly(lambda: Trainer(tiny_config(model_name_or_path=model, use_peft=False)))
 
 
 def test_an_attention_that_ignores_where_sequences_end_is_noticed():

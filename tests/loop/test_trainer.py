@@ -151,6 +151,8 @@ def broken_objective(trainer, steps):
         calls[0] += 1
         return (loss * float("nan") if (calls[0] - 1) // 2 in steps else loss), stats
 
+    for name in ("needs_teacher", "needs_rollouts", "needs_reward"):
+        setattr(maybe_nan, name, getattr(objective, name))
     trainer.objective = maybe_nan
 
 

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         return fail(error, 2)
     except KeyboardInterrupt:
-        how = "; go on with the same command" if arguments.command == "eval" else ""
+        how = "; go on with the same command" if arguments.command in ("eval", "sweep") else ""
         return fail(f"stopped{how}", 130)
     except Exception as error:
         if os.environ.get("ATESD_TRACEBACK") or not written_for_people(error):

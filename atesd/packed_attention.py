@@ -142,7 +142,8 @@ def use_packed_attention(model: nn.Module) -> None:
         model.set_attn_implementation(PACKED_EAGER)
     else:
         raise ValueError(
-            f"attn_implementation of {type(model).__name__} is {used!r}; packed batches need 'sdpa', 'flash_attention_2' or 'eager'."
+            f"attn_implementation of {type(model).__name__} is {used!r}; packed batches need 'sdpa', "
+            "'flash_attention_2' or 'eager'."
         )
 
 
@@ -164,6 +165,10 @@ def check_packing(model: nn.Module) -> None:
     try:
         together = hidden_rows(backbone, pack(prompts, responses, device))
         alone = [hidden_rows(backbone, pack([p], [r], device)) for p, r in zip(prompts, responses, strict=True)]
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{type(base).__name__} cannot run a packed row, so it cannot be trained here: {error}"
+        ) from error
     finally:
         base.train(training)
     expected = torch.cat(alone).float()

@@ -79,6 +79,7 @@ def run_config(recipe: str | None, flags: list[str], folder: Path, alpha: float,
 def run_one(config: ATESDConfig, alpha: float, seed: int) -> None:
     """Train one run and write what it did to each held-out problem into its study.json."""
     config.validate()
+    config.save(config.output_dir)  # what a checkpoint is resumed with
     trainer = Trainer(config)
     problems, run_dir = trainer.problems.eval, Path(config.output_dir)
     before_file = run_dir / BEFORE

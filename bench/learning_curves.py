@@ -51,6 +51,7 @@ def run_one(run: str, flags: list[str], work: Path) -> Path:
     else:
         (run_dir / METRICS).unlink(missing_ok=True)
         config = load_config("quickstart", [*METHODS[method], *own, *flags])
+    config.save(run_dir)  # what a checkpoint is resumed with
     trainer = Trainer(config)
     start_file = run_dir / "start.json"
     if not start_file.exists():

@@ -52,7 +52,7 @@ def test_the_page_has_every_plot_and_refers_to_nothing_outside(run_dir):
     assert {"Exposure", "Loss", "Mismatch", "Probe NLL", "Reward", "Response length", "Seconds by phase"} <= set(titles)
     assert all(base64.b64decode(data).startswith(b"\x89PNG") for _, data in PNG.findall(page))
     assert not re.search(r'(src|href)="(?!data:)', page)
-    assert "http" not in PNG.sub("", page)
+    assert not re.search(r"url\(|@import", page)  # an address may be shown, as the rollout server's setting is
     assert "<link" not in page and "<script" not in page
 
 

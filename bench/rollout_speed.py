@@ -3,8 +3,8 @@
     make test-vllm                                    # makes the environment
     .venv-vllm/bin/python -m bench.rollout_speed [--prompts 16] [--max_completion_length 128] [--rounds 3]
 
-One process, one model (SmolLM2, bf16), one list of gsm_symbolic prompts; every round runs each engine once, and no
-token ends a response, so that all write the same number. vLLM returns log-probabilities, as training asks it to. The
+One process, one model (SmolLM2, bf16), one list of gsm_symbolic prompts, and no token ends a response, so that all
+engines write the same number. vLLM returns log-probabilities, as training asks it to. The
 HF engine is this project's own decoding loop; plain `generate` of transformers, in bf16 weights, stands beside it.
 Then a run of a few steps with vLLM, whose metrics say how much of a step the sync is.
 """
@@ -16,6 +16,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -79,27 +80,33 @@ def plain_generate(path: str, prompts: list[list[int]], pad_id: int, length: int
 
 
 def speeds(args: argparse.Namespace, filters: dict) -> dict[str, list[float]]:
-    """Seconds of each engine in each round; the first round warms up and is not kept."""
+    """Seconds of each engine in each round, after one call that warms up. vLLM comes last: the others run in a process
+    that it has not changed."""
     config = settings(args, **filters)
     model, tokenizer = load_model_and_tokenizer(config)
     prompts = gsm_prompts(tokenizer, args)
-    vllm = VLLMEngine.from_config(config, model, tokenizer)
-    vllm.sync()
     hf = HFEngine(
         model, tokenizer, max_completion_length=args.max_completion_length, temperature=1.1, bf16=True, **filters
     )
-    vllm.stop_ids, hf.stop_ids = [], [-1]
+    hf.stop_ids = [-1]
     path = model_path(config.model_name_or_path)
     plain = plain_generate(path, prompts, tokenizer.pad_token_id, args.max_completion_length, **filters)
-    entrants = {"vllm": lambda: vllm.generate(prompts), "hf": lambda: hf.generate(prompts), "generate": plain}
-    seconds: dict[str, list[float]] = {name: [] for name in entrants}
-    for _ in range(1 + args.rounds):
-        for name, run in entrants.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+    seconds = {"hf": timed(lambda: hf.generate(prompts), args.rounds), "generate": timed(plain, args.rounds)}
+    vllm = VLLMEngine.from_config(config, model, tokenizer)
+    vllm.stop_ids = []
+    vllm.sync()
+    seconds = {"vllm": timed(lambda: vllm.generate(prompts), args.rounds), **seconds}
     vllm.close()
-    return {name: values[1:] for name, values in seconds.items()}
+    return seconds
+
+
+def timed(run: Callable[[], object], rounds: int) -> list[float]:
+    seconds = []
+    for _ in range(1 + rounds):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
 
 
 def sync_share(args: argparse.Namespace, use_peft: bool) -> dict[str, float]:

@@ -56,7 +56,7 @@ def test_sampling_means_what_it_means_to_the_hf_engine(real_config):
         assert {r.truncated for r in ours} == {True, False}, "the prompts are to show both ends"
 
         # The first token's frequencies under all filters at once
-        count = 600
+        count = 300
         filtered = Sampling(1, temperature=1.3, top_p=0.9, top_k=8, seeds=tuple(range(count)))
         drawn = Counter(r.response_ids[0] for r in engine.generate([prompts[1]] * count, filtered))
         with torch.no_grad():
@@ -64,7 +64,7 @@ def test_sampling_means_what_it_means_to_the_hf_engine(real_config):
         expected = dict(zip(tokens[0].tolist(), (probs[0] / probs[0].sum()).tolist(), strict=True))
         allowed = {token for token, p in expected.items() if p > 0}
         assert set(drawn) <= allowed and len(allowed) >= 3
-        assert sum(abs(drawn[token] / count - p) for token, p in expected.items()) / 2 < 0.08
+        assert sum(abs(drawn[token] / count - p) for token, p in expected.items()) / 2 < 0.1
 
         seeded = Sampling(8, temperature=1.3, top_p=0.9, top_k=8, seeds=(5, 6, 7, 8))
         assert engine.generate(prompts, seeded) == engine.generate(prompts, seeded)

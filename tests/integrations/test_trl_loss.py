@@ -57,12 +57,14 @@ def test_a_patched_trainer_trains_as_the_unpatched_one(case, lora, sharp_model_p
         train(make_trainer(kind, sharp_model_path, tmp_path, lora=lora, **changes), patch) for patch in (False, True)
     )
     assert len(theirs) == 3 and max(map(abs, theirs)) > 1e-3
-    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-7)
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-4, abs=1e-7)
+    # after an update too: Adam's first steps divide rounding noise by itself, which the next losses show
+    assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-7)
     assert (also_moved - moved).norm() <= 2e-2 * moved.norm()
     for mine, other in zip(our_log, log, strict=True):
         for name in set(other) - {"epoch"}:
             if "loss" in name or name == "entropy":
-                assert mine[name] == pytest.approx(other[name], rel=1e-3, abs=1e-6), name
+                assert mine[name] == pytest.approx(other[name], rel=2e-3, abs=1e-6), name
 
 
 @pytest.mark.parametrize("kind", ["sdft", "gkd", "distillation"])

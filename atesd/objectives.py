@@ -68,7 +68,6 @@ class Objective(Protocol):
         teacher_head: HeadSpec | None,  # None: the student's
         tokens: ResponseTokens,
         num_tokens: int,
-        token_weight: Tensor | None = None,
     ) -> tuple[Tensor, TokenStats]: ...
 
 

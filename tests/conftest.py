@@ -13,7 +13,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import torch  # noqa: E402  (the environment has to be set before transformers, and with it triton, is imported)
+import torch
 
 if not torch.cuda.is_available():  # the Triton backends are interpreted: triton reads this when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from atesd.objectives import Distillation
+from atesd.objectives import Distillation, ResponseTokens
 from atesd.rollout import Rollout
 from atesd.rollout.mismatch import EngineMismatch
 from atesd.trainer import Trainer
@@ -62,8 +62,7 @@ def test_an_engine_without_log_probs_is_the_trainer_itself_and_measures_nothing(
 def test_the_loss_is_the_mean_of_the_weighed_tokens(states):
     student, teacher, head = states
     weights = torch.tensor([1, 2, 0.5, 3, 0.25])
-    objective = Distillation()
-    loss, stats = objective(student, head, teacher, None, TARGETS, 5, weights)
+    loss, stats = Distillation()(student, head, teacher, None, ResponseTokens(TARGETS, (2, 3), weight=weights), 5)
     assert loss.item() == pytest.approx((weights * stats.divergence).mean().item(), rel=1e-5)
 
 

@@ -76,6 +76,7 @@ class Compiled:
         if self.case.is_matmul and not self.mma:
             found.append("no tensor-core instructions")
         narrow, wide = (sum(n for bits, n in self.loads.items() if (bits >= 64) == vector) for vector in (False, True))
+        narrow = max(0, narrow - self.case.row_loads)
         # single ones are a row's target or a tile's maximum; the logits and operands come many at a time
         if narrow >= max(wide, 1):
             found.append(f"{narrow} loads of 32 bits or less in a loop, beside {wide} wider ones")

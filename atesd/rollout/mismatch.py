@@ -39,9 +39,7 @@ class EngineMismatch:
         if any(r.logprobs is None for r in rollouts):
             return None
         engine = torch.tensor([logprob for r in rollouts for logprob in r.logprobs], device=hidden.device)
-        trainer = linear_logprobs(
-            hidden, head.weight, targets, temperature=head.temperature(1.0), bias=head.bias, softcap=head.softcap
-        )
+        trainer = linear_logprobs(hidden, head.weight, targets, **head.logprob_options())
         difference = trainer.float() - engine
         self.differences.append(difference)
         return None if self.clip is None else difference.exp().clamp(max=self.clip)

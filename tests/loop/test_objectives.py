@@ -20,7 +20,7 @@ from atesd.objectives import (
 from atesd.packed_attention import use_packed_attention
 from atesd.reward import group_advantages
 from atesd_kernels import TokenStats
-from atesd_kernels.integrations.head import hidden_states_and_head
+from atesd_kernels.integrations.head import HeadSpec, hidden_states_and_head
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
 READ = [[50, 51, 52, 53, 5, 6, 7], [54, 8, 9], [55, 56, 10, 11, 12, 13], [57, 58, 14]]
@@ -59,6 +59,21 @@ def step(model, micro_batch, objective, weight=None):
         loss += part_loss.item()
         totals.add(stats)
     return loss, [p.grad.clone() for p in model.parameters()], totals
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared head", "separate heads"])
+def test_softcap_and_scale_of_one_head_reach_the_divergence_and_the_log_probs(shared):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, 8, dtype=torch.float64)
+    head, other = (HeadSpec(torch.randn(11, 8, dtype=torch.float64), torch.randn(11).double(), 2.0, 0.4) for _ in "12")
+    tokens = ResponseTokens(torch.tensor([3, 1, 4, 1, 5]), (2, 3))
+    t = (head if shared else other).logits(teacher) / 1.1
+    log_q, log_p = (head.logits(student) / 1.1).log_softmax(-1), t.log_softmax(-1)
+    loss, _ = Distillation(scoring_temperature=1.1)(student, head, teacher, None if shared else other, tokens, 5)
+    assert loss.item() == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-9)
+    nll, _ = SupervisedFineTuning()(student, head, None, None, tokens, 5)
+    exact = head.logits(student).log_softmax(-1).gather(1, tokens.targets[:, None]).mean()
+    assert nll.item() == pytest.approx(-exact.item(), rel=1e-9)
 
 
 def dense_opsd(model, temperature, entry_clip):

@@ -13,6 +13,7 @@ from atesd.config import load_config
 from atesd.config_checks import ConfigError
 from atesd.eval_config import EvalConfig
 from atesd.problems import Problem, load_problems
+from atesd.run_data import load_splits
 
 __all__ = ["BENCHMARKS", "Benchmark", "load_benchmark", "seen_in_training"]
 
@@ -79,17 +80,7 @@ def seen_in_training(problems: list[Problem], run_dir: Path) -> list[str] | None
     """
     try:
         config = load_config(None, ["--resume", str(run_dir)])
-        splits = load_problems(
-            config.dataset_name,
-            num_train=config.num_train_problems,
-            num_probe=config.num_probe_problems,
-            num_eval=config.num_eval_problems,
-            seed=config.seed,
-            dataset_split=config.dataset_split,
-            problem_column=config.problem_column,
-            solution_column=config.solution_column,
-            answer_column=config.answer_column,
-        )
+        splits = load_splits(config)
     except (ValueError, ImportError):  # moved data, settings of another version
         return None
     known = {as_key(problem) for problem in [*splits.train, *splits.probe]}

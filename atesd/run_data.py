@@ -51,14 +51,9 @@ class RunData:
         }
 
 
-def load_run_data(config: ATESDConfig, tokenizer: Any, context_length: int) -> RunData:
-    """Load, segment and check the problems `config` names.
-
-    Raises:
-        ValueError: problems that cannot be read; PromptTooLong, a ValueError, for one that does not fit, unless
-            `overlong_problems` says otherwise.
-    """
-    problems = load_problems(
+def load_splits(config: ATESDConfig) -> ProblemSplits:
+    """The problems `config` names, as `load_problems` splits them."""
+    return load_problems(
         config.dataset_name,
         num_train=config.num_train_problems,
         num_probe=config.num_probe_problems,
@@ -69,6 +64,16 @@ def load_run_data(config: ATESDConfig, tokenizer: Any, context_length: int) -> R
         solution_column=config.solution_column,
         answer_column=config.answer_column,
     )
+
+
+def load_run_data(config: ATESDConfig, tokenizer: Any, context_length: int) -> RunData:
+    """Load, segment and check the problems `config` names.
+
+    Raises:
+        ValueError: problems that cannot be read; PromptTooLong, a ValueError, for one that does not fit, unless
+            `overlong_problems` says otherwise.
+    """
+    problems = load_splits(config)
     prompts = PromptBuilder(
         tokenizer,
         PromptTemplates.from_file(config.prompt_templates) if config.prompt_templates else None,

@@ -20,6 +20,7 @@ import yaml
 
 from atesd import config_fields as groups
 from atesd.config_checks import ConfigError, check, check_resumable, suggest
+from atesd.files import write_whole
 
 CONFIG_FILE = "config.yaml"
 
@@ -57,11 +58,7 @@ class ATESDConfig(
     def save(self, run_dir: str | os.PathLike[str]) -> Path:
         """Writes the resolved settings as RUN_DIR/config.yaml, atomically; `load_config` reads them back."""
         path = Path(run_dir) / CONFIG_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(asdict(self) | {"resume": None}, sort_keys=False)
-        beside = path.with_suffix(f".{os.getpid()}.tmp")  # processes of one run may write at the same time
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        write_whole(path, yaml.safe_dump(asdict(self) | {"resume": None}, sort_keys=False))
         return path
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from atesd import eval_plots as plots
-from atesd.eval_files import EvalError, flat, write_json
+from atesd.eval_files import EvalError, flat
 from atesd.eval_report import (
     EvalRun,
     card,
@@ -28,6 +28,7 @@ from atesd.eval_report import (
     text,
 )
 from atesd.eval_stats import estimate
+from atesd.files import write_json
 
 # what two runs are meant to differ in
 EXPECTED = (

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from atesd.files import write_json
 from atesd.metrics import as_line, read_jsonl
 
 SETTINGS, SAMPLES, RESULTS = "eval_config.json", "samples.jsonl", "results.json"
@@ -116,13 +117,6 @@ def flat(record: dict[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file; nothing where there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes `content` so that the file is whole or absent."""
-    beside = path.with_suffix(".json.tmp")
-    beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
 
 
 def fingerprint(folder: str | os.PathLike[str]) -> str | None:

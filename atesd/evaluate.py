@@ -22,9 +22,10 @@ from atesd.benchmarks import load_benchmark, seen_in_training
 from atesd.config_checks import ConfigError
 from atesd.eval_answers import Protocol, Sample, answers, summarise
 from atesd.eval_config import FREE, EvalConfig
-from atesd.eval_files import RESULTS, EvalError, SampleFile, claim, fingerprint, read_json, seed_of, write_json
+from atesd.eval_files import RESULTS, EvalError, SampleFile, claim, fingerprint, read_json, seed_of
 from atesd.eval_model import base_model, find_adapter, find_run, load_student
 from atesd.eval_report import write_reports
+from atesd.files import write_json
 from atesd.grading import Grader
 from atesd.models import context_length, load_model_config, load_tokenizer, model_path
 from atesd.problems import Problem

@@ -15,6 +15,7 @@ import yaml
 
 from atesd import report_plots as plots
 from atesd.config import CONFIG_FILE, ATESDConfig
+from atesd.files import write_whole
 from atesd.metrics import METRICS, SAMPLES, read_jsonl
 
 REPORT = "report.html"
@@ -97,9 +98,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     config_file = run_dir / CONFIG_FILE
     config = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     path = run_dir / REPORT
-    beside = path.with_suffix(".html.tmp")
-    beside.write_text(page(run_dir.resolve().name, rows, samples, config), encoding="utf-8")
-    beside.replace(path)
+    write_whole(path, page(run_dir.resolve().name, rows, samples, config))
     return path
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from atesd.checkpoint import latest_checkpoint
 from atesd.config import ATESDConfig, load_config
 from atesd.config_checks import ConfigError
+from atesd.files import write_json
 from atesd.held_out import measure
 from atesd.sweep_plot import study_figure
 from atesd.trainer import Trainer
@@ -139,10 +140,3 @@ def means_over(seeds: Iterable[list[dict[str, Any]]]) -> dict[str, Any]:
             values.setdefault("accuracy", []).append(statistics.fmean(a["correct"] for a in afters))
     means = {name: statistics.fmean(v) for name, v in values.items()}
     return means | {f"{name}_std": statistics.stdev(v) if len(v) > 1 else 0.0 for name, v in values.items()}
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)

@@ -20,7 +20,7 @@ READ_THE_SAME = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class PackedLinear(nn.Module):
-    """A linear layer (and its LoRA update) as one matrix in oneDNN's own layout: 1.6 times faster at batch 8."""
+    """A linear layer (and its LoRA update) as one matrix in oneDNN's own layout, which is faster to decode with."""
 
     def __init__(self, source: nn.Module):
         super().__init__()

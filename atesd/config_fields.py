@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 # What `--resume` may change. Everything else decides what the checkpoint holds or how the run would have gone on.
 MAY_CHANGE = (
-    "max_steps learning_rate max_grad_norm max_nonfinite_steps gradient_checkpointing chunk_bytes logging_steps "
+    "max_steps learning_rate max_grad_norm max_nonfinite_steps gradient_checkpointing "
+    "gradient_checkpointing_mode chunk_bytes logging_steps "
     "save_steps save_total_limit report_to eval_steps early_stopping_patience stop_on_collapse save_best"
 ).split()
 
@@ -47,6 +48,12 @@ class ModelFields:
     )
     use_liger_kernel: bool = option(False, "HF", "Liger's kernels for norms, rotary embedding and MLP; needs a GPU.")
     gradient_checkpointing: bool = option(False, "HF", "Recompute activations in backward: less memory, more time.")
+    gradient_checkpointing_mode: Literal["full", "selective"] = option(
+        "full",
+        "our choice",
+        "With gradient_checkpointing: full keeps each layer's input; selective (as in torchtitan) also what matrix "
+        "products and attention return, so that backward computes none of them again.",
+    )
 
 
 @dataclass

@@ -53,6 +53,12 @@ class ModelShape:
         """
         return 6 * self.hidden + 3 * self.query + 2 * self.kv + 4 * self.intermediate
 
+    @property
+    def products(self) -> int:
+        """Of a token and layer, what matrix products and attention return: query, key, value, attention and its
+        projection, gate, up and down."""
+        return 2 * self.query + 2 * self.kv + 2 * self.hidden + 2 * self.intermediate
+
 
 def model_shape(model_config: PreTrainedConfig, config: ATESDConfig) -> ModelShape:
     """Counts without weights: the model is built on the meta device."""
@@ -159,8 +165,11 @@ def plan_memory(
     residual = FP32 if config.torch_dtype == "float32" else BF16
     kind = "fp32" if not low else "autocast over fp32 weights" if residual == FP32 else "bf16"
     a_layer = tokens * shape.elements * BYTES_PER_ACTIVATION[kind]
-    if config.gradient_checkpointing:  # each layer's input, and all of the layer being recomputed
-        activations = shape.layers * tokens * shape.hidden * residual + a_layer
+    if config.gradient_checkpointing:  # what each layer keeps, and all of the layer being recomputed
+        kept = shape.hidden * residual
+        if config.gradient_checkpointing_mode == "selective":
+            kept += shape.products * (BF16 if low else FP32)
+        activations = shape.layers * tokens * kept + a_layer
     else:
         activations = shape.layers * a_layer
     # Casts of matrices live as long as the forward's graph; those the adapter's low-rank products make are its own.

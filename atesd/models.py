@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atesd.config_checks import SPECIAL_MODEL
+from atesd.recompute import recompute_activations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -86,8 +87,7 @@ def load_model(config: ATESDConfig) -> PreTrainedModel:
     if config.use_peft:
         model = add_lora(model, config)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        recompute_activations(model, config.gradient_checkpointing_mode)
     return model.train()
 
 

@@ -30,7 +30,6 @@ from atesd.memory import release_freed_memory
 from atesd.metrics import RunLog, peak_memory_bytes
 from atesd.objectives import ResponseTokens, TokenTotals
 from atesd.problems import Problem
-from atesd.report import write_report
 from atesd.rollout import Rollout, RolloutError
 from atesd.run_state import RunState
 
@@ -102,6 +101,8 @@ class Trainer(RunState):
             summary = {"steps": done, **self.data.counts(), **self.guards.summary(), **self.policy.finish()}
             (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
             self.log.close()
+            from atesd.report import write_report  # here: while the run trains it does without matplotlib
+
             write_report(self.run_dir)
         self.engine.close()
         self.accelerator.end_training()
@@ -230,13 +231,17 @@ class Trainer(RunState):
                     teacher_head = None if self.teacher.shares_head else self.teacher.head
                     weight = self.engine_mismatch.measure(rollouts[part], student_hidden, self.head, targets)
                     tokens = ResponseTokens(targets, student_batch.lengths, chosen, weight)
+                    # backward in two parts: the head's gradient is added up before the layers' backward begins
+                    states = student_hidden.detach().requires_grad_()
                     part_loss, stats = self.objective(
-                        student_hidden, self.head, teacher_hidden, teacher_head, tokens, num_tokens
+                        states, self.head, teacher_hidden, teacher_head, tokens, num_tokens
                     )
                     with torch.autocast(self.device.type, enabled=False):
                         self.accelerator.backward(part_loss)
+                        student_hidden.backward(states.grad)
                 loss += part_loss.detach()
                 totals.add(stats)
+                release_freed_memory()  # of the activations: the next part's have other sizes
         return float(self.sum_over_processes(loss)), totals, num_tokens
 
     def update(self, loss: float) -> float | None:

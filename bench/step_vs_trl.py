@@ -43,6 +43,7 @@ def settings(args: argparse.Namespace):
         per_device_train_batch_size=args.micro_batch,
         gradient_accumulation_steps=args.prompts // args.micro_batch,
         gradient_checkpointing=args.checkpointing,
+        gradient_checkpointing_mode="selective",
         max_prompt_length=2048,
         max_completion_length=args.max_completion_length,
         temperature=1.1,

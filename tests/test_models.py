@@ -5,10 +5,12 @@ import zipfile
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from atesd import smollm
 from atesd.config import ATESDConfig
 from atesd.models import ModelLoadError, load_model_and_tokenizer
+from atesd.recompute import is_kept
 
 
 def load(path, **settings):
@@ -63,17 +65,31 @@ def test_named_lora_targets_are_taken_and_missing_ones_refused(tiny_model_path):
         load(tiny_model_path, lora_target_modules="no_proj")
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(tiny_model_path):
-    gradients = []
-    for checkpointing in (False, True):
+class CountProducts(TorchDispatchMode):
+    """How many matrix products and attentions are computed while it is on."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += is_kept(function, *args)
+        return function(*args, **(kwargs or {}))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients_and_selective_repeats_no_product(tiny_model_path):
+    gradients, products = {}, {}
+    for mode in (None, "full", "selective"):
         torch.manual_seed(0)
-        model, tokenizer = load(tiny_model_path, gradient_checkpointing=checkpointing)
-        assert model.is_gradient_checkpointing == checkpointing
+        settings = {} if mode is None else {"gradient_checkpointing": True, "gradient_checkpointing_mode": mode}
+        model, tokenizer = load(tiny_model_path, use_peft=False, **settings)
         ids = tokenizer("the answer is", return_tensors="pt").input_ids
-        model(ids).logits.square().mean().backward()
-        gradients.append({name: p.grad for name, p in trainable(model).items()})
-    assert any(gradient.abs().max() > 0 for gradient in gradients[0].values())
-    torch.testing.assert_close(gradients[1], gradients[0])
+        with CountProducts() as counted:
+            model(ids).logits.square().mean().backward()
+        gradients[mode] = {name: p.grad for name, p in trainable(model).items()}
+        products[mode] = counted.count
+    assert any(gradient.abs().max() > 0 for gradient in gradients[None].values())
+    torch.testing.assert_close(gradients["full"], gradients[None])
+    torch.testing.assert_close(gradients["selective"], gradients[None])
+    assert products["selective"] == products[None] < products["full"]
 
 
 def test_the_tokenizer_pads_on_the_left_and_always_has_a_pad_token(tiny_model_path, tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -72,12 +73,13 @@ class HFEngine:
         dtype = torch.bfloat16 if self.bf16 else next(self.model.parameters()).dtype
         autocast = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
         with decoding_model(self.model, dtype) as model, autocast:
+            cache = buffered_cache(unwrap(model).config, dtype, min(self.config.max_new_tokens, ROOM))
             responses = model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,
                 generation_config=self.config,
-                past_key_values=buffered_cache(unwrap(model).config, dtype, min(self.config.max_new_tokens, ROOM)),
                 custom_generate=self.decode,
+                **{cache_argument(unwrap(model)): cache},
             )
         return [
             Rollout(prompt, response, truncated=finite and response[-1] not in self.stop_ids, finite=finite)
@@ -111,7 +113,8 @@ class HFEngine:
 
         Rows that have ended leave the batch once half of it is done; a row without finite logits ends there.
         """
-        mask, cache = inputs.get("attention_mask"), inputs["past_key_values"]
+        name = cache_argument(unwrap(model))
+        mask, cache = inputs.get("attention_mask"), inputs[name]
         if mask is None:  # generate drops a mask without padding
             mask = torch.ones_like(input_ids)
         limit = generation_config.max_new_tokens
@@ -127,9 +130,9 @@ class HFEngine:
                 input_ids=tokens,
                 attention_mask=mask,
                 position_ids=position,
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{name: cache},
             )
             u = self.uniform(running, step)
             sampled, drawn = sample(out.logits[:, -1], self.temperature, self.top_p, self.top_k, u)
@@ -166,6 +169,11 @@ class HFEngine:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"].cpu())
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What `forward` and `generate` call the cache: transformers renamed it in 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def stop_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:

@@ -58,7 +58,7 @@ def test_sdpo_shows_a_prefix_of_the_successful_attempt(sharp_model_path, tmp_pat
     trainer = make_trainer("sdpo", sharp_model_path, tmp_path, **options)
     use_exposure(trainer, fixed(0.7))
     trainer.processing_class.decode = lambda token_ids, **_: (
-        [attempt] * len(token_ids) if token_ids.ndim == 2 else attempt
+        [attempt] * len(token_ids) if torch.as_tensor(token_ids).ndim == 2 else attempt
     )
     built = []
     compose = trainer.teacher_context_builder._build_reprompt_text

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoTokenizer, Qwen3Config
 
 from atesd import cli
@@ -16,6 +17,7 @@ from atesd.config import load_config, recipes
 from atesd.dry_run import dry_run
 from atesd.memory_plan import GIB, model_shape, plan_memory
 from atesd.models import context_length, load_tokenizer
+from atesd.recompute import is_kept
 from atesd.run_data import load_run_data
 from atesd.trainer import Trainer, train
 
@@ -115,10 +117,26 @@ def test_planned_weights_gradients_and_optimizer_are_those_of_a_real_step(tiny_c
     assert plan.teacher == bytes_of(trainer.teacher.values.values())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_planned_activations_are_about_what_autograd_keeps(tiny_config, tiny_model_path, checkpointing):
+class Products(TorchDispatchMode):
+    """Bytes of what the operators that `selective` keeps return while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if is_kept(function, *args):
+            first = out[0] if isinstance(out, tuple) else out
+            self.sizes[first.untyped_storage().data_ptr()] = first.untyped_storage().nbytes()
+        return out
+
+
+@pytest.mark.parametrize("mode", [None, "full", "selective"])
+def test_planned_activations_are_about_what_autograd_keeps(tiny_config, tiny_model_path, mode):
     """An estimate, so a loose bound: a wrong factor of 1.5 would be noticed."""
-    config = tiny_config(gradient_checkpointing=checkpointing, max_completion_length=64)
+    settings = {} if mode is None else {"gradient_checkpointing": True, "gradient_checkpointing_mode": mode}
+    config = tiny_config(max_completion_length=64, **settings)
     shape = model_shape(AutoConfig.from_pretrained(tiny_model_path), config)
     plan = plan_memory(shape, config, 64, "cpu")
     trainer = Trainer(config)
@@ -132,11 +150,13 @@ def test_planned_activations_are_about_what_autograd_keeps(tiny_config, tiny_mod
         return tensor
 
     ids = list(range(10, 74))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Products() as products:
         hidden_rows(trainer.backbone, pack([ids] * 2, [ids] * 2, "cpu"))
     measured = sum(size for size, _ in kept.values())
-    if checkpointing:  # while one layer is computed again, its own activations are there too
+    if mode is not None:  # while one layer is computed again, its own activations are there too
         measured += 2 * 128 * shape.elements * 4
+    if mode == "selective":
+        measured += sum(products.sizes.values())
     assert plan.activations == pytest.approx(measured, rel=0.3)
 
 

@@ -6,8 +6,8 @@ Every row comes from a process of its own: the same model with all its parameter
 student and teacher (which reads the whole solution), responses of exactly `max_completion_length` tokens, the same
 precision, forward KL over the full vocabulary without clips, AdamW. The first step warms up and is not counted; the
 figure is the median of the others. TRL runs with all prompts in one micro-batch, its natural setting, and in our
-micro-batches, each with gradient checkpointing on (its default) and off; the ratios are taken against the fastest of
-its rows for time and the smallest for memory. Rows are saved in bench/results/step_vs_trl.json; `--only TEXT` measures
+micro-batches, each with gradient checkpointing on (its default) and off; ours is selective. The ratios are taken
+against the fastest of its rows for time and the smallest for memory. Rows are saved in bench/results/step_vs_trl.json; `--only TEXT` measures
 those whose name holds TEXT and keeps the others, if this machine and these versions made them.
 """
 
@@ -224,14 +224,14 @@ def main() -> None:
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--only", default="", metavar="TEXT", help="only the rows whose name holds this")
     parser.add_argument("--side", choices=("atesd", "trl"), help=argparse.SUPPRESS)
-    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="of ours")
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         result = {"atesd": run_atesd, "trl": run_trl}[args.side](args)
         result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps(result))
         return
-    how = [("atesd", args.micro_batch, args.checkpointing)]
+    how = [("atesd", args.micro_batch, checkpointing) for checkpointing in (True, False)]
     sizes = dict.fromkeys((args.prompts, args.micro_batch))
     how += [("trl", size, checkpointing) for size in sizes for checkpointing in (True, False)]
     shape = [args.prompts, args.max_completion_length, args.bf16, args.top_p, args.top_k, args.model]

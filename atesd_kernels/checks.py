@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,6 +178,16 @@ def check_grad_filter(grad_filter: float | None, backend: str) -> None:
     require(
         backend == "triton_tiled",
         lambda: f"grad_filter needs backend='triton_tiled', this call runs on {backend!r}; leave it out.",
+    )
+
+
+def check_group(group: Any, vocab: int, backend: str) -> None:
+    if group is None:
+        return
+    require(vocab > 0, lambda: "this rank holds no row of the head; shard it so that each rank has one.")
+    require(
+        backend.startswith("torch"),
+        lambda: f"a head sharded over ranks (group=) needs backend='torch', this call asks for {backend!r}.",
     )
 
 

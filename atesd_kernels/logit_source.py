@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import matmul
+from .shards import Shards
 from .spec import DivergenceSpec, LogprobSpec, accumulate_dtype, gradient_dtype
 
 
@@ -15,6 +16,7 @@ class LinearGradients:
     def __init__(self, spec: DivergenceSpec | LogprobSpec, hidden: Tensor, weight: Tensor, bias: Tensor | None):
         self.spec, self.hidden, self.weight, self.bias = spec, hidden, weight, bias
         self.num_rows, self.vocab, self.device = hidden.shape[0], weight.shape[0], hidden.device
+        self.shards = Shards(spec.group, self.vocab, self.device)
         self.dtype = accumulate_dtype(spec.compute_dtype)
         self.grad_scale: Tensor | None = None  # what take_gradient's input is multiplied by, to be divided out
         self.hidden_grad = torch.zeros_like(hidden, dtype=gradient_dtype(hidden.dtype)) if spec.hidden_grad else None
@@ -60,7 +62,8 @@ class LinearGradients:
 
     def finish_rows(self) -> None:
         if self.rows_grad is not None:
-            self.hidden_grad[self.index] = self.unscaled(self.rows_grad).to(self.hidden_grad.dtype)
+            (grad,) = self.shards.sum(self.rows_grad)
+            self.hidden_grad[self.index] = self.unscaled(grad).to(self.hidden_grad.dtype)
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         def finished(grad, like):
@@ -122,13 +125,15 @@ class LinearLogits(LinearGradients):
         t = matmul.logits(rows, weight[cols].to(self.spec.compute_dtype), self.s_dtype)
         return scale_logits(t, self.spec.teacher_temperature, _cols(bias, cols), self.spec.softcap)
 
-    def centre(self, top: Tensor) -> None:
-        """Subtract a constant from each row of a D that is rounded: its value at the token `top` `[R]`.
+    def centre(self, top: Tensor, height: Tensor) -> None:
+        """Subtract a constant from each row of a D that is rounded: its value at the token `top` `[R]`, whose logit is
+        `height`.
 
         A constant changes no softmax, but D is rounded relative to its size: let it be small where q is large.
         """
         w = self.weight[top].to(self.rows_t.dtype)
-        self.offset = torch.linalg.vecdot(self.rows_t.to(self.dtype), w.to(self.dtype)).neg_()
+        offset = torch.linalg.vecdot(self.rows_t.to(self.dtype), w.to(self.dtype)).neg_()
+        _, self.offset = self.shards.at_largest(height, offset)
 
     def _bias_shift(self, cols) -> Tensor | None:
         """By how much the teacher's bias differs; a token both models exclude differs by nothing."""
@@ -180,6 +185,7 @@ class GivenLogits:
     is_delta = needs_logits = rounds_difference = False
     may_be_infinite = scales_late = True
     grad_scale = None
+    shards = Shards(None, 0, torch.device("cpu"))
 
     def __init__(self, spec: DivergenceSpec, student_logits: Tensor, teacher_logits: Tensor):
         self.spec, self.student_logits, self.teacher_logits = spec, student_logits, teacher_logits

@@ -18,9 +18,11 @@ from .arguments import (
     teacher_bias_of,
 )
 from .divergences import DivergenceTerm
+from .shards import backend_for, shard_of, whole
 from .stats import TokenStats
 
 if TYPE_CHECKING:  # the overloads say what `return_stats` changes; the definitions below say the rest
+    from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
     from .options import DivergenceOptions, LinearDivergenceOptions, LogprobOptions
@@ -70,6 +72,7 @@ def linear_divergence(
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
     grad_filter: float | None = None,
+    group: ProcessGroup | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Divergence between teacher and student next-token distributions, straight from hidden states.
@@ -113,6 +116,11 @@ def linear_divergence(
             KL's gradient by the logits exceeds it (times the token's weight); unclipped KLs lose these entries' terms
             in the loss too. On SmolLM2 with an H100's tiles, 1e-4 skips 29 % of them for a gradient error of 0.5 % and
             a loss 0.3 % too low (bench/grad_filter.py).
+        group: the process group over which the heads' rows are sharded, for backend "torch" only. Each rank passes its
+            rows (`[V_rank, H]`, any number, in the order of ranks), its entries of the biases, and the same hidden
+            states, options and (global) targets; ranks exchange a few numbers a token and the hidden states' gradient.
+            Every rank gets the whole loss, the whole gradient of the hidden states, and its share of the head's. A head
+            that is a `DTensor` sharded by its rows names its group itself.
         return_stats: also return `TokenStats`.
 
     Returns:
@@ -137,6 +145,11 @@ def linear_divergence(
     """
     if teacher_weight is not None and same_storage(student_weight, teacher_weight):
         teacher_weight = None
+    student_hidden, teacher_hidden = whole("student_hidden", student_hidden), whole("teacher_hidden", teacher_hidden)
+    student_weight, group = shard_of("student_weight", student_weight, group)
+    teacher_weight, group = shard_of("teacher_weight", teacher_weight, group)
+    student_bias, group = shard_of("student_bias", student_bias, group)
+    teacher_bias, group = shard_of("teacher_bias", teacher_bias, group)
     checks.check_head("student", student_hidden, student_weight, student_bias)
     checks.check_pair(student_hidden, teacher_hidden, "hidden")
     checks.check_head(
@@ -151,10 +164,11 @@ def linear_divergence(
     call = checked_divergence(
         lead, student_hidden.device, compute_dtype, divergence=divergence, beta=beta, temperature=temperature,
         teacher_temperature=teacher_temperature, softcap=softcap, mask=mask, token_weight=token_weight, targets=targets,
-        entry_clip=entry_clip, token_clip=token_clip, reduction=reduction, num_tokens=num_tokens, backend=backend,
-        chunk_bytes=chunk_bytes,
+        entry_clip=entry_clip, token_clip=token_clip, reduction=reduction, num_tokens=num_tokens,
+        backend=backend_for(group, backend), chunk_bytes=chunk_bytes,
     )  # fmt: skip
     checks.check_grad_filter(grad_filter, call.backend)
+    checks.check_group(group, student_weight.shape[0], call.backend)
     value, stats, *_ = ops.linear_divergence_op(
         student_hidden.reshape(lead.numel(), student_hidden.shape[-1]),
         student_weight,
@@ -170,6 +184,7 @@ def linear_divergence(
         compute_dtype,
         chunk_bytes,
         grad_filter,
+        None if group is None else group.group_name,
         return_stats,
         reduction != "none",
         *gradients_wanted(student_hidden, student_weight, student_bias),
@@ -278,6 +293,7 @@ def linear_logprobs(
     backend: str = "auto",
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
+    group: ProcessGroup | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Log-probability of each target token, differentiable, without a `[tokens, vocab]` tensor.
@@ -287,6 +303,7 @@ def linear_logprobs(
         weight: `[V, H]`; bias: `[V]`; softcap, temperature, chunk_bytes, logits_dtype: as in `linear_divergence`.
         targets: `[...]` int in [0, V). Masked positions may hold anything, such as -100.
         mask: `[...]`; masked tokens cost nothing and return 0.
+        group: as in `linear_divergence`, for a head whose rows are sharded.
         return_stats: also return `TokenStats` with the student's fields; the teacher's are None.
 
     Returns:
@@ -302,11 +319,15 @@ def linear_logprobs(
         >>> linear_logprobs(hidden, head, torch.tensor([[1, 2, 3, 4]])).exp()
         tensor([[0.0100, 0.0100, 0.0100, 0.0100]])
     """
+    hidden = whole("hidden", hidden)
+    weight, group = shard_of("weight", weight, group)
+    bias, group = shard_of("bias", bias, group)
     lead = hidden.shape[:-1]
     backend, compute_dtype = checked_logprobs(
-        hidden, weight, targets, mask=mask, temperature=temperature, bias=bias, softcap=softcap, backend=backend,
-        chunk_bytes=chunk_bytes, logits_dtype=logits_dtype,
+        hidden, weight, targets, mask=mask, temperature=temperature, bias=bias, softcap=softcap,
+        backend=backend_for(group, backend), chunk_bytes=chunk_bytes, logits_dtype=logits_dtype,
     )  # fmt: skip
+    checks.check_group(group, weight.shape[0], backend)
     value, stats, *_ = ops.linear_logprobs_op(
         hidden.reshape(lead.numel(), hidden.shape[-1]),
         weight,
@@ -320,6 +341,7 @@ def linear_logprobs(
         logits_dtype,
         compute_dtype,
         chunk_bytes,
+        None if group is None else group.group_name,
         return_stats,
         False,
         *gradients_wanted(hidden, weight, bias),

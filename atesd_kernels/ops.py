@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import checks
 from .planning import COMPILED
+from .shards import Shards
 from .spec import DivergenceSpec, LogprobSpec, RowResult, accumulate_dtype, gradient_dtype
 from .stats import TokenStats
 
@@ -76,6 +77,7 @@ def linear_divergence_op(
     compute_dtype: torch.dtype,
     chunk_bytes: int | None,
     grad_filter: float | None,
+    group: str | None,
     stats: bool,
     weighted: bool,
     hidden_grad: bool,
@@ -83,13 +85,13 @@ def linear_divergence_op(
     bias_grad: bool,
 ) -> Outputs:
     if targets is not None:
-        checks.check_targets(targets, mask, student_weight.shape[0])
+        checks.check_targets(targets, mask, Shards(group, student_weight.shape[0], targets.device).vocab)
     grads = _formed_now(weighted, hidden_grad, weight_grad, bias_grad)
     spec = DivergenceSpec(
         divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
         softcap=softcap, entry_clip=entry_clip, token_clip=token_clip, logits_dtype=logits_dtype,
         compute_dtype=compute_dtype, chunk_bytes=chunk_bytes, stats=stats, compiled=backend == COMPILED, **grads,
-        grad_filter=grad_filter,
+        grad_filter=grad_filter, group=group,
     )  # fmt: skip
     run = _backend(backend, "divergence_rows")
     result = run(
@@ -103,7 +105,7 @@ def linear_divergence_op(
 def _(
     student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, mask, row_weight,
     targets, backend, divergence, beta, temperature, teacher_temperature, softcap, entry_clip, token_clip,
-    logits_dtype, compute_dtype, chunk_bytes, grad_filter, stats, weighted, hidden_grad, weight_grad, bias_grad,
+    logits_dtype, compute_dtype, chunk_bytes, grad_filter, group, stats, weighted, hidden_grad, weight_grad, bias_grad,
 ):  # fmt: skip
     grads = _formed_now(weighted, hidden_grad, weight_grad, bias_grad)
     tensors = (student_hidden, student_weight, student_bias)
@@ -125,17 +127,18 @@ def linear_logprobs_op(
     logits_dtype: torch.dtype,
     compute_dtype: torch.dtype,
     chunk_bytes: int | None,
+    group: str | None,
     stats: bool,
     weighted: bool,
     hidden_grad: bool,
     weight_grad: bool,
     bias_grad: bool,
 ) -> Outputs:
-    checks.check_targets(targets, mask, weight.shape[0])
+    checks.check_targets(targets, mask, Shards(group, weight.shape[0], targets.device).vocab)
     grads = _formed_now(weighted, hidden_grad, weight_grad, bias_grad)
     spec = LogprobSpec(
         temperature=temperature, softcap=softcap, logits_dtype=logits_dtype, compute_dtype=compute_dtype,
-        chunk_bytes=chunk_bytes, stats=stats, compiled=backend == COMPILED, **grads,
+        chunk_bytes=chunk_bytes, stats=stats, compiled=backend == COMPILED, group=group, **grads,
     )  # fmt: skip
     result = _backend(backend, "logprob_rows")(spec, hidden, weight, bias, targets, mask, row_weight)
     return _outputs(result, weighted, row_weight)
@@ -144,7 +147,7 @@ def linear_logprobs_op(
 @linear_logprobs_op.register_fake
 def _(
     hidden, weight, bias, targets, mask, row_weight, backend, temperature, softcap, logits_dtype, compute_dtype,
-    chunk_bytes, stats, weighted, hidden_grad, weight_grad, bias_grad,
+    chunk_bytes, group, stats, weighted, hidden_grad, weight_grad, bias_grad,
 ):  # fmt: skip
     grads = _formed_now(weighted, hidden_grad, weight_grad, bias_grad)
     formed = [t if g else None for t, g in zip((hidden, weight, bias), grads.values(), strict=True)]

@@ -10,6 +10,7 @@ from typing import TypedDict
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from .divergences import DivergenceTerm
 
@@ -35,6 +36,8 @@ class LinearDivergenceOptions(DivergenceOptions, total=False):
     student_bias: Tensor | None
     teacher_bias: Tensor | None
     logits_dtype: torch.dtype
+    grad_filter: float | None
+    group: ProcessGroup | None
 
 
 class LogprobOptions(TypedDict, total=False):
@@ -45,3 +48,4 @@ class LogprobOptions(TypedDict, total=False):
     backend: str
     chunk_bytes: int | None
     logits_dtype: torch.dtype
+    group: ProcessGroup | None

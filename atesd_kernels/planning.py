@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -71,9 +71,10 @@ class ChunkPlan:
 def chunk_plan(spec, source, num_rows: int, buffers: int) -> ChunkPlan:
     """The torch backend's plan: `buffers` of the chunk's size, and what the passes over a block need beside them."""
     itemsize = source.dtype.itemsize
-    return ChunkPlan.make(
+    plan = ChunkPlan.make(
         num_rows, source.vocab, buffers * itemsize, source.device, spec.chunk_bytes, 4 * itemsize, spec.compiled
     )
+    return replace(plan, rows=source.shards.least(plan.rows, source.device))
 
 
 def gpu_chunk_bytes(vocab: int, bytes_per_logit: int, trained_head: bool, device: torch.device) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .shards import Shards
+
 
 class RowStats:
     """Statistics of a chunk's rows. Tiles are `[r, C]`, vectors `[R]`; a block's columns start at `start`."""
@@ -38,10 +40,15 @@ class RowStats:
             found = values.gather(1, column.clamp(0, values.shape[1] - 1)[:, None])[:, 0]
             out.copy_(torch.where(here, found, out))
 
-    def result(self, divergence: Tensor, top_s: Tensor, argtop_s: Tensor, lse_s: Tensor) -> Tensor:
+    def result(self, divergence: Tensor, top_s: Tensor, argtop_s: Tensor, lse_s: Tensor, shards: Shards) -> Tensor:
         """`[len(TokenStats), R]`, given the student's largest logit, its token and the normaliser."""
+        # a target is found in one share only, and counts 0 in the others
+        self.entropy_s, self.entropy_t, self.s_target, self.x_target = shards.sum(
+            self.entropy_s, self.entropy_t, self.s_target, self.x_target
+        )
+        _, argtop_t = shards.at_largest(self.top_p, self.argtop_t + shards.start)
         logprob = self.s_target - lse_s
-        agree = (argtop_s == self.argtop_t).to(divergence.dtype)
+        agree = (argtop_s == argtop_t).to(divergence.dtype)
         confidence = (top_s - lse_s).exp()
         return torch.stack(
             [divergence, self.entropy_s, self.entropy_t, logprob, logprob + self.x_target, confidence, agree]

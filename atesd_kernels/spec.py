@@ -28,6 +28,7 @@ class LossSpec:
     weight_grad: bool
     bias_grad: bool
     compiled: bool = False  # backend "torch": the elementwise passes through Inductor
+    group: str | None = None  # backend "torch": the process group over which the head's rows are sharded
 
     @property
     def any_grad(self) -> bool:

@@ -75,7 +75,8 @@ def _run(spec: DivergenceSpec, source, mask: Tensor | None, row_weight: Tensor |
     near = spec.term.centred is not None
     for rows in plan.row_chunks(len(counted)):
         index = counted[rows]
-        chunk = Chunk(spec, source, index, plan, buffers, None if targets is None else targets[index].long(), near)
+        target = None if targets is None else targets[index].long() - source.shards.start
+        chunk = Chunk(spec, source, index, plan, buffers, target, near)
         # one far chunk means a far pair of models: the others do not try the near form first
         near = chunk.near
         value[index] = chunk.divergence(None if row_weight is None else row_weight[index].to(source.dtype))
@@ -98,6 +99,7 @@ class Chunk:
         near: bool,
     ):
         self.spec, self.source, self.target, self.term = spec, source, target, spec.term
+        self.shards = source.shards
         self.cols = plan.blocks(source.vocab)
         self.tiles = list(plan.tiles(len(index)))
         self.row = torch.zeros(len(index), dtype=source.dtype, device=source.device)
@@ -134,24 +136,25 @@ class Chunk:
             d = None if self.source.is_delta else self.source.teacher(cols).sub_(s)
             if b == 0 and d is not None:
                 # what is stored must be small before it is rounded; a constant changes no softmax
-                first = d[:, :1].clone()
+                first = self.shards.of_first(d[:, 0].clone())[:, None]
             for tile in self.tiles:
                 q_b = self._softmax(b, tile, s[tile])
                 if d is not None:
                     d[tile] -= first[tile]
                     mean_b[b, tile] = self.run(passes.difference)(d[tile], 1.0, q_b, self.other[b][tile])
-        if not bool(self.lowest > -torch.inf):  # False for NaN
+        if not self.shards.all(bool(self.lowest > -torch.inf), self.row.device):  # False for NaN
             return False
         self._normalise_student()
         if self.source.is_delta:
             if self.source.rounds_difference:
-                self.source.centre(self.top_token())
+                self.source.centre(self.top_token(), self.top_b.amax(0))
             for b, cols in enumerate(self.cols):
                 d = self.source.difference(cols, self.s[b])
                 for tile in self.tiles:
                     arguments = d[tile], self.source.scale, self._q(b, tile)[0], self.other[b][tile]
                     mean_b[b, tile] = self.run(passes.difference)(*arguments)
-        mean = (mean_b if self.keeps_logits and self.source.is_delta else mean_b * self.rho).sum(0)
+        (mean,) = self.shards.sum((mean_b if self.keeps_logits and self.source.is_delta else mean_b * self.rho).sum(0))
+        near = True
         for b, tile in self._over_tiles():
             q, rho = self._q(b, tile)
             if self.shifted is None:
@@ -160,9 +163,13 @@ class Chunk:
                 run = self.run(passes.centred_kl)
                 low, high, mean_e, mean_l = run(self.shifted.term, mean[tile], q, self.other[b][tile])
                 self.mean_l[tile] += mean_l * rho
-            if not bool(torch.maximum(high, -low) <= NEAR):  # False for NaN
-                return False
+            near = bool(torch.maximum(high, -low) <= NEAR)  # False for NaN
+            if not near:
+                break
             self.mean_e[tile] += mean_e if rho is None else mean_e * rho
+        if not self.shards.all(near, self.row.device):
+            return False
+        self.mean_e, self.mean_l = self.shards.sum(self.mean_e, self.mean_l)
         self.c = torch.log1p(self.mean_e)
         return True
 
@@ -176,7 +183,7 @@ class Chunk:
                 self._softmax(b, tile, s[tile])
                 lse_t[b, tile] = self.other[b][tile].copy_(t[tile]).logsumexp(1)
         self._normalise_student()
-        self.lse_t = lse_t.logsumexp(0)
+        self.lse_t = self.shards.logsumexp(lse_t.logsumexp(0))
 
     def _far_teacher(self, cols: slice, s: Tensor) -> Tensor:
         """The teacher's logits: S + D, but as they are where the student has none to add to."""
@@ -212,11 +219,11 @@ class Chunk:
         return q_b
 
     def _normalise_student(self) -> None:
-        self.lse_s = self.lse_b.logsumexp(0)
+        self.lse_s = self.shards.logsumexp(self.lse_b.logsumexp(0))
         self.rho = (self.lse_b - self.lse_s).exp()  # each block's share of q
 
     def top_token(self) -> Tensor:
-        """The student's most likely token: the largest entry of the block where a row's largest logit lies."""
+        """The student's most likely token of this share: the largest entry of the block with a row's largest logit."""
         best, found = self.top_b.argmax(0), torch.zeros_like(self.row, dtype=torch.long)
         for b, cols in enumerate(self.cols):
             here = (best == b).nonzero().squeeze(1)
@@ -243,6 +250,7 @@ class Chunk:
                 for total, part in zip((self.raw, value, sum_u), parts, strict=True):
                     total[tile] += part
                 self.other[b][tile] = u
+            self.raw, value, sum_u = self.shards.sum(self.raw, value, sum_u)
         factor = self.row.new_full(self.row.shape, 1 / spec.temperature)
         for f in (scale, weight, self.source.grad_scale, None if spec.token_clip is None else value <= spec.token_clip):
             factor = factor if f is None else factor * f
@@ -300,4 +308,5 @@ class Chunk:
         self.row_stats.add(self.cols[b].start, tile, q, p, x)
 
     def stats(self) -> Tensor:
-        return self.row_stats.result(self.raw, self.top_b.amax(0), self.top_token(), self.lse_s)
+        top, token = self.shards.at_largest(self.top_b.amax(0), self.top_token() + self.shards.start)
+        return self.row_stats.result(self.raw, top, token, self.lse_s, self.shards)

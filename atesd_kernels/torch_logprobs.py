@@ -31,7 +31,7 @@ def logprob_rows(
     for rows in plan.row_chunks(len(counted)):
         index = counted[rows]
         source.load(index)
-        chunk = Chunk(spec, source, plan, buffer, targets[index].long())
+        chunk = Chunk(spec, source, plan, buffer, targets[index].long() - source.shards.start)
         value[index] = chunk.at_target - chunk.lse
         if stats is not None:
             stats[:, index] = chunk.stats(value[index])
@@ -59,7 +59,9 @@ class Chunk:
             for tile in self.tiles:
                 out = scratch[: z[tile].shape[0], : z.shape[1]]
                 top_b[b, tile], lse_b[b, tile] = self.run(passes.block_softmax)(z[tile], out)
-        self.lse, self.top = lse_b.logsumexp(0), top_b.amax(0)
+        shards = source.shards
+        self.lse, (self.top,) = shards.logsumexp(lse_b.logsumexp(0)), shards.at_largest(top_b.amax(0))
+        (self.at_target,) = shards.sum(self.at_target)  # found in one share only
 
     def _target_in(self, b: int) -> tuple[Tensor, Tensor]:
         """Whose target lies in the block `[R]`, and its column there `[R, 1]` (any column for the others)."""
@@ -71,6 +73,7 @@ class Chunk:
         for z in self.z:
             for tile in self.tiles:
                 entropy[tile] += torch.special.entr((z[tile] - self.lse[tile, None]).exp_()).sum(1)
+        (entropy,) = self.source.shards.sum(entropy)
         return torch.stack([zero, entropy, zero, value, zero, (self.top - self.lse).exp(), zero])
 
     def gradient(self, weight: Tensor | None) -> None:

@@ -7,8 +7,8 @@ student and teacher (which reads the whole solution), responses of exactly `max_
 precision, forward KL over the full vocabulary without clips, AdamW. The first step warms up and is not counted; the
 figure is the median of the others. TRL runs with all prompts in one micro-batch, its natural setting, and in our
 micro-batches, each with gradient checkpointing on (its default) and off; ours is selective. The ratios are taken
-against the fastest of its rows for time and the smallest for memory. Rows are saved in bench/results/step_vs_trl.json; `--only TEXT` measures
-those whose name holds TEXT and keeps the others, if this machine and these versions made them.
+against the fastest of its rows for time and the smallest for memory. Rows are saved in bench/results/step_vs_trl.json;
+`--only TEXT` measures those whose name holds TEXT and keeps the others, if this machine and these versions made them.
 """
 
 from __future__ import annotations

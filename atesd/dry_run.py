@@ -13,6 +13,7 @@ import torch
 from atesd.config import ATESDConfig
 from atesd.memory_plan import GIB, describe, model_shape, plan_memory
 from atesd.models import context_length, load_model_config, load_tokenizer
+from atesd.precision import settle_precision
 from atesd.run_data import RunData, load_run_data
 
 PROMPTS_SHOWN = 2
@@ -26,6 +27,7 @@ def dry_run(config: ATESDConfig) -> str:
         ValueError, ModelLoadError: whatever would stop the run before its first step, except for its weights.
     """
     config.validate()
+    settle_precision(config)
     tokenizer, model_config = load_tokenizer(config), load_model_config(config)
     data = load_run_data(config, tokenizer, context_length(model_config))
     lengths = prompt_lengths(data)

@@ -30,6 +30,7 @@ from atesd.objectives import make_objective
 from atesd.outcomes import OutcomeMeter
 from atesd.packed_attention import check_packing, use_packed_attention
 from atesd.policies import make_policy
+from atesd.precision import settle_precision
 from atesd.reward import VerifierReward
 from atesd.rollout import make_engine
 from atesd.rollout.mismatch import EngineMismatch
@@ -47,6 +48,7 @@ class RunState:
     """The parts of a run, by the names the loop uses. With `config.resume`, as its last checkpoint left them."""
 
     def __init__(self, config: ATESDConfig):
+        settle_precision(config)
         self.config = config
         self.run_dir = Path(config.resume or config.output_dir)
         trackers = None if config.report_to == "none" else config.report_to.replace(" ", "").split(",")

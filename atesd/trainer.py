@@ -29,6 +29,7 @@ from atesd.guards import clip_fraction, repetition
 from atesd.memory import release_freed_memory
 from atesd.metrics import RunLog, peak_memory_bytes
 from atesd.objectives import ResponseTokens, TokenTotals
+from atesd.precision import settle_precision
 from atesd.problems import Problem
 from atesd.rollout import Rollout, RolloutError
 from atesd.run_state import RunState
@@ -50,6 +51,7 @@ def train(config: ATESDConfig) -> Path:
         NonFiniteLoss: after `max_nonfinite_steps` such steps in a row.
     """
     config.validate()
+    settle_precision(config)
     config.save(config.resume or config.output_dir)  # before anything long: whatever ends the run, it can be resumed
     return Trainer(config).run()
 

@@ -18,6 +18,8 @@ class LinearGradients:
         self.num_rows, self.vocab, self.device = hidden.shape[0], weight.shape[0], hidden.device
         self.shards = Shards(spec.group, self.vocab, self.device)
         self.dtype = accumulate_dtype(spec.compute_dtype)
+        # in which the logits' gradient is multiplied by head and hidden states
+        self.product_dtype = matmul.product_dtype(spec.compute_dtype, self.device)
         self.grad_scale: Tensor | None = None  # what take_gradient's input is multiplied by, to be divided out
         self.hidden_grad = torch.zeros_like(hidden, dtype=gradient_dtype(hidden.dtype)) if spec.hidden_grad else None
         self.weight_grad = torch.zeros(weight.shape, dtype=self.dtype, device=self.device) if spec.weight_grad else None
@@ -25,7 +27,7 @@ class LinearGradients:
 
     def scale_gradients(self, row_weight: Tensor | None) -> None:
         """fp16 ends at 6e-8, and entries of q - p below that carry the gradient's direction: lift them."""
-        if self.spec.compute_dtype == torch.float16 and self.spec.any_grad:
+        if self.product_dtype == torch.float16 and self.spec.any_grad:
             largest = torch.ones((), device=self.device) if row_weight is None else row_weight.abs().amax()
             self.grad_scale = 1024 / largest.float().clamp_min(torch.finfo(torch.float32).tiny)
 
@@ -43,17 +45,17 @@ class LinearGradients:
     @property
     def scales_late(self) -> bool:
         """Whether a row's factor may wait for the `[R, H]` product: no head mixes rows, and nothing underflows."""
-        return not (self.spec.weight_grad or self.spec.bias_grad) and self.spec.compute_dtype != torch.float16
+        return not (self.spec.weight_grad or self.spec.bias_grad) and self.product_dtype != torch.float16
 
     def gradient_storage(self, block: Tensor) -> Tensor:
-        """Where a block's gradient is written, in the compute dtype: into `block` itself if it has that."""
-        same = block.dtype == self.spec.compute_dtype
-        return block if same else torch.empty_like(block, dtype=self.spec.compute_dtype)
+        """Where a block's gradient is written, in the products' dtype: into `block` itself if it has that."""
+        same = block.dtype == self.product_dtype
+        return block if same else torch.empty_like(block, dtype=self.product_dtype)
 
     def take_gradient(self, cols: slice, g: Tensor, factor: Tensor | None) -> None:
         """Propagate a block's gradient `[R, C]` to hidden states, times a late row `factor`, to head and bias."""
         if self.rows_grad is not None:
-            product = matmul.hidden_grad(g, self.weight[cols].to(g.dtype))
+            product = matmul.hidden_grad(g, self.weight[cols])
             self.rows_grad += product if factor is None else product * factor[:, None]
         if self.weight_grad is not None:
             matmul.add_weight_grad(self.weight_grad[cols], g, self.rows)
@@ -91,10 +93,10 @@ class LinearLogits(LinearGradients):
             self.s_dtype = self.other_dtype = torch.float64
 
     def _delta_dtype(self) -> torch.dtype:
-        """The inputs' dtype, if D is a plain product; fp32 if more than its rounding error would be rounded away."""
+        """The products' dtype, if D is a plain one; fp32 if more than its rounding error would be rounded away."""
         spec = self.spec
         plain = self.bias_t is None and not self.needs_logits and spec.term.smooth
-        return spec.compute_dtype if plain else self.dtype
+        return self.product_dtype if plain else self.dtype
 
     @property
     def rounds_difference(self) -> bool:
@@ -110,7 +112,7 @@ class LinearLogits(LinearGradients):
         self.offset: Tensor | None = None
         if self.is_delta:
             difference = self.h_t[index].to(self.dtype) - self.hidden[index].to(self.dtype)
-            self.rows_t = difference.to(self.spec.compute_dtype if self.spec.term.smooth else self.dtype)
+            self.rows_t = difference.to(self.product_dtype if self.spec.term.smooth else self.dtype)
 
     def student(self, cols: slice) -> Tensor:
         """Scaled student logits for the vocabulary entries `cols`: `[R, C]`."""

@@ -1,7 +1,8 @@
 """The three matrix products of a linear loss, each on the fastest road that keeps its promised precision.
 
 The losses want fp32 logits from low-precision operands. A GPU's GEMM can do that (`out_dtype`); on a CPU torch
-rounds the result of a bf16 product to bf16, so the operands are widened block by block instead.
+rounds the result of a bf16 product to bf16, so the operands are widened block by block instead. Products in fp16, and
+in bf16 where oneDNN has none for the processor, are slower on a CPU than in fp32, and less exact: `product_dtype`.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ def logits(h: Tensor, w: Tensor, out_dtype: torch.dtype, offset: Tensor | None =
 
     `offset` `[R]` is itself rounded to `out_dtype`: it is for constants that cancel.
     """
-    if out_dtype == h.dtype and h.dtype != torch.float32:
+    if out_dtype == product_dtype(h.dtype, h.device) == h.dtype != torch.float32:
         if offset is None:
             return torch.mm(h, w.T)
         # the GEMM adds it to its fp32 accumulator
         return torch.addmm(offset.to(out_dtype)[:, None].expand(len(h), len(w)), h, w.T)
-    z = _wide_logits(h, w, out_dtype)
-    return z if offset is None else z.add_(offset[:, None])
+    z = _wide_logits(h, w, torch.promote_types(out_dtype, torch.float32))
+    return (z if offset is None else z.add_(offset[:, None])).to(out_dtype)
 
 
 def _wide_logits(h: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:
     if out_dtype == torch.float64:
         return torch.mm(h.double(), w.double().T)
     if h.dtype == torch.float32:
-        return _linear_fp32(h, w).to(out_dtype)
+        return _linear_fp32(h, w)
     if h.is_cuda:
         return torch.mm(h, w.T, out_dtype=out_dtype)
     if h.dtype != torch.bfloat16 or not _BF16_TILES:
@@ -40,14 +41,16 @@ def _wide_logits(h: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:
 
 
 def hidden_grad(g: Tensor, w: Tensor) -> Tensor:
-    """`g @ w` with `g` `[R, C]`, `w` `[C, H]` of one dtype: `[R, H]`."""
-    g, w = _wide_fp16(g, w)
+    """`g @ w` with `g` `[R, C]`, `w` `[C, H]`: `[R, H]`, in the `product_dtype` of `g`."""
+    dtype = product_dtype(g.dtype, g.device)
+    g, w = g.to(dtype), w.to(dtype)
     return _linear_fp32(g, w.T) if g.dtype == torch.float32 else torch.mm(g, w)
 
 
 def add_weight_grad(acc: Tensor, g: Tensor, h: Tensor) -> None:
     """`acc += g.T @ h` with `acc` `[C, H]` in fp32 or fp64."""
-    g, h = _wide_fp16(g, h)
+    dtype = product_dtype(g.dtype, g.device)
+    g, h = g.to(dtype), h.to(dtype)
     if g.is_cuda and g.dtype != acc.dtype:
         # in the GEMM: a product of its own would be one more tensor of the head's size, written and read
         torch.addmm(acc, g.T, h, out_dtype=acc.dtype, out=acc)
@@ -57,10 +60,10 @@ def add_weight_grad(acc: Tensor, g: Tensor, h: Tensor) -> None:
         acc.add_(torch.mm(g.T, h))
 
 
-def _wide_fp16(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 operands for fp16 ones on a CPU, where the product would be rounded to fp16 and might overflow."""
-    wide = a.dtype == torch.float16 and not a.is_cuda
-    return (a.float(), b.float()) if wide else (a, b)
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What operands of `dtype` are multiplied in on `device`: themselves, or fp32 where that is the faster."""
+    narrow = dtype == torch.float16 or (dtype == torch.bfloat16 and not _BF16_PRODUCTS)
+    return torch.float32 if narrow and device.type == "cpu" else dtype
 
 
 def _linear_fp32(x: Tensor, w: Tensor) -> Tensor:
@@ -78,6 +81,7 @@ def _linear_fp32(x: Tensor, w: Tensor) -> Tensor:
 
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_BF16_PRODUCTS = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 # Processors whose bf16 matrix unit multiplies fp32 operands that are bf16 numbers many times faster than fp32 ones are.
 _BF16_TILES = _ONEDNN and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 

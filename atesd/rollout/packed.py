@@ -72,13 +72,19 @@ def packed_twin(model: nn.Module) -> nn.Module:
     return twin
 
 
+def onednn_packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has a layout of its own for matrices of `dtype` on this processor."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
+        return False
+    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @contextlib.contextmanager
 def decoding_model(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
     """The model to decode with: on a CPU the packed twin, its matrices freed afterwards; elsewhere `model` itself."""
     training = model.training
-    packable = next(model.parameters()).device.type == "cpu" and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     packed = []
-    if packable and torch.backends.mkldnn.is_available():
+    if next(model.parameters()).device.type == "cpu" and onednn_packs(dtype):
         model = packed_twin(unwrap(model))
         packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
         for module in packed:

@@ -31,7 +31,8 @@ def cache_file() -> Path:
 
 
 def candidates(default: TileConfig, arch: str, itemsize: int, operands: int) -> list[TileConfig]:
-    """The table's entry and its neighbours: wider and narrower tiles, half the warps, one stage more or less.
+    """The table's entry and its neighbours: wider and narrower tiles, half the warps, one stage more or less, and
+    the head read the other way (TMA or addresses).
 
     `operands` blocks of A's rows and one of W's columns are kept in shared memory per stage.
     """
@@ -44,6 +45,8 @@ def candidates(default: TileConfig, arch: str, itemsize: int, operands: int) -> 
                 sane = block_n >= 16 and num_warps >= 4 and num_stages >= 1
                 if sane and shared <= SHARED_BYTES[arch] and config not in found:
                     found.append(config)
+    if arch in ("sm_90", "sm_100"):
+        found.append(replace(default, tma=not default.tma))
     return found
 
 

@@ -33,6 +33,7 @@ OPTIONAL = ("BIAS_S", "BIAS_T", "BIAS", "softcap", "entry_clip", "token_clip", "
 BIAS_AND_SOFTCAP = ("BIAS_S", "BIAS_T", "softcap")
 CLIPS = ("entry_clip", "token_clip")
 FILTER = ("TOPS", "grad_filter")
+HEADS, STRIDES = ("W", "W_T"), ("stride_w", "stride_w_t")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Case:
     flags: dict[str, Any] = field(default_factory=dict)
     used: tuple[str, ...] = ()
     is_matmul: bool = False
+    described: bool = True  # the head's alignment allows a tensor descriptor, where the table wants one
     row_loads: int = 0  # loads of one element a row after the loop, which a compiler may lay out inside its addresses
     multiples_of_16: tuple[str, ...] = (
         "stride_s", "stride_o", "stride_g", "stride_a", "stride_b", "stride_w", "stride_w_t", "V", "H", "H_T", "first",
@@ -60,11 +62,24 @@ class Case:
     def _absent(self) -> list[str]:
         return [name for name in OPTIONAL if name not in self.used]
 
+    def uses_tma(self, arch: str) -> bool:
+        return self.is_matmul and self.described and self.tile(arch).tma
+
+    def signature(self, arch: str) -> dict[str, str]:
+        """The arguments' types as a launch passes them: a head for TMA is a descriptor without a stride."""
+        types = self.types
+        if self.uses_tma(arch):
+            tile = self.tile(arch)
+            descriptor = f"tensordesc<bf16[{tile.block_n},{tile.block_k}]>"
+            types = {name: descriptor if name in HEADS else type for name, type in types.items() if name not in STRIDES}
+        return {name: types.get(name, "constexpr") for name in self.kernel.arg_names}
+
     def constants(self, arch: str) -> dict[str, Any]:
         tile = {k: v for k, v in self.tile(arch).constants.items() if k.isupper()}
         top = tuning.TILES[arch]
         tile |= dict(TOP_M=top.block_m, TOP_N=top.block_n)
-        constants = {**dict.fromkeys(self._absent), **FLAGS, "BLOCK": tuning.ROWS[arch].block, **tile, **self.flags}
+        absent = [*self._absent, *(STRIDES if self.uses_tma(arch) else ())]
+        constants = {**dict.fromkeys(absent), **FLAGS, "BLOCK": tuning.ROWS[arch].block, **tile, **self.flags}
         return {name: value for name, value in constants.items() if name in self.kernel.arg_names}
 
     def tile(self, arch: str) -> tuning.TileConfig:
@@ -145,6 +160,11 @@ def _tile_cases() -> list[Case]:
         ):
             flops = work // 2 if kernel is tiles.tile_scores else work
             cases.append(Case(name + size, kernel, flops, g, flags, used, is_matmul=True))
+        for name, kernel, flags in (
+            ("tiles: statistics, unaligned head", tiles.tile_normalise, {}),
+            ("tiles: KL and gradient, unaligned head", tiles.tile_accumulate, kl),
+        ):
+            cases.append(Case(name + size, kernel, work, g, flags, is_matmul=True, described=False))
     return cases
 
 

@@ -46,6 +46,7 @@ GPUS = (
     Gpu("gfx942", "MI300X", 1307, 5.3, 64, 4 * 512 * 64, 2048, 64 << 10, 64 << 10),
 )
 MMA = {"sm_80": r"\bHMMA\.", "sm_90": r"\bHGMMA\.", "sm_100": r"\bUTC\w*MMA", "gfx942": r"\bv_mfma_"}
+TMA = r"\bUTMALDG\b"
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Compiled:
     spills: int
     shared: int
     mma: int  # instructions in the text
+    tma: int  # loads by tensor descriptor in the text
     loads: Counter = field(default_factory=Counter)  # bits -> global loads in loops
 
     @property
@@ -75,6 +77,8 @@ class Compiled:
             found.append(f"{self.spills} spill instructions")
         if self.case.is_matmul and not self.mma:
             found.append("no tensor-core instructions")
+        if self.case.uses_tma(self.gpu.arch) and not self.tma:
+            found.append("no loads by tensor descriptor")
         narrow, wide = (sum(n for bits, n in self.loads.items() if (bits >= 64) == vector) for vector in (False, True))
         narrow = max(0, narrow - self.case.row_loads)
         # single ones are a row's target or a tile's maximum; the logits and operands come many at a time
@@ -94,9 +98,10 @@ def compile_case(case: Case, gpu: Gpu) -> Compiled:
 
     names = case.kernel.arg_names
     constants = case.constants(gpu.arch)
-    signature = {name: case.types.get(name, "constexpr") for name in names}
+    signature = case.signature(gpu.arch)
     # what a launch specialises on: pointers from the allocator, strides and V in multiples of 16
-    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in case.multiples_of_16]
+    whole = [name for name in case.multiples_of_16 if signature.get(name) == "i32"]
+    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in whole]
     source = ASTSource(
         case.kernel,
         signature,
@@ -109,9 +114,8 @@ def compile_case(case: Case, gpu: Gpu) -> Compiled:
     kernel = triton.compile(source, target=target, options=options)
     read = read_amdgcn if is_amd else read_cubin
     registers, spills, text = read(kernel)
-    return Compiled(
-        case, gpu, registers, spills, kernel.metadata.shared, len(re.findall(MMA[gpu.arch], text)), loop_loads(text)
-    )
+    mma, tma = (len(re.findall(pattern, text)) for pattern in (MMA[gpu.arch], TMA))
+    return Compiled(case, gpu, registers, spills, kernel.metadata.shared, mma, tma, loop_loads(text))
 
 
 def read_cubin(kernel) -> tuple[int, int, str]:
@@ -168,16 +172,26 @@ def loop_loads(text: str) -> Counter:
 def report(gpus=GPUS, out=print) -> list[str]:
     """Print the tables; return the faults."""
     faults = []
-    columns = ("kernel", "GPU", "registers", "spills", "shared", "occupancy", "tensor-core", "loop loads (bits x n)")
+    columns = (
+        "kernel",
+        "GPU",
+        "registers",
+        "spills",
+        "shared",
+        "occupancy",
+        "tensor-core",
+        "TMA",
+        "loop loads (bits x n)",
+    )
     out(f"| {' | '.join(columns)} | B/row | FLOP/row |")
-    out("|---" * 10 + "|")
+    out("|---" * 11 + "|")
     for case in CASES:
         for gpu in gpus:
             c = compile_case(case, gpu)
             loads = " ".join(f"{bits}x{n}" for bits, n in sorted(c.loads.items(), reverse=True))
             out(
                 f"| {case.name} | {gpu.arch} | {c.registers} | {c.spills} | {c.shared} | {c.occupancy:.0%} | {c.mma} "
-                f"| {loads} | {case.bytes_per_row:,.0f} | {case.flops_per_row:,.0f} |"
+                f"| {c.tma} | {loads} | {case.bytes_per_row:,.0f} | {case.flops_per_row:,.0f} |"
             )
             faults += [f"{case.name} on {gpu.arch}: {fault}" for fault in c.faults()]
     out("")

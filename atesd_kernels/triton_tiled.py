@@ -67,7 +67,6 @@ def divergence_rows(
     row, count = counted_rows(mask, num_rows, device)
     filtered = spec.grad_filter is not None and spec.any_grad
     one_pass = sweeps.one_pass and spec.any_grad
-    strides = (h_s.stride(0), h_t.stride(0), w_s.stride(0), w_t.stride(0))
     flags = dict(sweeps.flags, PRECISION="ieee")
 
     def normalise(config: TileConfig) -> tuple[Tensor, Tensor | None]:
@@ -77,16 +76,20 @@ def divergence_rows(
         tops = None
         if filtered:
             tops = torch.zeros(-(-num_rows // config.block_m), -(-vocab // config.block_n), device=device)
+        heads, strides = head_operands((w_s, w_t), config)
         tile_kernels.tile_normalise[(-(-num_rows // config.block_m), splits)](
-            h_s, h_t, w_s, w_t, *biases, row, count, targets, parts, tops, *strides, vocab, hidden, h_t.shape[1],
+            h_s, h_t, *heads, *biases, row, count, targets, parts, tops, h_s.stride(0), h_t.stride(0),
+            *strides, vocab, hidden, h_t.shape[1],
             *sweeps.scalars, **flags, **config.constants,
         )  # fmt: skip
         return parts, tops
 
     def accumulate(config: TileConfig, phase: str, g: Tensor, cols: slice, programs: int, sum_place: int = 0) -> None:
         top = None if phase == "sum" else tops
+        heads, strides = head_operands((w_s, w_t), config)
         tile_kernels.tile_accumulate[(-(-num_rows // config.block_m), programs)](
-            h_s, h_t, w_s, w_t, g, *biases, row, count, row_weight, parts, sums, top, *strides, g.stride(0),
+            h_s, h_t, *heads, g, *biases, row, count, row_weight, parts, sums, top, h_s.stride(0), h_t.stride(0),
+            *strides, g.stride(0),
             0 if top is None else top.stride(0), cols.start, sum_place, cols.stop, hidden, h_t.shape[1],
             *sweeps.scalars, *sweeps.clips, gradients.scale, spec.grad_filter, first.block_m, first.block_n,
             PHASE=phase, SPLITS=parts.shape[1], SUM_SPLITS=sums.shape[1], **sweeps.term_flags, **flags,
@@ -187,8 +190,9 @@ def scores(spec: LogprobSpec, hidden: Tensor, weight: Tensor, bias: Tensor | Non
 
     def launch(config: TileConfig, g: Tensor, cols: slice, row_weight: Tensor | None, scale: float, grad=True) -> None:
         programs = tuning.tile_splits(num_rows, cols.stop - cols.start, config, device)
+        (head,), (stride,) = head_operands((w,), config)
         tile_kernels.tile_scores[(-(-num_rows // config.block_m), programs)](
-            h, w, bias, row, count, targets, g, g, row_weight, out, h.stride(0), w.stride(0), g.stride(0),
+            h, head, bias, row, count, targets, g, g, row_weight, out, h.stride(0), stride, g.stride(0),
             cols.start, cols.stop, size, inv_t, spec.softcap, scale, GRAD=grad, PRECISION="ieee", **config.constants,
         )  # fmt: skip
 
@@ -230,6 +234,17 @@ class TunedCall:
 def rows_of(x: Tensor) -> Tensor:
     """Rows may lie anywhere, entries of a row side by side: anything else is copied."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def head_operands(heads: tuple[Tensor, ...], config: TileConfig) -> tuple[tuple, tuple[int | None, ...]]:
+    """The heads `[V, H]` as a kernel takes them, with their strides; for TMA, descriptors without strides."""
+    aligned = all((w.stride(0) * w.itemsize) % 16 == 0 and w.data_ptr() % 16 == 0 for w in heads)
+    if not (config.tma and aligned):
+        return heads, tuple(w.stride(0) for w in heads)
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    block = [config.block_n, config.block_k]
+    return tuple(TensorDescriptor.from_tensor(w, block) for w in heads), (None,) * len(heads)
 
 
 def counted_rows(mask: Tensor | None, num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:

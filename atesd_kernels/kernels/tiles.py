@@ -30,20 +30,26 @@ def columns(V, first, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def products(
-    A, B, W, row, there, col, exists, stride_a, stride_b, stride_w, H, DELTA: tl.constexpr,
+    A, B, W, row, there, j, stop, stride_a, stride_b, stride_w, H, DELTA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A[row] @ W[col].T in fp32, `[BLOCK_M, BLOCK_N]`, and unless DELTA is 0 (B - A)[row] @ W[col].T, the difference
-    taken in fp32 and, as DELTA says, rounded once or kept as the sum of two rounded parts."""
+    """A[row] @ W[j:].T in fp32, `[BLOCK_M, BLOCK_N]`, and unless DELTA is 0 (B - A)[row] @ W[j:].T, the difference
+    taken in fp32 and, as DELTA says, rounded once or kept as the sum of two rounded parts. A W without a stride is a
+    tensor descriptor: the GPU's copy engine (TMA) finds the addresses and fills what lies outside with zeros."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc_d = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     lanes = tl.arange(0, BLOCK_K)
-    W += col.to(tl.int64)[None, :] * stride_w
+    col = j + tl.arange(0, BLOCK_N)
+    if stride_w is not None:
+        W += col.to(tl.int64)[None, :] * stride_w
     for k in range(0, H, BLOCK_K):
         inside = k + lanes < H
         mask = there[:, None] & inside[None, :]
         a = tl.load(A + row[:, None] * stride_a + (k + lanes)[None, :], mask=mask, other=0.0)
-        w = tl.load(W + (k + lanes)[:, None], mask=exists[None, :] & inside[:, None], other=0.0)
+        if stride_w is None:
+            w = W.load([j, k]).T
+        else:
+            w = tl.load(W + (k + lanes)[:, None], mask=(col < stop)[None, :] & inside[:, None], other=0.0)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
         if DELTA > 0:
             b = tl.load(B + row[:, None] * stride_b + (k + lanes)[None, :], mask=mask, other=0.0)
@@ -57,20 +63,19 @@ def products(
 
 @triton.jit
 def tile_pair(
-    tensors, row, there, col, stop, strides, H, H_T, scale, IS_DELTA: tl.constexpr,
+    tensors, row, there, j, stop, strides, H, H_T, scale, IS_DELTA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`rows.prepare` of a tile: s, t, d, `[BLOCK_M, BLOCK_N]`."""
     A, B, W, W_T, BIAS_S, BIAS_T = tensors
     s_a, s_b, s_w, s_w_t = strides
-    exists = col < stop
     if IS_DELTA:
-        s, o = products(
-            A, B, W, row, there, col, exists, s_a, s_b, s_w, H, IS_DELTA, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
-        )  # fmt: skip
+        s, o = products(A, B, W, row, there, j, stop, s_a, s_b, s_w, H, IS_DELTA, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     else:
-        s, _ = products(A, A, W, row, there, col, exists, s_a, 0, s_w, H, 0, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-        o, _ = products(B, B, W_T, row, there, col, exists, s_b, 0, s_w_t, H_T, 0, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+        s, _ = products(A, A, W, row, there, j, stop, s_a, 0, s_w, H, 0, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+        o, _ = products(B, B, W_T, row, there, j, stop, s_b, 0, s_w_t, H_T, 0, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+    col = j + tl.arange(0, BLOCK_N)
+    exists = col < stop
     bias_s, bias_t = None, None
     if BIAS_S is not None:
         bias_s, bias_t = load_bias(BIAS_S, col, exists)[None, :], load_bias(BIAS_T, col, exists)[None, :]
@@ -113,7 +118,7 @@ def tile_normalise(
     for j in range(start, stop, BLOCK_N):
         col = j + tl.arange(0, BLOCK_N)
         s, t, d = tile_pair(
-            (A, B, W, W_T, BIAS_S, BIAS_T), row, there, col, stop, (stride_a, stride_b, stride_w, stride_w_t), H, H_T,
+            (A, B, W, W_T, BIAS_S, BIAS_T), row, there, j, stop, (stride_a, stride_b, stride_w, stride_w_t), H, H_T,
             (inv_t_s, inv_t_t, softcap), IS_DELTA, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
         m_new, shrink, w = rescale(m_s, s)
@@ -191,7 +196,7 @@ def tile_accumulate(
             col = j + tl.arange(0, BLOCK_N)
             exists = (col < stop)[None, :]
             s, t, d = tile_pair(
-                (A, B, W, W_T, BIAS_S, BIAS_T), row, there, col, stop, (stride_a, stride_b, stride_w, stride_w_t),
+                (A, B, W, W_T, BIAS_S, BIAS_T), row, there, j, stop, (stride_a, stride_b, stride_w, stride_w_t),
                 H, H_T, (inv_t_s, inv_t_t, softcap), IS_DELTA, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
             )  # fmt: skip
             p, q, l, u, bounded, clipped, k_q = evaluate(
@@ -242,9 +247,7 @@ def tile_scores(
     for j in range(start, stop, BLOCK_N):
         col = j + tl.arange(0, BLOCK_N)
         exists = col < stop
-        s, _ = products(
-            A, A, W, row, there, col, exists, stride_a, 0, stride_w, H, 0, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
-        )  # fmt: skip
+        s, _ = products(A, A, W, row, there, j, stop, stride_a, 0, stride_w, H, 0, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
         bias = None
         if BIAS is not None:
             bias = load_bias(BIAS, col, exists)[None, :]

@@ -19,7 +19,7 @@ def cache(tmp_path, monkeypatch):
 def test_few_configurations_are_tried_and_all_fit_the_gpu(arch, table):
     configs = autotune.candidates(table[arch], arch, itemsize=2, operands=2)
     assert configs[0] == table[arch]
-    assert 2 <= len(configs) == len(set(configs)) <= 18
+    assert 2 <= len(configs) == len(set(configs)) <= 19
     for c in configs:
         assert c.num_stages * c.block_k * 2 * (2 * c.block_m + c.block_n) <= autotune.SHARED_BYTES[arch]
 

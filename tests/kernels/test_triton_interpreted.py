@@ -41,6 +41,30 @@ def test_rows_split_over_programs_give_the_same_loss_and_gradient(divergence, ba
     assert result.weight_error <= 1e-5
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize("h, described", ((72, True), (31, False)))
+def test_a_head_read_through_a_tensor_descriptor_gives_the_same_numbers(h, described, dtype, monkeypatch):
+    """Beyond the last of 301 tokens and the last of 72 hidden units the descriptor gives zeros; rows of 31 numbers do
+    not begin at multiples of 16 bytes, and go the other way."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    made, from_tensor = [], TensorDescriptor.from_tensor
+    monkeypatch.setattr(TensorDescriptor, "from_tensor", lambda *args: made.append(args) or from_tensor(*args))
+    results = []
+    for tma in (False, True):
+        tile = tuning.TileConfig(16, 32, 64, 4, 1, tma=tma)
+        monkeypatch.setattr(tuning, "tile_config", lambda device, dtype, table=None, tile=tile: tile)
+        pair = make_pair(n=19, h=h, v=301, dtype=dtype)
+        targets = torch.arange(19, device=DEVICE)
+        hidden, weight = pair.student_hidden.clone().requires_grad_(), pair.student_weight.clone().requires_grad_()
+        loss = linear_divergence(hidden, weight, pair.teacher_hidden, divergence="jsd", backend="triton_tiled")
+        logprobs = linear_logprobs(hidden, weight, targets, backend="triton_tiled")
+        (loss + logprobs.sum()).backward()
+        results.append((loss, logprobs, hidden.grad, weight.grad))
+        assert bool(made) == (tma and described)
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("divergence", ("forward_kl", "jsd"))
 @pytest.mark.parametrize("eps", (1e-12, 1e-3))
 def test_a_gradient_filter_loses_at_most_eps_of_an_entry(divergence, eps, splits, monkeypatch):

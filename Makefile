@@ -22,7 +22,7 @@ model: $(VENV)/.installed
 	$(BIN)/python -m atesd.smollm
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest tests $(ARGS)
+	$(BIN)/python -m pytest tests --numprocesses auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

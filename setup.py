@@ -31,6 +31,7 @@ BENCH = ["pytest>=8,<10", "pytest-benchmark>=5,<6", "psutil>=5.9,<8", *TRL, *LIG
 # triton: its interpreter and its offline compiler run on machines without a GPU.
 TEST = [
     "pytest>=8,<10",
+    "pytest-xdist>=3.6,<4",
     "hypothesis>=6.100,<7",
     "ruff>=0.9,<1",
     "mypy>=1.15,<3",

@@ -12,6 +12,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a test process for each core: threads would only wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 

@@ -52,7 +52,7 @@ def machine() -> dict:
         "threads": torch.get_num_threads(),
         "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "bf16_instructions": bf16_instructions(),
+        "bf16_instructions": "avx512_bf16" in cpuinfo() or "amx_bf16" in cpuinfo(),
         "os": platform.system(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "load_average": round(os.getloadavg()[0], 1),  # others' work on a shared machine; ours alone is `cores`
@@ -62,16 +62,11 @@ def machine() -> dict:
     return info
 
 
-def bf16_instructions() -> bool:
-    """Whether this processor multiplies bf16 numbers; others take several times as long for it as for fp32."""
-    return "avx512_bf16" in cpuinfo() or "amx_bf16" in cpuinfo()
-
-
 def native_precision() -> str:
     """The precision one would train in on this machine."""
-    import torch
+    from atesd.precision import has_fast_bf16
 
-    return "bf16" if torch.cuda.is_available() or bf16_instructions() else "fp32"
+    return "bf16" if has_fast_bf16() else "fp32"
 
 
 def cpuinfo() -> str:

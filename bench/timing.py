@@ -93,13 +93,14 @@ def own_gemms(x: Inputs, backward: bool) -> None:
         else:  # whole rows of fp32 S and of D in the inputs' dtype
             width = 4 + x.student.dtype.itemsize
             plan = ChunkPlan.make(len(x.student), vocab, width, device, gpu_chunk_bytes(vocab, width, False, device))
-        difference = (x.teacher.float() - x.student.float()).to(x.student.dtype)
+        dtype = matmul.product_dtype(x.student.dtype, device)
+        difference = (x.teacher.float() - x.student.float()).to(dtype)
         for rows in plan.row_chunks(len(x.student)):
             total = torch.zeros(x.student[rows].shape, device=device)
             for cols in plan.blocks(vocab):
                 weight = x.weight[cols]
                 matmul.logits(x.student[rows], weight, torch.float32)
-                g = matmul.logits(difference[rows], weight, x.student.dtype)
+                g = matmul.logits(difference[rows], weight.to(dtype), dtype)
                 if backward:
                     total += matmul.hidden_grad(g, weight)
 

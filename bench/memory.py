@@ -17,6 +17,7 @@ import gc
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -31,6 +32,7 @@ TOKENS = (1024, 4096, 16_384)
 LOSS = "forward_kl"
 MIB = 2**20
 HEADROOM = 0.7  # of the free memory: what a run may be expected to take
+PATIENCE = 600  # seconds a run may be expected to take: bf16 on a processor without instructions for it takes hours
 
 
 def entrants_measured(compiled: bool) -> list[str]:
@@ -100,11 +102,11 @@ def run(
 ) -> dict:
     """This library at all `tokens`, peers at those that are among `peers`. Saved after every figure."""
     rows: list[dict] = []
-    measured = entrants_measured(compiled)
-    result = {"hidden": shape.hidden, "vocab": shape.vocab, "tokens": list(tokens), "entrants": measured, "rows": rows}
+    result = {"hidden": shape.hidden, "vocab": shape.vocab, "tokens": list(tokens), "rows": rows}
     for dtype in dtypes:
-        for name in measured:
+        for name in entrants_measured(compiled):
             seen: list[tuple[int, int]] = []
+            seconds_a_token = 0.0
             for n in tokens:
                 row = {"entrant": name, "dtype": dtype, "tokens": n}
                 needed = seen[-1][1] * n / seen[-1][0] if len(seen) > 1 and growing(seen) else 0
@@ -114,9 +116,13 @@ def run(
                     row["not_run"] = "only with --full"
                 elif needed > HEADROOM * available():
                     row["not_run"] = f"would take about {needed / 2**30:.0f} GiB"
+                elif n * seconds_a_token > PATIENCE:
+                    row["not_run"] = f"would take about {n * seconds_a_token / 60:.0f} minutes"
                 else:
                     say(f"memory of {name} {dtype}, {shape.name}, N = {n}")
+                    start = time.monotonic()
                     row.update(measure(name, dtype, n, shape))
+                    seconds_a_token = (time.monotonic() - start) / n
                 if "extra_bytes" in row:
                     seen.append((n, row["extra_bytes"]))
                 rows.append(row)

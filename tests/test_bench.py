@@ -133,6 +133,23 @@ def test_synthetic_inputs_have_the_mean_kl_they_are_made_for():
     assert value == pytest.approx(shapes.MEAN_KL, rel=0.1)
 
 
+def test_memory_that_would_take_too_long_or_too_much_is_named_not_run(results, monkeypatch):
+    clock = iter(range(0, 10**6, 100))  # each figure takes 100 s
+    monkeypatch.setattr(memory.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(memory, "available", lambda: 10 * 2**30)
+    linear = {"extra_bytes": 2**20}
+    monkeypatch.setattr(memory, "measure", lambda name, dtype, n, shape: {"extra_bytes": n * linear["extra_bytes"]})
+    monkeypatch.setattr(memory, "missing", lambda name: None if name in (OURS, DENSE) else "gone")
+
+    def cells(tokens):
+        rows = memory.run(tokens, tokens, compiled=False, shape=shapes.Shape("tiny", 8, 300), dtypes=["fp32"])["rows"]
+        return [memory.cell(row) for row in rows if row["entrant"] == DENSE]
+
+    assert cells((512, 1024, 16_384)) == ["512", "1,024", "not run: would take about 16 GiB"]
+    linear["extra_bytes"] = 2**10
+    assert cells((1024, 2048, 65_536))[2] == "not run: would take about 53 minutes"
+
+
 def test_memory_of_a_call_is_its_peak_and_not_what_it_leaves():
     def call():
         return torch.ones(24 * memory.MIB // 4).sum().item()

@@ -42,7 +42,7 @@ CASES = [
     for phase in PHASES
     for name in [*entrants.names(loss), *(GEMMS if loss != "logprobs" else ())]
 ]
-QUICK_TOKENS, QUICK_SECONDS = 512, 20  # no round of a phase begins after these seconds
+QUICK_TOKENS, QUICK_SECONDS = 512, 15  # no round of a phase begins after these seconds
 
 
 @cache

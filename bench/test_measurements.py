@@ -48,7 +48,7 @@ def test_share_of_the_gemm_floor(full):
 
 
 def test_scaling(full):
-    result = scaling.main() if full else scaling.main(scaling.QUICK, rounds=2)
+    result = scaling.main() if full else scaling.main(scaling.QUICK, rounds=1)
     ours = scaling.lines(result, "seconds")["tokens", OURS]
     assert scaling.exponent(*map(list, zip(*ours, strict=True))) < 1.3, "the loss is worse than linear in its tokens"
 

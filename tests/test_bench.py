@@ -127,6 +127,26 @@ def test_a_step_is_told_with_and_without_rollouts_and_against_trl_s_best_row():
     assert "| atesd, micro-batches of 2 | 10.0 | 6.0 |" in step_vs_trl.table(result)
 
 
+@pytest.mark.parametrize(
+    ("name", "module", "loss"),
+    [
+        ("Liger fused JSD", "liger_kernel", "forward_kl"),
+        ("Liger fused JSD", "liger_kernel", "jsd"),
+        ("flash-linear-attention", "fla", "forward_kl"),
+        ("ORDA (torch path)", "orda_kernel", "jsd"),
+        (entrants.TRL_CHUNKED, "trl", "jsd"),
+    ],
+)
+def test_a_peer_computes_the_loss_it_is_timed_for(name, module, loss):
+    """Those for a GPU in Triton's interpreter."""
+    pytest.importorskip(module)
+    x = shapes.synthetic(shapes.Shape("tiny", 64, 512), 32)
+    exact_value, exact_grad = entrants.oracle(loss, x)
+    value, grad = entrants.value_and_grad(entrants.entrant(name, loss), x)
+    assert value.item() == pytest.approx(exact_value, rel=1e-5)
+    assert entrants.relative_error(grad, exact_grad) < 1e-4
+
+
 def test_synthetic_inputs_have_the_mean_kl_they_are_made_for():
     x = shapes.synthetic(shapes.Shape("tiny", 32, 1000), 256)
     value, _ = entrants.oracle("forward_kl", x)

@@ -29,7 +29,7 @@ PHASES = ("forward + backward", "forward only")
 
 
 def tokens_for(dtype: str, whole: int = TOKENS) -> int:
-    return whole // 4 if dtype == "bf16" and native_precision() == "fp32" else whole
+    return whole // 8 if dtype == "bf16" and native_precision() == "fp32" else whole
 
 
 def forward_only(function, x: Inputs) -> None:

@@ -27,7 +27,10 @@ GPU = ["triton>=3.2; platform_system == 'Linux'", "liger-kernel>=0.6,<1; platfor
 EVAL = ["math-verify>=0.8,<1"]
 TRL = ["trl>=1.0,<2"]
 LIGER = ["liger-kernel>=0.6,<1; platform_system == 'Linux'"]
-BENCH = ["pytest>=8,<10", "pytest-benchmark>=5,<6", "psutil>=5.9,<8", *TRL, *LIGER]
+# The peers that stand beside the losses. Those of BENCH run on a CPU too.
+PEERS = ["orda-kernel>=0.1,<0.2", "cut-cross-entropy>=25.1,<26; platform_system == 'Linux'", *TRL, *LIGER]
+BENCH = ["pytest>=8,<10", "pytest-benchmark>=5,<6", "psutil>=5.9,<8", *PEERS]
+BENCH_GPU = [*BENCH, "flash-linear-attention>=0.6,<1; platform_system == 'Linux'"]
 # triton: its interpreter and its offline compiler run on machines without a GPU.
 TEST = [
     "pytest>=8,<10",
@@ -60,6 +63,7 @@ setup(
         "vllm": ["vllm>=0.32,<1; platform_system == 'Linux'"],
         "eval": EVAL,
         "bench": BENCH,
+        "bench-gpu": BENCH_GPU,
         "test": TEST,
     },
     entry_points={"console_scripts": ["atesd=atesd.cli:main"]},

@@ -12,19 +12,28 @@ the bf16 entrants, fp32 for the others.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import atesd_kernels
 from bench import entrants
-from bench.entrants import OURS, Inputs, oracle, relative_error, value_and_grad
-from bench.machine import RESULTS, markdown, percent, save
+from bench.entrants import COMPILED, DEVICE, NEEDS_GPU, OURS, Inputs, oracle, relative_error, value_and_grad
+from bench.machine import markdown, percent, save
+from bench.plots import Line, log_log
+from bench.progress import say
 from bench.smollm_states import SmolLM2, teacher_at_kl
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MEAN_KLS = (1e-4, 1e-3, 1e-2, 1e-1)
 SEPARATE = f"{OURS}, separate heads"
-COMPARED = (OURS, SEPARATE, "Liger chunked JSD", "dense torch (TRL)")
+
+
+def compared() -> list[str]:
+    """Everyone who does not wait for a compiler and has a path for this machine, installed or not."""
+    others = [n for n in entrants.names("forward_kl") if n not in COMPILED and entrants.missing(n) != NEEDS_GPU]
+    return [OURS, SEPARATE, *(name for name in others if name != OURS)]
 
 
 def function(name: str):
@@ -39,7 +48,7 @@ def measure(inputs: Inputs) -> dict:
         x = inputs.to(dtype)
         value, grad = oracle("forward_kl", x)
         result[f"mean_kl_{label}"] = value
-        for name in COMPARED:
+        for name in compared():
             if name != SEPARATE and entrants.missing(name):
                 continue
             got, got_grad = value_and_grad(function(name), x)
@@ -48,73 +57,64 @@ def measure(inputs: Inputs) -> dict:
     return result
 
 
-def run(problems: int, new_tokens: int) -> dict:
+def run(
+    problems: int, new_tokens: int, alphas: tuple[float, ...] = ALPHAS, mean_kls: tuple[float, ...] = MEAN_KLS
+) -> dict:
+    """`alphas` end with the one whose teacher is moved to the `mean_kls`. Saved after every teacher."""
+    say("the student's rollouts and hidden states")
     model = SmolLM2(problems)
     replies = model.rollouts(new_tokens)
     student, weight = model.states(model.student_prompts, replies), model.weight()
     targets = torch.tensor([token for reply in replies for token in reply])
-    rows = []
-    for alpha in ALPHAS:
+    names = compared()
+    missing = {name: entrants.missing(name) for name in names if name != SEPARATE and entrants.missing(name)}
+    rows: list[dict] = []
+    result = {"tokens": len(student), "prompts": problems, "compared": names, "missing": missing, "rows": rows}
+
+    def add(label: str, teacher: Tensor) -> None:
+        say(f"gradient errors, {label}")
+        rows.append({"teacher": label, **measure(Inputs(student, weight, teacher, targets).on(DEVICE))})
+        save("accuracy_vs_kl", result)
+
+    for alpha in alphas:
         teacher = model.states(model.teacher_prompts(alpha), replies)
-        rows.append({"teacher": f"alpha = {alpha:g}", **measure(Inputs(student, weight, teacher, targets))})
-        print(cells(rows[-1]), flush=True)
-    for target in MEAN_KLS:
-        moved = teacher_at_kl(student, teacher, weight, target)
-        rows.append({"teacher": "alpha = 1, interpolated", **measure(Inputs(student, weight, moved, targets))})
-        print(cells(rows[-1]), flush=True)
-    missing = {name: entrants.missing(name) for name in COMPARED if name != SEPARATE and entrants.missing(name)}
-    return {"tokens": len(student), "prompts": problems, "compared": list(COMPARED), "missing": missing, "rows": rows}
-
-
-def columns(result: dict) -> list[str]:
-    return [f"{name} {label}" for label in entrants.DTYPES for name in result["compared"]]
-
-
-def cells(row: dict, wanted: list[str] | None = None) -> list[str]:
-    wanted = wanted or [key for key, value in row.items() if isinstance(value, dict)]
-    errors = [percent(row[key]["gradient"]) if key in row else "not installed" for key in wanted]
-    return [
-        row["teacher"],
-        f"{row['mean_kl_bf16']:.2g}",
-        *errors,
-    ]
+        add(f"alpha = {alpha:g}", teacher)
+    for target in mean_kls:
+        add(f"alpha = {alpha:g}, interpolated", teacher_at_kl(student, teacher, weight, target))
+    return result
 
 
 def table(result: dict) -> str:
-    wanted = columns(result)
+    """A row for each entrant in each precision, a column for each teacher."""
     ordered = sorted(result["rows"], key=lambda row: row["mean_kl_bf16"])
-    return markdown(["teacher", "mean KL", *wanted], [cells(row, wanted) for row in ordered])
+    header = [f"{row['mean_kl_bf16']:.2g}{exposure(row)}" for row in ordered]
+    rows = []
+    for label in entrants.DTYPES:
+        for name in result["compared"]:
+            key = f"{name} {label}"
+            rows.append([key, *(percent(r[key]["gradient"]) if key in r else "not installed" for r in ordered)])
+    return markdown(["gradient error at mean KL", *header], rows)
 
 
-def plot(result: dict, path) -> None:
-    import matplotlib
+def exposure(row: dict) -> str:
+    return "" if "interpolated" in row["teacher"] else f" ({row['teacher'].replace('alpha', 'α')})"
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2))
+def plot(result: dict, path: Path, source: str) -> None:
     ordered = sorted(result["rows"], key=lambda row: row["mean_kl_bf16"])
-    for name, colour in zip(result["compared"], ("tab:blue", "tab:cyan", "tab:orange", "tab:red"), strict=True):
-        for label, style in zip(entrants.DTYPES, ("-", "--"), strict=True):
-            points = [
-                (row[f"mean_kl_{label}"], row[f"{name} {label}"]["gradient"])
-                for row in ordered
-                if f"{name} {label}" in row
-            ]
+    lines = []
+    for label in entrants.DTYPES:
+        for name in result["compared"]:
+            key = f"{name} {label}"
+            points = [(row[f"mean_kl_{label}"], row[key]["gradient"]) for row in ordered if key in row]
             if points:
-                axes.plot(*zip(*points, strict=True), style, color=colour, marker="o", ms=3, label=f"{name} {label}")
-    axes.set(xscale="log", yscale="log", xlabel="mean KL(teacher || student)", ylabel="relative L2 error of gradient")
-    axes.axhline(1, color="grey", lw=0.5)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=140, bbox_inches="tight")
+                lines.append(Line(key, name, points, dashed=label == "fp32"))
+    log_log([("", lines)], "mean KL(teacher || student)", ["relative L2 error of the gradient"], path, source)
 
 
-def main(problems: int = 8, new_tokens: int = 32) -> dict:
-    result = run(problems, new_tokens)
+def main(problems: int = 8, new_tokens: int = 32, **teachers) -> dict:
+    result = run(problems, new_tokens, **teachers)
     print(table(result))
-    save("accuracy_vs_kl", result)
-    plot(result, RESULTS / "accuracy_vs_kl.png")
     return result
 
 

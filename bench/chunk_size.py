@@ -1,10 +1,9 @@
-"""Why the CPU's chunk, block and tile have the sizes they have, and whether its elementwise passes need a compiler.
+"""Why the CPU's chunk, block and tile have the sizes they have.
 
-    python -m bench.chunk_size [--tokens 1024] [--rounds 3] [--only sizes|compile]
+    python -m bench.chunk_size [--tokens 1024] [--rounds 3]
 
-1. Time of `linear_divergence` (forward KL, gradients for the hidden states) against `chunk_bytes`,
-   `planning.CPU_BLOCK_COLUMNS` and `planning.CPU_TILE_ROWS`, one varied at a time, interleaved.
-2. The same op with backend "torch" and "torch_compiled", beside its matrix products alone, and their first calls.
+Time of `linear_divergence` (forward KL, gradients for the hidden states) against `chunk_bytes`,
+`planning.CPU_BLOCK_COLUMNS` and `planning.CPU_TILE_ROWS`, one varied at a time, interleaved.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from functools import partial
 
 import atesd_kernels
 from atesd_kernels import planning
-from bench import entrants, timing
+from bench import timing
 from bench.entrants import DTYPES, Inputs, value_and_grad
 from bench.machine import markdown, save
 from bench.smollm_states import solution_inputs
@@ -55,24 +54,6 @@ def sizes(inputs: Inputs, rounds: int) -> list[dict]:
     return rows
 
 
-def eager_or_compiled(inputs: Inputs, rounds: int) -> list[dict]:
-    """The op with its elementwise passes eager and compiled, its products alone, and the wait for the compiler."""
-    rows = []
-    for dtype in DTYPES:
-        x = inputs.to(DTYPES[dtype])
-        jobs = {
-            f"{name} {loss}": partial(value_and_grad, partial(entrants.ours, loss, backend=backend), x)
-            for loss in ("forward_kl", "jsd")
-            for name, backend in (("eager", "torch"), ("compiled", "torch_compiled"))
-        }
-        jobs[timing.OWN_GEMMS] = partial(timing.own_gemms, x, True)
-        first = {name: timing.timed(job)[0] for name, job in jobs.items()}
-        for name, seconds in timing.interleave(jobs, rounds).items():
-            row = {"form": name, "dtype": dtype, "first_call_seconds": first[name]}
-            rows.append({**row, **timing.summary(seconds)})
-    return rows
-
-
 def table(result: dict) -> str:
     header = ["chunk_bytes, block columns, tile rows", *(f"{d}, s" for d in DTYPES), *(f"{d}, range" for d in DTYPES)]
     seen: dict[tuple, dict] = {}
@@ -85,30 +66,13 @@ def table(result: dict) -> str:
         name += " (default)" if list(sizes) == result["default"] else ""
         medians = [f"{by_dtype[d]['median']:.2f}" for d in DTYPES]
         rows.append([name, *medians, *(f"{by_dtype[d]['min']:.2f} - {by_dtype[d]['max']:.2f}" for d in DTYPES)])
-    blocks = [f"forward KL, N = {result['tokens']:,}:\n\n{markdown(header, rows)}"] if rows else []
-    if result["compile"]:
-        by_form: dict[str, dict] = {}
-        for row in result["compile"]:
-            by_form.setdefault(row["form"], {})[row["dtype"]] = row
-        header = ["elementwise passes", *(f"{d}, s" for d in DTYPES), *(f"first call, {d}, s" for d in DTYPES)]
-        rows = [
-            [form, *(f"{r[d]['median']:.2f}" for d in DTYPES), *(f"{r[d]['first_call_seconds']:.1f}" for d in DTYPES)]
-            for form, r in by_form.items()
-        ]
-        blocks.append(markdown(header, rows))
-    return "\n\n".join(blocks)
+    return f"forward KL, N = {result['tokens']:,}:\n\n{markdown(header, rows)}"
 
 
-def main(tokens: int = 1024, rounds: int = 3, only: str | None = None) -> dict:
-    inputs = solution_inputs(tokens)
-    result = {"tokens": tokens, "default": list(DEFAULT), "sizes": [], "compile": []}
-    if only != "compile":
-        result["sizes"] = sizes(inputs, rounds)
-    if only != "sizes":
-        result["compile"] = eager_or_compiled(inputs, rounds)
+def main(tokens: int = 1024, rounds: int = 3) -> dict:
+    result = {"tokens": tokens, "default": list(DEFAULT), "sizes": sizes(solution_inputs(tokens), rounds)}
     print(table(result))
-    if only is None:
-        save("chunk_size", result)
+    save("chunk_size", result)
     return result
 
 
@@ -116,5 +80,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=("sizes", "compile"))
     main(**vars(parser.parse_args()))

@@ -1,4 +1,4 @@
-"""`pytest bench`: what the default run measures, what `--full` adds, and where results go."""
+"""`pytest bench`: what the default run measures, what `--full` adds, where results go, and the tables at the end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--full",
         action="store_true",
-        help="every loss at N = 2048 with forward-only times and the compiled entrants, memory at every N",
+        help="the tables of README.md: whole shapes, entrants that wait for a compiler, the training step. Hours, and "
+        "results go to bench/results; without it, minutes, and they go to bench/results/quick",
     )
 
 
@@ -25,8 +26,23 @@ def full(request) -> bool:
     return request.config.getoption("--full")
 
 
+def pytest_configure(config):
+    from bench import machine, progress
+
+    if not config.getoption("--full"):
+        machine.RESULTS = machine.QUICK
+    capture = config.pluginmanager.getplugin("capturemanager")
+
+    def past_the_capture(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            progress.to_stderr(line)
+
+    progress.write = past_the_capture
+
+
 def pytest_terminal_summary(terminalreporter, config):
-    from bench.machine import RESULTS
+    from bench import machine, table
 
     if not config.option.collectonly:
-        terminalreporter.write_line(f"results: {RESULTS}; `python -m bench.table --print` shows them as tables")
+        terminalreporter.write_line(table.every_table())
+        terminalreporter.write_line(f"results: {machine.RESULTS}")

@@ -1,7 +1,8 @@
 """Who takes part: this library and its peers, as functions from the same inputs to the same scalar.
 
-Each loss is a mean over tokens. The peers' own code runs wherever they have some: TRL's `generalized_jsd_loss`, Liger's
-`LigerFusedLinearJSDLoss`, ORDA's and CCE's CPU paths. An entrant that is not installed is named, not dropped.
+Each loss is a mean over tokens. The peers' own code runs wherever they have some: TRL's `generalized_jsd_loss` and the
+chunked function of its `DistillationTrainer`, Liger's two fused JSDs, ORDA, CCE and flash-linear-attention. An entrant
+that is not installed, or needs a GPU where there is none, is named, not dropped.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,12 @@ from torch.nn import functional as F
 import atesd_kernels
 from atesd_kernels import reference
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # what is measured on this machine
 OURS = "atesd_kernels"
-OURS_COMPILED = "atesd_kernels, compiled"
+DENSE = "dense torch (TRL)"
+TRL_CHUNKED = "TRL chunked (DistillationTrainer)"
+NEEDS_GPU = "needs a GPU"
+LIGER_EAGER = "Liger chunked JSD, eager"
 LOSSES = ("forward_kl", "jsd", "entry_clip", "logprobs")
 BETA = {"forward_kl": 0.0, "jsd": 0.5}
 ENTRY_CLIP = 0.05
@@ -35,6 +40,9 @@ class Inputs(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> Inputs:
         return Inputs(self.student.to(dtype), self.weight.to(dtype), self.teacher.to(dtype), self.targets)
+
+    def on(self, device: str) -> Inputs:
+        return Inputs(*(tensor.to(device) for tensor in self))
 
     def rows(self, rows: slice) -> Inputs:
         return Inputs(self.student[rows], self.weight, self.teacher[rows], self.targets[rows])
@@ -73,6 +81,10 @@ def trl_function(name: str) -> Callable:
         from trl.trainer.utils import selective_log_softmax
 
         return selective_log_softmax
+    if name == "chunked":
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        return ChunkedDivergenceFunction.apply
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
     return GKDTrainer.generalized_jsd_loss
@@ -82,6 +94,12 @@ def trl_function(name: str) -> Callable:
 def compiled_dense(loss: str, dtype: torch.dtype) -> Callable:
     trl_function("logprobs" if loss == "logprobs" else "jsd")  # imported outside the traced region
     return torch.compile(lambda x: dense_trl(loss, x), dynamic=False)
+
+
+def trl_chunked(loss: str, x: Inputs) -> Tensor:
+    """What TRL's `DistillationTrainer` computes: tiles of fp32 logits, made again in the backward pass."""
+    per_token, _ = trl_function("chunked")(x.student, x.weight, None, x.teacher, x.weight, None, BETA[loss])
+    return per_token.mean()
 
 
 def liger(loss: str, x: Inputs, compiled: bool = True) -> Tensor:
@@ -94,58 +112,83 @@ def liger(loss: str, x: Inputs, compiled: bool = True) -> Tensor:
     return module(x.student, x.weight, x.teacher, x.weight, x.targets)
 
 
-def orda(loss: str, x: Inputs) -> Tensor:
+def liger_fused(loss: str, x: Inputs) -> Tensor:
+    """Liger's JSD with its Triton kernels. It forms its gradients in the forward pass, wanted or not."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    return LigerFusedLinearJSD(jsd_beta=BETA[loss])(x.student, x.weight, x.teacher, x.weight, None)
+
+
+def orda(loss: str, x: Inputs, backend: str) -> Tensor:
     from orda_kernel import TiedTeacher, distillation_loss
 
+    kind = {"kl_divergence": "skew_js", "kl_beta": BETA["jsd"]} if loss == "jsd" else {"kl_divergence": "forward"}
     weights = {"student_ce_weight": 0.0, "teacher_ce_weight": 0.0, "kl_weight": 1.0}
-    return distillation_loss(
-        x.student,
-        x.weight,
-        x.targets,
-        TiedTeacher(hidden=x.teacher),
-        kl_divergence="forward",
-        backend="torch",
-        **weights,
-    ).loss
+    teacher = TiedTeacher(hidden=x.teacher)
+    return distillation_loss(x.student, x.weight, x.targets, teacher, backend=backend, **kind, **weights).loss
 
 
-def cce(loss: str, x: Inputs) -> Tensor:
-    """Its Triton kernels need a GPU; this is the path it offers elsewhere."""
+def fla(loss: str, x: Inputs) -> Tensor:
+    from fla.modules.fused_kl_div import fused_kl_div_loss
+
+    return fused_kl_div_loss(x.student, x.teacher, x.weight, x.weight)
+
+
+def cce(loss: str, x: Inputs, implementation: str) -> Tensor:
+    """Its Triton kernels ("cce") need a GPU; "torch_compile" is the path it offers elsewhere."""
     from cut_cross_entropy import linear_cross_entropy
 
-    return linear_cross_entropy(x.student, x.weight, x.targets, impl="torch_compile", reduction="none").float().mean()
+    return linear_cross_entropy(x.student, x.weight, x.targets, impl=implementation, reduction="none").float().mean()
 
 
-# name -> (module it needs, losses it has, function)
-_KL, _ALL = ("forward_kl", "jsd"), LOSSES
-_ENTRANTS: dict[str, tuple[str, tuple[str, ...], Callable[[str, Inputs], Tensor]]] = {
-    OURS: ("atesd_kernels", _ALL, ours),
-    OURS_COMPILED: ("atesd_kernels", _ALL, lambda loss, x: ours(loss, x, "torch_compiled")),
-    "dense torch (TRL)": ("trl", _ALL, dense_trl),
-    "dense torch, compiled": ("trl", _ALL, lambda loss, x: compiled_dense(loss, x.student.dtype)(x)),
-    "Liger chunked JSD": ("liger_kernel", _KL, liger),
-    "Liger chunked JSD, eager": ("liger_kernel", _KL, lambda loss, x: liger(loss, x, compiled=False)),
-    "ORDA (torch path)": ("orda_kernel", ("forward_kl",), orda),
-    "CCE (torch_compile path)": ("cut_cross_entropy", ("logprobs",), cce),
+class Entrant(NamedTuple):
+    module: str  # the package it needs
+    losses: tuple[str, ...]
+    function: Callable[[str, Inputs], Tensor]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    compiled: bool = False  # waits for a compiler first
+
+
+_KL, _CPU, _GPU = ("forward_kl", "jsd"), ("cpu",), ("cuda",)
+_ENTRANTS = {
+    OURS: Entrant("atesd_kernels", LOSSES, ours),
+    f"{OURS}, compiled": Entrant("atesd_kernels", LOSSES, partial(ours, backend="torch_compiled"), compiled=True),
+    f"{OURS}, triton_tiled": Entrant("atesd_kernels", LOSSES, partial(ours, backend="triton_tiled"), _GPU),
+    DENSE: Entrant("trl", LOSSES, dense_trl),
+    "dense torch, compiled": Entrant(
+        "trl", LOSSES, lambda loss, x: compiled_dense(loss, x.student.dtype)(x), compiled=True
+    ),
+    TRL_CHUNKED: Entrant("trl", _KL, trl_chunked),
+    "Liger chunked JSD": Entrant("liger_kernel", _KL, liger, compiled=True),
+    LIGER_EAGER: Entrant("liger_kernel", _KL, partial(liger, compiled=False)),
+    "Liger fused JSD": Entrant("liger_kernel", _KL, liger_fused, _GPU),
+    "ORDA (torch path)": Entrant("orda_kernel", _KL, partial(orda, backend="torch"), _CPU),
+    "ORDA": Entrant("orda_kernel", _KL, partial(orda, backend="triton"), _GPU),
+    "flash-linear-attention": Entrant("fla", ("forward_kl",), fla, _GPU),
+    "CCE (torch_compile path)": Entrant(
+        "cut_cross_entropy", ("logprobs",), partial(cce, implementation="torch_compile"), _CPU, compiled=True
+    ),
+    "CCE": Entrant("cut_cross_entropy", ("logprobs",), partial(cce, implementation="cce"), _GPU),
 }
-# These wait for a compiler first.
-COMPILED = {OURS_COMPILED, "dense torch, compiled", "Liger chunked JSD", "CCE (torch_compile path)"}
-# Peers without a CPU path; their rows belong to a machine with a GPU.
-GPU_ONLY = {"Liger fused JSD": _KL, "flash-linear-attention": ("forward_kl",)}
+COMPILED = {name for name, entrant in _ENTRANTS.items() if entrant.compiled}
 
 
 def names(loss: str) -> list[str]:
-    return [name for name, (_, losses, _) in _ENTRANTS.items() if loss in losses]
+    """Who has this loss, those who need another machine included; a path that only stands in for a GPU is left out
+    where there is one."""
+    return [name for name, e in _ENTRANTS.items() if loss in e.losses and (DEVICE in e.devices or e.devices == _GPU)]
 
 
 def missing(name: str) -> str | None:
     """Why an entrant cannot take part, or None."""
-    module = _ENTRANTS[name][0]
+    module, _, _, devices, _ = _ENTRANTS[name]
+    if DEVICE not in devices:
+        return NEEDS_GPU
     return None if importlib.util.find_spec(module) else f"{module} is not installed"
 
 
 def entrant(name: str, loss: str) -> Loss:
-    function = _ENTRANTS[name][2]
+    function = _ENTRANTS[name].function
     return lambda x: function(loss, x)
 
 

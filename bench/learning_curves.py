@@ -20,7 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.machine import RESULTS, markdown, save
+from bench import machine
+from bench.machine import markdown, save
 
 METHODS = {"atesd": [], "opsd": ["--exposure_policy", "full"]}
 SEEDS = (0, 1, 2)
@@ -32,7 +33,7 @@ KEPT = "step alpha loss mismatch probe_nll student_entropy response_length secon
 
 
 def result_of(run: str) -> Path:
-    return RESULTS / FOLDER / f"{run}.json"
+    return machine.RESULTS / FOLDER / f"{run}.json"
 
 
 def run_one(run: str, flags: list[str], work: Path) -> Path:
@@ -61,7 +62,6 @@ def run_one(run: str, flags: list[str], work: Path) -> Path:
     trainer.run()
     end = [asdict(m) for m in measure(trainer, trainer.problems.eval, 1.0)]
     rows = [{name: row[name] for name in KEPT if name in row} for row in read_jsonl(run_dir / METRICS)]
-    (RESULTS / FOLDER).mkdir(parents=True, exist_ok=True)
     shares = [row["seconds_policy"] / row["seconds_step"] for row in rows if "seconds_policy" in row]
     return save(
         f"{FOLDER}/{run}",

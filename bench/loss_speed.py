@@ -3,30 +3,33 @@
     python -m bench.loss_speed forward_kl bf16 [--tokens 2048] [--rounds 5] [--eager]
 
 Inputs are SmolLM2-135M's hidden states over gsm_symbolic solutions (H = 576, V = 49,152), the teacher's at a mean KL of
-0.1. The head is frozen: gradients are for the hidden states. First each entrant runs once (compilers compile) and its
-gradient's first rows are compared with float64, as is its loss over these rows where that needs no second compilation;
-then the rounds, interleaved. `--eager` leaves out those that wait for a compiler.
+0.1; on a GPU, states in the shape that `--shape` names. The head is frozen: gradients are for the hidden states. First
+each entrant runs once (compilers compile) and its gradient's first rows are compared with float64, as is its loss over
+these rows where that needs no second compilation; then the rounds, interleaved. `--eager` leaves out those that wait
+for a compiler. The result is saved after every round.
+
+On a processor without bf16 instructions torch's bf16 products run at a hundredth of their fp32 speed where the sum is
+over the vocabulary: there bf16 is measured at fewer tokens (`tokens_for`).
 """
 
 from __future__ import annotations
 
 import argparse
-from functools import cache
 
 import torch
 
-from bench import entrants, smollm_states, timing
+from bench import entrants, timing
 from bench.entrants import DTYPES, LOSSES, OURS, Inputs, value_and_grad
-from bench.machine import RESULTS, markdown, percent, save
+from bench.machine import markdown, native_precision, percent, save
+from bench.progress import say
+from bench.shapes import HERE, SHAPES, TOKENS, Shape, inputs
 
-TOKENS = 2048
 ORACLE_ROWS = 128  # rows compared with float64
 PHASES = ("forward + backward", "forward only")
 
 
-@cache
-def inputs(tokens: int) -> Inputs:
-    return smollm_states.solution_inputs(tokens)
+def tokens_for(dtype: str, whole: int = TOKENS) -> int:
+    return whole // 8 if dtype == "bf16" and native_precision() == "fp32" else whole
 
 
 def forward_only(function, x: Inputs) -> None:
@@ -37,18 +40,25 @@ def forward_only(function, x: Inputs) -> None:
 def measure(
     loss: str,
     dtype: str,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     rounds: int = 5,
-    phases: tuple[str, ...] = PHASES,
     compiled: bool = True,
+    shape: Shape = HERE[0],
+    budget: float | None = None,
 ) -> dict:
-    x = inputs(tokens).to(DTYPES[dtype])
+    """`budget`: seconds after which a phase begins no further round."""
+    tokens = tokens or tokens_for(dtype)
+    say(f"{loss} {dtype}, {shape.name}, N = {tokens}: inputs and float64")
+    x = inputs(shape, tokens).to(DTYPES[dtype])
     present = entrants.present(loss, compiled)
     checked = x.rows(slice(ORACLE_ROWS))
     exact_value, exact_grad = entrants.oracle(loss, checked)
-    result: dict = {"loss": loss, "dtype": dtype, "tokens": tokens, "value": exact_value, "rows": [], "failed": {}}
+    result: dict = {"loss": loss, "dtype": dtype, "tokens": tokens, "shape": shape._asdict(), "value": exact_value}
+    result |= {"rows": [], "failed": {}}
+    result["missing"] = {n: entrants.missing(n) for n in entrants.names(loss) if entrants.missing(n)}
     errors = {}
     for name, function in list(present.items()):
+        say(f"  {name}: first call")
         try:
             (first, _), (_, grad) = timing.timed_result(lambda f=function: value_and_grad(f, x))
             if name in entrants.COMPILED:
@@ -63,32 +73,49 @@ def measure(
             continue
         share = grad[:ORACLE_ROWS].double() * (tokens / len(checked.student))
         errors[name]["gradient"] = entrants.relative_error(share, exact_grad)
-    for phase in phases:
-        backward = phase == PHASES[0]
-        if backward:
-            jobs = {name: (lambda f=f: value_and_grad(f, x)) for name, f in present.items()}
-        else:
-            jobs = {name: (lambda f=f: forward_only(f, x)) for name, f in present.items()}
-            for job in jobs.values():
-                job()  # without a gradient is another graph for the compilers
-        if loss != "logprobs":
-            jobs[timing.OWN_GEMMS] = lambda backward=backward: timing.own_gemms(x, backward)
-            jobs[timing.MM_GEMMS] = lambda backward=backward: timing.mm_gemms(x, backward)
-        for name, seconds in timing.interleave(jobs, rounds).items():
-            row = {"entrant": name, "phase": phase, **timing.summary(seconds), "error": errors.get(name)}
-            result["rows"].append(row)
-    left_out = [] if compiled else [n for n in entrants.names(loss) if n in entrants.COMPILED]
-    result["failed"].update(dict.fromkeys(left_out, "left out of this run: it waits for a compiler"))
-    result["missing"] = {n: entrants.missing(n) for n in entrants.names(loss) if entrants.missing(n)}
-    result["gpu_only"] = [name for name, losses in entrants.GPU_ONLY.items() if loss in losses]
-    (RESULTS / "losses").mkdir(parents=True, exist_ok=True)
-    save(f"losses/{loss}-{dtype}-{tokens}", result)
+    if not compiled:
+        waits = (n for n in entrants.names(loss) if n in entrants.COMPILED and n not in result["missing"])
+        result["failed"].update(dict.fromkeys(waits, "left out of this run: it waits for a compiler"))
+    for phase in PHASES:
+        jobs = jobs_of(present, x, loss, backward=phase == PHASES[0])
+        finished = list(result["rows"])
+
+        def keep(seconds, phase=phase, finished=finished):
+            say(f"  {phase}: round {len(seconds[OURS])} of {rounds}")
+            new = [
+                {"entrant": name, "phase": phase, **timing.summary(own), "error": errors.get(name)}
+                for name, own in seconds.items()
+            ]
+            result["rows"] = finished + new
+            save(result_name(loss, dtype, tokens, shape), result)
+
+        timing.interleave(jobs, rounds, budget, keep)
     return result
 
 
+def jobs_of(present: dict[str, entrants.Loss], x: Inputs, loss: str, backward: bool) -> dict:
+    if backward:
+        jobs = {name: (lambda f=f: value_and_grad(f, x)) for name, f in present.items()}
+    else:
+        jobs = {name: (lambda f=f: forward_only(f, x)) for name, f in present.items()}
+        for name in present.keys() & entrants.COMPILED:
+            jobs[name]()  # without a gradient is another graph for the compilers
+    if loss != "logprobs":
+        jobs[timing.OWN_GEMMS] = lambda: timing.own_gemms(x, backward)
+        jobs[timing.MM_GEMMS] = lambda: timing.mm_gemms(x, backward)
+    if x.student.is_cuda:  # kernels are compiled, and workspaces made, at the first call
+        for job in jobs.values():
+            job()
+    return jobs
+
+
+def result_name(loss: str, dtype: str, tokens: int, shape: Shape) -> str:
+    return f"losses/{loss}-{dtype}-{tokens}{shape.suffix}"
+
+
 def table(result: dict) -> str:
-    """Ratios are of wall times, in brackets of CPU times."""
-    header = ["entrant", *PHASES, "range", "first call", f"against {OURS}", "gradient error", "loss error"]
+    """Times are medians with their range; ratios are of wall times, in brackets of CPU times."""
+    header = ["entrant", *PHASES, "first call", f"against {OURS}", "gradient error", "loss error"]
     medians = {(row["entrant"], row["phase"]): row for row in result["rows"]}
     rows = []
     for name in dict.fromkeys(row["entrant"] for row in result["rows"]):
@@ -96,23 +123,22 @@ def table(result: dict) -> str:
         own = medians[OURS, PHASES[0]]
         ratio = f"{both['median'] / own['median']:.2f}x ({both['cpu'] / own['cpu']:.2f}x)"
         error = both["error"] or {}
-        spread = f"{both['min']:.2f} - {both['max']:.2f}"
-        times = [f"{both['median']:.2f} s", f"{forward['median']:.2f} s" if forward else "", spread]
+        times = [timing.with_spread(both), timing.with_spread(forward) if forward else ""]
         errors = [percent(error.get(kind)) for kind in ("gradient", "loss")]
         first = f"{error['first_call_seconds']:.0f} s" if "first_call_seconds" in error else ""
         rows.append([name, *times, first, ratio, *errors])
     for name, why in {**result["missing"], **result["failed"]}.items():
-        rows.append([name, why, *[""] * 6])
-    for name in result["gpu_only"]:
-        rows.append([name, "has no CPU path", *[""] * 6])
+        rows.append([name, why, *[""] * 5])
     return markdown(header, rows)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("loss", choices=LOSSES)
     parser.add_argument("dtype", choices=DTYPES)
-    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--tokens", type=int, help=f"default {TOKENS}; see above for bf16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--eager", dest="compiled", action="store_false")
-    print(table(measure(**vars(parser.parse_args()))))
+    parser.add_argument("--shape", choices=SHAPES, default=HERE[0].name)
+    arguments = vars(parser.parse_args())
+    print(table(measure(**{**arguments, "shape": SHAPES[arguments["shape"]]})))

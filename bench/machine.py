@@ -1,4 +1,7 @@
-"""What a result was measured on, and how it is written: one JSON file per measurement, with machine and commit."""
+"""What a result was measured on, and how it is written: one JSON file per measurement, with machine and commit.
+
+A file holds one machine's numbers, the last one's; the line below its table names it.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,11 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from atesd.files import write_json
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+QUICK = RESULTS / "quick"  # what `pytest bench` without --full measures: small shapes, for the one who runs it
 PACKAGES = (
     "torch",
     "transformers",
@@ -21,6 +27,7 @@ PACKAGES = (
     "liger-kernel",
     "orda-kernel",
     "cut-cross-entropy",
+    "flash-linear-attention",
     "triton",
 )
 
@@ -55,6 +62,13 @@ def machine() -> dict:
     return info
 
 
+def native_precision() -> str:
+    """The precision one would train in on this machine."""
+    from atesd.precision import has_fast_bf16
+
+    return "bf16" if has_fast_bf16() else "fp32"
+
+
 def cpuinfo() -> str:
     path = Path("/proc/cpuinfo")
     return path.read_text() if path.exists() else ""
@@ -78,12 +92,20 @@ def commit() -> str:
 
 
 def save(name: str, payload: dict) -> Path:
-    """Write `bench/results/<name>.json`."""
-    RESULTS.mkdir(exist_ok=True)
+    """Write `bench/results/<name>.json`, whole. Called again with more rows while a measurement goes on."""
     path = RESULTS / f"{name}.json"
-    result = {"machine": machine(), "versions": versions(), "commit": commit(), **payload}
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(path, {"machine": machine(), "versions": versions(), "commit": commit(), **payload})
     return path
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def names_of(pattern: str) -> list[str]:
+    """Names of the results that match, as `load` takes them."""
+    found = sorted(RESULTS.glob(f"{pattern}.json"))
+    return [path.relative_to(RESULTS).with_suffix("").as_posix() for path in found]
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

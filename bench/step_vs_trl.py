@@ -1,14 +1,22 @@
-"""A whole training step, ours and TRL's `SDFTTrainer`, on the same work: seconds by phase, tokens/s and peak memory.
+"""A whole training step, ours and TRL's, on the same work: seconds by phase, tokens/s and peak memory.
 
-    python -m bench.step_vs_trl [--steps 2] [--prompts 8] [--max_completion_length 128] [--only atesd]
+    python -m bench.step_vs_trl [--precision fp32] [--steps 2] [--prompts 8] [--max_completion_length 128] [--only TEXT]
 
 Every row comes from a process of its own: the same model with all its parameters trained, the same chat prompts for
 student and teacher (which reads the whole solution), responses of exactly `max_completion_length` tokens, the same
 precision, forward KL over the full vocabulary without clips, AdamW. The first step warms up and is not counted; the
-figure is the median of the others. TRL runs with all prompts in one micro-batch, its natural setting, and in our
-micro-batches, each with gradient checkpointing on (its default) and off; ours is selective. The ratios are taken
-against the fastest of its rows for time and the smallest for memory. Rows are saved in bench/results/step_vs_trl.json;
-`--only TEXT` measures those whose name holds TEXT and keeps the others, if this machine and these versions made them.
+figure is the median of the others. TRL's `SDFTTrainer` runs with all prompts in one micro-batch, its natural setting,
+and in our micro-batches, each with gradient checkpointing on (its default) and off; ours is selective. The ratios are
+taken against the fastest of its rows for time and the smallest for memory.
+
+`DistillationTrainer` is TRL's other on-policy distillation, with a loss that never holds whole logits. It shows the
+teacher the student's own prompt and has no place for another, so it cannot do this work: its rows, marked, have the
+teacher read the problem alone, which is fewer tokens and a loss of zero at the start. They are no part of the ratios.
+`GKDTrainer` has the same limit, a dense loss, and one generation for each micro-batch; TRL itself points from it to
+`DistillationTrainer`.
+
+Each precision has its result, bench/results/step_vs_trl-<precision>.json, saved after every row. `--only TEXT` measures
+the rows whose name holds TEXT and keeps the others, if this machine and these versions made them.
 """
 
 from __future__ import annotations
@@ -22,9 +30,16 @@ import sys
 import tempfile
 import time
 
-from bench.machine import RESULTS, ROOT, machine, save, versions
+from bench import machine
+from bench.entrants import DTYPES
+from bench.machine import ROOT, load, markdown, native_precision, save, versions
+from bench.progress import say
 
-SIDES = {"atesd": "atesd", "trl": "TRL SDFTTrainer"}
+SIDES = {
+    "atesd": "atesd",
+    "sdft": "TRL SDFTTrainer",
+    "distillation": "TRL DistillationTrainer (its teacher reads the problem only)",
+}
 PHASES = ("rollout", "teacher", "student", "loss_backward", "optimizer")
 
 
@@ -39,7 +54,7 @@ def settings(args: argparse.Namespace):
         grounding="none",
         exposure_policy="full",
         use_peft=False,
-        bf16=args.bf16,
+        bf16=args.precision == "bf16",
         per_device_train_batch_size=args.micro_batch,
         gradient_accumulation_steps=args.prompts // args.micro_batch,
         gradient_checkpointing=args.checkpointing,
@@ -84,8 +99,6 @@ def run_trl(args: argparse.Namespace) -> dict:
     import datasets
     import torch
     from transformers import TrainerCallback
-    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
-    from trl.experimental.sdft.sdft_trainer import DemonstrationTeacherContextBuilder
 
     from atesd.models import load_model_and_tokenizer
     from atesd.problems import load_problems
@@ -107,12 +120,6 @@ def run_trl(args: argparse.Namespace) -> dict:
         for p in problems.train
     ]
 
-    class WholeTeacherPrompt(DemonstrationTeacherContextBuilder):
-        """Our teacher prompt, to the letter."""
-
-        def _compose_teacher_prompt(self, prompt, privileged_context):
-            return [{"role": "user", "content": privileged_context}]
-
     class Clock(TrainerCallback):
         """Steps are timed from end to end: generation happens before a step's own begin callback."""
 
@@ -123,42 +130,32 @@ def run_trl(args: argparse.Namespace) -> dict:
             self.ends.append((time.perf_counter(), time.process_time()))
 
     clock = Clock()
-    trainer = SDFTTrainer(
-        model=model,
-        processing_class=tokenizer,
-        train_dataset=datasets.Dataset.from_list(rows),
-        callbacks=[clock],
-        args=SDFTConfig(
-            output_dir=config.output_dir,
-            per_device_train_batch_size=args.micro_batch,
-            gradient_accumulation_steps=args.prompts // args.micro_batch,
-            num_generations=1,
-            max_prompt_length=config.max_prompt_length,
-            max_completion_length=config.max_completion_length,
-            generation_kwargs={"min_new_tokens": config.max_completion_length},
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            distillation_mode="full_logits",
-            distillation_alpha=0.0,
-            distillation_is_clip=None,
-            teacher_model_kind="base",
-            bf16=config.bf16,
-            use_cpu=not torch.cuda.is_available(),
-            gradient_checkpointing=args.checkpointing,
-            learning_rate=config.learning_rate,
-            weight_decay=0.0,
-            max_grad_norm=config.max_grad_norm,
-            lr_scheduler_type="constant",
-            max_steps=config.max_steps,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            seed=config.seed,
-        ),
-    )
-    trainer.teacher_context_builder = WholeTeacherPrompt(trainer)
+    shared = {
+        "output_dir": config.output_dir,
+        "per_device_train_batch_size": args.micro_batch,
+        "gradient_accumulation_steps": args.prompts // args.micro_batch,
+        "max_completion_length": config.max_completion_length,
+        "generation_kwargs": {"min_new_tokens": config.max_completion_length},
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": config.top_k,
+        "bf16": config.bf16,
+        "use_cpu": not torch.cuda.is_available(),
+        "gradient_checkpointing": args.checkpointing,
+        "learning_rate": config.learning_rate,
+        "weight_decay": 0.0,
+        "max_grad_norm": config.max_grad_norm,
+        "lr_scheduler_type": "constant",
+        "max_steps": config.max_steps,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "seed": config.seed,
+    }
+    make = {"sdft": sdft_trainer, "distillation": distillation_trainer}[args.side]
+    data = {"processing_class": tokenizer, "train_dataset": datasets.Dataset.from_list(rows), "callbacks": [clock]}
+    trainer = make(model, shared, data, config)
     phases: dict[str, list[float]] = {"rollout": [], "loss_forward": [], "backward": []}
 
     def time_calls(owner, name: str, phase: str) -> None:
@@ -187,6 +184,38 @@ def run_trl(args: argparse.Namespace) -> dict:
     }
 
 
+def sdft_trainer(model, shared: dict, data: dict, config):
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+    from trl.experimental.sdft.sdft_trainer import DemonstrationTeacherContextBuilder
+
+    class WholeTeacherPrompt(DemonstrationTeacherContextBuilder):
+        """Our teacher prompt, to the letter."""
+
+        def _compose_teacher_prompt(self, prompt, privileged_context):
+            return [{"role": "user", "content": privileged_context}]
+
+    own = {
+        "num_generations": 1,
+        "max_prompt_length": config.max_prompt_length,
+        "distillation_mode": "full_logits",
+        "distillation_alpha": 0.0,
+        "distillation_is_clip": None,
+        "teacher_model_kind": "base",
+    }
+    trainer = SDFTTrainer(model=model, args=SDFTConfig(**shared, **own), **data)
+    trainer.teacher_context_builder = WholeTeacherPrompt(trainer)
+    return trainer
+
+
+def distillation_trainer(model, shared: dict, data: dict, config):
+    import copy
+
+    from trl import DistillationConfig, DistillationTrainer
+
+    arguments = DistillationConfig(**shared, beta=0.0)  # forward KL
+    return DistillationTrainer(model=model, teacher_model=copy.deepcopy(model), args=arguments, **data)
+
+
 def median_of_steps(seconds: list[float], steps: int) -> float:
     """Calls of a phase, several a step, as the median over the counted steps of their sum."""
     calls = len(seconds) // steps
@@ -194,9 +223,9 @@ def median_of_steps(seconds: list[float], steps: int) -> float:
     return statistics.median(sums[1:])
 
 
-def in_fresh_process(name: str, side: str, micro_batch: int, checkpointing: bool) -> dict:
-    print(f"{name} ...", end="", flush=True)
-    command = [sys.executable, "-m", "bench.step_vs_trl", *sys.argv[1:], "--side", side]
+def in_fresh_process(name: str, side: str, micro_batch: int, checkpointing: bool, flags: list[str]) -> dict:
+    say(f"{name}, {' '.join(flags)}")
+    command = [sys.executable, "-m", "bench.step_vs_trl", *flags, "--side", side]
     command += ["--micro_batch", str(micro_batch), f"--{'' if checkpointing else 'no-'}checkpointing"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if run.returncode:
@@ -204,60 +233,99 @@ def in_fresh_process(name: str, side: str, micro_batch: int, checkpointing: bool
         raise SystemExit(f"{name} ended with status {run.returncode}")
     row = {"name": name, **json.loads(run.stdout.splitlines()[-1])}
     phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in row["phases"].items())
-    print(
-        f"\r{name}: {row['seconds']:.1f} s a step, {row['cpu_seconds']:.1f} CPU seconds, "
-        f"peak {row['peak'] / 1e9:.2f} GB ({phases}), loss {row['loss']:.4g}",
-        flush=True,
+    say(
+        f"  {row['seconds']:.1f} s a step, {row['cpu_seconds']:.1f} CPU seconds, peak {row['peak'] / 1e9:.2f} GB "
+        f"({phases}), loss {row['loss']:.4g}"
     )
     return row
 
 
-def main() -> None:
+def peak_bytes() -> int:
+    """Of this process: the GPU's allocator, or the largest resident set."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def without_rollouts(row: dict) -> float:
+    return row["seconds"] - row["phases"]["rollout"]
+
+
+def table(result: dict) -> str:
+    rows = [
+        [
+            row["name"],
+            f"{row['seconds']:.1f}",
+            f"{without_rollouts(row):.1f}",
+            f"{row['cpu_seconds']:.1f}",
+            f"{result['tokens'] / row['seconds']:.0f}",
+            f"{row['peak'] / 1e9:.2f}",
+            ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in row["phases"].items()),
+        ]
+        for row in result["rows"]
+    ]
+    header = ["whole step", "seconds", "without rollouts", "CPU seconds", "tokens/s", "peak GB", "of it, seconds"]
+    return markdown(header, rows)
+
+
+def ratios(result: dict) -> dict[str, float]:
+    """Our fastest row's time, its time without rollouts, and our smallest memory, over TRL's best for the same work."""
+    ours, theirs = ([r for r in result["rows"] if r["name"].startswith(SIDES[s])] for s in ("atesd", "sdft"))
+    measures = {"seconds": lambda r: r["seconds"], "without_rollouts": without_rollouts, "peak": lambda r: r["peak"]}
+    return {n: min(map(f, ours)) / min(map(f, theirs)) for n, f in measures.items() if ours and theirs}
+
+
+def kept_rows(name: str, shape: list) -> dict[str, dict]:
+    """By name, the rows already saved that may stand beside new ones."""
+    if not machine.names_of(name):
+        return {}
+    old, here = load(name), machine.machine()
+    same = all(old["machine"][key] == here[key] for key in ("cpu", "cores", "isa", "ram_gib"))
+    same = same and old["versions"] == versions() and old["shape"] == shape
+    return {row["name"]: row for row in old["rows"]} if same else {}
+
+
+def main(flags: list[str] | None = None) -> None:
+    flags = sys.argv[1:] if flags is None else flags
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--precision", choices=DTYPES, default=native_precision(), help="default: what trains fastest")
     parser.add_argument("--steps", type=int, default=2, help="counted steps")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--micro_batch", type=int, default=2, help="prompts in a micro-batch of ours")
     parser.add_argument("--max_completion_length", type=int, default=128)
     parser.add_argument("--top_p", type=float, default=1.0, help="of both; TRL sorts the whole vocabulary below 1")
     parser.add_argument("--top_k", type=int, default=0)
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--only", default="", metavar="TEXT", help="only the rows whose name holds this")
-    parser.add_argument("--side", choices=("atesd", "trl"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(flags)
     if args.side:
-        result = {"atesd": run_atesd, "trl": run_trl}[args.side](args)
-        result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps(result))
+        result = (run_atesd if args.side == "atesd" else run_trl)(args)
+        print(json.dumps({**result, "peak": peak_bytes()}))
         return
     how = [("atesd", args.micro_batch, checkpointing) for checkpointing in (True, False)]
     sizes = dict.fromkeys((args.prompts, args.micro_batch))
-    how += [("trl", size, checkpointing) for size in sizes for checkpointing in (True, False)]
-    shape = [args.prompts, args.max_completion_length, args.bf16, args.top_p, args.top_k, args.model]
-    rows = kept_rows(shape)
+    how += [("sdft", size, checkpointing) for size in sizes for checkpointing in (True, False)]
+    how += [("distillation", args.prompts, checkpointing) for checkpointing in (True, False)]
+    result_name = f"step_vs_trl-{args.precision}"
+    shape = [args.prompts, args.max_completion_length, args.top_p, args.top_k, args.model]
+    result = {"tokens": args.prompts * args.max_completion_length, "shape": shape, "rows": []}
+    rows = kept_rows(result_name, shape)
     for side, size, checkpointing in how:
         name = f"{SIDES[side]}, micro-batches of {size}" + (", checkpointing" if checkpointing else "")
         if args.only in name:
-            rows[name] = in_fresh_process(name, side, size, checkpointing)
-    ordered = sorted(rows.values(), key=lambda row: (not row["name"].startswith("atesd"), row["seconds"]))
-    save("step_vs_trl", {"tokens": args.prompts * args.max_completion_length, "shape": shape, "rows": ordered})
-    theirs = [row for row in ordered if row["name"].startswith(SIDES["trl"])]
-    for ours in (row for row in ordered if theirs and row["name"].startswith("atesd")):
-        for what in ("seconds", "cpu_seconds", "peak"):
-            best = min(theirs, key=lambda row: row[what])
-            print(f"{ours['name']}: {what} {ours[what] / best[what]:.2f} of TRL's best ({best['name']})")
-
-
-def kept_rows(shape: list) -> dict[str, dict]:
-    """By name, the rows already saved that may stand beside new ones."""
-    path = RESULTS / "step_vs_trl.json"
-    if not path.exists():
-        return {}
-    old = json.loads(path.read_text(encoding="utf-8"))
-    same = all(old["machine"][key] == machine()[key] for key in ("cpu", "cores", "isa", "ram_gib"))
-    same = same and old["versions"] == versions() and old["shape"] == shape
-    return {row["name"]: row for row in old["rows"]} if same else {}
+            rows[name] = in_fresh_process(name, side, size, checkpointing, flags)
+            order = [*SIDES.values()]
+            result["rows"] = sorted(
+                rows.values(), key=lambda row: (order.index(row["name"].split(", ")[0]), row["seconds"])
+            )
+            save(result_name, result)
+    print(table(result))
+    for what, ratio in ratios(result).items():
+        print(f"{what}: {ratio:.2f} of the best of {SIDES['sdft']}")
 
 
 if __name__ == "__main__":

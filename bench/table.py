@@ -1,8 +1,8 @@
-"""bench/results/*.json -> the tables of README.md, between `<!-- table: name -->` and `<!-- end table -->`.
+"""bench/results/*.json -> the tables of README.md, between `<!-- table: name -->` and `<!-- end table -->`, and plots.
 
-    python -m bench.table            rewrite the tables of README.md
+    python -m bench.table            rewrite the tables of README.md and draw the plots anew
     python -m bench.table --check    exit 1 if one differs from the committed results
-    python -m bench.table --print    print every table, README.md untouched
+    python -m bench.table --print    print every table there are results for, README.md untouched
 
 No number in such a table is typed by hand: each is printed from a result, with its machine, versions and commit below.
 """
@@ -10,61 +10,83 @@ No number in such a table is typed by hand: each is printed from a result, with 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import accuracy_vs_kl, chunk_size, grading_speed, learning_curves, loss_speed, memory
+from bench import (
+    accuracy_vs_kl,
+    chunk_size,
+    gemm_share,
+    grading_speed,
+    learning_curves,
+    loss_speed,
+    machine,
+    memory,
+    plots,
+    scaling,
+    step_vs_trl,
+    targets,
+)
 from bench.entrants import DTYPES, LOSSES, OURS
-from bench.machine import RESULTS, ROOT, markdown
-from bench.timing import MM_GEMMS, OWN_GEMMS
+from bench.machine import load, markdown
+from bench.shapes import SHAPES, SMOLLM2, Shape
+from bench.timing import MM_GEMMS, OWN_GEMMS, with_spread
 
-README = ROOT / "README.md"
-MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end table -->)", re.DOTALL)
-
-
-def load(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+README = machine.ROOT / "README.md"
+ABSENT = "(not measured yet"
+MARKED = re.compile(r"(<!-- table: (?P<name>[\w/-]+) -->\n)(?P<body>.*?)(<!-- end table -->)", re.DOTALL)
 
 
-def source(result: dict) -> str:
-    """Where the numbers come from, as a line below the table."""
-    m, packages = result["machine"], result["versions"]
-    hardware = f"{m['cpu']}, {m['cores']} cores, {m['ram_gib']} GiB, {m['isa']}"
-    hardware += (", bf16 instructions" if m["bf16_instructions"] else "") + (f", {m['gpu']}" if "gpu" in m else "")
-    hardware += f", load average {m['load_average']}"
-    if m["omp_wait_policy"] != "default":
-        hardware += f", OMP_WAIT_POLICY={m['omp_wait_policy']}"
-    software = ", ".join(f"{name} {version}" for name, version in packages.items())
-    return f"\n<sub>{hardware}; {software}; commit {result['commit']}</sub>"
+def source(*results: dict) -> str:
+    """Where the numbers come from, as lines below the table: one for each machine, commit and set of versions."""
+    seen: dict[tuple[str, str], list[float]] = {}
+    for result in results:
+        m = result["machine"]
+        hardware = f"{m['cpu']}, {m['cores']} cores, {m['ram_gib']} GiB, {m['isa']}"
+        hardware += (", bf16 instructions" if m["bf16_instructions"] else "") + (f", {m['gpu']}" if "gpu" in m else "")
+        if m["omp_wait_policy"] != "default":
+            hardware += f", OMP_WAIT_POLICY={m['omp_wait_policy']}"
+        software = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        seen.setdefault((hardware, f"{software}; commit {result['commit']}"), []).append(m["load_average"])
+    lines = []
+    for (hardware, software), loads in seen.items():
+        ends = " to ".join(dict.fromkeys((str(min(loads)), str(max(loads)))))
+        lines.append(f"\n<sub>{hardware}, load average {ends}; {software}</sub>")
+    return "".join(lines)
 
 
-def accuracy() -> str:
-    result = load("accuracy_vs_kl")
-    return f"{accuracy_vs_kl.table(result)}\n{source(result)}"
+def of(name: str, table: Callable[[dict], str]) -> Callable[[], str]:
+    """The table of the one result `name`."""
 
-
-def memory_over_tokens() -> str:
-    result = load("memory")
-    return f"{memory.table(result)}\n{source(result)}"
-
-
-def one_loss(loss: str, dtype: str) -> Callable[[], str]:
     def build() -> str:
-        result = load(f"losses/{loss}-{dtype}-{loss_speed.TOKENS}")
-        return f"{loss_speed.table(result)}\n{source(result)}"
+        result = load(name)
+        return f"{table(result)}\n{source(result)}"
 
     return build
 
 
-def losses_summary() -> str:
+def loss_results(shape: Shape) -> list[dict]:
+    """Of each loss and precision the result with the most tokens.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = []
+    for loss in LOSSES:
+        for dtype in DTYPES:
+            names = machine.names_of(f"losses/{loss}-{dtype}-*{shape.suffix}")
+            results = [r for r in map(load, names) if r.get("shape", SMOLLM2._asdict())["name"] == shape.name]
+            found += sorted(results, key=lambda r: r["tokens"])[-1:]
+    if not found:
+        raise FileNotFoundError(f"losses/{LOSSES[0]}-*{shape.suffix}.json")
+    return found
+
+
+def losses(shape: Shape) -> str:
     """One row per loss and precision: this library's time, and the others' as a multiple of it: wall (CPU)."""
-    files = [f"losses/{loss}-{dtype}-{loss_speed.TOKENS}" for loss in LOSSES for dtype in DTYPES]
-    results = [load(name) for name in files if (RESULTS / f"{name}.json").exists()]
-    if not results:
-        raise FileNotFoundError(f"{RESULTS}/{files[0]}.json")
+    results = loss_results(shape)
     rows, both = [], loss_speed.PHASES[0]
     by_result = [{r["entrant"]: r for r in result["rows"] if r["phase"] == both} for result in results]
     others = [name for name in dict.fromkeys(name for found in by_result for name in found) if name != OURS]
@@ -75,70 +97,80 @@ def losses_summary() -> str:
             f"{found[n]['median'] / own['median']:.2f}x ({found[n]['cpu'] / own['cpu']:.2f}x)" if n in found else "-"
             for n in others
         ]
-        rows.append([f"{result['loss']} {result['dtype']}", f"{own['median']:.2f} s ({own['cpu']:.2f} s)", *ratios])
-    note = f"N = {loss_speed.TOKENS:,}, H = 576, V = 49,152; time (CPU time), others as multiples."
-    return f"{note}\n\n{markdown(['forward + backward', OURS, *others], rows)}\n{source(results[0])}"
-
-
-def whole_step() -> str:
-    """`step_vs_trl` saves {"tokens", "rows": [{"name", "seconds", "cpu_seconds", "peak", "phases"}]}."""
-    result = load("step_vs_trl")
-    rows = [
-        [
-            row["name"],
-            f"{row['seconds']:.1f}",
-            f"{row['cpu_seconds']:.1f}",
-            f"{result['tokens'] / row['seconds']:.0f}",
-            f"{row['peak'] / 1e9:.2f}",
-            ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in row["phases"].items()),
-        ]
-        for row in result["rows"]
-    ]
-    header = ["whole step", "seconds", "CPU seconds", "tokens/s", "peak GB", "of it, seconds"]
-    return f"{markdown(header, rows)}\n{source(result)}"
-
-
-def chunks() -> str:
-    result = load("chunk_size")
-    return f"{chunk_size.table(result)}\n{source(result)}"
-
-
-def grading() -> str:
-    result = load("grading_speed")
-    return f"{grading_speed.table(result)}\n{source(result)}"
+        rows.append([f"{result['loss']} {result['dtype']}, N = {result['tokens']:,}", with_spread(own), *ratios])
+    note = f"H = {shape.hidden:,}, V = {shape.vocab:,}; median and range, others as multiples of it (of its CPU time)."
+    absent = {name: why for result in results for name, why in result["missing"].items() if name not in others}
+    if absent:
+        note += " Not measured: " + "; ".join(f"{name}, {why}" for name, why in absent.items()) + "."
+    return f"{note}\n\n{markdown(['forward + backward', OURS, *others], rows)}\n{source(*results)}"
 
 
 def learning() -> str:
     found = learning_curves.results()
-    return f"{learning_curves.table(found)}\n{source(found[0])}"
+    return f"{learning_curves.table(found)}\n{source(*found)}"
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "accuracy_vs_kl": accuracy,
-    "memory": memory_over_tokens,
-    "losses": losses_summary,
-    **{f"losses-{loss}-{dtype}": one_loss(loss, dtype) for loss in LOSSES for dtype in DTYPES},
-    "chunk_size": chunks,
-    "grading_speed": grading,
-    "step_vs_trl": whole_step,
+    "targets": targets.table,
+    "accuracy_vs_kl": of("accuracy_vs_kl", accuracy_vs_kl.table),
+    "scaling": of("scaling", scaling.table),
+    "chunk_size": of("chunk_size", chunk_size.table),
+    "grading_speed": of("grading_speed", grading_speed.table),
+    **{f"step_vs_trl-{dtype}": of(f"step_vs_trl-{dtype}", step_vs_trl.table) for dtype in DTYPES},
     "learning_curves": learning,
 }
+for shape in SHAPES.values():
+    TABLES[f"losses{shape.suffix}"] = lambda shape=shape: losses(shape)
+    TABLES[f"memory{shape.suffix}"] = of(f"memory{shape.suffix}", memory.table)
+    TABLES[f"gemm_share{shape.suffix}"] = of(f"gemm_share{shape.suffix}", gemm_share.table)
+PLOTS: dict[str, Callable[[dict, Path, str], None]] = {
+    "accuracy_vs_kl": accuracy_vs_kl.plot,
+    "memory": memory.plot,
+    "scaling": scaling.plot,
+}
+
+
+def tables_of_losses() -> dict[str, Callable[[], str]]:
+    """One for each result there is of a loss: every entrant, both phases."""
+    return {name: of(name, loss_speed.table) for name in machine.names_of("losses/*")}
+
+
+def picture(name: str) -> Path:
+    return machine.RESULTS / f"{name}.png"
+
+
+def stale_plots() -> list[str]:
+    """Plots that were not drawn from the results that are there."""
+    results = {name: machine.RESULTS / f"{name}.json" for name in PLOTS}
+    return [n for n, r in results.items() if r.exists() and plots.stamp_of(picture(n)) != plots.digest(r)]
+
+
+def draw(names: list[str]) -> None:
+    for name in names:
+        PLOTS[name](load(name), picture(name), plots.digest(machine.RESULTS / f"{name}.json"))
 
 
 def render(name: str) -> str:
     """A table, or a line saying that this checkout holds no result for it."""
-    if name not in TABLES:
-        raise KeyError(f"a table is marked {name!r}; known: {', '.join(TABLES)}")
+    tables = TABLES | tables_of_losses()
+    if name not in tables:
+        raise KeyError(f"a table is marked {name!r}; known: {', '.join(tables)}")
     try:
-        return TABLES[name]()
+        return tables[name]()
     except FileNotFoundError as error:
-        return f"(not measured yet: no {Path(str(error.filename or error)).name} in bench/results)"
+        return f"{ABSENT}: no {Path(str(error.filename or error)).name} in bench/results)"
 
 
 def fill(text: str) -> str:
     """`text` with every marked table built anew. Raises KeyError for a name that is no table."""
 
     return MARKED.sub(lambda m: f"{m[1]}{render(m['name'])}\n{m[4]}", text)
+
+
+def every_table() -> str:
+    """All there are results for."""
+    rendered = {name: render(name) for name in TABLES | tables_of_losses()}
+    return "\n\n".join(f"### {name}\n\n{text}" for name, text in rendered.items() if not text.startswith(ABSENT))
 
 
 def differing(before: str, after: str) -> list[str]:
@@ -148,12 +180,12 @@ def differing(before: str, after: str) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--check", action="store_true", help="fail if README.md does not match the results")
+    parser.add_argument("--check", action="store_true", help="fail if README.md or a plot does not match the results")
     parser.add_argument("--print", action="store_true", help="print every table")
     parser.add_argument("--readme", type=Path, default=README)
     options = parser.parse_args(arguments)
     if options.print:
-        print("\n\n".join(f"### {name}\n\n{render(name)}" for name in TABLES))
+        print(every_table())
         return 0
     before = options.readme.read_text(encoding="utf-8")
     try:
@@ -168,8 +200,11 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         for name in stale:
             print(f"{options.readme.name}: table {name!r} is not what bench/results holds; run python -m bench.table")
-        return 1 if stale else 0
+        for name in stale_plots():
+            print(f"{picture(name).name} was not drawn from {name}.json as it is; run python -m bench.table")
+        return 1 if stale or stale_plots() else 0
     options.readme.write_text(after, encoding="utf-8")
+    draw(stale_plots())
     print(f"{len(list(MARKED.finditer(after)))} tables, {len(stale)} changed")
     return 0
 

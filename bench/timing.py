@@ -1,6 +1,7 @@
 """Interleaved timing: every round runs each entrant once, so that a noisy machine hurts all alike.
 
-Wall time and the CPU time of the process: where others use the machine, the second is the one to read.
+Wall time and the CPU time of the process: where others use the machine, the second is the one to read. On a GPU the
+wall time is the device's own, between two CUDA events.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TypeVar
 import torch
 
 from atesd_kernels import matmul
-from atesd_kernels.planning import ChunkPlan
+from atesd_kernels.planning import ChunkPlan, gpu_chunk_bytes
 from bench.entrants import Inputs
 
 T = TypeVar("T")
@@ -21,6 +22,15 @@ Seconds = tuple[float, float]  # wall, CPU
 
 
 def timed_result(function: Callable[[], T]) -> tuple[Seconds, T]:
+    if torch.cuda.is_available():
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        cpu = time.process_time()
+        start.record()
+        result = function()
+        end.record()
+        end.synchronize()
+        return (start.elapsed_time(end) / 1000, time.process_time() - cpu), result
     wall, cpu = time.perf_counter(), time.process_time()
     result = function()
     return (time.perf_counter() - wall, time.process_time() - cpu), result
@@ -30,14 +40,25 @@ def timed(function: Callable[[], object]) -> Seconds:
     return timed_result(function)[0]
 
 
-def interleave(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[Seconds]]:
-    """Seconds of each function in each round. Call each once before, so that nothing compiles here."""
+def interleave(
+    functions: dict[str, Callable[[], object]],
+    rounds: int,
+    budget: float | None = None,
+    after_round: Callable[[dict[str, list[Seconds]]], object] = lambda seconds: None,
+) -> dict[str, list[Seconds]]:
+    """Seconds of each function in each round. Call each once before, so that nothing compiles here.
+
+    No round begins once `budget` seconds have passed; there is one in any case. `after_round` sees what there is.
+    """
     seconds: dict[str, list[Seconds]] = {name: [] for name in functions}
-    order = list(functions)
-    for _ in range(rounds):
+    order, start = list(functions), time.monotonic()
+    for number in range(rounds):
+        if number and budget is not None and time.monotonic() - start > budget:
+            break
         for name in order:
             seconds[name].append(timed(functions[name]))
         order = order[1:] + order[:1]  # nobody always runs after the same neighbour
+        after_round(seconds)
     return seconds
 
 
@@ -47,6 +68,18 @@ def summary(seconds: list[Seconds]) -> dict:
     return {"median": statistics.median(wall), **spread, "cpu": statistics.median(cpu)}
 
 
+def duration(seconds: float) -> str:
+    """For a table: three significant digits, in milliseconds below a tenth of a second."""
+    return f"{1000 * seconds:.3g} ms" if seconds < 0.1 else f"{seconds:.2f} s"
+
+
+def with_spread(row: dict) -> str:
+    """Median and range of a row of `summary`."""
+    unit, factor = ("ms", 1000) if row["median"] < 0.1 else ("s", 1)
+    low, median, high = (f"{factor * row[key]:.3g}" for key in ("min", "median", "max"))
+    return f"{median} {unit} ({low} - {high})"
+
+
 OWN_GEMMS = "its GEMMs alone"
 MM_GEMMS = "the same GEMMs in torch.mm"
 
@@ -54,14 +87,20 @@ MM_GEMMS = "the same GEMMs in torch.mm"
 def own_gemms(x: Inputs, backward: bool) -> None:
     """The products of `linear_divergence` with a shared head, in the shapes and on the road it takes for them."""
     with torch.no_grad():
-        plan = ChunkPlan.make(len(x.student), len(x.weight), 8, x.student.device, None, block_bytes=16)
-        difference = (x.teacher.float() - x.student.float()).to(x.student.dtype)
+        device, vocab = x.student.device, len(x.weight)
+        if device.type == "cpu":
+            plan = ChunkPlan.make(len(x.student), vocab, 8, device, None, block_bytes=16)
+        else:  # whole rows of fp32 S and of D in the inputs' dtype
+            width = 4 + x.student.dtype.itemsize
+            plan = ChunkPlan.make(len(x.student), vocab, width, device, gpu_chunk_bytes(vocab, width, False, device))
+        dtype = matmul.product_dtype(x.student.dtype, device)
+        difference = (x.teacher.float() - x.student.float()).to(dtype)
         for rows in plan.row_chunks(len(x.student)):
-            total = torch.zeros(x.student[rows].shape)
-            for cols in plan.blocks(len(x.weight)):
+            total = torch.zeros(x.student[rows].shape, device=device)
+            for cols in plan.blocks(vocab):
                 weight = x.weight[cols]
                 matmul.logits(x.student[rows], weight, torch.float32)
-                g = matmul.logits(difference[rows], weight, x.student.dtype)
+                g = matmul.logits(difference[rows], weight.to(dtype), dtype)
                 if backward:
                     total += matmul.hidden_grad(g, weight)
 
@@ -69,7 +108,8 @@ def own_gemms(x: Inputs, backward: bool) -> None:
 def mm_gemms(x: Inputs, backward: bool, rows: int = 512) -> None:
     """Two products `[N, H] x [H, V]` and, for the gradient, one `[N, V] x [V, H]`, in the inputs' dtype."""
     with torch.no_grad():
-        out = torch.empty(rows, len(x.weight), dtype=x.student.dtype)
+        rows = rows if x.student.device.type == "cpu" else len(x.student)
+        out = torch.empty(rows, len(x.weight), dtype=x.student.dtype, device=x.student.device)
         for s, t in zip(x.student.split(rows), x.teacher.split(rows), strict=True):
             torch.mm(s, x.weight.T, out=out[: len(s)])
             torch.mm(t, x.weight.T, out=out[: len(s)])

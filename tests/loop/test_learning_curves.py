@@ -13,8 +13,7 @@ from bench import learning_curves, machine, table
 
 @pytest.fixture
 def flags(tiny_config, tmp_path, monkeypatch) -> list[str]:
-    for module in (learning_curves, machine, table):
-        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(machine, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(learning_curves, "NUM_PROBLEMS", 3)
     config = tiny_config(max_steps=2)
     names = "model_name_or_path dataset_name num_probe_problems max_steps max_completion_length lora_r"

@@ -1,0 +1,93 @@
+"""What the project set itself to show on a CPU, and what the committed results say: reached or not.
+
+The figure in each row is the worst one the results hold, with where it was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from bench import accuracy_vs_kl, step_vs_trl
+from bench.entrants import DENSE, DTYPES, OURS
+from bench.loss_speed import PHASES
+from bench.machine import load, markdown, names_of
+from bench.timing import MM_GEMMS, OWN_GEMMS
+
+Figure = tuple[float, str]  # and where
+
+
+def own(name: str) -> bool:
+    return name.startswith(OURS) or name in (OWN_GEMMS, MM_GEMMS)
+
+
+def least_speed_up(dtype: str) -> Figure | None:
+    """The fastest peer's time over ours, forward + backward, in the loss where that is least."""
+    figures = []
+    for result in map(load, names_of(f"losses/*-{dtype}-*")):
+        times = {r["entrant"]: r["median"] for r in result["rows"] if r["phase"] == PHASES[0]}
+        figures += [
+            (times[n] / times[OURS], f"{n}, {result['loss']}, N = {result['tokens']:,}") for n in times if not own(n)
+        ]
+    return min(figures, default=None)
+
+
+def largest_memory_share() -> Figure | None:
+    """Our extra memory over dense torch's at the same number of tokens, at the most tokens there are both for."""
+    if not names_of("memory"):
+        return None
+    measured = [r for r in load("memory")["rows"] if "extra_bytes" in r]
+    sizes = {(r["entrant"], r["dtype"], r["tokens"]): r["extra_bytes"] for r in measured}
+    figures = []
+    for dtype in DTYPES:
+        both = [n for (name, d, n) in sizes if (name, d) == (DENSE, dtype) and (OURS, dtype, n) in sizes]
+        if both:
+            n = max(both)
+            figures.append((sizes[OURS, dtype, n] / sizes[DENSE, dtype, n], f"{dtype}, N = {n:,}"))
+    return max(figures, default=None)
+
+
+def least_accuracy_gain() -> Figure | None:
+    """The most accurate bf16 peer's gradient error over ours, at the mean KL nearest to 0.01."""
+    if not names_of("accuracy_vs_kl"):
+        return None
+    result = load("accuracy_vs_kl")
+    row = min(result["rows"], key=lambda row: abs(row["mean_kl_bf16"] - 0.01))
+    errors = {n: row[f"{n} bf16"]["gradient"] for n in result["compared"] if f"{n} bf16" in row}
+    peers = [(errors[n] / errors[OURS], n) for n in errors if n not in (OURS, accuracy_vs_kl.SEPARATE)]
+    return min(peers, default=None)
+
+
+def step_ratio(dtype: str, what: str) -> Figure | None:
+    if not names_of(f"step_vs_trl-{dtype}"):
+        return None
+    found = step_vs_trl.ratios(load(f"step_vs_trl-{dtype}"))
+    return (found[what], step_vs_trl.SIDES["sdft"]) if what in found else None
+
+
+# what, the limit as it is said, the figure, whether the figure is within the limit
+TARGETS: list[tuple[str, str, Callable[[], Figure | None], Callable[[float], bool]]] = [
+    *(
+        (f"losses against the fastest peer, {d}", "at least 2x faster", partial(least_speed_up, d), (2.0).__le__)
+        for d in ("fp32", "bf16")
+    ),
+    ("extra memory, of dense torch's", "at most 0.1", largest_memory_share, (0.1).__ge__),
+    ("bf16 gradient error at mean KL 0.01", "10x smaller than any peer's", least_accuracy_gain, (10.0).__le__),
+    *(
+        (f"{label} of a step, of TRL's, {d}", f"at most {limit}", partial(step_ratio, d, what), limit.__ge__)
+        for d in ("fp32", "bf16")
+        for label, what, limit in (("time", "seconds", 0.65), ("memory", "peak", 0.5))
+    ),
+]
+
+
+def table() -> str:
+    rows = []
+    for what, limit, figure, within in TARGETS:
+        found = figure()
+        if found is None:
+            rows.append([what, limit, "not measured", "", ""])
+        else:
+            value, where = found
+            rows.append([what, limit, f"{value:.3g}", where, "yes" if within(value) else "**no**"])
+    return markdown(["target", "limit", "worst measured", "where", "reached"], rows) + "\n"

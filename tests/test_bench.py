@@ -1,0 +1,178 @@
+"""The benchmark's own arithmetic: exponents, tables and targets from results, and the check that README.md and the
+plots say what the committed results say. Nothing is measured here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from bench import entrants, loss_speed, machine, memory, plots, scaling, shapes, step_vs_trl, table, targets, timing
+from bench.entrants import DENSE, OURS
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """An empty folder of results."""
+    monkeypatch.setattr(machine, "RESULTS", tmp_path / "results")
+    return tmp_path / "results"
+
+
+def test_readme_and_plots_are_what_the_committed_results_say():
+    assert table.main(["--check"]) == 0
+
+
+def test_the_check_fails_on_a_number_that_no_result_holds(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    text = table.README.read_text(encoding="utf-8")
+    first = next(m for m in table.MARKED.finditer(text) if "%" in m["body"])
+    readme.write_text(text.replace(first["body"], first["body"].replace("%", "% ", 1)), encoding="utf-8")
+    assert table.main(["--check", "--readme", str(readme)]) == 1
+    assert f"table {first['name']!r}" in capsys.readouterr().out
+    readme.write_text(text.replace("<!-- end table -->", "", 1), encoding="utf-8")
+    assert table.main(["--check", "--readme", str(readme)]) == 1
+
+
+def test_the_check_fails_on_a_plot_of_an_earlier_result(results, tmp_path, capsys):
+    shutil.copytree(machine.ROOT / "bench" / "results", results)
+    readme = tmp_path / "README.md"
+    readme.write_text("no tables")
+    assert table.main(["--check", "--readme", str(readme)]) == 0
+    result = machine.load("memory")
+    result["rows"][0]["extra_bytes"] *= 2
+    (results / "memory.json").write_text(json.dumps(result))
+    assert table.main(["--check", "--readme", str(readme)]) == 1
+    assert "memory.png was not drawn from memory.json" in capsys.readouterr().out
+    assert table.main(["--readme", str(readme)]) == 0 and table.main(["--check", "--readme", str(readme)]) == 0
+
+
+def test_an_exponent_is_the_power_of_a_power_law():
+    x = [64, 128, 256, 1024]
+    assert scaling.exponent(x, [3 * n**1.5 for n in x]) == pytest.approx(1.5)
+    assert scaling.exponent(x, [7.0] * 4) == pytest.approx(0, abs=1e-12)
+
+
+def test_scaling_of_the_loss_alone_is_measured_fitted_and_drawn(results, monkeypatch):
+    axes = {"tokens": ((16, 32), {"vocab": 300}), "vocab": ((256, 512), {"tokens": 16})}
+    monkeypatch.setattr(scaling, "HERE", (shapes.Shape("tiny", 8, 300),))
+    scaling.run(axes, "fp32", rounds=1)
+    result = machine.load("scaling-tiny")
+    assert [(r["axis"], r["value"]) for r in result["rows"][::2]] == [(a, v) for a in axes for v in axes[a][0]]
+    assert {row["entrant"] for row in result["rows"]} == {OURS, DENSE}
+    assert "| V, vocabulary (tokens 16) | atesd_kernels | 256 - 512 |" in scaling.table(result)
+    scaling.plot(result, results / "scaling.png", "a digest")
+    assert plots.stamp_of(results / "scaling.png") == "a digest"
+
+
+def test_a_loss_measured_small_names_everyone_and_survives_an_interruption(results, monkeypatch):
+    tiny = shapes.Shape("tiny", 8, 300)
+    monkeypatch.setattr(timing, "interleave", interrupted_in_the_second_phase(timing.interleave))
+    with pytest.raises(KeyboardInterrupt):
+        loss_speed.measure("forward_kl", "fp32", 32, rounds=2, compiled=False, shape=tiny)
+    saved = machine.load("losses/forward_kl-fp32-32-tiny")
+    named = {row["entrant"] for row in saved["rows"]} | set(saved["missing"]) | set(saved["failed"])
+    assert named >= set(entrants.names("forward_kl"))
+    assert saved["missing"]["flash-linear-attention"] == entrants.NEEDS_GPU or torch.cuda.is_available()
+    ours = next(row for row in saved["rows"] if row["entrant"] == OURS)
+    assert len(ours["rounds"]) == 2 and ours["error"]["gradient"] < 1e-5
+    assert "| flash-linear-attention | needs a GPU |" in loss_speed.table(saved)
+
+
+def interrupted_in_the_second_phase(interleave):
+    calls = []
+
+    def run(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return interleave(*args)
+
+    return run
+
+
+def test_rounds_end_with_the_budget_but_there_is_one():
+    seen = []
+    seconds = timing.interleave({"a": lambda: None, "b": lambda: None}, 5, budget=-1.0, after_round=seen.append)
+    assert {name: len(rounds) for name, rounds in seconds.items()} == {"a": 1, "b": 1} and len(seen) == 1
+
+
+def test_targets_say_what_is_reached_what_is_not_and_what_nobody_measured(results):
+    def loss(dtype, ours, dense):
+        rows = [{"entrant": n, "phase": loss_speed.PHASES[0], "median": t} for n, t in ((OURS, ours), (DENSE, dense))]
+        machine.save(f"losses/jsd-{dtype}-64", {"loss": "jsd", "dtype": dtype, "tokens": 64, "rows": rows})
+
+    loss("fp32", 1.0, 2.5)
+    loss("bf16", 1.0, 1.5)
+    sizes = [(OURS, 1024, 90), (DENSE, 1024, 200), (OURS, 4096, 100), (DENSE, 4096, 4000)]
+    rows = [{"entrant": e, "dtype": "fp32", "tokens": n, "extra_bytes": b} for e, n, b in sizes]
+    machine.save("memory", {"rows": rows})
+    text = targets.table()
+    assert "fp32 | at least 2x faster | 2.5 | dense torch (TRL), jsd, N = 64 | yes |" in text
+    assert "bf16 | at least 2x faster | 1.5 | dense torch (TRL), jsd, N = 64 | **no** |" in text
+    assert "| at most 0.1 | 0.025 | fp32, N = 4,096 | yes |" in text
+    assert text.count("not measured") == 5
+
+
+def test_a_step_is_told_with_and_without_rollouts_and_against_trl_s_best_row():
+    def row(name, seconds, rollout, peak):
+        return {"name": name, "seconds": seconds, "cpu_seconds": 1, "peak": peak, "phases": {"rollout": rollout}}
+
+    other = row(f"{step_vs_trl.SIDES['distillation']}, micro-batches of 8", 3.0, 1.0, 1e9)
+    rows = [row("atesd, micro-batches of 2", 10.0, 4.0, 2e9), row("TRL SDFTTrainer, a", 20.0, 12.0, 5e9)]
+    rows += [row("TRL SDFTTrainer, b", 25.0, 13.0, 4e9), other]
+    result = {"tokens": 100, "rows": rows}
+    assert step_vs_trl.ratios(result) == {"seconds": 0.5, "without_rollouts": 0.75, "peak": 0.5}
+    assert "| atesd, micro-batches of 2 | 10.0 | 6.0 |" in step_vs_trl.table(result)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "loss"),
+    [
+        ("Liger fused JSD", "liger_kernel", "forward_kl"),
+        ("Liger fused JSD", "liger_kernel", "jsd"),
+        ("flash-linear-attention", "fla", "forward_kl"),
+        ("ORDA (torch path)", "orda_kernel", "jsd"),
+        (entrants.TRL_CHUNKED, "trl", "jsd"),
+    ],
+)
+def test_a_peer_computes_the_loss_it_is_timed_for(name, module, loss):
+    """Those for a GPU in Triton's interpreter."""
+    pytest.importorskip(module)
+    x = shapes.synthetic(shapes.Shape("tiny", 64, 512), 32)
+    exact_value, exact_grad = entrants.oracle(loss, x)
+    value, grad = entrants.value_and_grad(entrants.entrant(name, loss), x)
+    assert value.item() == pytest.approx(exact_value, rel=1e-5)
+    assert entrants.relative_error(grad, exact_grad) < 1e-4
+
+
+def test_synthetic_inputs_have_the_mean_kl_they_are_made_for():
+    x = shapes.synthetic(shapes.Shape("tiny", 32, 1000), 256)
+    value, _ = entrants.oracle("forward_kl", x)
+    assert value == pytest.approx(shapes.MEAN_KL, rel=0.1)
+
+
+def test_memory_that_would_take_too_long_or_too_much_is_named_not_run(results, monkeypatch):
+    clock = iter(range(0, 10**6, 100))  # each figure takes 100 s
+    monkeypatch.setattr(memory.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(memory, "available", lambda: 10 * 2**30)
+    linear = {"extra_bytes": 2**20}
+    monkeypatch.setattr(memory, "measure", lambda name, dtype, n, shape: {"extra_bytes": n * linear["extra_bytes"]})
+    monkeypatch.setattr(memory, "missing", lambda name: None if name in (OURS, DENSE) else "gone")
+
+    def cells(tokens):
+        rows = memory.run(tokens, tokens, compiled=False, shape=shapes.Shape("tiny", 8, 300), dtypes=["fp32"])["rows"]
+        return [memory.cell(row) for row in rows if row["entrant"] == DENSE]
+
+    assert cells((512, 1024, 16_384)) == ["512", "1,024", "not run: would take about 16 GiB"]
+    linear["extra_bytes"] = 2**10
+    assert cells((1024, 2048, 65_536))[2] == "not run: would take about 53 minutes"
+
+
+def test_memory_of_a_call_is_its_peak_and_not_what_it_leaves():
+    def call():
+        return torch.ones(24 * memory.MIB // 4).sum().item()
+
+    call()
+    assert memory.extra_peak(call)[0] / memory.MIB == pytest.approx(24, abs=6)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .planning import TORCH
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -181,12 +183,17 @@ def check_grad_filter(grad_filter: float | None, backend: str) -> None:
     )
 
 
-def check_group(group: Any, vocab: int, backend: str) -> None:
+def check_group(group: Any, backend: str) -> None:
     if group is None:
         return
-    require(vocab > 0, lambda: "this rank holds no row of the head; shard it so that each rank has one.")
+    # what new_group() gives to a rank outside of the group is a number
     require(
-        backend.startswith("torch"),
+        isinstance(group, torch.distributed.ProcessGroup),
+        lambda: f"group must be a torch.distributed.ProcessGroup this rank belongs to, got {group!r}.",
+        TypeError,
+    )
+    require(
+        backend in TORCH,
         lambda: f"a head sharded over ranks (group=) needs backend='torch', this call asks for {backend!r}.",
     )
 

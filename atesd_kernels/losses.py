@@ -168,7 +168,7 @@ def linear_divergence(
         backend=backend_for(group, backend), chunk_bytes=chunk_bytes,
     )  # fmt: skip
     checks.check_grad_filter(grad_filter, call.backend)
-    checks.check_group(group, student_weight.shape[0], call.backend)
+    checks.check_group(group, call.backend)
     value, stats, *_ = ops.linear_divergence_op(
         student_hidden.reshape(lead.numel(), student_hidden.shape[-1]),
         student_weight,
@@ -327,7 +327,7 @@ def linear_logprobs(
         hidden, weight, targets, mask=mask, temperature=temperature, bias=bias, softcap=softcap,
         backend=backend_for(group, backend), chunk_bytes=chunk_bytes, logits_dtype=logits_dtype,
     )  # fmt: skip
-    checks.check_group(group, weight.shape[0], backend)
+    checks.check_group(group, backend)
     value, stats, *_ = ops.linear_logprobs_op(
         hidden.reshape(lead.numel(), hidden.shape[-1]),
         weight,

@@ -21,7 +21,8 @@ def block_softmax(s: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax within the block; the row's largest logit and log-sum-exp."""
     top = s.amax(1)
     torch.softmax(s, 1, out=out)
-    return top, top - out.amax(1).log()  # a softmax's largest entry is 1 / sum exp(s - max)
+    lse = top - out.amax(1).log()  # a softmax's largest entry is 1 / sum exp(s - max)
+    return top, torch.where(torch.isneginf(top), top, lse)  # a block of nothing but excluded entries
 
 
 def difference(d: Tensor, scale: float, q: Tensor, out: Tensor) -> Tensor:

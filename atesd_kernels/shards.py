@@ -27,6 +27,9 @@ class Shards:
     Attributes:
         start: the first entry of this rank's share.
         vocab: entries of all shares together.
+
+    Raises:
+        ValueError: a rank has no row.
     """
 
     def __init__(self, group: str | None, vocab: int, device: torch.device):
@@ -34,6 +37,8 @@ class Shards:
         if group is not None:
             self.group = torch.distributed.distributed_c10d._resolve_process_group(group)
             sizes = [int(size) for size in self._gather(torch.tensor(vocab, device=device))]
+            if not all(sizes):  # said on every rank: one that went on alone would wait for the others
+                raise ValueError(f"each rank needs a row of the head, but the ranks of group= hold {sizes} rows.")
             self.start, self.vocab = sum(sizes[: self.group.rank()]), sum(sizes)
 
     def _gather(self, value: Tensor) -> list[Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import atesd_kernels as ak
-from atesd_kernels import linear_divergence, linear_logprobs, reference
+from atesd_kernels import linear_divergence, linear_logprobs, planning, reference
 
 from .cases import BACKENDS, DEVICE, make_pair, relative_l2, size
 
@@ -91,6 +91,27 @@ def test_entries_absent_on_both_sides_contribute_nothing(divergence, shared, bac
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert relative_l2(hidden.grad, short.grad) <= 1e-5
+
+
+def test_a_whole_block_of_absent_entries_contributes_nothing():
+    present = planning.CPU_BLOCK_COLUMNS
+    pair = make_pair(n=5, h=16, v=2 * present + 40)
+    bias = torch.zeros(2 * present + 40, device=DEVICE)
+    bias[present:] = -torch.inf
+    targets = torch.arange(5, device=DEVICE)
+    for shift in (0, present):  # absent behind, and before, the others
+        bias_here, weight = bias.roll(shift), pair.student_weight.roll(shift, 0)
+        hidden, short = (pair.student_hidden.clone().requires_grad_() for _ in range(2))
+        few = pair.student_weight[:present]
+        value = linear_logprobs(hidden, weight, targets + shift, bias=bias_here, backend="torch")
+        expected = linear_logprobs(short, few, targets)
+        torch.testing.assert_close(value, expected)
+        loss = linear_divergence(hidden, weight, pair.teacher_hidden, student_bias=bias_here, backend="torch")
+        true = reference.linear_divergence(short, few, pair.teacher_hidden)
+        assert loss.item() == pytest.approx(true.item(), rel=1e-5)
+        (value.sum() + 1000 * loss).backward()
+        (expected.sum() + 1000 * true).backward()
+        assert relative_l2(hidden.grad, short.grad) <= 1e-5
 
 
 def test_a_token_only_the_teacher_can_say_costs_what_the_mathematics_says():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from . import checks
 from .divergences import get_divergence
 from .planning import choose_backend
+from .shards import is_dtensor
 from .spec import accumulate_dtype
 
 
@@ -110,8 +111,10 @@ def row_weight_of(token_weight, mask, num_rows: int, device, dtype, reduction: s
     return weight / num_tokens
 
 
-def same_storage(a: Tensor, b: Tensor) -> bool:
+def same_storage(a: Any, b: Any) -> bool:
     """Whether `b` is `a`, or a view of all of it such as `a.detach()`."""
     if a is b or torch.compiler.is_compiling():
         return a is b
+    if is_dtensor(a) and is_dtensor(b):  # whose own pointer is 0
+        return a.placements == b.placements and same_storage(a.to_local(), b.to_local())
     return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)

@@ -15,6 +15,7 @@ from . import checks, ops
 from .arguments import checked_logprobs, gradients_wanted
 from .losses import linear_logprobs
 from .planning import TORCH
+from .shards import backend_for, shard_of
 from .stats import TokenStats
 
 
@@ -43,7 +44,7 @@ def exposure_logprobs(
 
     Args:
         hidden: `[B, T, H]`; the state that predicts `targets[b, i]`.
-        weight: `[V, H]`.
+        weight: `[V, H]`, or a `DTensor` sharded by its rows.
         targets: `[B, T]` int; positions outside the span may hold anything.
         lengths: `[B]` int, tokens of each sequence, from 0 to T.
         exposed: `[B]` int, how many of them the teacher was shown, at least 0; from `lengths` on, nothing is left.
@@ -69,6 +70,7 @@ def exposure_logprobs(
     checks.check_token_tensors(hidden.shape[:1], hidden.device, lengths=lengths, exposed=exposed)
     checks.check_spans(lengths, exposed, hidden.shape[1])
     mask = exposure_mask(lengths, exposed, hidden.shape[1])
+    backend = backend_for(shard_of("weight", weight, None)[1], backend)
     if not return_stats and not any(gradients_wanted(hidden, weight, bias)):
         road, dtype = checked_logprobs(
             hidden, weight, targets, mask=mask, temperature=temperature, bias=bias, softcap=softcap, backend=backend,

@@ -17,6 +17,7 @@ class LinearGradients:
         self.spec, self.hidden, self.weight, self.bias = spec, hidden, weight, bias
         self.num_rows, self.vocab, self.device = hidden.shape[0], weight.shape[0], hidden.device
         self.shards = Shards(spec.group, self.vocab, self.device)
+        self.shards.require_same(hidden)
         self.dtype = accumulate_dtype(spec.compute_dtype)
         # in which the logits' gradient is multiplied by head and hidden states
         self.product_dtype = matmul.product_dtype(spec.compute_dtype, self.device)

@@ -104,7 +104,10 @@ def linear_divergence(
             clipped entry's term is zero. The loss may then be negative, because terms of a KL may.
         token_clip: upper bound on each token's divergence; a clipped token has no gradient.
         reduction: "mean" over counted tokens, "sum", or "none" (per-token values, zero where masked).
-        num_tokens: replaces the mean's denominator, for gradient accumulation and data parallelism.
+        num_tokens: replaces the mean's denominator: for gradient accumulation, and for rows spread over ranks (data or
+            context parallelism). Each rank passes its rows and the count over all ranks. The losses then add up over
+            ranks to the whole batch's, the gradient of a rank's hidden states is that of its rows, and gradients of
+            weights are to be summed: where a wrapper averages them over P ranks (DDP, FSDP), multiply the loss by P.
         backend: "auto", "torch", "torch_compiled" (its elementwise passes through Inductor: faster after a wait for the
             compiler), "triton", "triton_tiled".
         chunk_bytes: budget for the chunk of logits, the only vocabulary-sized temporary. Our choice: 128 MiB on a CPU,
@@ -118,9 +121,9 @@ def linear_divergence(
             a loss 0.3 % too low (bench/grad_filter.py).
         group: the process group over which the heads' rows are sharded, for backend "torch" only. Each rank passes its
             rows (`[V_rank, H]`, any number, in the order of ranks), its entries of the biases, and the same hidden
-            states, options and (global) targets; ranks exchange a few numbers a token and the hidden states' gradient.
-            Every rank gets the whole loss, the whole gradient of the hidden states, and its share of the head's. A head
-            that is a `DTensor` sharded by its rows names its group itself.
+            states, options and (global) targets, and takes part in each backward; ranks exchange a few numbers a token
+            and the hidden states' gradient. Every rank gets the whole loss, the whole gradient of the hidden states,
+            and its share of the head's. A head that is a `DTensor` sharded by its rows names its group itself.
         return_stats: also return `TokenStats`.
 
     Returns:

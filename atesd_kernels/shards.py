@@ -15,6 +15,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+SAMPLE = 16  # values of a row that are compared over ranks
+
 
 class Shards:
     """This rank's share of the vocabulary.
@@ -40,6 +42,30 @@ class Shards:
             if not all(sizes):  # said on every rank: one that went on alone would wait for the others
                 raise ValueError(f"each rank needs a row of the head, but the ranks of group= hold {sizes} rows.")
             self.start, self.vocab = sum(sizes[: self.group.rank()]), sum(sizes)
+
+    def require_same(self, hidden: Tensor) -> None:
+        """Refuse, on every rank, hidden states `[N, H]` that are not those of the other ranks: a sample is compared.
+
+        A head that FSDP2 has sharded looks the same, but its ranks hold different data.
+
+        Raises:
+            ValueError: another number of rows, or other values.
+        """
+        if self.group is None:
+            return
+        sample = hidden[len(hidden) // 2 :][:1, :SAMPLE].flatten().double()
+        mine = torch.nn.functional.pad(sample, (1, SAMPLE - len(sample)))
+        mine[0] = len(hidden)
+        ranks = torch.stack(self._gather(mine))
+        rows, values = ranks[:, 0], ranks[:, 1:]
+        # models that are run redundantly may differ by rounding, and NaN does not differ from NaN
+        apart = (values - values[0]).abs() > 0.05 * values.abs().amax()
+        if bool((rows != rows[0]).any() | apart.any()):
+            raise ValueError(
+                "over a head sharded by its vocabulary every rank passes the same hidden states, but those of the "
+                f"ranks of group= differ ({[int(n) for n in rows]} rows). Where ranks hold different data (FSDP2), "
+                "pass the whole head: weight.full_tensor()."
+            )
 
     def _gather(self, value: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(value) for _ in range(self.group.size())]
@@ -99,7 +125,7 @@ def shard_of(name: str, head: Tensor | None, group: ProcessGroup | None) -> tupl
     Raises:
         ValueError: a DTensor that is sharded otherwise than by its rows, or over another group than `group`.
     """
-    if not _is_dtensor(head):
+    if not is_dtensor(head):
         return head, group
     from torch.distributed.tensor import Replicate, Shard
 
@@ -124,7 +150,7 @@ def whole(name: str, hidden: Tensor) -> Tensor:
     Raises:
         ValueError: a DTensor that is not replicated.
     """
-    if not _is_dtensor(hidden):
+    if not is_dtensor(hidden):
         return hidden
     if not all(placement.is_replicate() for placement in hidden.placements):
         raise ValueError(
@@ -134,6 +160,6 @@ def whole(name: str, hidden: Tensor) -> Tensor:
     return hidden.to_local()
 
 
-def _is_dtensor(tensor: Any) -> bool:
+def is_dtensor(tensor: Any) -> bool:
     # torch.distributed.tensor takes half a second to import: whoever holds a DTensor has imported it
     return type(tensor).__name__ == "DTensor" and hasattr(tensor, "device_mesh")

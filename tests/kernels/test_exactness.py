@@ -6,10 +6,20 @@ import pytest
 import torch
 
 from atesd_kernels import linear_divergence, linear_logprobs, reference
-from atesd_kernels.divergences import get_divergence
 from atesd_kernels.torch_chunked import NEAR
 
-from .cases import BACKENDS, BF16_BACKENDS, DEVICE, DIVERGENCES, INTERPRETED, compare, make_pair, relative_l2, size
+from .cases import (
+    BACKENDS,
+    BF16_BACKENDS,
+    DEVICE,
+    DIVERGENCES,
+    INTERPRETED,
+    clip_between_entries,
+    compare,
+    make_pair,
+    relative_l2,
+    size,
+)
 
 SCALES = {1e-4: 0.007, 1e-2: 0.07, 1e-1: 0.22, 1.0: 0.75}  # mean forward KL -> make_pair's scale
 FP32_GRADIENT, FP32_LOSS, BF16_GRADIENT = 1e-5, 1e-6, 5e-3
@@ -115,18 +125,6 @@ def test_every_option_is_exact_for_every_divergence(divergence, options, heads, 
     pair = make_pair(**size(backend), scale=0.07, **HEADS[heads])
     options = materialise(OPTIONS[options], len(pair.student_hidden), len(pair.student_weight))
     assert_fp32(compare(pair, divergence=divergence, beta=0.7, backend=backend, **options))
-
-
-def clip_between_entries(pair, divergence, beta) -> float:
-    """A clip that bites, in the middle of the widest gap around the 99.5th percentile of the terms.
-
-    A clip's gradient jumps where a term equals it: an entry at the jump tests luck, not the code.
-    """
-    s, t = (reference.logits(h, pair.student_weight) for h in (pair.student_hidden, pair.teacher_hidden))
-    terms = get_divergence(divergence, beta).term(t.log_softmax(-1), s.log_softmax(-1), beta)[0].flatten().sort().values
-    top = terms[int(0.99 * len(terms)) : int(0.998 * len(terms))]
-    widest = (top[1:] - top[:-1]).argmax()
-    return ((top[widest] + top[widest + 1]) / 2).item()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,0 +1,151 @@
+"""What `test_vocabulary_shards` and each of its ranks (`shard_rank`) compute: the calls, whole, the same everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atesd_kernels import linear_divergence, linear_logprobs, planning, reference
+
+from .cases import DIVERGENCES, clip_between_entries, make_pair
+
+BETA = 0.3
+# of a batch whose rows lie on several ranks
+ROW_OPTIONS = {
+    "mean over all ranks' tokens": {},
+    "entry clip": dict(divergence="jsd", entry_clip=0.01, temperature=1.1),
+}
+
+
+@dataclass
+class Case:
+    """A pair by its recipe, and options; a string names a tensor or clip that `whole_call` makes."""
+
+    pair: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    trained_head: bool = True
+    upstream: bool = False  # a gradient of its own for every token
+    function: Callable = linear_divergence
+
+
+def shares(vocab: int, world: int) -> list[int]:
+    """Uneven, and with three ranks one that has hardly any."""
+    last = vocab * 2 // 5 if world == 2 else 3
+    middle = [] if world == 2 else [vocab * 2 // 5 - last]
+    return [vocab - last - sum(middle), *middle, last]
+
+
+def all_cases() -> dict[str, Case]:
+    found = {}
+    for divergence in DIVERGENCES:
+        of = dict(divergence=divergence, beta=BETA)
+        everything = dict(
+            softcap=8.0, student_bias="bias", teacher_bias="other", temperature=1.3, mask="mask", token_weight="weight",
+            num_tokens=1000, targets="targets", return_stats=True,
+        )  # fmt: skip
+        for head in ("shared", "separate"):
+            pair = dict(shared=head == "shared")
+            found[f"{divergence}, {head}"] = Case(pair, dict(of, temperature=1.1))
+            found[f"{divergence} with every option, {head}"] = Case(pair, dict(of, **everything))
+            found[f"{divergence} far apart, {head}"] = Case(dict(pair, scale=8.0), of)
+            # a share's clipped terms do not cancel among themselves: their sum is rounded, at random over many tokens
+            found[f"{divergence} with entry_clip, {head}"] = Case(dict(pair, n=67), dict(of, entry_clip="entry"))
+            found[f"{divergence} with token_clip, {head}"] = Case(pair, dict(of, token_clip="token"))
+            bf16 = dict(pair, n=67, h=48, v=1009, dtype=torch.bfloat16)
+            found[f"{divergence} in bf16, {head}"] = Case(bf16, dict(of, temperature=1.1))
+        rows = dict(of, reduction="none")
+        found[f"{divergence} per token"] = Case({}, rows, upstream=True)
+        found[f"{divergence} per token, frozen head"] = Case({}, rows, upstream=True, trained_head=False)
+    stats = dict(targets="targets", return_stats=True)
+    absent = dict(student_bias="absent", targets="present", return_stats=True)
+    found["statistics"] = Case({}, stats)
+    found["statistics, separate"] = Case(dict(shared=False), stats)
+    found["statistics far apart"] = Case(dict(scale=8.0), stats)
+    found["two temperatures"] = Case({}, dict(temperature=0.5, teacher_temperature=0.7))
+    found["absent entries"] = Case({}, absent)
+    found["absent entries, separate"] = Case(dict(shared=False), dict(absent, teacher_bias="absent"))
+    found["small chunks"] = Case({}, dict(chunk_bytes=60 * 8 * 5, mask="mask"))
+    found["several blocks"] = Case(dict(n=3, v=3 * planning.CPU_BLOCK_COLUMNS), stats)
+    found["float64"] = Case(dict(dtype=torch.float64))
+    found["float64, separate"] = Case(dict(dtype=torch.float64, shared=False), dict(divergence="jsd"))
+    options = dict(temperature=1.3, softcap=8.0, bias="bias", targets="targets", mask="mask", return_stats=True)
+    for trained in (True, False):
+        name = "log-probabilities" + ("" if trained else ", frozen head")
+        found[name] = Case({}, options, trained, True, linear_logprobs)
+    absent = dict(bias="absent", targets="present")
+    found["log-probabilities with absent entries"] = Case({}, absent, True, True, linear_logprobs)
+    bf16 = dict(n=67, h=48, v=1009, dtype=torch.bfloat16)
+    found["log-probabilities in bf16"] = Case(bf16, dict(targets="targets"), True, True, linear_logprobs)
+    return found
+
+
+@dataclass
+class Call:
+    """A case's tensors, whole: the same on every rank and in the test."""
+
+    tensors: dict[str, Tensor | None]
+    options: dict[str, Any]
+    upstream: Tensor | None
+
+
+def whole_call(case: Case) -> Call:
+    pair = make_pair(**{"n": 13, "h": 16, "v": 101, "scale": 0.07, **case.pair})
+    n, v = len(pair.student_hidden), len(pair.student_weight)
+    g = torch.Generator().manual_seed(5)
+    bias, other = torch.randn(2, v, generator=g)
+    hidden_entries = v * 2 // 5  # all that the last rank has, and more
+    absent = torch.zeros(v)
+    absent[-hidden_entries:] = -torch.inf
+    named = {
+        "bias": bias,
+        "other": other,
+        "absent": absent,
+        "mask": torch.arange(n) % 5 % 3 != 1,
+        "weight": torch.rand(n, generator=g),
+        "targets": torch.randint(0, v, (n,), generator=g),
+        "present": torch.randint(0, v - hidden_entries, (n,), generator=g),
+    }
+    divergence = case.options.get("divergence", "forward_kl")
+    if "entry_clip" in case.options:
+        named["entry"] = clip_between_entries(pair, divergence, BETA)
+    if "token_clip" in case.options:
+        tokens = reference.linear_divergence(
+            pair.student_hidden, pair.student_weight, pair.teacher_hidden, pair.teacher_weight, divergence=divergence,
+            beta=BETA, reduction="none",
+        )  # fmt: skip
+        named["token"] = tokens.sort().values[n // 2 : n // 2 + 2].mean().item()
+    options = {
+        k: named.get(o, o) if isinstance(o, str) and k not in ("divergence", "reduction") else o
+        for k, o in case.options.items()
+    }
+    names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
+    tensors = dict(zip(names, pair.tensors, strict=True))
+    if case.function is linear_logprobs:
+        tensors = {"hidden": pair.student_hidden, "weight": pair.student_weight}
+    return Call(tensors, options, torch.randn(n, generator=g) if case.upstream else None)
+
+
+def evaluate(function: Callable, call: Call, cut: Callable[[Tensor], Tensor], trained_head: bool, **more) -> dict:
+    """Value, statistics and gradients, of the head and biases as `cut` leaves them."""
+    tensors = {k: v if v is None or "hidden" in k else cut(v) for k, v in call.tensors.items()}
+    options = {k: cut(o) if "bias" in k else o for k, o in call.options.items()}
+    student = [name for name in ("student_hidden", "student_weight", "hidden", "weight") if name in tensors]
+    for name in student[: 1 + trained_head]:
+        tensors[name] = tensors[name].clone().requires_grad_()
+    bias = next((k for k in ("student_bias", "bias") if k in options), None)
+    if bias is not None and trained_head:
+        options[bias] = options[bias].clone().requires_grad_()
+    result = function(**tensors, **options, **more)
+    value, stats = result if options.get("return_stats") else (result, None)
+    (value if call.upstream is None else (value * call.upstream).sum()).backward()
+    return {
+        "value": value.detach(),
+        "stats": stats,
+        "hidden_grad": tensors[student[0]].grad,
+        "weight_grad": tensors[student[1]].grad,
+        "bias_grad": None if bias is None else options[bias].grad,
+    }

@@ -1,0 +1,225 @@
+"""Heads sharded by their vocabulary, and batches sharded by their rows: ranks together are one process with the whole.
+
+Real processes over gloo, started once for each number of ranks; `shard_rank` is what each of them computes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from atesd_kernels import linear_divergence, linear_logprobs, reference
+
+from .cases import DIVERGENCES, relative_l2
+from .shard_cases import ROW_OPTIONS, Case, all_cases, evaluate, shares, whole_call
+
+ROOT = Path(__file__).parent.parent.parent
+WORLDS = (2, 3)
+pytestmark = pytest.mark.slow  # starting five processes is
+GRADIENTS = ("hidden_grad", "weight_grad", "bias_grad")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """`ranks(world)`: what each rank wrote down."""
+    started, found = {}, {}
+    # both worlds at once: the tests of the first do not wait for the second
+    for world in WORLDS:
+        folder = tmp_path_factory.mktemp(f"ranks-of-{world}")
+        command = [sys.executable, "-m", "tests.kernels.shard_rank"]
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        started[world] = (
+            folder,
+            [
+                subprocess.Popen(
+                    [*command, str(rank), str(world), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
+                )
+                for rank in range(world)
+            ],
+        )
+
+    def answers(world: int) -> list[dict]:
+        if world not in found:
+            folder, processes = started[world]
+            errors = [process.communicate(timeout=300)[1] for process in processes]
+            assert not any(process.returncode for process in processes), "\n".join(errors)
+            found[world] = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+        return found[world]
+
+    yield answers
+    for _, processes in started.values():
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+
+
+def together(parts: list[dict]) -> dict:
+    """Shares of the head's gradient side by side; what every rank has whole is the same on each."""
+    first = parts[0]
+    for part in parts[1:]:
+        assert part["value"].equal(first["value"]) and part["hidden_grad"].equal(first["hidden_grad"])
+        if first["stats"] is not None:
+            for mine, other in zip(part["stats"], first["stats"], strict=True):
+                assert mine is None or mine.equal(other)
+    cut = {n: None if first[n] is None else torch.cat([p[n] for p in parts]) for n in ("weight_grad", "bias_grad")}
+    return {**first, **cut}
+
+
+def of_the_oracle(case: Case) -> dict:
+    """The same call over the whole head in float64."""
+    call, function = whole_call(case), getattr(reference, case.function.__name__)
+    call.tensors = {k: v if v is None else v.double() for k, v in call.tensors.items()}
+    unknown = {"return_stats", "chunk_bytes"} | ({"targets"} if case.function is linear_divergence else set())
+    call.options = {k: v for k, v in call.options.items() if k not in unknown}
+    return evaluate(function, call, lambda t: t, case.trained_head)
+
+
+def true_stats(case: Case):
+    call = whole_call(case)
+    get = {**call.tensors, **call.options}.get
+    scaling = get("softcap"), get("temperature", 1.0)
+    if case.function is linear_logprobs:
+        s = t = reference.logits(get("hidden"), get("weight"), get("bias"), *scaling)
+    else:
+        shared = get("teacher_weight") is None
+        weight = get("student_weight" if shared else "teacher_weight")
+        bias = get("student_bias" if shared and get("teacher_bias") is None else "teacher_bias")
+        s = reference.logits(get("student_hidden"), get("student_weight"), get("student_bias"), *scaling)
+        t = reference.logits(get("teacher_hidden"), weight, bias, *scaling)
+    divergence = {k: v for k, v in call.options.items() if k in ("divergence", "beta")}
+    return reference.token_stats(s, t, get("targets"), **divergence), get("mask")
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", all_cases())
+def test_shards_of_the_vocabulary_give_what_the_whole_head_gives(ranks, name, world):
+    case = all_cases()[name]
+    dtype = case.pair.get("dtype", torch.float32)
+    got, true = together([rank["cases"][name] for rank in ranks(world)]), of_the_oracle(case)
+    loss_bound = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 1e-3}[dtype]
+    bound = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 5e-3}[dtype]
+    # clipped KLs are sums of both signs that may come out near zero: the whole divergence is the yardstick
+    scale = true["value"].abs().mean()
+    if "entry_clip" in case.options:
+        whole = {k: o for k, o in case.options.items() if k != "entry_clip"}
+        scale = of_the_oracle(Case(case.pair, whole))["value"]
+        assert true["value"] < scale, "the clip does not bite"
+    if case.function is linear_logprobs:
+        assert relative_l2(got["value"], true["value"]) <= 1e-5
+    else:
+        assert (got["value"] - true["value"]).abs().mean() <= loss_bound * scale
+    for gradient in GRADIENTS[: 1 if dtype == torch.bfloat16 else 3]:
+        assert (got[gradient] is None) == (true[gradient] is None)
+        if got[gradient] is not None:
+            assert relative_l2(got[gradient], true[gradient]) <= bound, gradient
+    if got["stats"] is not None:
+        stats, mask = true_stats(case)
+        for field, value in got["stats"]._asdict().items():
+            expected = getattr(stats, field)
+            if field == "top1_agree":
+                assert value is None or value.equal(expected if mask is None else expected & mask)
+            elif value is not None:
+                expected = expected if mask is None else torch.where(mask, expected, 0.0)
+                if field != "divergence" or case.function is linear_divergence:
+                    assert relative_l2(value, expected) <= 1e-5, field
+
+
+def test_the_cases_reach_every_share_and_both_forms():
+    """What the test above relies on: a target and a top token on each rank, and pairs near and far."""
+    call = whole_call(all_cases()["statistics"])
+    logits = reference.logits(call.tensors["student_hidden"], call.tensors["student_weight"])
+    for world in WORLDS:
+        ends = torch.tensor(shares(101, world)).cumsum(0)
+        assert (logits.argmax(1)[:, None] >= ends).sum(1).unique().numel() >= 2
+        assert (call.options["targets"][:, None] >= ends).sum(1).unique().numel() >= 2
+    assert shares(101, 3)[-1] == 3
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", ROW_OPTIONS)
+def test_a_batch_whose_rows_lie_on_several_ranks_is_the_whole_batch(ranks, name, world):
+    whole = whole_call(Case({}, dict(mask="mask", token_weight="weight")))
+    true = evaluate(linear_divergence, whole, lambda t: t, True, **ROW_OPTIONS[name])
+    parts = [rank["rows"][name] for rank in ranks(world)]
+    for part in parts:  # reduced over ranks
+        assert part["value"].item() == pytest.approx(true["value"].item(), rel=1e-6)
+        assert relative_l2(part["weight_grad"], true["weight_grad"]) <= 1e-6
+    rows = torch.cat([part["hidden_grad"] for part in parts])
+    assert relative_l2(rows, true["hidden_grad"]) <= 1e-6
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_dtensor_head_names_its_group_and_gets_a_dtensor_gradient(ranks, world):
+    call = whole_call(Case(dict(shared=False), dict(student_bias="bias", teacher_bias="other")))
+    true = evaluate(reference.linear_divergence, call, lambda t: t, True)
+    call = whole_call(Case({}, dict(bias="bias"), function=linear_logprobs))
+    call.options["targets"] = torch.arange(13)
+    call.upstream = torch.full((13,), 1 / 13)
+    logprobs = evaluate(reference.linear_logprobs, call, lambda t: t, True)
+    logprobs["value"] = logprobs["value"].mean()
+    for rank in ranks(world):
+        for got, expected in ((rank["dtensor"], true), (rank["dtensor, log-probabilities"], logprobs)):
+            assert got["placements"] == ["S(0)", "S(0)"]
+            assert got["value"].item() == pytest.approx(expected["value"].item(), rel=1e-6)
+            assert all(relative_l2(got[name], expected[name]) <= 1e-5 for name in GRADIENTS)
+        shared, view = rank["dtensor, a view"]
+        assert view.equal(shared)
+        torch.testing.assert_close(*rank["dtensor, exposure"], rtol=1e-6, atol=0)
+
+
+def test_a_caller_compiles_in_one_graph_over_a_sharded_head(ranks):
+    for rank in ranks(2):
+        for function in ("by_group", "by_dtensor"):
+            (loss, grad), (eager_loss, eager_grad) = (rank["compiled"][function, eager] for eager in (False, True))
+            assert loss.equal(eager_loss) and grad.equal(eager_grad) and grad.norm() > 0
+
+
+REFUSED = {
+    "triton": r"ValueError: .*group=.* needs backend='torch', this call asks for 'triton_tiled'|'triton_tiled' is not",
+    "logprobs, triton": r"ValueError: .*group=.* needs backend='torch', this call asks for 'triton'|'triton' is not",
+    "target": r"ValueError: targets must lie in \[0, 101\), got 101",
+    "logprobs, target": r"ValueError: targets must lie in \[0, 101\), got 101",
+    "a name": "TypeError: group must be a torch.distributed.ProcessGroup this rank belongs to, got '0'",
+    "sharded by hidden": r"ValueError: student_weight is a DTensor .*Shard\(dim=1\).*Shard\(0\)",
+    "another group": "ValueError: group= is .*, but student_weight is sharded over",
+    "sharded rows": "ValueError: student_hidden is a DTensor .* every rank needs all of it",
+    "no row": r"ValueError: each rank needs a row of the head, but the ranks of group= hold \[\d+, 0",
+    "other rows": r"ValueError: .*every rank passes the same hidden states, but those of the ranks of group= differ",
+    "more rows": r"ValueError: .*differ \(\[13, 12",
+    "not a member": "TypeError: group must be a torch.distributed.ProcessGroup this rank belongs to",
+}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_what_cannot_be_is_refused_on_every_rank(ranks, world):
+    for number, rank in enumerate(ranks(world)):
+        said = dict(rank["refusals"])
+        assert said.pop("after") == ranks(world)[0]["refusals"]["after"]
+        expected = set(REFUSED) - ({"not a member"} if number == 0 else set())
+        assert set(said) == expected
+        for name, message in said.items():
+            assert re.search(REFUSED[name], message), message
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_ranks_exchange_a_few_numbers_a_token_and_never_logits(ranks, world):
+    for rank in ranks(world):
+        sent = rank["exchanged"]
+        for asked in ("gradient False, 0 options", "gradient False, 3 options", "gradient True, 0 options"):
+            assert sent[f"101, {asked}"] == sent[f"1009, {asked}"] > 0, "what is exchanged grows with the vocabulary"
+        a_call = 2 * 1 + 17 + 3  # sizes, the sample of the hidden states, decisions
+        assert sent["101, gradient False, 0 options"] <= 10 * 13 + a_call
+        assert sent["101, gradient False, 3 options"] <= 20 * 13 + a_call
+        # and the hidden states' gradient, which a head sharded by rows sums over ranks in any case
+        assert sent["101, gradient True, 0 options"] - sent["101, gradient False, 0 options"] == 13 * 16
+
+
+def test_every_divergence_is_among_the_cases():
+    assert all(any(name.startswith(f"{d} ") or name.startswith(f"{d},") for name in all_cases()) for d in DIVERGENCES)

@@ -1,7 +1,7 @@
-"""The command line: `atesd train | eval | sweep | report | doctor`. Nothing else knows about argv or exit codes.
+"""The command line: `atesd train | eval | sweep | scaling | report | doctor`.
 
-Nothing heavy is imported before a command needs it: `atesd --help` answers at once, and a mistyped flag is refused
-before torch loads.
+Nothing else knows about argv or exit codes. Nothing heavy is imported before a command needs it: `atesd --help` answers
+at once, and a mistyped flag is refused before torch loads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    own_flags = {"train": train, "eval": evaluation, "sweep": sweep}
+    own_flags = {"train": train, "eval": evaluation, "sweep": sweep, "scaling": scaling}
     if rest and arguments.command not in own_flags:
         parser.error(f"unexpected {' '.join(rest)!r}")
     try:
@@ -54,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("eval", add_help=False, help="evaluate a model or a run's adapter, or --compare evaluations")
     sweeping = "run a recipe at fixed exposures and several seeds, and draw outcome and mismatch against alpha"
     commands.add_parser("sweep", add_help=False, help=sweeping)
+    predicting = "predicted memory and time of a step for models of 1.7B to 70B on 1 to 64 GPUs; flags as for train"
+    commands.add_parser("scaling", add_help=False, help=predicting)
     show = commands.add_parser("report", help="draw RUN_DIR/report.html, of a finished run or one under way")
     show.add_argument("run_dir", metavar="RUN_DIR")
     commands.add_parser("doctor", help="versions, devices, and which backends work here and why others do not")
@@ -154,6 +156,16 @@ def sweep(argv: list[str]) -> int:
 
     folder = own.output_dir or f"runs/sweep-{Path(recipe or 'run').stem}"
     print(f"figure: {study.sweep(recipe, rest, folder, alphas, seeds) / 'study.png'}")
+    return 0
+
+
+def scaling(argv: list[str]) -> int:
+    from atesd.scaling import main as tables
+
+    if {"-h", "--help"} & set(argv):
+        print("atesd scaling [--flag value ...]: the flags of `atesd train`, on top of its recipe")
+        return 0
+    print(tables(argv))
     return 0
 
 

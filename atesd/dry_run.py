@@ -7,11 +7,12 @@ and tokenizer are enough.
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 import torch
 
 from atesd.config import ATESDConfig
-from atesd.memory_plan import GIB, describe, model_shape, plan_memory
+from atesd.memory_plan import GIB, MemoryPlan, ModelShape, model_shape, plan_memory
 from atesd.models import context_length, load_model_config, load_tokenizer
 from atesd.precision import settle_precision
 from atesd.run_data import RunData, load_run_data
@@ -66,3 +67,23 @@ def prompt_lengths(data: RunData) -> list[tuple[int, int]]:
         (len(data.prompts.student(p)), len(data.prompts.teacher(p, data.references[p.id], data.alpha(p, 1.0))))
         for p in data.problems.train[:PROMPTS_MEASURED]
     ]
+
+
+def describe(plan: MemoryPlan, shape: ModelShape, notes: dict[str, Any]) -> str:
+    """The plan as a table for people; `notes` are lines above it."""
+    rows = [
+        ("weights", plan.weights, f"{shape.parameters:,} parameters, and {shape.lora_parameters:,} of the adapter"),
+        ("teacher", plan.teacher, "a copy beside the student's weights" if plan.teacher else "the base: no copy"),
+        ("gradients", plan.gradients, ""),
+        ("optimizer", plan.optimizer, "AdamW: two moments"),
+        ("KV cache", plan.kv_cache, "while generating, all rollouts of a step at once"),
+        ("decoding copies", plan.decoding_copies, "while generating: matrices in the processor's layout"),
+        ("autocast copies", plan.autocast_copies, "while training"),
+        ("activations", plan.activations, "while training; estimated"),
+        ("hidden states", plan.hidden_states, "while training"),
+        ("loss chunk", plan.loss_chunk, f"while training; the only thing {shape.vocab:,} wide"),
+        ("total", plan.total, "always there + the larger of generating and training"),
+    ]
+    rows = [row for row in rows if row[1] or row[0] == "teacher"]
+    lines = [f"  {name:16} {value}" for name, value in notes.items()]
+    return "\n".join([*lines, *(f"  {name:16} {size / GIB:8.2f} GiB  {note}".rstrip() for name, size, note in rows)])

@@ -1,14 +1,14 @@
-"""What a run needs in memory, by formula: weights, optimizer, activations, loss chunk, key-value cache.
+"""What a step needs in memory, traffic and time, by formula.
 
-Separate so that `--dry-run`, and any table of what fits where, read the same formulas. Parameters are counted on a
-model without storage (torch's meta device), so the numbers for weights, gradients and optimizer are exact; activations
-are an estimate, whose constants are our own measurement of the tensors autograd keeps.
+Separate so that `--dry-run` and `atesd scaling` read the same formulas. Parameters are counted on a model without
+storage (torch's meta device), so the numbers for weights, gradients and optimizer are exact; activations are an
+estimate, whose constants are our own measurement of the tensors autograd keeps. Times are predicted from a device's
+data sheet and have not been compared with a GPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -104,8 +104,8 @@ class MemoryPlan:
     """Bytes of one process. `total` adds what is always there to the larger of the two phases of a step.
 
     Always there: `weights`, `teacher` (0 where it is the base model), `gradients`, `optimizer`.
-    While generating: `kv_cache` and, on a CPU, `decoding_copies` of the matrices. While training: `autocast_copies`,
-    `activations`, `hidden_states`, `loss_chunk`.
+    While generating: `kv_cache` and `decoding_copies` of the weights, on a CPU or beside sharded ones. While training:
+    `autocast_copies`, `activations`, `hidden_states`, `loss_chunk`, `communication` (what other processes send).
     """
 
     weights: int
@@ -118,6 +118,7 @@ class MemoryPlan:
     activations: int
     hidden_states: int
     loss_chunk: int
+    communication: int
 
     @property
     def always(self) -> int:
@@ -129,85 +130,247 @@ class MemoryPlan:
 
     @property
     def training(self) -> int:
-        return self.autocast_copies + self.activations + self.hidden_states + self.loss_chunk
+        return self.autocast_copies + self.activations + self.hidden_states + self.loss_chunk + self.communication
 
     @property
     def total(self) -> int:
         return self.always + max(self.generating, self.training)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How processes, one a GPU, share the work.
+
+    Attributes:
+        processes: of the whole run, each with its share of a step's problems.
+        shards: processes over which weights, gradients and optimizer are spread (FSDP, ZeRO-3); 1 is data parallel.
+        decoding: processes that generate together, each with a slice of every matrix (tensor parallel).
+    """
+
+    processes: int = 1
+    shards: int = 1
+    decoding: int = 1
+
+
+def trained_bytes(shape: ModelShape, config: ATESDConfig) -> int:
+    """Of the gradients: a LoRA adapter is fp32 whatever the base is, others have the parameters' type."""
+    return shape.lora_parameters * FP32 if config.use_peft else shape.parameters * weight_bytes(config)
+
+
+def weight_bytes(config: ATESDConfig) -> int:
+    return FP32 if config.torch_dtype == "float32" else BF16
+
+
+def gathered_bytes(config: ATESDConfig, parameters: int) -> int:
+    """Of so many weights as FSDP gathers them: cast before they travel, where the run computes in bf16."""
+    return parameters * (BF16 if config.bf16 else weight_bytes(config))
+
+
+def low_bytes(config: ATESDConfig) -> int:
+    """Of a number that matrix products work on."""
+    return BF16 if config.bf16 or config.torch_dtype == "bfloat16" else FP32
+
+
 def plan_memory(
-    shape: ModelShape, config: ATESDConfig, prompt_tokens: int, device: str = "cuda", shards: int = 1
+    shape: ModelShape, config: ATESDConfig, prompt_tokens: int, device: str = "cuda", layout: Layout = Layout()
 ) -> MemoryPlan:
     """The memory of a run as `config` says, its responses all of `max_completion_length`.
 
     Args:
         prompt_tokens: longest prompt of student or teacher.
         device: "cuda" or "cpu", for the loss's default chunk.
-        shards: processes over which weights, gradients and optimizer are spread (FSDP, ZeRO-3); data parallel is 1.
     """
-    weight_bytes = FP32 if config.torch_dtype == "float32" else BF16
-    trained = shape.lora_parameters if config.use_peft else shape.parameters
-    # A LoRA adapter is fp32 whatever the base is; gradients and AdamW's two moments have the parameters' type.
-    trained_bytes = FP32 if config.use_peft else weight_bytes
-    weights = shape.parameters * weight_bytes + shape.lora_parameters * FP32
+    residual, low, shards = weight_bytes(config), low_bytes(config), layout.shards
+    gradients = trained_bytes(shape, config)
+    weights = shape.parameters * residual + shape.lora_parameters * FP32
     if config.teacher == "ema":
-        teacher = trained * trained_bytes
+        teacher = gradients
     elif config.teacher == "frozen" and not config.use_peft:
-        matrix_bytes = BF16 if config.bf16 else weight_bytes
-        teacher = shape.matrices * matrix_bytes + (shape.parameters - shape.matrices) * weight_bytes
+        matrix_bytes = BF16 if config.bf16 else residual
+        teacher = shape.matrices * matrix_bytes + (shape.parameters - shape.matrices) * residual
     else:
         teacher = 0
 
     responses = config.per_device_train_batch_size * config.num_generations  # of a micro-batch
     tokens = responses * (prompt_tokens + config.max_completion_length)
-    low = config.bf16 or config.torch_dtype == "bfloat16"
-    residual = FP32 if config.torch_dtype == "float32" else BF16
-    kind = "fp32" if not low else "autocast over fp32 weights" if residual == FP32 else "bf16"
+    kind = "fp32" if low == FP32 else "autocast over fp32 weights" if residual == FP32 else "bf16"
     a_layer = tokens * shape.elements * BYTES_PER_ACTIVATION[kind]
     if config.gradient_checkpointing:  # what each layer keeps, and all of the layer being recomputed
         kept = shape.hidden * residual
         if config.gradient_checkpointing_mode == "selective":
-            kept += shape.products * (BF16 if low else FP32)
+            kept += shape.products * low
         activations = shape.layers * tokens * kept + a_layer
     else:
         activations = shape.layers * a_layer
     # Casts of matrices live as long as the forward's graph; those the adapter's low-rank products make are its own.
-    cast = shape.lora_parameters + (shape.matrices if residual == FP32 else 0) if config.bf16 else 0
+    cast = shape.lora_parameters + (shape.matrices if residual == FP32 else 0) if config.bf16 and shards == 1 else 0
     # the response tokens' states: student, its gradient, teacher, and their difference
     hidden_states = 4 * responses * config.max_completion_length * shape.hidden * FP32
     # every rollout of the process's step is decoded at once
     in_step = responses * config.gradient_accumulation_steps
     cache = in_step * (min(prompt_tokens, config.max_prompt_length) + config.max_completion_length)
+    head = shape.vocab * shape.hidden
+    decoding_copies = 0
+    if device == "cpu":
+        decoding_copies = (shape.matrices + head) * low
+    elif shards > 1:
+        decoding_copies = (shape.matrices + head) * BF16 // layout.decoding
+    communication = 0
+    if shards > 1:  # the layer in use, the one fetched meanwhile, the head, and a layer's gradients on their way
+        layer = (shape.matrices + shape.lora_parameters) // shape.layers
+        communication = gathered_bytes(config, 2 * layer + head) + gradients // shape.layers
+    elif layout.processes > 1:  # data parallel: gradients are copied into buckets
+        communication = gradients
     return MemoryPlan(
         weights=weights // shards,
         teacher=teacher // shards,
-        gradients=trained * trained_bytes // shards,
-        optimizer=2 * trained * trained_bytes // shards,
-        kv_cache=cache * shape.layers * 2 * shape.kv * (BF16 if low else FP32),
-        decoding_copies=(shape.matrices + shape.vocab * shape.hidden) * (BF16 if low else FP32) * (device == "cpu"),
+        gradients=gradients // shards,
+        optimizer=2 * gradients // shards,
+        kv_cache=cache * shape.layers * 2 * shape.kv * low,
+        decoding_copies=decoding_copies,
         autocast_copies=cast * BF16,
         activations=int(activations),
         hidden_states=hidden_states,
         loss_chunk=config.chunk_bytes or DEFAULT_CHUNK_BYTES[device],
+        communication=communication,
     )
 
 
-def describe(plan: MemoryPlan, shape: ModelShape, notes: dict[str, Any]) -> str:
-    """The plan as a table for people; `notes` are lines above it."""
-    rows = [
-        ("weights", plan.weights, f"{shape.parameters:,} parameters, and {shape.lora_parameters:,} of the adapter"),
-        ("teacher", plan.teacher, "a copy beside the student's weights" if plan.teacher else "the base: no copy"),
-        ("gradients", plan.gradients, ""),
-        ("optimizer", plan.optimizer, "AdamW: two moments"),
-        ("KV cache", plan.kv_cache, "while generating, all rollouts of a step at once"),
-        ("decoding copies", plan.decoding_copies, "while generating, on a CPU: matrices in the processor's layout"),
-        ("autocast copies", plan.autocast_copies, "while training"),
-        ("activations", plan.activations, "while training; estimated"),
-        ("hidden states", plan.hidden_states, "while training"),
-        ("loss chunk", plan.loss_chunk, f"while training; the only thing {shape.vocab:,} wide"),
-        ("total", plan.total, "always there + the larger of generating and training"),
-    ]
-    rows = [row for row in rows if row[1] or row[0] == "teacher"]
-    lines = [f"  {name:16} {value}" for name, value in notes.items()]
-    return "\n".join([*lines, *(f"  {name:16} {size / GIB:8.2f} GiB  {note}".rstrip() for name, size, note in rows)])
+@dataclass(frozen=True)
+class Accelerator:
+    """A GPU by its data sheet, and the shares of it we expect to reach (our assumptions, not measured).
+
+    Attributes:
+        memory: bytes; flops: of dense bf16 products, a second; bandwidth: of its memory, bytes a second.
+        link, network: bytes a second to a GPU of the same node, and of another one, each way.
+        node: GPUs of a node.
+        of_memory: share that a plan may fill; the rest is the allocator's, CUDA's and the libraries'.
+        of_flops, of_bandwidth, of_link: shares reached by layers, decoding and collectives.
+        latency: seconds a collective takes however little it carries.
+    """
+
+    name: str
+    memory: float
+    flops: float
+    bandwidth: float
+    link: float
+    network: float
+    node: int = 8
+    of_memory: float = 0.9
+    of_flops: float = 0.5
+    of_bandwidth: float = 0.6
+    of_link: float = 0.7
+    latency: float = 20e-6
+
+    def wire(self, processes: int) -> float:
+        """Bytes a second that a process of a group of this size sends."""
+        return self.of_link * (self.link if processes <= self.node else self.network)
+
+
+# NVIDIA's data sheets: H100 SXM (NVLink 900 GB/s, half of it each way), and DGX H100 (400 Gb/s of network for each GPU)
+H100 = Accelerator("H100 SXM 80 GB", memory=80e9, flops=989e12, bandwidth=3.35e12, link=450e9, network=50e9)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that collectives deliver to, or take from, one process in a step, before any ring's share (n - 1)/n.
+
+    `gathered`: weights, from `shards` processes. `scattered`: gradients, to them. `reduced`: gradients, over replicas.
+    """
+
+    gathered: int
+    scattered: int
+    reduced: int
+
+
+def plan_traffic(shape: ModelShape, config: ATESDConfig, layout: Layout) -> Traffic:
+    """A step's collectives: FSDP gathers weights for the teacher, and for the student's forward and backward."""
+    gradients = trained_bytes(shape, config)
+    weights = gathered_bytes(config, shape.parameters + shape.lora_parameters)
+    sharded = config.gradient_accumulation_steps * (layout.shards > 1)
+    return Traffic(
+        gathered=3 * sharded * weights,
+        scattered=sharded * gradients,
+        reduced=gradients // layout.shards if layout.processes > layout.shards else 0,
+    )
+
+
+@dataclass(frozen=True)
+class Products:
+    """FLOPs of one process's matrix products in a step: a product with a matrix is 2 for each of its numbers.
+
+    `prefill` and `decoding`: rollouts; `decoding` is of one token of every response. `teacher`, `student` (forward and
+    backward) and `loss` are of the training.
+    """
+
+    prefill: int
+    decoding: int
+    teacher: int
+    student: int
+    loss: int
+
+
+def plan_products(shape: ModelShape, config: ATESDConfig, prompt_tokens: int) -> Products:
+    """Responses are all of `max_completion_length`. The half of attention that causality masks is not counted."""
+    response = config.max_completion_length
+    responses = config.per_device_train_batch_size * config.num_generations * config.gradient_accumulation_steps
+    length, head = prompt_tokens + response, shape.vocab * shape.hidden
+    attention = shape.layers * 4 * shape.query * length // 2  # of a token: scores, and the mean of the values
+    teacher = responses * length * (2 * shape.matrices + attention)
+    forward = teacher + responses * length * 2 * shape.lora_parameters
+    # backward: gradients of activations; of the weights if they are trained; a forward more if it runs again
+    passes = 2 + (not config.use_peft)
+    passes += config.gradient_checkpointing and config.gradient_checkpointing_mode == "full"
+    return Products(
+        prefill=responses * prompt_tokens * 2 * shape.matrices,
+        decoding=responses * 2 * (shape.matrices + head),
+        teacher=teacher,
+        student=passes * forward,
+        # student's logits, their difference to the teacher's, the hidden states' gradient, and a trained head's
+        loss=(3 + (not config.use_peft)) * 2 * responses * response * head,
+    )
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """Seconds of a distillation step; collectives run beside the training, so the longer of the two counts."""
+
+    rollout: float
+    teacher: float
+    student: float
+    loss: float
+    communication: float
+
+    @property
+    def total(self) -> float:
+        return self.rollout + max(self.teacher + self.student + self.loss, self.communication)
+
+
+def plan_time(shape: ModelShape, config: ATESDConfig, prompt_tokens: int, gpu: Accelerator, layout: Layout) -> TimePlan:
+    """The time of a step: all its responses decoded at once; checkpoints, probes and evaluations not counted."""
+    products, speed = plan_products(shape, config, prompt_tokens), gpu.flops * gpu.of_flops
+    response = config.max_completion_length
+    responses = config.per_device_train_batch_size * config.num_generations * config.gradient_accumulation_steps
+    # decoding reads all matrices for every token, and what is in the cache: on average half of the response
+    reading = (shape.matrices + shape.vocab * shape.hidden) * BF16 / layout.decoding
+    reading += responses * (prompt_tokens + response / 2) * shape.layers * 2 * shape.kv * low_bytes(config)
+    a_token = max(reading / (gpu.bandwidth * gpu.of_bandwidth), products.decoding / speed)
+    if layout.decoding > 1:  # two sums over the group in every layer
+        summed = 2 * layout.decoding * responses * shape.hidden * BF16
+        a_token += 2 * shape.layers * (gpu.latency + summed / gpu.wire(layout.decoding))
+
+    traffic, replicas = plan_traffic(shape, config, layout), layout.processes // layout.shards
+    communication = ring(layout.shards) * (traffic.gathered + traffic.scattered) / gpu.wire(layout.shards)
+    communication += 2 * ring(replicas) * traffic.reduced / gpu.wire(layout.processes)
+    return TimePlan(
+        rollout=products.prefill / speed + response * a_token,
+        teacher=products.teacher / speed,
+        student=products.student / speed,
+        loss=products.loss / speed,
+        communication=communication,
+    )
+
+
+def ring(processes: int) -> float:
+    """The share of the bytes that a process gets from others."""
+    return (processes - 1) / processes

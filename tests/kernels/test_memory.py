@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from atesd_kernels import linear_divergence, linear_logprobs, planning
 
@@ -10,19 +9,6 @@ from .cases import make_pair
 
 VOCAB, HIDDEN, CHUNK = 3000, 16, 8 * 3000 * 50
 TOKENS = (100, 1000)
-
-
-def peak_bytes(function) -> int:
-    """The most bytes alive at once among those `function` allocates on the CPU."""
-    function()  # what is allocated once only is not the call's
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    alive = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            peak = max(peak, alive)
-    return peak
 
 
 def forward_and_backward(tokens: int, dtype, loss: str, **options):
@@ -46,7 +32,7 @@ def forward_and_backward(tokens: int, dtype, loss: str, **options):
     "loss, options",
     (("forward_kl", {}), ("forward_kl", {"reduction": "none"}), ("jsd", {"entry_clip": 1e-3}), ("logprobs", {})),
 )
-def test_peak_memory_is_the_chunk_and_the_results_whatever_the_tokens(loss, options, dtype, monkeypatch):
+def test_peak_memory_is_the_chunk_and_the_results_whatever_the_tokens(loss, options, dtype, monkeypatch, peak_bytes):
     monkeypatch.setattr(planning, "CPU_BLOCK_COLUMNS", 500)  # blocks and tiles to a small chunk's measure
     monkeypatch.setattr(planning, "CPU_TILE_ROWS", 25)
     per_row = 200  # bytes: values, weights, indices; a row's hidden states in fp32 are 64, its logits 12,000
@@ -57,12 +43,12 @@ def test_peak_memory_is_the_chunk_and_the_results_whatever_the_tokens(loss, opti
         assert 0.5 * CHUNK < peak - gradient - per_row * tokens < 1.2 * CHUNK, (tokens, peak, gradient)
 
 
-def test_the_count_sees_what_is_inside_an_operator():
+def test_the_count_sees_what_is_inside_an_operator(peak_bytes):
     assert peak_bytes(lambda: torch.zeros(1000, 1000).softmax(1)) == 8_000_000
 
 
 @pytest.mark.parametrize("reduction", ("mean", "none"))
-def test_backward_scales_the_gradient_where_it_lies_unless_the_graph_is_kept(reduction):
+def test_backward_scales_the_gradient_where_it_lies_unless_the_graph_is_kept(reduction, peak_bytes):
     pair = make_pair(200, 1000, 50)
     hidden = pair.student_hidden.requires_grad_()
     losses = [linear_divergence(*pair.tensors, reduction=reduction).mean() * 3.0 for _ in range(4)]

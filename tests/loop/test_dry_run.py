@@ -9,27 +9,20 @@ import pytest
 import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoTokenizer, Qwen3Config
+from transformers import AutoConfig, AutoTokenizer
 
 from atesd import cli
 from atesd.batching import hidden_rows, pack
 from atesd.config import load_config, recipes
 from atesd.dry_run import dry_run
-from atesd.memory_plan import GIB, model_shape, plan_memory
+from atesd.memory_plan import GIB, Layout, model_shape, plan_memory
 from atesd.models import context_length, load_tokenizer
 from atesd.recompute import is_kept
 from atesd.run_data import load_run_data
+from atesd.scaling import MODELS
 from atesd.trainer import Trainer, train
 
-# Of the models' cards and configuration files: parameters, and the sizes that make them
-QWEN3 = {
-    "1.7b": (1_720_574_976, dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28,
-                                 num_attention_heads=16, tie_word_embeddings=True)),
-    "4b": (4_022_468_096, dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
-                               num_attention_heads=32, tie_word_embeddings=True)),
-    "8b": (8_190_735_360, dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
-                               num_attention_heads=32, tie_word_embeddings=False)),
-}  # fmt: skip
+PARAMETERS = {"1.7b": 1_720_574_976, "4b": 4_022_468_096, "8b": 8_190_735_360}  # of the models' cards
 GLOBAL_BATCH = {"1.7b": 64, "4b": 32, "8b": 32}
 
 
@@ -39,20 +32,17 @@ def without_weights(folder: Path, tokenizer_from: Path, config) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("size", QWEN3)
+@pytest.mark.parametrize("size", PARAMETERS)
 @pytest.mark.parametrize("method", ["opsd", "atesd"])
 def test_a_preset_plans_the_published_batch_within_80_gb_without_weights(
     method, size, tiny_model_path, sums, tmp_path, capsys
 ):
-    parameters, sizes = QWEN3[size]
-    config = Qwen3Config(
-        vocab_size=151_936, num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, **sizes
-    )
+    config = MODELS[f"Qwen3-{size.upper()}"]()
     model = without_weights(tmp_path / "model", tiny_model_path, config)
     flags = ["--model_name_or_path", model, "--dataset_name", str(sums), "--num_probe_problems", "2"]
     assert cli.main(["train", f"{method}-qwen3-{size}", *flags, "--dry-run", "--output_dir", str(tmp_path / "r")]) == 0
     text = capsys.readouterr().out
-    assert f"{parameters:,} parameters" in text
+    assert f"{PARAMETERS[size]:,} parameters" in text
     preset = load_config(f"{method}-qwen3-{size}", flags)
     assert plan_memory(model_shape(config, preset), preset, 2048).total < 80e9
     assert preset.per_device_train_batch_size * preset.gradient_accumulation_steps == GLOBAL_BATCH[size]
@@ -60,7 +50,7 @@ def test_a_preset_plans_the_published_batch_within_80_gb_without_weights(
     assert not (tmp_path / "r").exists(), "a dry run writes nothing"
 
 
-@pytest.mark.parametrize("size", QWEN3)
+@pytest.mark.parametrize("size", PARAMETERS)
 def test_the_presets_are_the_published_base_recipe(size):
     for method in ("opsd", "atesd"):
         config = load_config(f"{method}-qwen3-{size}", [])
@@ -163,10 +153,10 @@ def test_planned_activations_are_about_what_autograd_keeps(tiny_config, tiny_mod
 def test_the_plan_adds_up_and_shards_what_is_always_there(tiny_config, tiny_model_path):
     config = tiny_config()
     shape = model_shape(AutoConfig.from_pretrained(tiny_model_path), config)
-    plan, half = (plan_memory(shape, config, 100, "cpu", shards) for shards in (1, 2))
+    plan, half = (plan_memory(shape, config, 100, "cpu", Layout(shards=n, processes=n)) for n in (1, 2))
     assert plan.total == plan.always + max(plan.generating, plan.training)
     assert half.always == pytest.approx(plan.always / 2, rel=0.01)
-    assert half.training == plan.training and plan.total < GIB
+    assert half.training - half.communication == plan.training > 0 and plan.total < GIB
 
 
 def long_problem(sums: Path, folder: Path) -> str:

@@ -1,0 +1,213 @@
+"""The formulas of the scaling page against what can be counted here, and what the page promises about itself."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from atesd import cli, scaling
+from atesd.config import load_config
+from atesd.memory_plan import H100, Layout, model_shape, plan_memory, plan_products, plan_time, plan_traffic
+from atesd_kernels import linear_divergence, ops, planning
+from bench import table
+
+PARAMETERS = {  # of the models' cards
+    "Qwen3-1.7B": 1_720_574_976, "Qwen3-4B": 4_022_468_096, "Qwen3-8B": 8_190_735_360, "Qwen3-32B": 32_762_123_264,
+    "Llama 3 70B": 70_553_706_496,
+}  # fmt: skip
+PROMPT, RESPONSE = 20, 12
+
+
+@pytest.fixture
+def config(tiny_config):
+    """One micro-batch of two sequences of 32 tokens, all weights trained."""
+    return tiny_config(
+        use_peft=False, max_completion_length=RESPONSE, gradient_accumulation_steps=1, per_device_train_batch_size=2
+    )
+
+
+@pytest.fixture
+def shape(config, tiny_model_path):
+    return model_shape(AutoConfig.from_pretrained(tiny_model_path), config)
+
+
+def test_the_models_have_the_parameters_of_their_cards():
+    assert {model: scaling.shape_of(model, True, 64, "all-linear").parameters for model in scaling.MODELS} == PARAMETERS
+
+
+def test_planned_products_are_those_torch_counts(config, shape, tiny_model_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path, attn_implementation="eager")
+    ids = torch.zeros(2, PROMPT + RESPONSE, dtype=torch.long)
+    backbone, planned = model.get_decoder(), plan_products(shape, config, PROMPT)
+    with FlopCounterMode(display=False) as forward:
+        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
+    with FlopCounterMode(display=False) as backward:
+        hidden.sum().backward()
+    # eager attention computes the masked half too, whose products go twice through backward
+    masked = 2 * ids.shape[1] * shape.layers * 2 * shape.query * ids.shape[1]
+    rotary = 2 * 2 * ids.shape[1] * (shape.query // 4 // 2)  # the angles, once for all layers
+    assert forward.get_total_flops() == pytest.approx(planned.teacher + masked, abs=2 * rotary)
+    both = forward.get_total_flops() + backward.get_total_flops()
+    assert both == pytest.approx(planned.student + 3 * masked, abs=2 * rotary)
+
+
+def test_planned_products_of_the_loss_are_those_torch_counts(config, shape, monkeypatch):
+    # float64, whose products on a CPU are torch's own: the counter does not know oneDNN's
+    rows, head = (torch.randn(n, shape.hidden, dtype=torch.float64) for n in (2 * RESPONSE, shape.vocab))
+    counter, backend = FlopCounterMode(display=False), ops._backend
+
+    def counted(*names):
+        def run(*arguments):
+            with counter:  # which sees nothing of what is inside of an operator from without
+                return backend(*names)(*arguments)
+
+        return run
+
+    monkeypatch.setattr(ops, "_backend", counted)
+    for trained in (True, False):
+        config.use_peft = not trained
+        student, weight = rows.clone().requires_grad_(), head.clone().requires_grad_(trained)
+        linear_divergence(student, weight, rows + 0.01, divergence="forward_kl", backend="torch").backward()
+        assert counter.get_total_flops() == plan_products(shape, config, PROMPT).loss
+
+
+def test_the_planned_loss_chunk_is_what_a_call_takes(config, shape, monkeypatch, peak_bytes):
+    monkeypatch.setattr(planning, "CPU_BLOCK_COLUMNS", 50)  # to the measure of so small a vocabulary
+    monkeypatch.setattr(planning, "CPU_TILE_ROWS", 25)
+    config.chunk_bytes = 120_000
+    rows, head = torch.randn(200, shape.hidden), torch.randn(shape.vocab, shape.hidden)
+
+    def loss():
+        student = rows.requires_grad_()
+        return linear_divergence(student, head, rows.detach(), chunk_bytes=config.chunk_bytes, backend="torch")
+
+    planned = plan_memory(shape, config, PROMPT, "cpu").loss_chunk
+    assert 0.7 * planned < peak_bytes(loss) - rows.nbytes < 1.3 * planned
+
+
+class Collectives(TorchDispatchMode):
+    """Bytes that collectives deliver whole (gathers) or take whole (reductions), by kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        if name.startswith("c10d::"):
+            whole = max((t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)), key=len)
+            kind = name.removeprefix("c10d::").strip("_")
+            self.bytes[kind] = self.bytes.get(kind, 0) + whole.numel() * whole.element_size()
+        return out
+
+
+@pytest.fixture
+def four_processes():
+    """This one of four, whose collectives return at once: what they would carry can be counted."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield init_device_mesh("cpu", (4,))
+    dist.destroy_process_group()
+
+
+def test_planned_traffic_is_what_fsdp_hands_to_collectives(config, shape, tiny_model_path, four_processes):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    for layer in (*model.model.layers, model):
+        fully_shard(layer, mesh=four_processes, reshard_after_forward=True)
+    ids = torch.zeros(2, PROMPT + RESPONSE, dtype=torch.long)
+    with Collectives() as sent:
+        with torch.no_grad():
+            model(ids)  # the teacher's forward
+        model(ids).logits.sum().backward()
+    planned = plan_traffic(shape, config, Layout(4, 4))
+    kinds = {kind: size for kind, size in sent.bytes.items() if size}
+    gathered = sum(size for kind, size in kinds.items() if "gather" in kind)
+    scattered = sum(size for kind, size in kinds.items() if "reduce_scatter" in kind)
+    assert scattered == pytest.approx(planned.scattered, rel=0.01), kinds
+    assert gathered == pytest.approx(planned.gathered, rel=0.01), kinds
+
+
+def test_planned_traffic_of_data_parallel_processes_is_the_gradients(config, shape, tiny_model_path, four_processes):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    reduced = []
+
+    def count(_, bucket):
+        reduced.append(bucket.buffer().numel() * bucket.buffer().element_size())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    ddp.register_comm_hook(None, count)
+    ddp(torch.zeros(2, 8, dtype=torch.long)).logits.sum().backward()
+    layout = Layout(processes=4)
+    assert sum(reduced) == plan_traffic(shape, config, layout).reduced
+    assert sum(reduced) == plan_memory(shape, config, PROMPT, "cuda", layout).communication
+
+
+def test_sharded_weights_and_optimizer_are_a_quarter_on_each_of_four(config, shape, tiny_model_path, four_processes):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    fully_shard(model, mesh=four_processes)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 8, dtype=torch.long)).logits.sum().backward()
+    optimizer.step()
+
+    def local(tensors):
+        return sum(t.to_local().numel() * t.element_size() for t in tensors)
+
+    plan = plan_memory(shape, config, PROMPT, "cuda", Layout(4, 4))
+    moments = [v for state in optimizer.state.values() for v in (state["exp_avg"], state["exp_avg_sq"])]
+    assert plan.weights == pytest.approx(local(model.parameters()), rel=0.01)
+    assert plan.gradients == pytest.approx(local(p.grad for p in model.parameters()), rel=0.01)
+    assert plan.optimizer == pytest.approx(local(moments), rel=0.01)
+
+
+@pytest.mark.parametrize("flags", ([], ["--no_use_peft", "--torch_dtype", "float32"]))
+def test_every_prediction_fits_and_more_gpus_are_never_slower(flags):
+    config = load_config(scaling.RECIPE, flags)
+    for model in scaling.MODELS:
+        found = [scaling.predict(model, config, gpus) for gpus in scaling.GPUS]
+        fitting = [p for p in found if p is not None]
+        assert fitting == found[len(found) - len(fitting) :], "what fits on few GPUs fits on more"
+        for gpus, prediction in zip(scaling.GPUS[-len(fitting) :], fitting, strict=True):
+            assert prediction.memory.total <= H100.of_memory * H100.memory
+            assert prediction.layout.processes == gpus and gpus % prediction.layout.shards == 0
+        times = [prediction.time.total for prediction in fitting]
+        assert all(b <= a for a, b in pairwise(times))
+        assert fitting, f"{model} fits nowhere"
+
+
+def test_times_are_the_counts_over_the_device_s_speed(config, shape):
+    plain = plan_time(shape, config, PROMPT, H100, Layout())
+    products = plan_products(shape, config, PROMPT)
+    assert plain.student == pytest.approx(products.student / (989e12 * 0.5))
+    assert plain.communication == 0
+    sharded = plan_time(shape, config, PROMPT, H100, Layout(16, 16))
+    traffic = plan_traffic(shape, config, Layout(16, 16))
+    # sixteen GPUs are two nodes: the network's speed
+    assert sharded.communication == pytest.approx(15 / 16 * (traffic.gathered + traffic.scattered) / (50e9 * 0.7))
+    assert math.isclose(sharded.student, plain.student)
+
+
+def test_the_command_says_that_nothing_was_measured(capsys):
+    assert cli.main(["scaling", "--lora_r", "8"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(scaling.LABEL) and f"| {scaling.LABEL} |" in text and "LoRA of rank 8" in text
+    assert all(model in text for model in scaling.MODELS)
+
+
+def test_the_readme_s_table_is_what_the_command_prints():
+    readme = table.README.read_text(encoding="utf-8")
+    (found,) = (match for match in table.MARKED.finditer(readme) if match["name"] == "scaling")
+    assert found["body"] == table.scaling() + "\n"
+    assert scaling.overview(load_config(scaling.RECIPE, [])) in found["body"]

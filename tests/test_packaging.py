@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import email
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
+from importlib import metadata
 from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n# (\w+)\.py\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -47,6 +55,94 @@ def test_importing_the_losses_imports_nothing_beside_torch():
     assert "atesd_kernels" in new
     third_party = new - set(sys.stdlib_module_names) - {"atesd_kernels", "torch"}
     assert not third_party
+
+
+def test_importing_the_losses_takes_less_than_a_second_beyond_torch():
+    # this process's time, not the wall's: the machine may be busy
+    clock = "time.process_time()"
+    code = f"import time, torch; start = {clock}; import atesd_kernels; print({clock} - start)"
+    assert float(run(code)) < 1
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[Path, Path]:
+    """(sdist, the wheel built from it) of a copy of this checkout, with what this environment has."""
+    pytest.importorskip("setuptools", minversion="77")
+    folder = tmp_path_factory.mktemp("build")
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "*.egg-info", "runs", "evals", "results")
+    shutil.copytree(ROOT, folder / "source", ignore=ignored)
+    build = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+
+    def made(what: str, source: Path) -> Path:
+        command = [sys.executable, "-c", build, what, str(folder)]
+        done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return folder / done.stdout.splitlines()[-1]
+
+    sdist = made("build_sdist", folder / "source")
+    shutil.unpack_archive(sdist, folder / "unpacked")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    return sdist, made("build_wheel", unpacked)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["sdist", "wheel"])
+def test_an_installed_distribution_is_whole(built, which, tmp_path):
+    package, target = built[which == "wheel"], tmp_path / "site"
+    # dependencies are this environment's; the distribution itself goes where nothing else of it is
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    done = subprocess.run([*pip, "--target", str(target), str(package)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    code = """
+import sys, pkgutil, importlib, atesd, atesd_kernels
+from importlib import metadata, resources
+from atesd.config import load_config, recipes
+for package in (atesd, atesd_kernels):
+    assert package.__file__.startswith(sys.argv[1]), package.__file__
+    assert resources.files(package).joinpath("py.typed").is_file()
+(found,) = metadata.distributions(name="atesd", path=[sys.argv[1]])
+assert found.version == atesd.__version__
+assert load_config("quickstart", []).max_steps > 0 and len(recipes()) == int(sys.argv[2])
+from atesd_kernels import linear_divergence
+import torch
+assert linear_divergence(torch.randn(3, 4), torch.randn(9, 4), torch.randn(3, 4)) > 0
+"""
+    command = [sys.executable, "-c", code, str(target), str(len(list((ROOT / "atesd" / "recipes").glob("*.yaml"))))]
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    modules = {p.relative_to(ROOT) for name in ("atesd", "atesd_kernels") for p in (ROOT / name).rglob("*.py")}
+    assert not [module for module in modules if not (target / module).is_file()]
+    assert (target / "bin" / "atesd").is_file()
+
+
+def test_the_sdist_holds_the_tests_and_what_they_read(built):
+    with tarfile.open(built[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for name in ("README.md", "LICENSE", "CONTRIBUTING.md", "CHANGELOG.md", "constraints.txt", "tests/conftest.py"):
+        assert name in names, name
+
+
+def test_this_environment_satisfies_every_extra_it_has_packages_of(built):
+    """Extras resolve together: one set of versions, those the tests run with, is within all their ranges at once."""
+    with zipfile.ZipFile(built[1]) as wheel:
+        (name,) = (n for n in wheel.namelist() if n.endswith("METADATA"))
+        fields = email.message_from_bytes(wheel.read(name))
+    extras = fields.get_all("Provides-Extra")
+    assert set(extras) == {"gpu", "flash", "vllm", "eval", "bench", "test"}
+    checked = set()
+    for requirement in map(Requirement, fields.get_all("Requires-Dist")):
+        if not any(requirement.marker is None or requirement.marker.evaluate({"extra": extra}) for extra in extras):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            continue
+        assert requirement.specifier.contains(version, prereleases=True), f"{requirement} and {version}"
+        checked.add(requirement.name)
+    assert {"torch", "transformers", "trl", "liger-kernel", "math-verify", "pytest", "triton"} <= checked
+    supported = {c.rpartition(" ")[2] for c in fields.get_all("Classifier") if "Python :: 3." in c}
+    assert supported == {"3.10", "3.11", "3.12", "3.13"} and fields["Requires-Python"] == ">=3.10"
 
 
 def test_the_contributors_examples_are_short_and_run(tmp_path):

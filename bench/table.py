@@ -110,7 +110,7 @@ def learning() -> str:
     return f"{learning_curves.table(found)}\n{source(*found)}"
 
 
-def scaling() -> str:
+def predicted_scaling() -> str:
     """Formulas, no result file. Imported late: it builds models, without weights, from transformers' classes."""
     from atesd import scaling as predictions
     from atesd.config import load_config
@@ -127,7 +127,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "grading_speed": of("grading_speed", grading_speed.table),
     **{f"step_vs_trl-{dtype}": of(f"step_vs_trl-{dtype}", step_vs_trl.table) for dtype in DTYPES},
     "learning_curves": learning,
-    "scaling": scaling,
+    "predicted_scaling": predicted_scaling,
 }
 for shape in SHAPES.values():
     TABLES[f"losses{shape.suffix}"] = lambda shape=shape: losses(shape)

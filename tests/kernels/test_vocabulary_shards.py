@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from atesd_kernels import linear_divergence, linear_logprobs, reference
 
@@ -27,37 +30,40 @@ GRADIENTS = ("hidden_grad", "weight_grad", "bias_grad")
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """`ranks(world)`: what each rank wrote down."""
-    started, found = {}, {}
-    # both worlds at once: the tests of the first do not wait for the second
+    """`ranks(world)`: what each rank wrote down. Of several test processes, one starts the ranks."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "vocabulary-shards"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (folder / "done").exists():
+            start_ranks(folder)
+            (folder / "done").touch()
+    return cache(lambda world: [torch.load(folder / f"{world}/{rank}.pt", weights_only=False) for rank in range(world)])
+
+
+def start_ranks(folder: Path) -> None:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    processes = []
     for world in WORLDS:
-        folder = tmp_path_factory.mktemp(f"ranks-of-{world}")
-        command = [sys.executable, "-m", "tests.kernels.shard_rank"]
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        started[world] = (
-            folder,
-            [
-                subprocess.Popen(
-                    [*command, str(rank), str(world), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
-                )
-                for rank in range(world)
-            ],
-        )
-
-    def answers(world: int) -> list[dict]:
-        if world not in found:
-            folder, processes = started[world]
-            errors = [process.communicate(timeout=300)[1] for process in processes]
-            assert not any(process.returncode for process in processes), "\n".join(errors)
-            found[world] = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
-        return found[world]
-
-    yield answers
-    for _, processes in started.values():
+        shutil.rmtree(folder / str(world), ignore_errors=True)
+        (folder / str(world)).mkdir()
+        for rank in range(world):
+            command = [
+                sys.executable,
+                "-m",
+                "tests.kernels.shard_rank",
+                str(rank),
+                str(world),
+                str(folder / str(world)),
+            ]
+            processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        errors = [process.communicate(timeout=400)[1] for process in processes]
+    finally:
         for process in processes:
-            if process.poll() is None:
-                process.kill()
+            process.kill()
+    assert not any(process.returncode for process in processes), "\n".join(errors)
 
 
 def together(parts: list[dict]) -> dict:

@@ -77,8 +77,10 @@ def train(argv: list[str]) -> int:
         print(dry_run(config))
         return 0
 
-    print(f"run directory: {config.output_dir}", flush=True)
-    config.save(config.output_dir)  # before torch is imported: from here on there is something to resume
+    main = int(os.environ.get("RANK", 0)) == 0  # of the processes a launcher has started
+    if main:
+        print(f"run directory: {config.output_dir}", flush=True)
+        config.save(config.output_dir)  # before torch is imported: from here on there is something to resume
     go_on = f"go on with: atesd train --resume {shlex.quote(config.output_dir)}"
     try:
         from atesd import trainer
@@ -90,7 +92,8 @@ def train(argv: list[str]) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         return fail(f"the disk is full ({error}); the last checkpoint is valid. Free some space, then {go_on}", 1)
-    print(f"report: {Path(run_dir) / 'report.html'}")
+    if main:
+        print(f"report: {Path(run_dir) / 'report.html'}")
     return 0
 
 

@@ -6,11 +6,8 @@ Separate from the exposure policy, which only reads numbers, and from the traine
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-from atesd.policies import ExposurePolicy
-from atesd.problems import Problem
 
 
 class Difficulty:
@@ -22,27 +19,12 @@ class Difficulty:
 
     It costs a forward of the student over the step's references, without gradient: that is why it is off by default.
     How a reward is shared among the problems of a window is defined in `ExposureController`.
-
-    Args:
-        reference_nll: problems -> mean negative log-prob of each one's reference.
-        gather: a list of floats -> those of all processes, in order of rank. Every process then keeps the same state.
     """
 
-    def __init__(
-        self, reference_nll: Callable[[Sequence[Problem]], list[float]], gather: Callable[[list[float]], list[float]]
-    ):
-        self.reference_nll, self.gather = reference_nll, gather
+    def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
-    def alphas(self, policy: ExposurePolicy, step: int, problems: Sequence[Problem], rank: int = 0) -> list[float]:
-        """The exposure `policy` picks for each of this process's problems; call it once a step on every process.
-
-        The policy is given the problems of all processes, so that it stays the same policy on each.
-        """
-        everyones = policy.alphas(step, self.normalise(self.gather(self.reference_nll(problems))))
-        return everyones[rank * len(problems) : (rank + 1) * len(problems)]
-
-    def normalise(self, values: list[float]) -> list[float]:
+    def normalise(self, values: Sequence[float]) -> list[float]:
         """Take in `values` and return their z; a value that is not finite has 0."""
         for x in filter(math.isfinite, values):
             self.count += 1

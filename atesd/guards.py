@@ -58,19 +58,17 @@ class Guards:
         self.signs_in_a_row: dict[str, int] = {}
         self.stop_reason: str | None = None
 
-    def before_update(self, updates: int, probe_nll: float | None, save: Callable[[Path], None] | None) -> None:
+    def before_update(self, updates: int, probe_nll: float | None) -> bool:
         """Take the probe NLL of the weights after `updates` optimizer steps, before the next one changes them.
 
-        A new best is written to RUN_DIR/best by `save` (None: on another process, or not asked for).
+        Returns whether these weights are the best so far and to be kept: `write_best`.
         """
         probe_nll = finite(probe_nll)
         if probe_nll is None:
-            return
+            return False
         if self.best_probe_nll is None or probe_nll < self.best_probe_nll:
             self.best_probe_nll, self.best_step, self.probes_without_best = probe_nll, updates, 0
-            if self.config.save_best and save is not None:
-                self.write_best(save)
-            return
+            return self.config.save_best
         self.probes_without_best += 1
         patience = self.config.early_stopping_patience
         if patience is not None and self.probes_without_best >= patience:
@@ -78,9 +76,10 @@ class Guards:
                 f"the probe NLL has not fallen below {self.best_probe_nll:.4g} (step {self.best_step}) in "
                 f"{self.probes_without_best} measurements (early_stopping_patience)"
             )
+        return False
 
-    def after_step(self, step: int, metrics: dict[str, Any]) -> None:
-        """Look for signs of a collapse in the metrics of a step, and say so once for each; stop if asked to."""
+    def after_step(self, step: int, metrics: dict[str, Any]) -> str | None:
+        """Look for signs of a collapse in the metrics of a step, and say so once for each. Returns `stop_reason`."""
         for sign in self.signs(metrics):
             self.signs_in_a_row[sign] = self.signs_in_a_row.get(sign, 0) + 1
             if self.signs_in_a_row[sign] != IN_A_ROW:
@@ -94,6 +93,7 @@ class Guards:
             value = finite(metrics.get(name))
             if value is not None and len(values) < START_STEPS:
                 values.append(value)
+        return self.stop_reason
 
     def signs(self, metrics: dict[str, Any]) -> list[str]:
         """The signs of a collapse this step shows."""

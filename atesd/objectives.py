@@ -23,6 +23,7 @@ from torch import Tensor
 
 from atesd.batching import PackedBatch, hidden_rows
 from atesd.config import ATESDConfig
+from atesd.processes import Processes
 from atesd_kernels import TokenStats, linear_divergence, linear_logprobs
 from atesd_kernels.integrations.head import HeadSpec
 
@@ -257,9 +258,13 @@ class TokenTotals:
         """`(5,)` float64, in the order of `NAMES`."""
         return torch.stack(self.sums).sum(0)
 
-    def means(self, sums: Tensor, num_tokens: int) -> dict[str, float]:
-        """The metrics of a step from `sum()`, reduced over processes; without a teacher those that have none."""
-        means = dict(zip(self.NAMES, (sums / num_tokens).tolist(), strict=True))
+    def over(self, processes: Processes) -> None:
+        """From here on these are the totals of the tokens of all processes."""
+        self.sums, self.divergences = [processes.sum(self.sum())], [processes.gather(torch.cat(self.divergences))]
+
+    def means(self, num_tokens: int) -> dict[str, float]:
+        """The metrics of a step; without a teacher those that need none."""
+        means = dict(zip(self.NAMES, (self.sum() / num_tokens).tolist(), strict=True))
         if not self.has_teacher:
             return {name: means[name] for name in self.WITHOUT_TEACHER}
         return means | {"mismatch_p95": self.p95()}

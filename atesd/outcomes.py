@@ -15,6 +15,7 @@ from atesd.batching import chunks, pack
 from atesd.exposure import num_exposed
 from atesd.objectives import token_logprobs
 from atesd.problems import Problem
+from atesd.processes import Processes
 from atesd.prompts import PromptBuilder
 from atesd.segmentation import Reference
 from atesd.teachers import Teacher, evaluating
@@ -34,6 +35,7 @@ class OutcomeMeter:
         grounding: "reference" scores all reference tokens the teacher was not shown, "answer" the final answer only,
             "none" nothing.
         batch_size: problems in one forward.
+        processes: those that train together; each takes its turn at the problems.
     """
 
     def __init__(
@@ -47,15 +49,21 @@ class OutcomeMeter:
         probe_every: int,
         grounding: str,
         batch_size: int,
+        processes: Processes,
     ):
         self.model, self.teacher, self.prompts, self.references = model, teacher, prompts, references
         self.backbone, self.head = hidden_states_and_head(model)
         self.device = self.head.weight.device
         self.probe, self.probe_every, self.grounding, self.batch_size = probe, probe_every, grounding, batch_size
+        self.processes = processes
 
     @torch.no_grad()
     def measure(self, step: int, alphas: Sequence[float], problems: list[Problem]) -> dict[str, float | None]:
-        """`{"probe_nll": ..., "grounded": ...}` of step `step`, None for what is not due; an exposure a problem."""
+        """`{"probe_nll": ..., "grounded": ...}` of step `step`, None for what is not due.
+
+        Args:
+            alphas, problems: of the whole step, whichever process answers them: an exposure a problem.
+        """
         due = bool(self.probe) and step % self.probe_every == 0
         with evaluating(self.model):
             return {
@@ -65,7 +73,12 @@ class OutcomeMeter:
 
     def probe_nll(self) -> float:
         """Mean over tokens of `-log p_S(y*|x)`: how well the student alone predicts the held-out references."""
-        return -float(torch.cat(self.reference_logprobs(self.probe)).mean())
+        mine, counted = self.processes.turns(self.probe)
+        logprobs = self.reference_logprobs(mine)[:counted]
+        total, tokens = self.processes.total(
+            sum(float(part.sum()) for part in logprobs), sum(len(part) for part in logprobs)
+        )
+        return -total / tokens
 
     @torch.no_grad()
     def reference_nll(self, problems: Sequence[Problem]) -> list[float]:
@@ -88,7 +101,8 @@ class OutcomeMeter:
         What it was shown it could copy, so that part of the reply is context here, and costs nothing in the head.
         """
         contexts, scored = [], []
-        for problem, alpha in zip(problems, alphas, strict=False):
+        mine, counted = self.processes.turns(list(zip(problems, alphas, strict=False)))
+        for problem, alpha in mine:
             reference = self.references[problem.id]
             ids, ends = self.prompts.reference_completion(reference)
             shown = num_exposed(alpha, len(ends)) if self.grounding == "reference" else len(ends)
@@ -97,4 +111,5 @@ class OutcomeMeter:
             scored.append(ids[cut:])
         batch = pack(contexts, scored, self.device)
         logprobs = token_logprobs(self.teacher.backbone_call, self.teacher.head, batch)
-        return sum(float(part.double().mean()) for part in logprobs.split(batch.lengths)) / len(problems)
+        scores = [float(part.double().mean()) for part in logprobs.split(batch.lengths)]
+        return self.processes.total(sum(scores[:counted]))[0] / len(problems)

@@ -1,25 +1,25 @@
 """Everything a run holds: built from its settings, saved into a checkpoint, and built again from one.
 
 Separate from the trainer so that the loop reads as the method. What is listed here is what resume brings back: trained
-weights, optimizer, schedule, sampler position, rollout generator, exposure policy with its pending decisions, teacher
-averages and every global random state.
+weights, optimizer, schedule, sampler position, the count of rollouts, exposure policy with its pending decisions, and
+teacher averages. No random state is saved, since every step begins with seeds of its own. A checkpoint holds whole
+tensors and nothing of how many processes there were: it is resumed on any number, with the same batch.
 """
 
 from __future__ import annotations
 
-import random
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import get_scheduler
 
 from atesd.batching import ProblemSampler
-from atesd.checkpoint import latest_checkpoint, load_checkpoint
+from atesd.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from atesd.config import ATESDConfig
 from atesd.difficulty import Difficulty
 from atesd.eval_training import TrainingEvaluation
@@ -31,12 +31,16 @@ from atesd.outcomes import OutcomeMeter
 from atesd.packed_attention import check_packing, use_packed_attention
 from atesd.policies import make_policy
 from atesd.precision import settle_precision
+from atesd.processes import Processes, on_cpu
 from atesd.reward import VerifierReward
 from atesd.rollout import make_engine
 from atesd.rollout.mismatch import EngineMismatch
+from atesd.rollout.seeds import seed_of
 from atesd.run_data import load_run_data
+from atesd.sharding import ShardingError, cut_like, fsdp_plugin, optimizer_state_like, reshard, shard, whole, writer
 from atesd.teachers import Teacher
 from atesd_kernels.integrations.head import check_head, hidden_states_and_head, unwrap
+from atesd_kernels.integrations.sharded_head import gather_head, reduce_head_gradient
 
 POLICY_FIELDS = (
     "max_steps hold_window lookahead policy_batch_size reward_gamma lambda_gt progress_signal alpha_min alpha_max "
@@ -52,26 +56,35 @@ class RunState:
         self.config = config
         self.run_dir = Path(config.resume or config.output_dir)
         trackers = None if config.report_to == "none" else config.report_to.replace(" ", "").split(",")
-        self.accelerator = Accelerator(log_with=trackers, project_dir=str(self.run_dir))
-        self.device, rank = self.accelerator.device, self.accelerator.process_index
+        self.accelerator = Accelerator(cpu=on_cpu(), log_with=trackers, project_dir=str(self.run_dir))
+        self.device, self.processes = self.accelerator.device, Processes(self.accelerator)
+        plugin = fsdp_plugin(self.accelerator)
+        self.sharded = plugin is not None
         set_seed(config.seed)
 
         # Problems and prompts, checked before anything long is loaded or run
-        self.tokenizer = load_tokenizer(config)
-        self.data = load_run_data(config, self.tokenizer, context_length(load_model_config(config)))
+        with self.accelerator.local_main_process_first():  # which may have to fetch them
+            self.tokenizer = load_tokenizer(config)
+            self.data = load_run_data(config, self.tokenizer, context_length(load_model_config(config)))
         self.problems, self.references, self.prompts = self.data.problems, self.data.references, self.data.prompts
         self.sampler = ProblemSampler(len(self.problems.train), config.seed)
+        own = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.problems_per_step = own * self.processes.count
 
         # The student, its rollouts, the teacher and the objective
         model = load_model(config)
         use_packed_attention(unwrap(model))
-        self.model = model.to(self.device)
+        self.model = model if self.sharded else model.to(self.device)
+        if self.sharded:
+            shard(self.model, plugin, self.device)
+            self.gather_head()
         # flash-attention has no float32 form
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=config.attn_implementation == "flash_attention_2"
         ):
             check_head(self.model)
             check_packing(self.model)
+        reshard(self.model)
         self.backbone, self.head = hidden_states_and_head(self.model)
         self.teacher = Teacher(self.model, config.teacher, ema_decay=config.ema_decay, bf16=config.bf16)
         self.meter = OutcomeMeter(
@@ -83,16 +96,17 @@ class RunState:
             probe_every=config.probe_every,
             grounding=config.grounding,
             batch_size=config.per_device_train_batch_size,
+            processes=self.processes,
         )
         self.objective = make_objective(config)
         self.reward = VerifierReward(self.tokenizer, config.num_generations) if self.objective.needs_reward else None
-        self.engine = make_engine(config, self.model, self.tokenizer, rank)
+        self.engine = make_engine(config, self.model, self.tokenizer, self.processes)
         self.engine_mismatch = EngineMismatch(config.importance_clip)
         self.evaluation = TrainingEvaluation(
             config, self.problems.eval, self.prompts, self.engine, self.tokenizer, self.accelerator
         )
 
-        # The optimizer, and the exposure policy: the same on every process, since it sees the same numbers
+        # The optimizer; and what the main process decides, of which the others' own is idle
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.trained.values(),
@@ -109,39 +123,76 @@ class RunState:
         if config.grounding == "none":
             settings["lambda_gt"] = 0.0
         self.policy = make_policy(config.exposure_policy, per_example=config.per_example_exposure, **settings)
-        self.difficulty = Difficulty(self.meter.reference_nll, self.gather) if config.per_example_exposure else None
+        self.difficulty = Difficulty() if config.per_example_exposure else None
         self.guards = Guards(config, self.run_dir)
         self.timer = PhaseTimer()
         self.start, self.nonfinite_in_a_row = 0, 0
-        checkpoint = latest_checkpoint(self.run_dir) if config.resume else None
+        checkpoint = self.processes.told(lambda: latest_checkpoint(self.run_dir) if config.resume else None)
         if checkpoint is not None:
             self.load_state_dict(load_checkpoint(checkpoint))
 
     def autocast(self) -> AbstractContextManager[None]:
-        """The precision of every forward. A new context each time: weights cast in it live as long as it does."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)
+        """The precision of every forward. A new context each time: weights cast in it live as long as it does, unless
+        they are sharded: then they do not live longer than FSDP2 lends them."""
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.config.bf16, cache_enabled=not self.sharded
+        )
+
+    def seed_step(self, t: int) -> None:
+        """Global random numbers (dropout's) of step `t`: other ones on each process, the same ones after a resume."""
+        set_seed(seed_of(self.config.seed, -1 - t * self.processes.count - self.processes.rank) % 2**32)
+
+    def sum_gradients(self) -> None:
+        """The gradients of one large batch. Each process has those of its share; where FSDP2 shards the weights it has
+        summed them in backward, but for the head's."""
+        if self.sharded:
+            if unwrap(self.model).get_output_embeddings().weight.requires_grad:
+                reduce_head_gradient(self.model)
+        elif self.processes.count > 1:
+            for p in self.trained.values():
+                p.grad = self.processes.sum(torch.zeros_like(p) if p.grad is None else p.grad)
+
+    def gather_head(self) -> None:
+        """The head's weight whole, as its shards are now, where it is trained and sharded."""
+        if self.sharded and unwrap(self.model).get_output_embeddings().weight.requires_grad:
+            gather_head(self.model)
 
     def stateful(self) -> dict[str, Any]:
         """All that a continued run needs besides the trained weights and the random states."""
         names = ("optimizer", "scheduler", "sampler", "engine", "policy", "difficulty", "guards", "teacher")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def gather(self, values: list[float]) -> list[float]:
-        """The values of all processes, in order of rank; every process has as many."""
-        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
-        return self.accelerator.gather(mine).tolist()
+    def model_writer(self) -> Callable[..., None]:
+        """Writes the adapter, or the model, into a folder. All processes make one, the main one calls it."""
+        return writer(self.model, self.trained)
 
     def state_dict(self, step: int) -> dict[str, Any]:
+        """All processes make one, for sharded tensors are gathered in it; the main one's is saved."""
         trained = {name: p.detach() for name, p in self.trained.items()}
         parts = {name: part.state_dict() for name, part in self.stateful().items()}
         counters = {"step": step, "nonfinite_in_a_row": self.nonfinite_in_a_row}
-        return {**counters, "trained": trained, "random": random_states(), **parts}
+        return whole({**counters, "problems_per_step": self.problems_per_step, "trained": trained, **parts})
+
+    def save(self, step: int) -> None:
+        """The checkpoint of the run after `step` steps: gathered by all processes, written by the main one."""
+        state, adapter = self.state_dict(step), self.model_writer() if self.config.use_peft else None
+        if self.processes.is_main:
+            save_checkpoint(self.run_dir, step, state, adapter, self.config.save_total_limit)
+        self.processes.wait()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.start, self.nonfinite_in_a_row = state["step"], state["nonfinite_in_a_row"]
+        self.problems_per_step = state["problems_per_step"]
+        if self.problems_per_step % self.processes.count:
+            raise ShardingError(
+                f"the run takes {self.problems_per_step} problems a step, which {self.processes.count} processes "
+                "cannot share equally: resume it with a number of processes that divides them."
+            )
         with torch.no_grad():
             for name, p in self.trained.items():
-                p.copy_(state["trained"][name])
+                p.copy_(cut_like(state["trained"][name], p))
+        self.gather_head()
+        state["optimizer"] = optimizer_state_like(state["optimizer"], self.optimizer)
         for name, part in self.stateful().items():
             part.load_state_dict(state[name])
         # the settings that `--resume` may change, over what optimizer and schedule have saved of them
@@ -150,25 +201,3 @@ class RunState:
             self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
         ):
             group["lr"] = rate * shape(self.scheduler.last_epoch)
-        set_random_states(state["random"])
-
-
-def random_states() -> dict[str, Any]:
-    """Python's, numpy's, torch's and, where used, each GPU's."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Continue from what `random_states` gave."""
-    random.setstate(states["python"])
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])

@@ -8,7 +8,9 @@ Separate from the trainer because which weights teach is one question with one c
 | ema    | a moving average of the adapter | a moving average of all weights     |
 | live   | the student itself            | the student itself                   |
 
-No second model object exists: a copy is a dictionary of tensors, put in place for the length of a forward.
+No second model object exists: a copy is a dictionary of tensors, put in place for the length of a forward. Where FSDP2
+shards the weights, the copy is cut alike, so that each process keeps and exchanges its own shards only; the head, which
+the loss reads whole, is a whole copy.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from atesd.batching import PackedBatch, hidden_rows
-from atesd_kernels.integrations.head import HeadSpec, hidden_states_and_head
+from atesd.sharding import cut_like, reshard, sharded_modules
+from atesd_kernels.integrations.head import HeadSpec, hidden_states_and_head, unwrap
 
 KINDS = ("frozen", "ema", "live")
 
@@ -43,16 +46,19 @@ class Teacher:
             raise ValueError(f"teacher is {kind!r}; known: {', '.join(KINDS)}.")
         self.model, self.kind, self.decay = model, kind, ema_decay
         self.backbone, self.student_head = hidden_states_and_head(model)
+        base = unwrap(model)
+        backbone = getattr(base, base.base_model_prefix)  # the module: `self.backbone` may be a wrapper's forward
+        reshard(model)
         self.disable_adapter = kind == "frozen" and hasattr(model, "disable_adapter")
         self.sources: dict[str, Tensor] = {}  # trained parameters, by their name in the backbone or "head.*"
         if kind != "live" and not self.disable_adapter:
-            self.sources = {name: p for name, p in self.backbone.named_parameters() if p.requires_grad}
+            self.sources = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
             known = {id(p) for p in self.sources.values()}
             for name in ("weight", "bias"):  # a tied head is already there, as the embedding
                 p = getattr(self.student_head, name)
                 if p is not None and p.requires_grad and id(p) not in known:
                     self.sources[f"head.{name}"] = p
-        matrices = {id(m.weight) for m in self.backbone.modules() if isinstance(m, nn.Linear)}
+        matrices = {id(m.weight) for m in backbone.modules() if isinstance(m, nn.Linear)}
         self.values = {
             name: p.detach().to(torch.bfloat16, copy=True)
             if bf16 and kind == "frozen" and id(p) in matrices
@@ -82,6 +88,9 @@ class Teacher:
         """The backbone under the teacher's weights, without gradient or dropout."""
         values = {name: value for name, value in self.values.items() if not name.startswith("head.")}
         with evaluating(self.model), self.model.disable_adapter() if self.disable_adapter else contextlib.nullcontext():
+            if values and sharded_modules(self.model):
+                with exchanged(self.model, self.sources, values):
+                    return self.backbone(**inputs)
             return torch.func.functional_call(self.backbone, values, (), inputs) if values else self.backbone(**inputs)
 
     @torch.no_grad()
@@ -93,13 +102,39 @@ class Teacher:
 
     def state_dict(self) -> dict[str, Any]:
         """The averages. A frozen copy is not saved: it is the model as loaded, before the trained weights."""
-        return {"kind": self.kind, "values": self.values if self.kind == "ema" else {}}
+        values = {name: value for name, value in self.values.items() if name not in self.twice()}
+        return {"kind": self.kind, "values": values if self.kind == "ema" else {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["kind"] != self.kind:
             raise ValueError(f"the checkpoint was made with teacher={state['kind']!r}, not {self.kind!r}.")
         for name, value in state["values"].items():
-            self.values[name].copy_(value)
+            self.values[name].copy_(cut_like(value, self.values[name]))
+        for name, embedding in self.twice().items():
+            if state["values"]:
+                self.values[name].copy_(state["values"][embedding])
+
+    def twice(self) -> dict[str, str]:
+        """Of a tied head that FSDP2 shards: the name of its whole copy, and of the shards that hold the same."""
+        base = unwrap(self.model)
+        head, sharded = base.get_output_embeddings(), {id(p): name for name, p in self.sources.items()}
+        name = sharded.get(id(head.weight))
+        return {"head.weight": name} if name and "head.weight" in self.values else {}
+
+
+@contextlib.contextmanager
+def exchanged(model: nn.Module, shards: dict[str, Tensor], values: dict[str, Tensor]) -> Iterator[None]:
+    """FSDP2's shards hold `values` for the length of a forward, and then what they held."""
+    reshard(model)
+    own = {name: shards[name].to_local().clone() for name in values}
+    for name, value in values.items():
+        shards[name].to_local().copy_(value.to_local())
+    try:
+        yield
+    finally:
+        reshard(model)
+        for name, shard in own.items():
+            shards[name].to_local().copy_(shard)
 
 
 @contextlib.contextmanager

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from atesd.batching import assert_same_responses, chunks, hidden_rows, pack
-from atesd.checkpoint import save_checkpoint
 from atesd.config import ATESDConfig
 from atesd.exposure import exposed_text
 from atesd.guards import clip_fraction, repetition
@@ -31,8 +31,10 @@ from atesd.metrics import RunLog, peak_memory_bytes
 from atesd.objectives import ResponseTokens, TokenTotals
 from atesd.precision import settle_precision
 from atesd.problems import Problem
+from atesd.processes import Processes, on_cpu
 from atesd.rollout import Rollout, RolloutError
 from atesd.run_state import RunState
+from atesd.sharding import whole
 
 
 class NonFiniteLoss(RuntimeError):
@@ -52,7 +54,10 @@ def train(config: ATESDConfig) -> Path:
     """
     config.validate()
     settle_precision(config)
-    config.save(config.resume or config.output_dir)  # before anything long: whatever ends the run, it can be resumed
+    processes = Processes(PartialState(cpu=on_cpu()))
+    config.output_dir = processes.told(lambda: config.output_dir)  # a default name holds the time
+    if processes.is_main:  # before anything long: whatever ends the run, it can be resumed
+        config.save(config.resume or config.output_dir)
     return Trainer(config).run()
 
 
@@ -61,7 +66,7 @@ class Trainer(RunState):
 
     def run(self) -> Path:
         """All steps from where the run stands, then the adapter, a summary and the report."""
-        config, main = self.config, self.accelerator.is_main_process
+        config, main = self.config, self.processes.is_main
         if main:
             self.log = RunLog(self.run_dir, self.start or None)
         self.accelerator.init_trackers("atesd", config=asdict(config))
@@ -74,10 +79,7 @@ class Trainer(RunState):
             metrics, sample = self.train_step(t)
             metrics |= self.evaluation.measure(t + 1)
             done = t + 1
-            self.guards.after_step(done, metrics)
-            stop = bool(
-                self.sum_over_processes(torch.tensor(float(self.guards.stop_reason is not None), device=self.device))
-            )
+            stop = self.processes.told(self.guards.after_step, done, metrics)
             if main:
                 self.log.log(t + 1, metrics)
                 self.log.sample(t + 1, sample)
@@ -85,8 +87,8 @@ class Trainer(RunState):
                     self.accelerator.log(metrics, step=t + 1)
                 shown = {"loss": metrics["loss"], "alpha": metrics["alpha"], "tok/s": metrics["tokens_per_second"]}
                 bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
-                if done % config.save_steps == 0 or done == config.max_steps or stop:
-                    self.save(t + 1)
+            if done % config.save_steps == 0 or done == config.max_steps or stop:
+                self.save(done)
             if self.nonfinite_in_a_row >= config.max_nonfinite_steps:
                 raise NonFiniteLoss(
                     f"the rollouts, the loss or its gradient were not finite in {self.nonfinite_in_a_row} steps in a "
@@ -94,10 +96,12 @@ class Trainer(RunState):
                     "learning_rate or max_grad_norm, or run without bf16."
                 )
             if stop:
-                tqdm.write(f"stopped after step {done}: {self.guards.stop_reason or 'another process asked for it'}")
+                if main:
+                    tqdm.write(f"stopped after step {done}: {stop}")
                 break
+        write_model = self.model_writer()
         if main:
-            self.model.save_pretrained(self.run_dir / ("adapter" if config.use_peft else "model"))
+            write_model(self.run_dir / ("adapter" if config.use_peft else "model"))
             if not config.use_peft:
                 self.tokenizer.save_pretrained(self.run_dir / "model")
             summary = {"steps": done, **self.data.counts(), **self.guards.summary(), **self.policy.finish()}
@@ -113,28 +117,36 @@ class Trainer(RunState):
     def train_step(self, t: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """One optimizer step: exposure, rollouts, distillation, update, outcome. Returns metrics and a sample."""
         config, started = self.config, time.perf_counter()
+        self.seed_step(t)
         # y ~ p_S(.|x): every process takes its share of the step's problems
-        count, position = config.per_device_train_batch_size * config.gradient_accumulation_steps, self.sampler.position
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        drawn = self.sampler.draw(count * processes)[rank * count : (rank + 1) * count]
-        problems = [self.problems.train[i] for i in drawn for _ in range(config.num_generations)]
+        before = [part.state_dict() for part in (self.sampler, self.engine)]
+        drawn = self.sampler.draw(self.problems_per_step)
+        batch = [self.problems.train[i] for i in drawn for _ in range(config.num_generations)]
+        problems = self.processes.share(batch)
         try:
-            rollouts = self.roll_out(problems)
+            rollouts, failure = self.roll_out(problems), None
         except RolloutError as error:
-            self.sampler.position = position  # the batch is still to come, and nothing else has moved
+            rollouts, failure = [], error
+        if self.processes.any(failure is not None):
+            for part, state in zip((self.sampler, self.engine), before, strict=True):
+                part.load_state_dict(state)  # the batch is still to come, and nothing else has moved
             self.save(t)
             raise RolloutError(
-                f"{error}\nThe run is saved as it was after step {t}: go on with atesd train --resume {self.run_dir}"
-            ) from error
+                f"{failure or 'the rollouts of another process failed'}\n"
+                f"The run is saved as it was after step {t}: go on with atesd train --resume {self.run_dir}"
+            ) from failure
         with self.timer.phase("reward"):
             advantages, rewards = self.reward.advantages(problems, rollouts) if self.reward else (None, {})
-        alphas = self.exposures(t, problems)
+        everyones = self.exposures(t, batch)
+        alphas = self.processes.share(everyones)
 
         # What the update has to show for itself is measured before it is made
         with self.timer.phase("probe"), self.autocast():
-            outcome = self.meter.measure(t, alphas, problems)
-        writer = self.model.save_pretrained if self.accelerator.is_main_process else None
-        self.guards.before_update(t, outcome["probe_nll"], writer)
+            outcome = self.meter.measure(t, everyones, batch)
+        if self.processes.told(self.guards.before_update, t, outcome["probe_nll"]):
+            write_model = self.model_writer()
+            if self.processes.is_main:
+                self.guards.write_best(write_model)
         loss, totals, num_tokens = self.distill(problems, rollouts, alphas, advantages)
         with self.timer.phase("optimizer"):
             grad_norm = self.update(loss)
@@ -143,11 +155,18 @@ class Trainer(RunState):
             self.save_nonfinite(t, problems, rollouts, alpha=alphas[0], loss=loss)
         self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if skipped else 0
 
-        stats = totals.means(self.sum_over_processes(totals.sum()), num_tokens)
+        totals.over(self.processes)
+        stats = totals.means(num_tokens)
         measured = {"loss": loss, "mismatch": stats.get("mismatch"), "confidence": stats["student_confidence"]}
         with self.timer.phase("policy"):
-            learned = self.policy.observe(t, **(dict.fromkeys(measured) if skipped else measured), **outcome)
-        lengths = [len(r.response_ids) for r in rollouts]
+            seen = (dict.fromkeys(measured) if skipped else measured) | outcome
+            learned = self.policy.observe(t, **seen) if self.processes.is_main else {}
+        n = len(rollouts)
+        responses = {
+            "response_length": sum(len(r.response_ids) for r in rollouts) / n,
+            "truncated_fraction": sum(r.truncated for r in rollouts) / n,
+            "repetition": sum(repetition(r.response_ids) for r in rollouts) / n,
+        }
         seconds = time.perf_counter() - started
         metrics = {
             "loss": loss,
@@ -155,12 +174,9 @@ class Trainer(RunState):
             "grad_norm": grad_norm,
             **stats,
             **clip_fraction(config, loss, totals, stats.get("mismatch")),
-            **rewards,
-            "response_length": sum(lengths) / len(lengths),
-            "truncated_fraction": sum(r.truncated for r in rollouts) / len(rollouts),
-            "repetition": sum(repetition(r.response_ids) for r in rollouts) / len(rollouts),
+            **self.processes.mean(rewards | responses),
             "num_tokens": num_tokens,
-            **self.engine_mismatch.take(),
+            **self.engine_mismatch.take(self.processes.gather),
             **{("grounded_score" if name == "grounded" else name): v for name, v in outcome.items() if v is not None},
             **learned,
             "skipped": int(skipped),
@@ -187,18 +203,21 @@ class Trainer(RunState):
         release_freed_memory()
         return rollouts
 
-    def exposures(self, t: int, problems: list[Problem]) -> list[float]:
-        """How much of its reference the teacher of each problem reads: what the policy says, as far as it fits."""
-        if self.difficulty is None:
+    def exposures(self, t: int, batch: list[Problem]) -> list[float]:
+        """How much of its reference the teacher of each problem of the step reads: what the policy of the main process
+        says, as far as it fits."""
+        difficulty = self.difficulty
+        if difficulty is None:
             with self.timer.phase("policy"):
-                alphas = [self.policy.alpha(t)] * len(problems)
+                alphas = [self.processes.told(self.policy.alpha, t)] * len(batch)
         else:
             repeats = self.config.num_generations
             with self.timer.phase("probe"), self.autocast():
-                rank = self.accelerator.process_index
-                own = self.difficulty.alphas(self.policy, t, problems[::repeats], rank)
-            alphas = [alpha for alpha in own for _ in range(repeats)]
-        return [self.data.alpha(problem, alpha) for problem, alpha in zip(problems, alphas, strict=True)]
+                nll = self.meter.reference_nll(self.processes.share(batch[::repeats]))
+                nll = self.processes.gather(torch.tensor(nll, dtype=torch.float64, device=self.device)).tolist()
+            chosen = self.processes.told(lambda: self.policy.alphas(t, difficulty.normalise(nll)))
+            alphas = [alpha for alpha in chosen for _ in range(repeats)]
+        return [self.data.alpha(problem, alpha) for problem, alpha in zip(batch, alphas, strict=True)]
 
     def distill(
         self,
@@ -208,8 +227,7 @@ class Trainer(RunState):
         advantages: list[float] | None = None,
     ) -> tuple[float, TokenTotals, int]:
         """Accumulate the gradient of the objective, a mean over all response tokens of the step."""
-        local = sum(len(r.response_ids) for r in rollouts)
-        num_tokens = int(self.sum_over_processes(torch.tensor(local, device=self.device)))
+        num_tokens = int(self.processes.total(sum(len(r.response_ids) for r in rollouts))[0])
         loss, totals = torch.zeros((), device=self.device), TokenTotals()
         if not all(r.finite for r in rollouts):
             loss += torch.nan  # a rollout the student could not sample makes no step, whatever is computed on it
@@ -239,38 +257,33 @@ class Trainer(RunState):
                         states, self.head, teacher_hidden, teacher_head, tokens, num_tokens
                     )
                     with torch.autocast(self.device.type, enabled=False):
-                        self.accelerator.backward(part_loss)
+                        part_loss.backward()
                         student_hidden.backward(states.grad)
                 loss += part_loss.detach()
                 totals.add(stats)
                 release_freed_memory()  # of the activations: the next part's have other sizes
-        return float(self.sum_over_processes(loss)), totals, num_tokens
+        return float(self.processes.sum(loss)), totals, num_tokens
 
     def update(self, loss: float) -> float | None:
         """Clip and step; None, and no step, where the loss or the gradient is not finite."""
         release_freed_memory()  # of the activations: the first step allocates the optimizer's state
-        if self.accelerator.num_processes > 1:  # gradients of one large batch: no DDP wrapper, one sum a step
-            for p in self.trained.values():
-                p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
-        norm = float(torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm))
+        self.sum_gradients()
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm)))
         finite = np.isfinite(loss) and np.isfinite(norm)
         if not finite:  # without gradients a step changes nothing; the schedule follows the count of all steps
             self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.step()
         if finite:
+            self.gather_head()
             self.teacher.update()
         self.optimizer.zero_grad(set_to_none=True)
         release_freed_memory()
         return norm if finite else None
 
-    def save(self, step: int) -> None:
-        """The checkpoint of the run after `step` steps."""
-        writer = self.model.save_pretrained if self.config.use_peft else None
-        save_checkpoint(self.run_dir, step, self.state_dict(step), writer, self.config.save_total_limit)
-
     def save_nonfinite(self, t: int, problems: list[Problem], rollouts: list[Rollout], **numbers: float) -> None:
         """Keep the batch of a skipped step for inspection, and say where it is."""
-        path = self.run_dir / "nonfinite" / f"step-{t + 1}.pt"
+        rank = f"-process-{self.processes.rank}" if self.processes.rank else ""
+        path = self.run_dir / "nonfinite" / f"step-{t + 1}{rank}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         batch = {"problem_ids": [p.id for p in problems], "rollouts": [asdict(r) for r in rollouts]}
         torch.save({"step": t + 1, **numbers, **batch}, path)
@@ -284,6 +297,3 @@ class Trainer(RunState):
         exposed = exposed_text(self.references[problem.id], alpha)
         sample = {"problem_id": problem.id, "problem": problem.problem, "answer": problem.answer, "response": text}
         return sample | {"truncated": rollout.truncated, "alpha": alpha, "exposed": exposed}
-
-    def sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(value, "sum") if self.accelerator.num_processes > 1 else value

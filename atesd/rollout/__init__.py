@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from atesd.processes import Processes
+from atesd.rollout.seeds import ResponseSeeds
+
 if TYPE_CHECKING:
     from atesd.config import ATESDConfig
 
@@ -55,7 +58,10 @@ class RolloutError(RuntimeError):
 
 
 class RolloutEngine(Protocol):
-    """Samples one response for each prompt, from the student as it was at the last `sync`."""
+    """Samples one response for each prompt, from the student as it was at the last `sync`.
+
+    Every process calls `sync` and `release`, since each may be a message; `generate` is each one's own affair.
+    """
 
     def sync(self) -> None:
         """Take over the student's weights as they are now. Comes before the first `generate`."""
@@ -74,28 +80,29 @@ class RolloutEngine(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def make_engine(config: ATESDConfig, model: Any, tokenizer: Any, rank: int = 0) -> RolloutEngine:
-    """The engine `config.rollout_engine` names; each process (`rank`) draws other responses.
+def make_engine(config: ATESDConfig, model: Any, tokenizer: Any, processes: Processes | None = None) -> RolloutEngine:
+    """The engine `config.rollout_engine` names, for this one of `processes`; each draws other responses.
 
     Raises:
-        RolloutError: vLLM is not installed, its server does not answer or cannot hold the run's prompts.
+        RolloutError: vLLM is not installed, its server does not answer or cannot hold the run's prompts, or several
+            processes would each hold a vLLM.
     """
-    if config.rollout_engine != "hf":
-        from accelerate import PartialState
-
-        if PartialState().num_processes > 1:
-            raise RolloutError(
-                f"rollout_engine is {config.rollout_engine!r} and {PartialState().num_processes} processes train; vLLM "
-                "rollouts work with one: start one process, or set rollout_engine to 'hf'."
-            )
+    processes = Processes() if processes is None else processes
+    seeds = ResponseSeeds(config.seed, processes.rank, processes.count)
     if config.rollout_engine == "vllm":
+        if processes.count > 1:
+            raise RolloutError(
+                f"rollout_engine is 'vllm' and {processes.count} processes train: vLLM inside the training process "
+                "works with one. Start a server with `vllm serve` on other GPUs and set rollout_engine to "
+                "'vllm_server', or to 'hf'."
+            )
         from atesd.rollout.vllm import VLLMEngine
 
-        return VLLMEngine.from_config(config, model, tokenizer)
+        return VLLMEngine.from_config(config, model, tokenizer, seeds)
     if config.rollout_engine == "vllm_server":
         from atesd.rollout.vllm_server import VLLMServerEngine
 
-        return VLLMServerEngine.from_config(config, model, tokenizer)
+        return VLLMServerEngine.from_config(config, model, tokenizer, seeds, processes)
 
     from atesd.rollout.hf import HFEngine
 
@@ -106,6 +113,6 @@ def make_engine(config: ATESDConfig, model: Any, tokenizer: Any, rank: int = 0) 
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=config.top_k,
-        seed=config.seed + 7919 * rank,
+        seeds=seeds,
         bf16=config.bf16,
     )

@@ -19,6 +19,8 @@ from transformers.cache_utils import DynamicLayer
 
 from atesd.rollout import Rollout, Sampling
 from atesd.rollout.packed import decoding_model
+from atesd.rollout.seeds import ResponseSeeds
+from atesd.sharding import unsharded
 from atesd_kernels.integrations.head import unwrap
 
 ROOM = 1024  # tokens a cache grows by: an evaluation may ask for 38,912, and few responses take them
@@ -32,7 +34,7 @@ class HFEngine:
         tokenizer: names the pad and end tokens.
         max_completion_length: most new tokens of a response.
         temperature, top_p, top_k: sampling; `top_k=0` and `top_p=1.0` switch the filters off.
-        seed: seeds the engine's own random generator, whose state is checkpointed.
+        seeds: of the engine's own sampling, whose count is checkpointed.
         bf16: decode in bfloat16 as autocast would (the residual stream stays float32).
     """
 
@@ -45,15 +47,15 @@ class HFEngine:
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
-        seed: int = 0,
+        seeds: ResponseSeeds | None = None,
         bf16: bool = False,
     ):
         self.model, self.bf16 = model, bf16
         self.device = next(model.parameters()).device
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
         self.pad_id, self.stop_ids = tokenizer.pad_token_id, stop_token_ids(unwrap(model), tokenizer)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.uniforms: Tensor | None = None  # `(prompts, tokens)`, in place of the generator where a call has its seeds
+        self.seeds = ResponseSeeds(0) if seeds is None else seeds
+        self.whole = contextlib.ExitStack()
         self.config = GenerationConfig(
             max_new_tokens=max_completion_length,
             do_sample=True,
@@ -66,7 +68,14 @@ class HFEngine:
     def generate(self, prompts: list[list[int]], sampling: Sampling | None = None) -> list[Rollout]:
         """One response for each prompt, all decoded as one left-padded batch."""
         if sampling is not None:
-            return self.sampling_as(sampling).generate(prompts)
+            return self.sampling_as(sampling).decode_batch(prompts)
+        seeds = self.seeds.following(len(prompts))
+        own = Sampling(self.config.max_new_tokens, self.temperature, self.top_p, self.top_k, seeds)
+        rollouts = self.sampling_as(own).decode_batch(prompts)
+        self.seeds.count(len(prompts))
+        return rollouts
+
+    def decode_batch(self, prompts: list[list[int]]) -> list[Rollout]:
         width = max(map(len, prompts))
         input_ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
@@ -97,14 +106,8 @@ class HFEngine:
             torch.rand(other.config.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
             for seed in sampling.seeds
         ]
-        other.uniforms = torch.stack(rows).to(self.device)
+        other.uniforms = torch.stack(rows).to(self.device)  # (prompts, tokens)
         return other
-
-    def uniform(self, running: Tensor, step: int) -> Tensor:
-        """`(batch,)` numbers in [0, 1) for token `step` of the responses `running`."""
-        if self.uniforms is not None:
-            return self.uniforms[running, step]
-        return torch.rand(len(running), dtype=torch.float64, device=self.device, generator=self.generator)
 
     def decode(
         self, model: nn.Module, input_ids: Tensor, generation_config: GenerationConfig, **inputs: Any
@@ -134,7 +137,7 @@ class HFEngine:
                 logits_to_keep=1,
                 **{name: cache},
             )
-            u = self.uniform(running, step)
+            u = self.uniforms[running, step]  # (batch,)
             sampled, drawn = sample(out.logits[:, -1], self.temperature, self.top_p, self.top_k, u)
             sampled = torch.where(ended | ~drawn, self.pad_id, sampled)
             responses[running, step] = sampled
@@ -156,19 +159,23 @@ class HFEngine:
         return [(row[:n], drawn) for row, n, drawn in rows]
 
     def sync(self) -> None:
-        """Nothing to do: this engine decodes with the student itself."""
+        """This engine decodes with the student itself, whose weights, where they are sharded, are whole from here on:
+        responses of different length then cost no process a message."""
+        self.whole.close()
+        self.whole.enter_context(unsharded(self.model))
 
     def release(self) -> None:
-        """Nothing to do: cache and packed matrices live as long as `generate`."""
+        """Back to shards. Cache and packed matrices live as long as `generate`."""
+        self.whole.close()
 
     def close(self) -> None:
         """Nothing to do: it holds nothing of its own."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {"generator": self.generator.get_state()}
+        return self.seeds.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.generator.set_state(state["generator"].cpu())
+        self.seeds.load_state_dict(state)
 
 
 def cache_argument(model: nn.Module) -> str:

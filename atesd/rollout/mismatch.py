@@ -6,7 +6,7 @@ temperature 1 and before top-k and top-p: that distribution both define alike, w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,15 +44,17 @@ class EngineMismatch:
         self.differences.append(difference)
         return None if self.clip is None else difference.exp().clamp(max=self.clip)
 
-    def take(self) -> dict[str, float]:
+    def take(self, gather: Callable[[Tensor], Tensor] = torch.clone) -> dict[str, float]:
         """Metrics of the step so far, and start again. Nothing where the engine gave no log-probabilities.
+
+        `gather` gives the differences of all processes for those of this one.
 
         `engine_logprob_diff` is the mean over response tokens of `|log p_trainer - log p_engine|`; with a clip,
         `importance_weight` is the mean weight and `importance_clipped` the share of tokens at the clip.
         """
         if not self.differences:
             return {}
-        difference, self.differences = torch.cat(self.differences), []
+        difference, self.differences = gather(torch.cat(self.differences)), []
         metrics = {"engine_logprob_diff": difference.abs().mean().item()}
         if self.clip is not None:
             ratio = difference.exp()

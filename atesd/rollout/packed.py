@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from atesd_kernels.integrations.head import unwrap
 
@@ -81,10 +82,15 @@ def onednn_packs(dtype: torch.dtype) -> bool:
 
 @contextlib.contextmanager
 def decoding_model(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
-    """The model to decode with: on a CPU the packed twin, its matrices freed afterwards; elsewhere `model` itself."""
+    """The model to decode with: on a CPU the packed twin, its matrices freed afterwards; elsewhere, and where FSDP2
+    holds the weights, `model` itself."""
     training = model.training
     packed = []
-    if next(model.parameters()).device.type == "cpu" and onednn_packs(dtype):
+    if (
+        next(model.parameters()).device.type == "cpu"
+        and onednn_packs(dtype)
+        and not isinstance(unwrap(model), FSDPModule)
+    ):
         model = packed_twin(unwrap(model))
         packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
         for module in packed:

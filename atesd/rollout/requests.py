@@ -6,7 +6,6 @@ a seed of its own, so that neither the order of the answers nor the company in a
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from abc import ABC, abstractmethod
@@ -16,6 +15,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from atesd.rollout import Rollout, RolloutError, Sampling
+from atesd.rollout.seeds import ResponseSeeds
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class RequestEngine(ABC):
     Args:
         stop_ids: tokens that end a response; the engine's own list is not used, so that all engines stop alike.
         context_length: longest prompt and response together.
-        max_completion_length, temperature, top_p, top_k, seed: the engine's own sampling.
+        max_completion_length, temperature, top_p, top_k, seeds: the engine's own sampling.
         retries: how often a response that failed is asked for again.
         timeout: seconds after which a request is given up.
     """
@@ -49,14 +49,14 @@ class RequestEngine(ABC):
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
-        seed: int = 0,
+        seeds: ResponseSeeds | None = None,
         retries: int = 2,
         timeout: float = 1800.0,
     ):
         self.stop_ids, self.context_length = stop_ids, context_length
         self.max_completion_length = max_completion_length
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
-        self.seed, self.asked = seed, 0
+        self.seeds = ResponseSeeds(0) if seeds is None else seeds
         self.retries, self.timeout = retries, timeout
 
     @abstractmethod
@@ -67,10 +67,10 @@ class RequestEngine(ABC):
         """One response for each prompt. Log-probabilities come with the engine's own sampling only."""
         if sampling is not None:
             return self.ask_for(prompts, sampling, logprobs=False)
-        seeds = tuple(seed_of(self.seed, self.asked + i) for i in range(len(prompts)))
+        seeds = self.seeds.following(len(prompts))
         sampling = Sampling(self.max_completion_length, self.temperature, self.top_p, self.top_k, seeds)
         rollouts = self.ask_for(prompts, sampling, logprobs=True)
-        self.asked += len(prompts)
+        self.seeds.count(len(prompts))
         return rollouts
 
     def ask_for(self, prompts: list[list[int]], sampling: Sampling, logprobs: bool) -> list[Rollout]:
@@ -120,20 +120,10 @@ class RequestEngine(ABC):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"asked": self.asked}
+        return self.seeds.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if "asked" not in state:
-            raise RolloutError(
-                "the checkpoint's rollouts came from rollout_engine 'hf', whose random state means nothing to vLLM: "
-                "resume with --rollout_engine hf, or start a new run."
-            )
-        self.asked = state["asked"]
-
-
-def seed_of(seed: int, number: int) -> int:
-    """The seed of a run's response `number`: 48 bits that look nothing like the next one's."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:6], "big")
+        self.seeds.load_state_dict(state)
 
 
 def request_parameters(sampling: Sampling, seed: int, stop_ids: list[int], logprobs: bool) -> dict[str, Any]:

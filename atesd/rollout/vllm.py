@@ -24,6 +24,7 @@ from atesd.models import context_length, model_path
 from atesd.rollout import RolloutError
 from atesd.rollout.hf import stop_token_ids
 from atesd.rollout.requests import Completion, RequestEngine
+from atesd.rollout.seeds import ResponseSeeds
 from atesd.rollout.vllm_worker import WORKER_EXTENSION
 from atesd.rollout.weights import merged_weights
 from atesd_kernels.integrations.head import unwrap
@@ -76,13 +77,13 @@ class VLLMEngine(RequestEngine):
                     skip_tokenizer_init=True,
                     use_tqdm_on_load=False,
                     worker_extension_cls=WORKER_EXTENSION,
-                    seed=self.seed,
+                    seed=0,  # every request has its own
                 )
             except (ValueError, RuntimeError) as error:
                 raise RolloutError(f"vLLM does not start with {path!r}: {error}") from error
 
     @classmethod
-    def from_config(cls, config: ATESDConfig, model: nn.Module, tokenizer: Any) -> VLLMEngine:
+    def from_config(cls, config: ATESDConfig, model: nn.Module, tokenizer: Any, seeds: ResponseSeeds) -> VLLMEngine:
         """As `config` says, with a cache for all rollouts of a step where its size is left open."""
         dtype = torch.bfloat16 if config.bf16 else getattr(torch, config.torch_dtype)
         return cls(
@@ -91,6 +92,7 @@ class VLLMEngine(RequestEngine):
             dtype=dtype,
             kv_cache_bytes=config.vllm_kv_cache_bytes or kv_cache_bytes(unwrap(model).config, config, dtype),
             sleep=config.vllm_enable_sleep_mode,
+            seeds=seeds,
             **request_settings(config, model, tokenizer),
         )
 
@@ -158,7 +160,6 @@ def request_settings(config: ATESDConfig, model: nn.Module, tokenizer: Any) -> d
         "temperature": config.temperature,
         "top_p": config.top_p,
         "top_k": config.top_k,
-        "seed": config.seed,
         "retries": config.rollout_retries,
         "timeout": config.rollout_timeout,
     }

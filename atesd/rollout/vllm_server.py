@@ -13,20 +13,25 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from atesd.config import ATESDConfig
+from atesd.processes import Processes
 from atesd.rollout import RolloutError
 from atesd.rollout.requests import Completion, RequestEngine
+from atesd.rollout.seeds import ResponseSeeds
 from atesd.rollout.vllm import request_settings
 from atesd.rollout.vllm_worker import WORKER_EXTENSION
 from atesd.rollout.weights import merged_weights
+from atesd.sharding import reshard, sharded_modules, writer
 from atesd_kernels.integrations.head import unwrap
 
 MAX_CONNECTIONS = 256
@@ -44,6 +49,7 @@ class VLLMServerEngine(RequestEngine):
         folder: where weights are written for the server to read; they are removed again.
         dtype: the weights are written in.
         merged: send merged weights where LoRA is trained, instead of the adapter.
+        processes: those that train together: each asks for its own responses, the main one alone sends the weights.
         **requests: as in `RequestEngine`; the server's own context length must be at least `context_length`.
     """
 
@@ -57,10 +63,12 @@ class VLLMServerEngine(RequestEngine):
         folder: Path,
         dtype: torch.dtype,
         merged: bool = False,
+        processes: Processes | None = None,
         **requests: Any,
     ):
         super().__init__(**requests)
         self.model, self.url, self.folder, self.dtype = model, base_url.rstrip("/"), folder, dtype
+        self.processes = Processes() if processes is None else processes
         self.lora = hasattr(model, "peft_config") and not merged
         self.sent, self.adapter, self.lost = 0, None, False
         served = self.served_model()
@@ -73,13 +81,17 @@ class VLLMServerEngine(RequestEngine):
             )
 
     @classmethod
-    def from_config(cls, config: ATESDConfig, model: nn.Module, tokenizer: Any) -> VLLMServerEngine:
+    def from_config(
+        cls, config: ATESDConfig, model: nn.Module, tokenizer: Any, seeds: ResponseSeeds, processes: Processes
+    ) -> VLLMServerEngine:
         return cls(
             model,
             config.vllm_server_base_url,
             folder=Path(config.output_dir or tempfile.gettempdir()).absolute() / "engine_weights",
             dtype=torch.bfloat16 if config.bf16 else getattr(torch, config.torch_dtype),
             merged=config.vllm_server_weights == "merged",
+            processes=processes,
+            seeds=seeds,
             **request_settings(config, model, tokenizer),
         )
 
@@ -93,23 +105,47 @@ class VLLMServerEngine(RequestEngine):
             ) from error
 
     def sync(self) -> None:
-        """Send the student's weights, again where the connection fails."""
+        """The main process sends the student's weights; all go on when the server has them, or none does."""
+        write = self.writer()
+        self.served, problem = self.processes.told(self.try_to_send, write)
+        self.lost = False
+        if problem:
+            raise RolloutError(problem)
+
+    def try_to_send(self, write: Callable[[Path], None]) -> tuple[str, str | None]:
+        """The name to ask under and what went wrong, if anything; again where the connection fails."""
         for attempt in range(1 + self.retries):
             time.sleep(self.pause * attempt)
             try:
-                return self.send()
+                self.send(write)
+                return self.served, None
+            except RolloutError as error:
+                return self.served, str(error)
             except OSError as error:
                 problem = reason(error)
-        raise RolloutError(
+        return self.served, (
             f"the student's weights did not reach the vLLM server at {self.url} in {1 + self.retries} tries: {problem}"
         )
 
-    def send(self) -> None:
+    def writer(self) -> Callable[[Path], None]:
+        """Writes what the server is to read. All processes make one, as sharded weights are gathered for it."""
+        reshard(self.model)
+        if self.lora:
+            trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            return partial(writer(self.model, trained), save_embedding_layers=False)
+        if not sharded_modules(self.model):  # one matrix after another, whenever it is written
+            return lambda folder: self.write_checkpoint(folder, merged_weights(self.model, self.dtype))
+        keep = self.processes.is_main
+        weights = [(name, tensor if keep else None) for name, tensor in merged_weights(self.model, self.dtype)]
+        return partial(self.write_checkpoint, weights=weights)
+
+    def send(self, write: Callable[[Path], None]) -> None:
         """A new name and a new folder each time: the server's prefix cache tells adapters apart by name alone."""
         self.sent += 1
         folder = self.folder / f"{self.sent:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         try:
+            write(folder)
             if self.lora:
                 self.send_adapter(folder)
             else:
@@ -119,7 +155,6 @@ class VLLMServerEngine(RequestEngine):
 
     def send_adapter(self, folder: Path) -> None:
         name, previous = f"atesd-{self.sent}", self.adapter
-        self.model.save_pretrained(folder, save_embedding_layers=False)
         rank = max(peft.r for peft in self.model.peft_config.values())
         with refused_as(f"take LoRA adapters. Start it as: {FOR_LORA.format(rank=rank)}"):
             self.ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
@@ -128,10 +163,12 @@ class VLLMServerEngine(RequestEngine):
             with contextlib.suppress(urllib.error.HTTPError):  # a server started anew never had it
                 self.ask("/v1/unload_lora_adapter", {"lora_name": previous})
 
-    def send_checkpoint(self, folder: Path) -> None:
+    def write_checkpoint(self, folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
         unwrap(self.model).config.save_pretrained(folder)
-        weights = {name: tensor.contiguous() for name, tensor in merged_weights(self.model, self.dtype)}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        named = {name: tensor.contiguous() for name, tensor in weights}
+        save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def send_checkpoint(self, folder: Path) -> None:
         with refused_as(f"take weights. Start it as: {FOR_ALL_WEIGHTS}"):
             self.ask("/collective_rpc", {"method": "load_student", "args": [str(folder)]})
             answer = self.ask("/reset_prefix_cache", {})
@@ -139,9 +176,12 @@ class VLLMServerEngine(RequestEngine):
             raise ConnectionError("it still answers other requests, with keys and values of the old weights")
 
     def complete(self, prompts: list[list[int]], parameters: list[dict[str, Any]]) -> list[Completion | Exception]:
-        if self.lost:  # a server that was started anew holds the base model's weights
+        if self.lost and self.processes.count > 1 and not self.lora:  # an adapter's name is its own safeguard
+            lost = f"the vLLM server at {self.url} did not answer, and may have lost the student's weights since"
+            return [RolloutError(f"{lost}: they are sent again when the run is resumed.")] * len(prompts)
+        if self.lost and self.processes.count == 1:  # a server that was started anew holds the base model's weights
             try:
-                self.send()
+                self.send(self.writer())
             except OSError as error:
                 return [error] * len(prompts)
             self.lost = False

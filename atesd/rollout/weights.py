@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from atesd.sharding import whole
 from atesd_kernels.integrations.head import unwrap
 
 
@@ -18,7 +19,8 @@ def merged_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, 
     """`(name, tensor)` under the names of the model's checkpoint, in `dtype`; `W + scale * B A` where LoRA is on.
 
     One matrix is merged at a time, and the model's own weights are not touched: adding and subtracting an update
-    would not give a bfloat16 base back. Tied tensors come once.
+    would not give a bfloat16 base back. Tied tensors come once. Sharded ones come whole, on the CPU: all processes then
+    go through them together.
 
     Raises:
         ValueError: an adapter that is more than `W + scale * B A` (DoRA), or one on an embedding.
@@ -41,4 +43,4 @@ def merged_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, 
                 weight = weight + module.get_delta_weight(adapter)
         elif ".lora_" in name:
             continue
-        yield name.replace(".base_layer.", "."), weight.detach().to(dtype)
+        yield name.replace(".base_layer.", "."), whole(weight.detach().to(dtype))

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+
+from atesd_kernels.integrations.sharded_head import whole_head
 
 
 @dataclass(frozen=True)
@@ -123,23 +123,6 @@ def _through(wrapper: nn.Module, inner: nn.Module, function: Callable[..., Any],
         restore()
 
 
-# Frozen heads that FSDP2 shards, whole: one tensor for all callers, so that teacher and student are seen to share it.
-_WHOLE: WeakKeyDictionary[nn.Module, tuple[int, Tensor, Tensor | None]] = WeakKeyDictionary()
-
-
-def _gathered(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """The whole weight and bias. Between a forward and its backward FSDP2 lends them unsharded, and frees them then."""
-    sharded, known = isinstance(head.weight, DTensor), _WHOLE.get(head)
-    if known is None or (sharded and known[0] != head.weight._version):
-
-        def whole(t: Tensor) -> Tensor:
-            return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
-
-        bias = None if head.bias is None else whole(head.bias)
-        known = _WHOLE[head] = (head.weight._version if sharded else -1, whole(head.weight), bias)
-    return known[1], known[2]
-
-
 def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., Any], HeadSpec]:
     """Split `model` into its backbone and its head.
 
@@ -149,12 +132,13 @@ def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., Any], HeadSp
 
     Returns:
         `(backbone, head)`: calling `backbone(input_ids=..., ...)` gives an output whose `last_hidden_state` is
-        `(batch, length, hidden)`, adapters included; `head` maps its rows to logits. A frozen head that FSDP2 has
-        sharded is gathered once and kept.
+        `(batch, length, hidden)`, adapters included; `head` maps its rows to logits. A head that FSDP2 has sharded is
+        whole here: see `sharded_head`.
 
     Raises:
         ValueError: naming what stands in the way: no head, an adapter or a wrapper on the head, a head that is not a
-            plain linear layer, FSDP1 or ZeRO-3, a trained head under FSDP2, a softcap together with a scale.
+            plain linear layer, FSDP1 or ZeRO-3, a trained head under FSDP2 before `gather_head`, a softcap together
+            with a scale.
 
     Example:
         >>> backbone, head = hidden_states_and_head(model)
@@ -190,13 +174,9 @@ def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., Any], HeadSp
         )
     weight: Tensor = head.weight
     bias: Tensor | None = head.bias
-    if isinstance(model, FSDPModule):
-        if weight.requires_grad:
-            raise ValueError(
-                f"the head of {name} is trained and sharded by fully_shard: FSDP2 averages gradients over ranks inside "
-                "its forward only. Freeze the head (LoRA does), or use DDP."
-            )
-        weight, bias = _gathered(head)
+    root = next((m for m in (model, base) if isinstance(m, FSDPModule)), None)
+    if root is not None:
+        weight, bias = whole_head(head, name)
     backbone = getattr(base, getattr(base, "base_model_prefix", ""), None)
     if not isinstance(backbone, nn.Module):
         raise ValueError(f"{name} has no separate backbone (looked for '{getattr(base, 'base_model_prefix', '')}').")
@@ -214,8 +194,8 @@ def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., Any], HeadSp
     call: Callable[..., Any] = backbone
     if isinstance(model, nn.parallel.DistributedDataParallel):
         call = partial(_through, model, model.module, backbone)
-    elif isinstance(model, FSDPModule):
-        call = partial(_through, model, model, backbone)
+    elif root is not None:
+        call = partial(_through, root, root, backbone)
     return call, HeadSpec(weight, bias, float(softcap) if softcap else None, scale)
 
 

@@ -190,24 +190,12 @@ def test_per_example_exposure_gives_each_problem_its_own_alpha_and_resumes(tiny_
 
 
 def test_difficulty_is_centred_on_the_problems_seen_so_far_and_harder_is_larger():
-    difficulty = Difficulty(lambda problems: list(problems), lambda values: values)
+    difficulty = Difficulty()
     first = difficulty.normalise([1.0, 3.0])
     assert first == pytest.approx([-1.0, 1.0])
     second = difficulty.normalise([5.0, float("nan")])
     assert second[0] == pytest.approx(2 / (8 / 3) ** 0.5) and second[1] == 0.0  # (5 - 3) / std of 1, 3, 5
-    assert Difficulty(None, None).normalise([2.0]) == [0.0]
-
-
-def test_with_several_processes_each_takes_its_own_problems_exposures():
-    class Policy:
-        def alphas(self, step, difficulty):
-            return [d + 10 for d in difficulty]
-
-    everyones = [1.0, 2.0, 3.0, 4.0]
-    first, second = (Difficulty(lambda problems: problems, lambda values: everyones) for _ in range(2))
-    got = first.alphas(Policy(), 0, everyones[:2], rank=0) + second.alphas(Policy(), 0, everyones[2:], rank=1)
-    assert got == pytest.approx([d + 10 for d in Difficulty(None, None).normalise(everyones)])
-    assert first.state_dict() == second.state_dict()
+    assert Difficulty().normalise([2.0]) == [0.0]
 
 
 def guards_of(tiny_config, tmp_path, **settings):
@@ -217,9 +205,9 @@ def guards_of(tiny_config, tmp_path, **settings):
 def test_early_stopping_waits_for_its_patience_and_no_longer(tiny_config, tmp_path):
     guards = guards_of(tiny_config, tmp_path, early_stopping_patience=2)
     for t, nll in enumerate([3.0, None, 2.5, 2.6, float("nan"), 2.4, 2.4]):
-        guards.before_update(t, nll, None)
+        assert not guards.before_update(t, nll), "save_best is off"
         assert guards.stop_reason is None
-    guards.before_update(7, 2.5, None)
+    guards.before_update(7, 2.5)
     assert "not fallen below 2.4 (step 5) in 2 measurements" in guards.stop_reason
     assert guards.summary()["best_probe_nll"] == 2.4
 

@@ -11,6 +11,7 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 from atesd.packed_attention import use_packed_attention
 from atesd.rollout import Sampling, hf
 from atesd.rollout.hf import HFEngine, candidates, sample
+from atesd.rollout.seeds import ResponseSeeds
 
 PROMPTS = [[5, 6, 7], [8, 40, 41, 42, 43, 44, 45, 46], [9, 10], [11, 12, 13, 14], [100, 101, 102]]
 
@@ -130,13 +131,13 @@ def test_a_response_ends_where_the_logits_stop_being_finite_and_only_that_one(mo
 
 def test_a_seed_decides_the_responses_and_a_saved_state_continues_them(model, tokenizer):
     def engine(seed):
-        return HFEngine(model, tokenizer, max_completion_length=8, temperature=1.5, seed=seed)
+        return HFEngine(model, tokenizer, max_completion_length=8, temperature=1.5, seeds=ResponseSeeds(seed))
 
     first, again = engine(1), engine(1)
     assert first.generate(PROMPTS) == again.generate(PROMPTS)
     assert first.generate(PROMPTS) != engine(2).generate(PROMPTS)
     state, expected = first.state_dict(), first.generate(PROMPTS)
-    fresh = engine(99)
+    fresh = engine(1)
     fresh.load_state_dict(state)
     assert fresh.generate(PROMPTS) == expected
 
@@ -177,11 +178,11 @@ def test_bf16_decoding_follows_the_distribution_of_the_autocast_student(model, t
 
 def test_a_call_that_samples_its_own_way_neither_uses_nor_moves_the_engine_s_random_state(model, tokenizer):
     sampling = Sampling(max_completion_length=5, temperature=2.0, top_p=0.9, top_k=0, seeds=(1, 2, 3, 4, 5))
-    used, unused = (HFEngine(model, tokenizer, max_completion_length=8, seed=7) for _ in range(2))
+    used, unused, other = (HFEngine(model, tokenizer, max_completion_length=8, top_k=0) for _ in range(3))
     evaluated = used.generate(PROMPTS, sampling)
     assert max(len(r.response_ids) for r in evaluated) == 5
     assert evaluated == unused.generate(PROMPTS, sampling)
-    assert used.generate(PROMPTS) == HFEngine(model, tokenizer, max_completion_length=8, seed=7).generate(PROMPTS)
+    assert used.generate(PROMPTS) == other.generate(PROMPTS)
 
 
 def test_a_seeded_response_is_the_same_in_any_batch_and_the_beginning_of_a_longer_one(model, tokenizer):

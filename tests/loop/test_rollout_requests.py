@@ -16,6 +16,7 @@ from atesd.config import ATESDConfig
 from atesd.memory_plan import model_shape, plan_memory
 from atesd.rollout import RolloutError, Sampling
 from atesd.rollout.requests import Completion, RequestEngine
+from atesd.rollout.seeds import ResponseSeeds
 from atesd.rollout.vllm import kv_cache_bytes
 from atesd.rollout.vllm_server import VLLMServerEngine
 from atesd.rollout.weights import merged_weights
@@ -39,13 +40,13 @@ class Scripted(RequestEngine):
 
 
 def test_every_response_has_a_seed_of_its_own_and_a_saved_state_continues_them():
-    engine = Scripted(seed=3)
+    engine = Scripted(seeds=ResponseSeeds(3))
     engine.generate([[5], [5]])
     state = engine.state_dict()
     engine.generate([[5], [5]])
     seeds = [p["seed"] for _, parameters in engine.calls for p in parameters]
     assert len(set(seeds)) == 4
-    again = Scripted(seed=3)
+    again = Scripted(seeds=ResponseSeeds(3))
     again.load_state_dict(state)
     again.generate([[5], [5]])
     assert [p["seed"] for p in again.calls[0][1]] == seeds[2:]

@@ -146,5 +146,7 @@ def writer(model: nn.Module, trained: dict[str, Tensor]) -> Callable[..., None]:
     if not sharded_modules(model):
         return model.save_pretrained
     reshard(model)
-    weights = whole(trained if hasattr(model, "peft_config") else model.state_dict())
+    state = trained if hasattr(model, "peft_config") else model.state_dict(keep_vars=True)
+    once = {id(tensor): name for name, tensor in reversed(state.items())}  # a tied tensor under its first name
+    weights = {name: whole(tensor) for name, tensor in state.items() if once[id(tensor)] == name}
     return lambda folder, **options: model.save_pretrained(folder, state_dict=weights, **options)

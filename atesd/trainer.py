@@ -55,7 +55,8 @@ def train(config: ATESDConfig) -> Path:
     config.validate()
     settle_precision(config)
     processes = Processes(PartialState(cpu=on_cpu()))
-    config.output_dir = processes.told(lambda: config.output_dir)  # a default name holds the time
+    # the default name holds the time, and bf16 is the machine's
+    config.output_dir, config.bf16 = processes.told(lambda: (config.output_dir, config.bf16))
     if processes.is_main:  # before anything long: whatever ends the run, it can be resumed
         config.save(config.resume or config.output_dir)
     return Trainer(config).run()

@@ -165,7 +165,7 @@ def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., Any], HeadSp
             f"the head of {name} is in modules_to_save, so teacher and student would silently use different copies. "
             "Take lm_head out of modules_to_save, or train all parameters without peft."
         )
-    if type(head) is not nn.Linear:
+    if type(head) is not nn.Linear and type(head).__bases__ != (FSDPModule, nn.Linear):  # fully_shard's own class
         raise ValueError(f"the head of {name} is a {type(head).__name__}, not torch.nn.Linear: load it unquantised.")
     if head.weight.dim() != 2 or hasattr(head.weight, "ds_id"):
         raise ValueError(

@@ -2,8 +2,8 @@
 
 Between a forward and its backward FSDP2 lends a module's weights unsharded and frees them then, and it reduces
 gradients around that module's own forward only. A loss on hidden states uses the head outside of its forward, so it
-gets a whole tensor of its own here, the same object for all callers. A frozen head is gathered when it is first asked for. A
-trained one takes two calls a step:
+gets a whole tensor of its own here, the same object for all callers. A frozen head is gathered when it is first asked
+for. A trained one takes two calls a step:
 
     gather_head(model)             # at the start, and after each optimizer step
     ... any number of forward and backward passes over hidden_states_and_head(model) ...

@@ -1,0 +1,150 @@
+"""Several processes train as one with the same batch would: same rollouts, same decisions, same metrics to rounding."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from atesd.reward import VerifierReward
+from atesd.trainer import Trainer, train
+from atesd_kernels.integrations import sharded_head
+
+MACHINE = ("seconds_", "tokens_per_second", "peak_memory_bytes")  # depend on its mood
+DIFFERENCES = ("reward", "advantage", "policy_loss")  # made of two steps' probe losses: small beside their rounding
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+
+def rows_of(run_dir: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(MACHINE)} for row in rows]
+
+
+def assert_same(got: Path, expected: Path, rounding: float = 1e-5) -> None:
+    """Metrics to rounding, samples to the letter."""
+    for ours, theirs in zip(rows_of(got), rows_of(expected), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            small = name.startswith(DIFFERENCES)
+            bound = {"rel": 1e-3, "abs": 1e-6} if small else {"rel": rounding, "abs": 1e-9}
+            assert ours[name] == pytest.approx(value, **bound), (theirs["step"], name)
+    samples = [(run / "samples.jsonl").read_text().splitlines() for run in (got, expected)]
+    for ours, theirs in zip(*(map(json.loads, lines) for lines in samples), strict=True):
+        assert ours.pop("alpha") == pytest.approx(theirs.pop("alpha")) and ours == theirs
+
+
+@pytest.fixture
+def settings(tiny_config, tmp_path):
+    def make(name: str, processes: int, **changes):
+        """A step of eight problems, whoever shares it; the student wanders."""
+        common = {
+            "per_device_train_batch_size": 2, "num_probe_problems": 3, "temperature": 2.0, "top_p": 1.0, "top_k": 0,
+            "learning_rate": 0.01, "max_grad_norm": 1e6, "entry_clip": None,
+        }  # fmt: skip
+        whose = {"gradient_accumulation_steps": 4 // processes, "output_dir": str(tmp_path / name)}
+        return tiny_config(**{**common, **whose, **changes})
+
+    return make
+
+
+def stopped_after(config, steps: int) -> None:
+    """Train, and be gone before step `steps`, counted from 0."""
+    step = Trainer.train_step
+
+    def train_step(self, t):
+        if t == steps:
+            raise KeyboardInterrupt
+        return step(self, t)
+
+    Trainer.train_step = train_step
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    finally:
+        Trainer.train_step = step
+
+
+@pytest.mark.parametrize("changes", [
+    {"grounding": "answer"},
+    {"per_example_exposure": True, "num_probe_problems": 1, "hold_window": 2},
+    {"objective": "distill+grpo", "num_generations": 2, "per_device_train_batch_size": 1},
+], ids=["one alpha", "an alpha for each problem", "groups with rewards"])  # fmt: skip
+def test_two_processes_give_the_metrics_of_one(settings, on_processes, monkeypatch, changes):
+    # a random model is never right
+    odd = lambda self, problems, rollouts: [float(sum(r.response_ids) % 2) for r in rollouts]  # noqa: E731
+    monkeypatch.setattr(VerifierReward, "rewards", odd)
+    expected = train(settings("one", 1, **changes))
+    run_dir, _ = on_processes(2, lambda: train(settings("two", 2, **changes)))
+    assert_same(run_dir, expected)
+    rows = rows_of(run_dir)
+    assert len({row["loss"] for row in rows}) == len({row["alpha"] for row in rows}) == 3
+    assert 0 < rows[0].get("verifier_reward", 0.5) < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adapter", "all weights, a copy teaches", "all weights, an average teaches"])
+def test_shards_give_the_metrics_of_one_process_and_go_on_as_one_and_back(
+    settings, on_processes, tmp_path, tiny_model_path, kind
+):
+    untied = tmp_path / "untied"
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 0.02 * torch.randn(300, 32))
+    model.save_pretrained(untied)
+    AutoTokenizer.from_pretrained(tiny_model_path).save_pretrained(untied)
+    changes = {"max_steps": 4, "save_steps": 1} | {
+        "adapter": {},
+        "all weights, a copy teaches": {"use_peft": False, "model_name_or_path": str(untied)},
+        "all weights, an average teaches": {"use_peft": False, "teacher": "ema", "ema_decay": 0.5},
+    }[kind]
+
+    def as_shards(go):
+        gathered = []
+        gather = sharded_head._gathered
+        sharded_head._gathered = lambda head: gathered.append(head) or gather(head)
+        go()
+        return len(gathered)
+
+    def config(processes, **more):
+        return settings("many", processes, **changes, **more)
+
+    expected = train(settings("one", 1, **changes))
+    many = str(tmp_path / "many")
+    gathered = on_processes(2, lambda: as_shards(lambda: stopped_after(config(2), 2)), **FSDP2)
+    # once in the whole run where it is frozen, otherwise at the start and after each step
+    assert gathered == ([1, 1] if kind == "adapter" else [3, 3])
+    stopped_after(config(1, resume=many), 3)
+    on_processes(2, lambda: train(config(2, resume=many)), **FSDP2)
+    assert_same(Path(many), expected, rounding=1e-4)  # AdamW divides by a gradient's size, and so enlarges its rounding
+    weights = "adapter/adapter_model.safetensors" if kind == "adapter" else "model/model.safetensors"
+    ours, theirs = (load_file(folder / weights) for folder in (Path(many), expected))
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_a_batch_that_the_processes_of_a_resumed_run_cannot_share_is_refused(settings, on_processes):
+    config = settings("run", 1, max_steps=2, save_steps=1)
+    stopped_after(config, 1)
+    config.resume = config.output_dir
+    with pytest.raises(AssertionError, match="takes 8 problems a step, which 3 processes cannot share equally"):
+        on_processes(3, lambda: train(config))
+
+
+@pytest.mark.parametrize(("variables", "named"), [
+    ({"FSDP_VERSION": "1", "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, "fsdp_version must be 2"),
+    ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params must be false"),
+    ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "set mixed_precision to 'no'"),
+])  # fmt: skip
+def test_an_accelerate_config_that_does_not_work_here_is_refused_by_name(settings, on_processes, variables, named):
+    with pytest.raises(AssertionError, match=named):
+        on_processes(2, lambda: train(settings("run", 2)), **{**FSDP2, **variables})

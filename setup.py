@@ -54,7 +54,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["atesd", "atesd.*", "atesd_kernels", "atesd_kernels.*"]),
-    package_data={"atesd": ["py.typed", "recipes/*.yaml"], "atesd_kernels": ["py.typed"]},
+    package_data={"atesd": ["py.typed", "recipes/*.yaml", "recipes/accelerate/*.yaml"], "atesd_kernels": ["py.typed"]},
     zip_safe=False,
     install_requires=BASE,
     extras_require={

@@ -142,15 +142,17 @@ class RunState:
         """Global random numbers (dropout's) of step `t`: other ones on each process, the same ones after a resume."""
         set_seed(seed_of(self.config.seed, -1 - t * self.processes.count - self.processes.rank) % 2**32)
 
-    def sum_gradients(self) -> None:
-        """The gradients of one large batch. Each process has those of its share; where FSDP2 shards the weights it has
-        summed them in backward, but for the head's."""
+    def gradient_norm(self) -> float:
+        """Of the gradients of one large batch, which are there then, and clipped. Each process has those of its share
+        before; where FSDP2 shards the weights it has summed them in backward, but for the head's."""
         if self.sharded:
             if unwrap(self.model).get_output_embeddings().weight.requires_grad:
                 reduce_head_gradient(self.model)
         elif self.processes.count > 1:
             for p in self.trained.values():
                 p.grad = self.processes.sum(torch.zeros_like(p) if p.grad is None else p.grad)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm)
+        return float(norm.full_tensor() if self.sharded else norm)
 
     def gather_head(self) -> None:
         """The head's weight whole, as its shards are now, where it is trained and sharded."""

@@ -17,6 +17,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +28,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from atesd_kernels.integrations.head import unwrap
+
+# whether a model's layers go back to shards between forward and backward (ZeRO-3), or only afterwards (ZeRO-2)
+RESHARDS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 class ShardingError(ValueError):
@@ -41,7 +45,10 @@ def fsdp_plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin | No
     """
     kind = accelerator.distributed_type.value
     if kind in ("DEEPSPEED", "MEGATRON_LM"):
-        raise ShardingError(f"the accelerate config asks for {kind}, which is not supported: use FSDP2 or plain DDP.")
+        raise ShardingError(
+            f"the accelerate config asks for {kind}, which is not supported. FSDP2 shards what ZeRO-3 does, and with "
+            "fsdp_reshard_after_forward false what ZeRO-2 does: start from atesd/recipes/accelerate/fsdp2.yaml."
+        )
     if accelerator.mixed_precision != "no":
         raise ShardingError(
             f"the accelerate config sets mixed_precision to {accelerator.mixed_precision!r}; the recipe's bf16 decides "
@@ -55,7 +62,6 @@ def fsdp_plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin | No
         (plugin.fsdp_version != 2, "fsdp_version must be 2"),
         (plugin.cpu_ram_efficient_loading, "fsdp_cpu_ram_efficient_loading must be false: all load the model"),
         (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "fsdp_offload_params must be false"),
-        (not plugin.reshard_after_forward, "fsdp_reshard_after_forward must be true"),
         (plugin.activation_checkpointing, "fsdp_activation_checkpointing must be false: the recipe's "
          "gradient_checkpointing does it"),
     ):  # fmt: skip
@@ -73,8 +79,9 @@ def shard(model: nn.Module, plugin: FullyShardedDataParallelPlugin, device: torc
     if head.weight is not base.get_input_embeddings().weight:
         parts.append(head)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    RESHARDS[base] = bool(plugin.reshard_after_forward)
     for module in (*parts, base):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, reshard_after_forward=RESHARDS[base])
     for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
@@ -101,14 +108,16 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module in modules:
-            module.set_reshard_after_forward(True, recurse=False)
+            module.set_reshard_after_forward(RESHARDS[unwrap(model)], recurse=False)
             module.reshard()
 
 
 def whole(value: Any) -> Any:
-    """`value`, a tensor or dicts, lists and tuples with tensors, every sharded tensor whole and on the CPU."""
+    """`value`, a tensor or dicts, lists and tuples with tensors, every sharded tensor whole: on the main process's CPU,
+    one after another, and None on the other processes."""
     if isinstance(value, DTensor):
-        return value.detach().full_tensor().cpu()
+        full = value.detach().full_tensor()
+        return full.cpu() if torch.distributed.get_rank() == 0 else None
     if isinstance(value, dict):
         return {key: whole(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

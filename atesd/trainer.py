@@ -34,7 +34,6 @@ from atesd.problems import Problem
 from atesd.processes import Processes, on_cpu
 from atesd.rollout import Rollout, RolloutError
 from atesd.run_state import RunState
-from atesd.sharding import whole
 
 
 class NonFiniteLoss(RuntimeError):
@@ -268,8 +267,7 @@ class Trainer(RunState):
     def update(self, loss: float) -> float | None:
         """Clip and step; None, and no step, where the loss or the gradient is not finite."""
         release_freed_memory()  # of the activations: the first step allocates the optimizer's state
-        self.sum_gradients()
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm)))
+        norm = self.gradient_norm()
         finite = np.isfinite(loss) and np.isfinite(norm)
         if not finite:  # without gradients a step changes nothing; the schedule follows the count of all steps
             self.optimizer.zero_grad(set_to_none=True)

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, PhiConfig
 
 from atesd_kernels.integrations.head import check_head, hidden_states_and_head
+from atesd_kernels.integrations.sharded_head import gather_head, reduce_head_gradient
 
 IDS = torch.tensor([[1, 5, 9, 2]])
 SMALL = {
@@ -175,3 +176,26 @@ def test_fsdp1_and_zero3_are_refused_by_name(model):
     del model.lm_head.weight.ds_id
     with pytest.raises(ValueError, match="FSDP1"):
         hidden_states_and_head(object.__new__(FullyShardedDataParallel))
+
+
+def test_a_trained_head_that_fsdp2_shards_is_whole_between_two_calls_and_gets_its_gradient_back(model, one_process):
+    """Two micro-batches and a step: the same as without shards, by the loss on hidden states alone."""
+
+    def train(model, before, after):
+        backbone, head = before(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for ids in (IDS, IDS.flip(1)):
+            head.logits(backbone(input_ids=ids).last_hidden_state).logsumexp(-1).sum().backward()
+        after(model)
+        optimizer.step()
+
+    plain = AutoModelForCausalLM.from_pretrained(model.name_or_path)
+    train(plain, hidden_states_and_head, lambda model: None)
+    fully_shard(model)
+    gather_head(model)
+    spec = hidden_states_and_head(model)[1]
+    train(model, hidden_states_and_head, lambda model: reduce_head_gradient(model, average=True))
+    assert not torch.allclose(spec.weight, plain.lm_head.weight, atol=1e-3)
+    gather_head(model)
+    assert hidden_states_and_head(model)[1].weight is spec.weight and spec.weight.grad is None
+    torch.testing.assert_close(spec.weight, plain.lm_head.weight)

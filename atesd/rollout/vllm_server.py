@@ -135,9 +135,7 @@ class VLLMServerEngine(RequestEngine):
             return partial(writer(self.model, trained), save_embedding_layers=False)
         if not sharded_modules(self.model):  # one matrix after another, whenever it is written
             return lambda folder: self.write_checkpoint(folder, merged_weights(self.model, self.dtype))
-        keep = self.processes.is_main
-        weights = [(name, tensor if keep else None) for name, tensor in merged_weights(self.model, self.dtype)]
-        return partial(self.write_checkpoint, weights=weights)
+        return partial(self.write_checkpoint, weights=list(merged_weights(self.model, self.dtype)))
 
     def send(self, write: Callable[[Path], None]) -> None:
         """A new name and a new folder each time: the server's prefix cache tells adapters apart by name alone."""

@@ -19,8 +19,8 @@ def merged_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, 
     """`(name, tensor)` under the names of the model's checkpoint, in `dtype`; `W + scale * B A` where LoRA is on.
 
     One matrix is merged at a time, and the model's own weights are not touched: adding and subtracting an update
-    would not give a bfloat16 base back. Tied tensors come once. Sharded ones come whole, on the CPU: all processes then
-    go through them together.
+    would not give a bfloat16 base back. Tied tensors come once. All processes go through sharded
+    ones together; they come whole to the main one, and as None to the others.
 
     Raises:
         ValueError: an adapter that is more than `W + scale * B A` (DoRA), or one on an embedding.

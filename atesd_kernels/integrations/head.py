@@ -174,7 +174,7 @@ def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., Any], HeadSp
         )
     weight: Tensor = head.weight
     bias: Tensor | None = head.bias
-    root = next((m for m in (model, base) if isinstance(m, FSDPModule)), None)
+    root: Any = next((m for m in (model, base) if isinstance(m, FSDPModule)), None)
     if root is not None:
         weight, bias = whole_head(head, name)
     backbone = getattr(base, getattr(base, "base_model_prefix", ""), None)

@@ -76,7 +76,7 @@ def gather_head(model: Any) -> None:
         _WHOLE[head] = _Whole(weight.requires_grad_(), bias, head.weight._version)
         return
     known.weight.copy_(weight)
-    if bias is not None:
+    if known.bias is not None and bias is not None:
         known.bias.copy_(bias)
 
 

@@ -6,8 +6,10 @@ import json
 import multiprocessing
 import os
 import socket
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +120,40 @@ def on_processes() -> Callable[..., list]:
         return [returned[rank] for rank in range(count)]
 
     return run
+
+
+@pytest.fixture
+def server() -> Iterator[ThreadingHTTPServer]:
+    """A stand-in for vLLM's server: every response is token 7 and token 2, the end.
+
+    Attributes: `seen`, what was posted, as (path, body); `statuses`, taken in turn, 200 when there are none left;
+    `context`, the context length it claims; `look`, called with each path and body before the answer.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        def reply(self, status, body):
+            data = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_GET(self):
+            self.reply(200, {"data": [{"id": "base", "max_model_len": self.server.context}]})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.server.seen.append((self.path, body))
+            self.server.look(self.path, body)
+            status = self.server.statuses.pop(0) if self.server.statuses else 200
+            choice = {"token_ids": [7, 2], "logprobs": {"token_logprobs": [-0.5, -0.25]}, "finish_reason": "stop"}
+            self.reply(status, {"choices": [choice]} if status == 200 else {"error": "as scripted"})
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.seen, running.statuses, running.context, running.look = [], [], 32, lambda path, body: None
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.shutdown()

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -11,6 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atesd.reward import VerifierReward
+from atesd.rollout import RolloutError
+from atesd.rollout.seeds import seed_of
 from atesd.trainer import Trainer, train
 from atesd_kernels.integrations import sharded_head
 
@@ -91,7 +100,9 @@ def test_two_processes_give_the_metrics_of_one(settings, on_processes, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["adapter", "all weights, a copy teaches", "all weights, an average teaches"])
+@pytest.mark.parametrize("kind", [
+    "adapter", "adapter, layers whole until backward", "all weights, a copy teaches", "all weights, an average teaches",
+])  # fmt: skip
 def test_shards_give_the_metrics_of_one_process_and_go_on_as_one_and_back(
     settings, on_processes, tmp_path, tiny_model_path, kind
 ):
@@ -103,6 +114,7 @@ def test_shards_give_the_metrics_of_one_process_and_go_on_as_one_and_back(
     AutoTokenizer.from_pretrained(tiny_model_path).save_pretrained(untied)
     changes = {"max_steps": 4, "save_steps": 1} | {
         "adapter": {},
+        "adapter, layers whole until backward": {},
         "all weights, a copy teaches": {"use_peft": False, "model_name_or_path": str(untied)},
         "all weights, an average teaches": {"use_peft": False, "teacher": "ema", "ema_decay": 0.5},
     }[kind]
@@ -117,15 +129,16 @@ def test_shards_give_the_metrics_of_one_process_and_go_on_as_one_and_back(
     def config(processes, **more):
         return settings("many", processes, **changes, **more)
 
+    variables = FSDP2 | ({"FSDP_RESHARD_AFTER_FORWARD": "false"} if "whole until" in kind else {})
     expected = train(settings("one", 1, **changes))
     many = str(tmp_path / "many")
-    gathered = on_processes(2, lambda: as_shards(lambda: stopped_after(config(2), 2)), **FSDP2)
+    gathered = on_processes(2, lambda: as_shards(lambda: stopped_after(config(2), 2)), **variables)
     # once in the whole run where it is frozen, otherwise at the start and after each step
-    assert gathered == ([1, 1] if kind == "adapter" else [3, 3])
+    assert gathered == ([3, 3] if "use_peft" in changes else [1, 1])
     stopped_after(config(1, resume=many), 3)
-    on_processes(2, lambda: train(config(2, resume=many)), **FSDP2)
+    on_processes(2, lambda: train(config(2, resume=many)), **variables)
     assert_same(Path(many), expected, rounding=1e-4)  # AdamW divides by a gradient's size, and so enlarges its rounding
-    weights = "adapter/adapter_model.safetensors" if kind == "adapter" else "model/model.safetensors"
+    weights = "adapter/adapter_model.safetensors" if "use_peft" not in changes else "model/model.safetensors"
     ours, theirs = (load_file(folder / weights) for folder in (Path(many), expected))
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
@@ -148,3 +161,106 @@ def test_a_batch_that_the_processes_of_a_resumed_run_cannot_share_is_refused(set
 def test_an_accelerate_config_that_does_not_work_here_is_refused_by_name(settings, on_processes, variables, named):
     with pytest.raises(AssertionError, match=named):
         on_processes(2, lambda: train(settings("run", 2)), **{**FSDP2, **variables})
+
+
+@pytest.mark.parametrize(("weights", "variables"), [("adapter", {}), ("adapter", FSDP2), ("merged", FSDP2)],
+                         ids=["adapter", "adapter, shards", "merged, shards"])  # fmt: skip
+def test_each_process_asks_a_server_for_its_own_responses_and_the_main_one_sends_the_weights(
+    settings, on_processes, server, weights, variables
+):
+    received = []
+
+    def look(path, body):
+        folder = body.get("lora_path") or (body["args"][0] if path == "/collective_rpc" else None)
+        if folder:
+            received.append(load_file(next(Path(folder).glob("*.safetensors"))))
+
+    server.context, server.look = 2048, look
+    served = {
+        "rollout_engine": "vllm_server", "vllm_server_base_url": f"http://127.0.0.1:{server.server_port}",
+        "vllm_server_weights": weights, "max_steps": 2,
+    }  # fmt: skip
+    train(settings("one", 1, **served))
+    alone, expected = list(server.seen), list(received)
+    server.seen.clear()
+    received.clear()
+    run_dir, _ = on_processes(2, lambda: train(settings("two", 2, **served)), **variables)
+
+    assert Counter(path for path, _ in server.seen) == Counter(path for path, _ in alone)
+    assert len(received) == len(expected) == 2
+    for ours, theirs in zip(received, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5)
+    asked = [
+        [(b["seed"], b["prompt"], b["model"]) for p, b in seen if p == "/v1/completions"]
+        for seen in (server.seen, alone)
+    ]
+    assert sorted(asked[0]) == sorted(asked[1]) and len({seed for seed, *_ in asked[0]}) == 16
+    assert rows_of(run_dir)[-1]["engine_logprob_diff"] > 0
+
+
+@pytest.mark.parametrize("refused", [0, 3], ids=["the weights", "a response of one process"])
+def test_what_one_process_is_refused_ends_the_step_of_all_and_the_run_can_go_on(
+    settings, on_processes, server, refused
+):
+    server.context, server.statuses = 2048, [200] * refused + [400]
+    served = {"rollout_engine": "vllm_server", "vllm_server_base_url": f"http://127.0.0.1:{server.server_port}"}
+    config = settings("run", 2, **served)
+
+    def told() -> str:
+        with pytest.raises(RolloutError) as error:
+            train(config)
+        return str(error.value)
+
+    both = on_processes(2, told)
+    assert all("The run is saved as it was after step 0" in message for message in both)
+    known = [message for message in both if "400" in message]
+    assert len(known) == (2 if refused == 0 else 1)
+    config.resume = config.output_dir
+    server.seen.clear()
+    on_processes(2, lambda: train(config))
+    assert [row["step"] for row in rows_of(Path(config.output_dir))] == [1, 2, 3]
+    first = {body["seed"] for path, body in server.seen if path == "/v1/completions" and body["model"] == "atesd-1"}
+    assert first == {seed_of(config.seed, i) for i in range(8)}
+
+
+def start(launcher: list[str], *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "atesd", "train", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def kill_after(process: subprocess.Popen, run_dir: Path, steps: int) -> None:
+    """SIGKILL to the launcher and all its processes, as soon as there are metrics of `steps` steps."""
+    deadline = time.monotonic() + 240
+    metrics = run_dir / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
+        assert process.poll() is None, process.stderr.read().decode()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+
+
+@pytest.mark.slow
+def test_a_launched_run_killed_on_two_processes_goes_on_on_one_and_ends_on_two(settings, tmp_path):
+    config = Path(str(resources.files("atesd"))) / "recipes" / "accelerate" / "ddp.yaml"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
+    launch += ["--main_process_port", "0"]
+    state = {"teacher": "ema", "ema_decay": 0.9, "hold_window": 2, "lookahead": 3, "policy_batch_size": 1}
+    state |= {"max_steps": 7, "warmup_steps": 3, "lr_scheduler_type": "cosine", "num_train_problems": 9}
+    expected = train(settings("one", 1, **state))
+    run_dir = tmp_path / "many"
+    file = settings("many", 2, **state).save(tmp_path / "settings")
+    kill_after(start(launch, str(file)), run_dir, 3)
+    kill_after(start([], "--resume", str(run_dir)), run_dir, 5)
+    process = start(launch, "--resume", str(run_dir))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors.decode()[-3000:]
+    assert_same(run_dir, expected)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -170,38 +168,6 @@ def test_the_cache_holds_a_steps_rollouts_at_their_longest(tiny_model_path):
     assert kv_cache_bytes(model_config, config, torch.bfloat16) == expected
     plan = plan_memory(model_shape(model_config, config), config, 100)
     assert plan.kv_cache == 2 * 3 * 5 * 200 * a_token * 2, "the plan's, which here is in float32"
-
-
-@pytest.fixture
-def server() -> Iterator[ThreadingHTTPServer]:
-    """An HTTP server on localhost that answers POSTs from `server.script`, (path, status) after (path, status)."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def reply(self, status, body):
-            data = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def do_GET(self):
-            self.reply(200, {"data": [{"id": "base", "max_model_len": 32}]})
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.server.seen.append((self.path, body))
-            status = self.server.statuses.pop(0) if self.server.statuses else 200
-            choice = {"token_ids": [7, STOP], "logprobs": {"token_logprobs": [-0.5, -0.25]}, "finish_reason": "stop"}
-            self.reply(status, {"choices": [choice]} if status == 200 else {"error": "as scripted"})
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        running.seen, running.statuses = [], []
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield running
-        running.shutdown()
 
 
 @pytest.fixture

@@ -37,7 +37,17 @@ from atesd.rollout import make_engine
 from atesd.rollout.mismatch import EngineMismatch
 from atesd.rollout.seeds import seed_of
 from atesd.run_data import load_run_data
-from atesd.sharding import ShardingError, cut_like, fsdp_plugin, optimizer_state_like, reshard, shard, whole, writer
+from atesd.sharding import (
+    ShardingError,
+    check_launcher,
+    cut_like,
+    fsdp_plugin,
+    optimizer_state_like,
+    reshard,
+    shard,
+    whole,
+    writer,
+)
 from atesd.teachers import Teacher
 from atesd_kernels.integrations.head import check_head, hidden_states_and_head, unwrap
 from atesd_kernels.integrations.sharded_head import gather_head, reduce_head_gradient
@@ -53,6 +63,7 @@ class RunState:
 
     def __init__(self, config: ATESDConfig):
         settle_precision(config)
+        check_launcher()
         self.config = config
         self.run_dir = Path(config.resume or config.output_dir)
         trackers = None if config.report_to == "none" else config.report_to.replace(" ", "").split(",")

@@ -37,24 +37,35 @@ class ShardingError(ValueError):
     """An accelerate config that asks for what is not supported here: the message names the setting and the remedy."""
 
 
+def asked_for(variable: str) -> bool:
+    """Whether `accelerate launch` has set this variable, as it does from its config."""
+    return os.environ.get(variable, "false").lower() == "true"
+
+
+def check_launcher() -> None:
+    """Raises ShardingError for what `accelerate launch` was asked for and this project does not do; accelerate itself
+    would fail later, or on a CPU leave it out silently."""
+    for engine in ("DEEPSPEED", "MEGATRON_LM"):
+        if asked_for(f"ACCELERATE_USE_{engine}"):
+            raise ShardingError(
+                f"the accelerate config asks for {engine}, which is not supported. FSDP2 shards what ZeRO-3 does, and "
+                "with fsdp_reshard_after_forward false what ZeRO-2 does: start from recipes/accelerate/fsdp2.yaml."
+            )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        raise ShardingError(
+            f"the accelerate config sets mixed_precision to {precision!r}; the recipe's bf16 decides here: set "
+            "mixed_precision to 'no'."
+        )
+
+
 def fsdp_plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin | None:
     """The FSDP2 settings of an accelerate config; None where it has none.
 
     Raises:
-        ShardingError: DeepSpeed, another mixed precision than the recipe's, or FSDP settings that do not work here.
+        ShardingError: FSDP settings that do not work here.
     """
-    kind = accelerator.distributed_type.value
-    if kind in ("DEEPSPEED", "MEGATRON_LM"):
-        raise ShardingError(
-            f"the accelerate config asks for {kind}, which is not supported. FSDP2 shards what ZeRO-3 does, and with "
-            "fsdp_reshard_after_forward false what ZeRO-2 does: start from atesd/recipes/accelerate/fsdp2.yaml."
-        )
-    if accelerator.mixed_precision != "no":
-        raise ShardingError(
-            f"the accelerate config sets mixed_precision to {accelerator.mixed_precision!r}; the recipe's bf16 decides "
-            "here: set mixed_precision to 'no'."
-        )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true" or accelerator.num_processes == 1:
+    if not asked_for("ACCELERATE_USE_FSDP") or accelerator.num_processes == 1:
         return None
     # accelerate itself leaves FSDP out on a CPU
     plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()

@@ -34,6 +34,7 @@ from atesd.problems import Problem
 from atesd.processes import Processes, on_cpu
 from atesd.rollout import Rollout, RolloutError
 from atesd.run_state import RunState
+from atesd.sharding import check_launcher
 
 
 class NonFiniteLoss(RuntimeError):
@@ -53,9 +54,9 @@ def train(config: ATESDConfig) -> Path:
     """
     config.validate()
     settle_precision(config)
+    check_launcher()
     processes = Processes(PartialState(cpu=on_cpu()))
-    # the default name holds the time, and bf16 is the machine's
-    config.output_dir, config.bf16 = processes.told(lambda: (config.output_dir, config.bf16))
+    config.output_dir, config.bf16 = processes.told(lambda: (config.output_dir, config.bf16))  # its time and machine
     if processes.is_main:  # before anything long: whatever ends the run, it can be resumed
         config.save(config.resume or config.output_dir)
     return Trainer(config).run()

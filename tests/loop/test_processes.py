@@ -160,6 +160,7 @@ def test_a_batch_that_the_processes_of_a_resumed_run_cannot_share_is_refused(set
 @pytest.mark.parametrize(("variables", "named"), [
     ({"FSDP_VERSION": "1", "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, "fsdp_version must be 2"),
     ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params must be false"),
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DEEPSPEED.* start from recipes/accelerate/fsdp2.yaml"),
     ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "set mixed_precision to 'no'"),
 ])  # fmt: skip
 def test_an_accelerate_config_that_does_not_work_here_is_refused_by_name(settings, on_processes, variables, named):
@@ -183,7 +184,7 @@ def test_each_process_asks_a_server_for_its_own_responses_and_the_main_one_sends
     server.context, server.look = 2048, look
     served = {
         "rollout_engine": "vllm_server", "vllm_server_base_url": f"http://127.0.0.1:{server.server_port}",
-        "vllm_server_weights": weights, "max_steps": 2,
+        "vllm_server_weights": weights, "max_steps": 2, "teacher": "live" if variables else "frozen",
     }  # fmt: skip
     train(settings("one", 1, **served))
     alone, expected = list(server.seen), list(received)

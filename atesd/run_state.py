@@ -33,6 +33,7 @@ from atesd.policies import make_policy
 from atesd.precision import settle_precision
 from atesd.reward import VerifierReward
 from atesd.rollout import make_engine
+from atesd.rollout.ahead import AheadEngine
 from atesd.rollout.mismatch import EngineMismatch
 from atesd.run_data import load_run_data
 from atesd.teachers import Teacher
@@ -86,7 +87,8 @@ class RunState:
         )
         self.objective = make_objective(config)
         self.reward = VerifierReward(self.tokenizer, config.num_generations) if self.objective.needs_reward else None
-        self.engine = make_engine(config, self.model, self.tokenizer, rank)
+        engine = make_engine(config, self.model, self.tokenizer, rank)
+        self.engine = AheadEngine(engine) if config.max_staleness else engine
         self.engine_mismatch = EngineMismatch(config.importance_clip)
         self.evaluation = TrainingEvaluation(
             config, self.problems.eval, self.prompts, self.engine, self.tokenizer, self.accelerator

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -113,11 +114,8 @@ class Trainer(RunState):
     def train_step(self, t: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """One optimizer step: exposure, rollouts, distillation, update, outcome. Returns metrics and a sample."""
         config, started = self.config, time.perf_counter()
-        # y ~ p_S(.|x): every process takes its share of the step's problems
-        count, position = config.per_device_train_batch_size * config.gradient_accumulation_steps, self.sampler.position
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        drawn = self.sampler.draw(count * processes)[rank * count : (rank + 1) * count]
-        problems = [self.problems.train[i] for i in drawn for _ in range(config.num_generations)]
+        # y ~ p_S(.|x)
+        position, problems = self.sampler.position, self.problems_of(self.sampler.draw)
         try:
             rollouts = self.roll_out(problems)
         except RolloutError as error:
@@ -126,6 +124,8 @@ class Trainer(RunState):
             raise RolloutError(
                 f"{error}\nThe run is saved as it was after step {t}: go on with atesd train --resume {self.run_dir}"
             ) from error
+        if config.max_staleness and t + 1 < config.max_steps:  # the next y, from the student before this update
+            self.engine.begin([self.prompts.student(problem) for problem in self.problems_of(self.sampler.peek)])
         with self.timer.phase("reward"):
             advantages, rewards = self.reward.advantages(problems, rollouts) if self.reward else (None, {})
         alphas = self.exposures(t, problems)
@@ -159,6 +159,7 @@ class Trainer(RunState):
             "response_length": sum(lengths) / len(lengths),
             "truncated_fraction": sum(r.truncated for r in rollouts) / len(rollouts),
             "repetition": sum(repetition(r.response_ids) for r in rollouts) / len(rollouts),
+            "staleness": max(r.staleness for r in rollouts),
             "num_tokens": num_tokens,
             **self.engine_mismatch.take(),
             **{("grounded_score" if name == "grounded" else name): v for name, v in outcome.items() if v is not None},
@@ -172,13 +173,23 @@ class Trainer(RunState):
         self.scheduler.step()
         return metrics, self.describe(problems[0], rollouts[0], alphas[0])
 
+    def problems_of(self, draw: Callable[[int], list[int]]) -> list[Problem]:
+        """This process's share of a step's problems, each as often as it is answered."""
+        count = self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        drawn = draw(count * processes)[rank * count : (rank + 1) * count]
+        return [self.problems.train[i] for i in drawn for _ in range(self.config.num_generations)]
+
     def roll_out(self, problems: list[Problem]) -> list[Rollout]:
-        """A response to each problem from the student as it is now, whoever generates it: y ~ p_S(.|x). Where the
-        objective is to imitate, the reference solutions in their place."""
+        """A response to each problem from the student as it is now (one update ago, with `max_staleness`), whoever
+        generates it: y ~ p_S(.|x). Where the objective is to imitate, the reference solutions in their place."""
         prompts = [self.prompts.student(problem) for problem in problems]
         if not self.objective.needs_rollouts:
             replies = [self.prompts.reference_completion(self.references[problem.id])[0] for problem in problems]
             return [Rollout(prompt, reply, truncated=False) for prompt, reply in zip(prompts, replies, strict=True)]
+        if self.config.max_staleness:
+            with self.timer.phase("rollout"):
+                self.engine.wait()  # for what was begun a step ago
         with self.timer.phase("weight_sync"):
             self.engine.sync()
         with self.timer.phase("rollout"):

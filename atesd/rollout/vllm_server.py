@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import tempfile
 import time
 import urllib.error
 import urllib.request
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from atesd.rollout.weights import merged_weights
 from atesd_kernels.integrations.head import unwrap
 
 MAX_CONNECTIONS = 256
-NOT_FOUND, TIMED_OUT, TOO_MANY = REPEATABLE = (404, 408, 429)
+NOT_FOUND, BUSY = 404, (408, 429, 502, 503, 504)
 FOR_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank {rank}"
 FOR_ALL_WEIGHTS = f"VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls {WORKER_EXTENSION}"
 
@@ -41,7 +41,7 @@ class VLLMServerEngine(RequestEngine):
     Args:
         model: the student, bare or under peft.
         base_url: of the server, e.g. `http://localhost:8000`.
-        folder: where weights are written for the server to read; they are removed again.
+        folder: the engine's own, where weights are written for the server to read; removed at the end.
         dtype: the weights are written in.
         merged: send merged weights where LoRA is trained, instead of the adapter.
         **requests: as in `RequestEngine`; the server's own context length must be at least `context_length`.
@@ -62,7 +62,7 @@ class VLLMServerEngine(RequestEngine):
         super().__init__(**requests)
         self.model, self.url, self.folder, self.dtype = model, base_url.rstrip("/"), folder, dtype
         self.lora = hasattr(model, "peft_config") and not merged
-        self.sent, self.adapter, self.lost = 0, None, False
+        self.adapter, self.lost = None, False
         served = self.served_model()
         self.base = self.served = served["id"]
         if (served.get("max_model_len") or self.context_length) < self.context_length:
@@ -77,7 +77,7 @@ class VLLMServerEngine(RequestEngine):
         return cls(
             model,
             config.vllm_server_base_url,
-            folder=Path(config.output_dir or tempfile.gettempdir()).absolute() / "engine_weights",
+            folder=Path(config.output_dir).absolute() / "engine_weights",
             dtype=torch.bfloat16 if config.bf16 else getattr(torch, config.torch_dtype),
             merged=config.vllm_server_weights == "merged",
             **request_settings(config, model, tokenizer),
@@ -93,47 +93,52 @@ class VLLMServerEngine(RequestEngine):
             ) from error
 
     def sync(self) -> None:
-        """Send the student's weights, again where the connection fails."""
+        """Write the student's weights down and have the server load them, again where the connection fails."""
+        self.write()
         for attempt in range(1 + self.retries):
             time.sleep(self.pause * attempt)
             try:
-                return self.send()
+                return self.load()
             except OSError as error:
                 problem = reason(error)
         raise RolloutError(
             f"the student's weights did not reach the vLLM server at {self.url} in {1 + self.retries} tries: {problem}"
         )
 
-    def send(self) -> None:
-        """A new name and a new folder each time: the server's prefix cache tells adapters apart by name alone."""
-        self.sent += 1
-        folder = self.folder / f"{self.sent:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            if self.lora:
-                self.send_adapter(folder)
-            else:
-                self.send_checkpoint(folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    def write(self) -> None:
+        """The files stay until the next ones: a server started anew is given these, not a student in mid-update."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        if self.lora:
+            self.model.save_pretrained(self.folder, save_embedding_layers=False)
+        else:
+            unwrap(self.model).config.save_pretrained(self.folder)
+            weights = {name: tensor.contiguous() for name, tensor in merged_weights(self.model, self.dtype)}
+            save_file(weights, self.folder / "model.safetensors", metadata={"format": "pt"})
 
-    def send_adapter(self, folder: Path) -> None:
-        name, previous = f"atesd-{self.sent}", self.adapter
-        self.model.save_pretrained(folder, save_embedding_layers=False)
+    def load(self) -> None:
+        if self.lora:
+            self.load_adapter()
+        else:
+            self.load_checkpoint()
+
+    def load_adapter(self) -> None:
+        """Under a name no run has used: the server's prefix cache tells adapters apart by name alone."""
+        name, previous = f"atesd-{uuid.uuid4().hex[:12]}", self.adapter
         rank = max(peft.r for peft in self.model.peft_config.values())
         with refused_as(f"take LoRA adapters. Start it as: {FOR_LORA.format(rank=rank)}"):
-            self.ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+            self.ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self.folder)})
         self.adapter = self.served = name
-        if previous is not None:
-            with contextlib.suppress(urllib.error.HTTPError):  # a server started anew never had it
-                self.ask("/v1/unload_lora_adapter", {"lora_name": previous})
+        self.unload(previous)
 
-    def send_checkpoint(self, folder: Path) -> None:
-        unwrap(self.model).config.save_pretrained(folder)
-        weights = {name: tensor.contiguous() for name, tensor in merged_weights(self.model, self.dtype)}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    def unload(self, adapter: str | None) -> None:
+        if adapter is not None:
+            with contextlib.suppress(urllib.error.HTTPError):  # a server started anew never had it
+                self.ask("/v1/unload_lora_adapter", {"lora_name": adapter})
+
+    def load_checkpoint(self) -> None:
         with refused_as(f"take weights. Start it as: {FOR_ALL_WEIGHTS}"):
-            self.ask("/collective_rpc", {"method": "load_student", "args": [str(folder)]})
+            self.ask("/collective_rpc", {"method": "load_student", "args": [str(self.folder)]})
             answer = self.ask("/reset_prefix_cache", {})
         if isinstance(answer, dict) and answer.get("success") is False:
             raise ConnectionError("it still answers other requests, with keys and values of the old weights")
@@ -141,7 +146,7 @@ class VLLMServerEngine(RequestEngine):
     def complete(self, prompts: list[list[int]], parameters: list[dict[str, Any]]) -> list[Completion | Exception]:
         if self.lost:  # a server that was started anew holds the base model's weights
             try:
-                self.send()
+                self.load()
             except OSError as error:
                 return [error] * len(prompts)
             self.lost = False
@@ -154,7 +159,8 @@ class VLLMServerEngine(RequestEngine):
             choice = self.ask("/v1/completions", body)["choices"][0]
         except urllib.error.HTTPError as error:
             self.lost |= error.code == NOT_FOUND  # the adapter's name
-            kind = ConnectionError if error.code in REPEATABLE or error.code >= 500 else RolloutError
+            again = error.code in (NOT_FOUND, *BUSY) or error.code >= 500
+            kind = ConnectionError if again else RolloutError
             return kind(f"the vLLM server at {self.url} refused a request: {reason(error)}")
         except OSError as error:
             self.lost = True
@@ -173,7 +179,10 @@ class VLLMServerEngine(RequestEngine):
         """Nothing to do: the server's memory is its own."""
 
     def close(self) -> None:
-        """Nothing to do: the server belongs to whoever started it."""
+        """The server belongs to whoever started it; what was sent there is taken back."""
+        with contextlib.suppress(OSError):
+            self.unload(self.adapter)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def ask(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
         """GET, or POST with a body; the answer's JSON, or its text where it is none."""
@@ -197,7 +206,7 @@ class refused_as:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, urllib.error.HTTPError):
+        if isinstance(error, urllib.error.HTTPError) and error.code not in BUSY:
             raise RolloutError(f"the vLLM server does not {self.what}\nIts answer: {reason(error)}") from error
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from atesd.config import ATESDConfig
 
+from .cases import BF16
+
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
 
@@ -21,7 +23,7 @@ def real_config(smollm2_dir: Path, tmp_path: Path) -> Callable[..., ATESDConfig]
     def make(**changes) -> ATESDConfig:
         settings = {
             "model_name_or_path": str(smollm2_dir),
-            "bf16": True,
+            "bf16": BF16,
             "num_train_problems": 8,
             "num_probe_problems": 0,
             "grounding": "none",

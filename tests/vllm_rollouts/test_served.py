@@ -22,7 +22,7 @@ from atesd.rollout.vllm_server import VLLMServerEngine
 from atesd.rollout.vllm_worker import WORKER_EXTENSION
 from atesd.trainer import Trainer
 
-from .cases import chat_prompts, disturb, noise_and_difference, rows_of
+from .cases import BF16, chat_prompts, disturb, noise_and_difference, rows_of
 
 START_SECONDS = 240
 
@@ -35,7 +35,16 @@ def server(smollm2_dir: Path, tmp_path_factory) -> Iterator[tuple[str, subproces
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2_dir)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "536"]
+    command += [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "bfloat16" if BF16 else "float32",
+        "--max-model-len",
+        "536",
+    ]
     command += ["--enforce-eager", "--kv-cache-memory-bytes", str(256 << 20)]
     command += ["--enable-lora", "--max-lora-rank", "64", "--worker-extension-cls", WORKER_EXTENSION]
     switches = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}

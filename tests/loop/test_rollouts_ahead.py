@@ -1,4 +1,4 @@
-"""The next batch generated while this one trains: from which weights, what a kill or a failure costs, what is refused."""
+"""The next batch generated while this one trains: from which weights, what a kill or failure costs, what is refused."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from atesd.checkpoint import latest_checkpoint
+from atesd.checkpoint import latest_checkpoint, load_checkpoint
 from atesd.models import load_model_and_tokenizer
 from atesd.rollout import RolloutError
 from atesd.rollout.vllm_server import VLLMServerEngine
@@ -103,17 +103,21 @@ def test_the_servers_log_probs_follow_the_students_weights_and_only_after_a_sync
 
 
 @pytest.mark.model
-def test_a_run_trains_with_a_server_and_is_saved_when_it_dies(real_config, server, monkeypatch):
+def test_a_run_whose_next_rollouts_are_generated_meanwhile_is_saved_when_the_server_dies(
+    real_config, server, monkeypatch
+):
     url, process = server
     monkeypatch.setattr(VLLMServerEngine, "pause", 0.1)
     config = real_config(
-        rollout_engine="vllm_server", vllm_server_base_url=url, vllm_server_weights="merged", max_steps=3, save_steps=10
-    )
+        rollout_engine="vllm_server", vllm_server_base_url=url, max_staleness=1, importance_clip=2.0, max_steps=4,
+        save_steps=10, learning_rate=1e-4,
+    )  # fmt: skip
     trainer = Trainer(config)
     step = trainer.train_step
 
     def killing_the_server_before_the_third(t):
         if t == 2:
+            trainer.engine.wait()
             kill(process)
         return step(t)
 
@@ -121,6 +125,10 @@ def test_a_run_trains_with_a_server_and_is_saved_when_it_dies(real_config, serve
     with pytest.raises(RolloutError, match=r"in 3 tries: .*\n.*saved as it was after step 2"):
         trainer.run()
     rows = rows_of(trainer.run_dir)
-    assert [row["step"] for row in rows] == [1, 2]
-    assert all(0 < row["engine_logprob_diff"] < 0.2 and row["seconds_weight_sync"] > 0 for row in rows)
-    assert latest_checkpoint(trainer.run_dir).name == "step-000002"
+    assert [(row["step"], row["staleness"]) for row in rows] == [(1, 0), (2, 1)]
+    for row in rows:
+        assert 0 < row["engine_logprob_diff"] < 0.3 and row["seconds_weight_sync"] > 0
+        assert row["importance_weight"] == pytest.approx(1, abs=0.3)
+    assert rows[1]["engine_logprob_diff"] > 10 * rows[0]["engine_logprob_diff"] or BF16, "one update lies between"
+    saved = load_checkpoint(latest_checkpoint(trainer.run_dir))
+    assert saved["step"] == 2 and len(saved["engine"]["ahead"]) == 2, "with the batch of the step that is to come"

@@ -8,6 +8,7 @@ averages and every global random state.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from atesd.outcomes import OutcomeMeter
 from atesd.packed_attention import check_packing, use_packed_attention
 from atesd.policies import make_policy
 from atesd.precision import settle_precision
+from atesd.problems import Problem
 from atesd.reward import VerifierReward
 from atesd.rollout import make_engine
 from atesd.rollout.ahead import AheadEngine
@@ -127,6 +129,13 @@ class RunState:
         """All that a continued run needs besides the trained weights and the random states."""
         names = ("optimizer", "scheduler", "sampler", "engine", "policy", "difficulty", "guards", "teacher")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def problems_of(self, draw: Callable[[int], list[int]]) -> list[Problem]:
+        """This process's share of a step's problems, each as often as it is answered."""
+        count = self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        drawn = draw(count * processes)[rank * count : (rank + 1) * count]
+        return [self.problems.train[i] for i in drawn for _ in range(self.config.num_generations)]
 
     def gather(self, values: list[float]) -> list[float]:
         """The values of all processes, in order of rank; every process has as many."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -172,13 +171,6 @@ class Trainer(RunState):
         }
         self.scheduler.step()
         return metrics, self.describe(problems[0], rollouts[0], alphas[0])
-
-    def problems_of(self, draw: Callable[[int], list[int]]) -> list[Problem]:
-        """This process's share of a step's problems, each as often as it is answered."""
-        count = self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        drawn = draw(count * processes)[rank * count : (rank + 1) * count]
-        return [self.problems.train[i] for i in drawn for _ in range(self.config.num_generations)]
 
     def roll_out(self, problems: list[Problem]) -> list[Rollout]:
         """A response to each problem from the student as it is now (one update ago, with `max_staleness`), whoever

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -168,6 +169,8 @@ def test_the_cache_holds_a_steps_rollouts_at_their_longest(tiny_model_path):
     expected = (2 * 3 * 5 * 2 + 1) * 128 * a_token
     model_config = AutoConfig.from_pretrained(tiny_model_path)
     assert kv_cache_bytes(model_config, config, torch.bfloat16) == expected
+    evaluated = replace(config, gradient_accumulation_steps=1, num_generations=1, eval_max_completion_length=1000)
+    assert kv_cache_bytes(model_config, evaluated, torch.bfloat16) == (9 + 1) * 128 * a_token, "1,100 tokens of one"
     plan = plan_memory(model_shape(model_config, config), config, 100)
     assert plan.kv_cache == 2 * 3 * 5 * 200 * a_token * 2, "the plan's, which here is in float32"
 

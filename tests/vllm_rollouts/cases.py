@@ -10,11 +10,11 @@ import torch
 from atesd.batching import pack
 from atesd.objectives import token_logprobs
 from atesd.packed_attention import use_packed_attention
+from atesd.precision import has_fast_bf16
 from atesd_kernels.integrations.head import hidden_states_and_head, unwrap
 
-# vLLM multiplies bfloat16 matrices through oneDNN, which has such products for AVX-512 and up; elsewhere they take
-# seconds each, and everything here is float32.
-BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# On a processor without bfloat16 products vLLM's take seconds each, and everything here is float32.
+BF16 = has_fast_bf16()
 QUESTIONS = ("What is 12 plus 30?", "Name a colour.", "Count from one to five.", "Why is the sky blue?")
 
 

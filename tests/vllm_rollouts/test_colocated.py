@@ -11,7 +11,7 @@ import torch
 from atesd.eval_config import EvalConfig
 from atesd.evaluate import evaluate
 from atesd.models import load_model_and_tokenizer
-from atesd.rollout import Sampling
+from atesd.rollout import RolloutError, Sampling
 from atesd.rollout.hf import HFEngine, candidates
 from atesd.trainer import train
 from atesd_kernels.integrations.head import unwrap
@@ -66,6 +66,34 @@ def test_sampling_means_what_it_means_to_the_hf_engine(real_config, colocated):
     seeded = Sampling(8, temperature=1.3, top_p=0.9, top_k=8, seeds=(5, 6, 7, 8))
     assert engine.generate(prompts, seeded) == engine.generate(prompts, seeded)
     assert torch.equal(torch.get_rng_state(), random_state), "the trainer's randomness is its own"
+
+
+@pytest.mark.model
+def test_what_the_engine_does_not_answer_is_asked_for_again_and_it_answers_afterwards(
+    real_config, colocated, monkeypatch
+):
+    config = real_config(bf16=False, use_peft=False, max_completion_length=4)
+    model, tokenizer = load_model_and_tokenizer(config)
+    engine = colocated.holding(model, tokenizer, config)
+    engine.sync()
+    prompts, state = chat_prompts(tokenizer)[:2], engine.state_dict()
+    expected = engine.generate(prompts)
+
+    step, failures = engine.llm.llm_engine.step, [RuntimeError("a worker is gone")]
+    monkeypatch.setattr(engine.llm.llm_engine, "step", lambda: fail(failures.pop()) if failures else step())
+    engine.load_state_dict(state)
+    assert engine.generate(prompts) == expected
+    monkeypatch.setattr(engine, "timeout", 0.0)
+    with pytest.raises(RolloutError, match=r"2 of 2 rollouts failed 3 times.*no answer in 0 s"):
+        engine.generate(prompts)
+    monkeypatch.undo()
+    engine.sync()  # which refuses while a request is still running
+    engine.load_state_dict(state)
+    assert engine.generate(prompts) == expected
+
+
+def fail(error: Exception) -> None:
+    raise error
 
 
 @pytest.mark.model

@@ -16,6 +16,9 @@ from pathlib import Path
 import pytest
 
 from atesd.checkpoint import latest_checkpoint, load_checkpoint
+from atesd.eval_config import EvalConfig
+from atesd.evaluate import evaluate
+from atesd.metrics import read_jsonl
 from atesd.models import load_model_and_tokenizer
 from atesd.rollout import RolloutError
 from atesd.rollout.vllm_server import VLLMServerEngine
@@ -100,6 +103,20 @@ def test_the_servers_log_probs_follow_the_students_weights_and_only_after_a_sync
     engine.sync()
     noise, difference = noise_and_difference(model, engine.generate(prompts))
     assert difference < 3 * noise
+
+
+@pytest.mark.model
+def test_an_evaluation_asks_the_server_for_every_sample_and_leaves_nothing_behind(smollm2_dir, sums, server, tmp_path):
+    config = EvalConfig(
+        model_name_or_path=str(smollm2_dir), dataset_name=str(sums), num_problems=2, num_generations=2,
+        max_completion_length=8, batch_size=4, num_bootstrap=99, output_dir=str(tmp_path / "e"),
+        rollout_engine="vllm_server", vllm_server_base_url=server[0],
+    )  # fmt: skip
+    folder = evaluate(config)
+    rows = read_jsonl(folder / "samples.jsonl")
+    assert len({(row["problem_id"], row["sample"]) for row in rows}) == len(rows) == 4
+    assert all(0 < row["num_tokens"] <= 8 for row in rows) and len({row["text"] for row in rows}) > 1
+    assert not (folder / "engine_weights").exists() and (folder / "results.html").exists()
 
 
 @pytest.mark.model

@@ -27,7 +27,7 @@ from atesd.trainer import Trainer
 
 from .cases import BF16, chat_prompts, disturb, noise_and_difference, rows_of
 
-START_SECONDS = 480  # 30 on a quiet machine
+START_SECONDS = 480  # a busy machine takes minutes
 
 
 @pytest.fixture(scope="module")

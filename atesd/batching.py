@@ -107,6 +107,12 @@ class ProblemSampler:
             self.position += 1
         return indices
 
+    def peek(self, number: int) -> list[int]:
+        """What the next `draw` will give."""
+        position, indices = self.position, self.draw(number)
+        self.position = position
+        return indices
+
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}
 

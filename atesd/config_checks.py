@@ -137,6 +137,24 @@ def check_combinations(config: ATESDConfig) -> None:
             f"importance_clip ({config.importance_clip}) would be ignored, for rollout_engine is 'hf', which samples "
             f"from the student itself: leave it out"
         )
+    check_staleness(config)
+
+
+def check_staleness(config: ATESDConfig) -> None:
+    require(config, "max_staleness", config.max_staleness in (0, 1), "0 or 1")
+    if config.max_staleness == 0:
+        return
+    if config.objective == "sft":
+        raise ConfigError("max_staleness is 1, and objective 'sft' trains on references, not rollouts: leave it out")
+    why = {
+        "hf": "which samples from the very weights that are being updated",
+        "vllm": "which shares process and device with the update: nothing would run beside it",
+    }
+    if config.rollout_engine in why:
+        raise ConfigError(
+            f"max_staleness is 1, but rollout_engine is {config.rollout_engine!r}, {why[config.rollout_engine]}: set "
+            "rollout_engine to 'vllm_server', or max_staleness to 0"
+        )
 
 
 def check_objective(config: ATESDConfig) -> None:

@@ -109,6 +109,12 @@ class RolloutFields:
     importance_clip: float | None = option(
         None, "our choice", "Weigh tokens by trainer/vLLM probability, at most this; absent, no weights."
     )
+    max_staleness: int = option(
+        0,
+        "our choice",
+        "1 generates the rollouts of the next step while this one trains, so that they are one update old (after those "
+        "of the first step); needs a vLLM server. 0: each step's rollouts come from the student as it is.",
+    )
     rollout_timeout: float = option(1800.0, "our choice", "Seconds after which vLLM's answer is no longer waited for.")
     rollout_retries: int = option(2, "our choice", "How often a response that vLLM did not give is asked for again.")
     vllm_server_base_url: str = option("http://localhost:8000", "HF", "Where the server answers.")

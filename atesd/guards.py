@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from atesd.config import ATESDConfig
 from atesd.objectives import TokenTotals
+from atesd.rollout import Rollout
 from atesd.signals import finite
 
 NGRAM = 4
@@ -36,6 +37,17 @@ def repetition(token_ids: Sequence[int], n: int = NGRAM) -> float:
     """
     grams = [tuple(token_ids[i : i + n]) for i in range(len(token_ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Means over the responses of a step: length in tokens, share cut at the limit, repetition, and staleness."""
+    values = {
+        "response_length": [len(r.response_ids) for r in rollouts],
+        "truncated_fraction": [r.truncated for r in rollouts],
+        "repetition": [repetition(r.response_ids) for r in rollouts],
+        "staleness": [r.staleness for r in rollouts],
+    }
+    return {name: sum(column) / len(rollouts) for name, column in values.items()}
 
 
 class Guards:

@@ -31,9 +31,11 @@ from atesd.outcomes import OutcomeMeter
 from atesd.packed_attention import check_packing, use_packed_attention
 from atesd.policies import make_policy
 from atesd.precision import settle_precision
+from atesd.problems import Problem
 from atesd.processes import Processes, on_cpu
 from atesd.reward import VerifierReward
 from atesd.rollout import make_engine
+from atesd.rollout.ahead import AheadEngine
 from atesd.rollout.mismatch import EngineMismatch
 from atesd.rollout.seeds import seed_of
 from atesd.run_data import load_run_data
@@ -111,7 +113,13 @@ class RunState:
         )
         self.objective = make_objective(config)
         self.reward = VerifierReward(self.tokenizer, config.num_generations) if self.objective.needs_reward else None
-        self.engine = make_engine(config, self.model, self.tokenizer, self.processes)
+        engine = make_engine(config, self.model, self.tokenizer, self.processes)
+        if config.max_staleness and self.processes.count > 1:
+            raise ValueError(
+                f"max_staleness is {config.max_staleness} and {self.processes.count} processes train: a checkpoint "
+                "holds the rollouts that one process has under way. Set max_staleness to 0, or start one process."
+            )
+        self.engine = AheadEngine(engine) if config.max_staleness else engine
         self.engine_mismatch = EngineMismatch(config.importance_clip)
         self.evaluation = TrainingEvaluation(
             config, self.problems.eval, self.prompts, self.engine, self.tokenizer, self.accelerator
@@ -178,6 +186,12 @@ class RunState:
     def model_writer(self) -> Callable[..., None]:
         """Writes the adapter, or the model, into a folder. All processes make one, the main one calls it."""
         return writer(self.model, self.trained)
+
+    def step_problems(self, draw: Callable[[int], list[int]]) -> list[Problem]:
+        """A step's problems, of all processes, each as often as it is answered."""
+        return [
+            self.problems.train[i] for i in draw(self.problems_per_step) for _ in range(self.config.num_generations)
+        ]
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """All processes make one, for sharded tensors are gathered in it; the main one's is saved."""

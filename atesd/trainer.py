@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from atesd.batching import assert_same_responses, chunks, hidden_rows, pack
 from atesd.config import ATESDConfig
 from atesd.exposure import exposed_text
-from atesd.guards import clip_fraction, repetition
+from atesd.guards import clip_fraction, response_metrics
 from atesd.memory import release_freed_memory
 from atesd.metrics import RunLog, peak_memory_bytes
 from atesd.objectives import ResponseTokens, TokenTotals
@@ -120,9 +120,9 @@ class Trainer(RunState):
         config, started = self.config, time.perf_counter()
         self.seed_step(t)
         # y ~ p_S(.|x): every process takes its share of the step's problems
-        before = [part.state_dict() for part in (self.sampler, self.engine)]
-        drawn = self.sampler.draw(self.problems_per_step)
-        batch = [self.problems.train[i] for i in drawn for _ in range(config.num_generations)]
+        with self.timer.phase("rollout"):  # one that was begun a step ago is waited for
+            before = [part.state_dict() for part in (self.sampler, self.engine)]
+        batch = self.step_problems(self.sampler.draw)
         problems = self.processes.share(batch)
         try:
             rollouts, failure = self.roll_out(problems), None
@@ -136,6 +136,8 @@ class Trainer(RunState):
                 f"{failure or 'the rollouts of another process failed'}\n"
                 f"The run is saved as it was after step {t}: go on with atesd train --resume {self.run_dir}"
             ) from failure
+        if config.max_staleness and t + 1 < config.max_steps:  # the next y, from the student before this update
+            self.engine.begin([self.prompts.student(problem) for problem in self.step_problems(self.sampler.peek)])
         with self.timer.phase("reward"):
             advantages, rewards = self.reward.advantages(problems, rollouts) if self.reward else (None, {})
         everyones = self.exposures(t, batch)
@@ -162,12 +164,6 @@ class Trainer(RunState):
         with self.timer.phase("policy"):
             seen = (dict.fromkeys(measured) if skipped else measured) | outcome
             learned = self.policy.observe(t, **seen) if self.processes.is_main else {}
-        n = len(rollouts)
-        responses = {
-            "response_length": sum(len(r.response_ids) for r in rollouts) / n,
-            "truncated_fraction": sum(r.truncated for r in rollouts) / n,
-            "repetition": sum(repetition(r.response_ids) for r in rollouts) / n,
-        }
         seconds = time.perf_counter() - started
         metrics = {
             "loss": loss,
@@ -175,7 +171,7 @@ class Trainer(RunState):
             "grad_norm": grad_norm,
             **stats,
             **clip_fraction(config, loss, totals, stats.get("mismatch")),
-            **self.processes.mean(rewards | responses),
+            **self.processes.mean(rewards | response_metrics(rollouts)),
             "num_tokens": num_tokens,
             **self.engine_mismatch.take(self.processes.gather),
             **{("grounded_score" if name == "grounded" else name): v for name, v in outcome.items() if v is not None},
@@ -190,8 +186,8 @@ class Trainer(RunState):
         return metrics, self.describe(problems[0], rollouts[0], alphas[0])
 
     def roll_out(self, problems: list[Problem]) -> list[Rollout]:
-        """A response to each problem from the student as it is now, whoever generates it: y ~ p_S(.|x). Where the
-        objective is to imitate, the reference solutions in their place."""
+        """A response to each problem from the student as it is now (one update ago, with `max_staleness`), whoever
+        generates it: y ~ p_S(.|x). Where the objective is to imitate, the reference solutions in their place."""
         prompts = [self.prompts.student(problem) for problem in problems]
         if not self.objective.needs_rollouts:
             replies = [self.prompts.reference_completion(self.references[problem.id])[0] for problem in problems]

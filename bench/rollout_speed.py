@@ -3,9 +3,10 @@
     make test-vllm                                    # makes the environment
     .venv-vllm/bin/python -m bench.rollout_speed [--prompts 16] [--max_completion_length 128] [--rounds 3]
 
-One process, one model (SmolLM2, bf16), one list of gsm_symbolic prompts, and no token ends a response, so that all
-engines write the same number. vLLM returns log-probabilities, as training asks it to. The
-HF engine is this project's own decoding loop; plain `generate` of transformers, in bf16 weights, stands beside it.
+One process, one model (SmolLM2), one precision (bf16 where the processor multiplies it, else fp32), one list of
+gsm_symbolic prompts, and no token ends a response, so that all engines write the same number. vLLM returns
+log-probabilities, as training asks it to. The HF engine is this project's own decoding loop; plain `generate` of
+transformers, its weights in the same precision, stands beside it.
 Then a run of a few steps with vLLM, whose metrics say how much of a step the sync is.
 """
 
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from atesd.config import ATESDConfig
 from atesd.models import load_model_and_tokenizer, model_path
+from atesd.precision import has_fast_bf16
 from atesd.problems import load_problems
 from atesd.prompts import PromptBuilder
 from atesd.rollout.hf import HFEngine
@@ -35,7 +37,7 @@ SAMPLING = {"unfiltered": {"top_p": 1.0, "top_k": 0}, "top-p 0.95, top-k 20": {"
 def settings(args: argparse.Namespace, **changes) -> ATESDConfig:
     return ATESDConfig(
         model_name_or_path=args.model,
-        bf16=True,
+        bf16=args.dtype == "bfloat16",
         num_train_problems=args.prompts * max(1, args.steps),
         num_probe_problems=0,
         grounding="none",
@@ -61,9 +63,11 @@ def gsm_prompts(tokenizer, args: argparse.Namespace) -> list[list[int]]:
     return [words.student(problem) for problem in problems.train]
 
 
-def plain_generate(path: str, prompts: list[list[int]], pad_id: int, length: int, top_p: float, top_k: int):
+def plain_generate(
+    path: str, dtype: str, prompts: list[list[int]], pad_id: int, length: int, top_p: float, top_k: int
+) -> Callable[[], None]:
     """transformers' own `generate`, left-padded, as a user would call it."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
     width = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -86,11 +90,11 @@ def speeds(args: argparse.Namespace, filters: dict) -> dict[str, list[float]]:
     model, tokenizer = load_model_and_tokenizer(config)
     prompts = gsm_prompts(tokenizer, args)
     hf = HFEngine(
-        model, tokenizer, max_completion_length=args.max_completion_length, temperature=1.1, bf16=True, **filters
+        model, tokenizer, max_completion_length=args.max_completion_length, temperature=1.1, bf16=config.bf16, **filters
     )
     hf.stop_ids = [-1]
     path = model_path(config.model_name_or_path)
-    plain = plain_generate(path, prompts, tokenizer.pad_token_id, args.max_completion_length, **filters)
+    plain = plain_generate(path, args.dtype, prompts, tokenizer.pad_token_id, args.max_completion_length, **filters)
     seconds = {"hf": timed(lambda: hf.generate(prompts), args.rounds), "generate": timed(plain, args.rounds)}
     vllm = VLLMEngine.from_config(config, model, tokenizer)
     vllm.stop_ids = []
@@ -119,34 +123,49 @@ def sync_share(args: argparse.Namespace, use_peft: bool) -> dict[str, float]:
     return {name: statistics.median(row[name] for row in rows) for name in names}
 
 
+def speed_table(result: dict) -> str:
+    """Tokens per second, medians over the rounds, and how many times the others' vLLM's are."""
+    rows = []
+    for label, by_engine in result["seconds"].items():
+        tokens = result["prompts"] * result["max_completion_length"]
+        rate = {name: tokens / statistics.median(values) for name, values in by_engine.items()}
+        speeds = [f"{rate[name]:.0f}" for name in ("vllm", "hf", "generate")]
+        rows.append([label, *speeds, *(f"{rate['vllm'] / rate[name]:.2f}" for name in ("hf", "generate"))])
+    header = [f"sampling, {result['dtype']}, {result['prompts']} sequences of {result['max_completion_length']} tokens"]
+    header += ["vLLM tokens/s", "HF engine tokens/s", "plain `generate` tokens/s", "vLLM / HF engine", "vLLM / plain"]
+    return markdown(header, rows)
+
+
+def sync_table(result: dict) -> str:
+    rows = []
+    for kind, share in result["steps"].items():
+        sync, step = share["seconds_weight_sync"], share["seconds_step"]
+        numbers = [f"{sync:.2f}", f"{share['seconds_rollout']:.1f}", f"{step:.1f}", f"{100 * sync / step:.1f} %"]
+        rows.append([kind, *numbers, f"{share['engine_logprob_diff']:.5f}"])
+    header = [f"trained, {result['dtype']}", "weight sync, s", "rollout, s", "step, s", "sync / step"]
+    return markdown([*header, "mean log-prob difference"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16" if has_fast_bf16() else "float32"
+    )
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--max_completion_length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3, help="of the speed measurement; 0: none")
     parser.add_argument("--steps", type=int, default=3, help="of the runs that measure the sync; 0: none")
     args = parser.parse_args()
-    shape = {"prompts": args.prompts, "max_completion_length": args.max_completion_length}
+    shape = {name: getattr(args, name) for name in ("dtype", "prompts", "max_completion_length")}
     if args.rounds:
-        seconds = {label: speeds(args, filters) for label, filters in SAMPLING.items()}
-        rows = []
-        for label, by_engine in seconds.items():
-            rate = {
-                name: args.prompts * args.max_completion_length / statistics.median(values)
-                for name, values in by_engine.items()
-            }
-            rows.append([label, *(f"{value:.0f}" for value in rate.values()), f"{rate['vllm'] / rate['hf']:.2f}"])
-        print(
-            markdown(["sampling", "vLLM tokens/s", "HF engine tokens/s", "plain generate tokens/s", "vLLM / HF"], rows)
-        )
-        print(save("rollout_speed", {**shape, "seconds": seconds}))
+        result = {**shape, "seconds": {label: speeds(args, filters) for label, filters in SAMPLING.items()}}
+        print(speed_table(result))
+        print(save("rollout_speed", result))
     if args.steps:
-        shares = {kind: sync_share(args, use_peft=kind == "lora") for kind in ("lora", "all weights")}
-        for kind, share in shares.items():
-            sync, step = share["seconds_weight_sync"], share["seconds_step"]
-            print(f"{kind}: weight sync {sync:.2f} s of a step of {step:.1f} s, {100 * sync / step:.1f} %")
-        print(save("weight_sync", {**shape, "steps": shares}))
+        result = {**shape, "steps": {kind: sync_share(args, kind == "LoRA") for kind in ("LoRA", "all weights")}}
+        print(sync_table(result))
+        print(save("weight_sync", result))
 
 
 if __name__ == "__main__":

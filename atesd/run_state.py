@@ -23,6 +23,7 @@ from atesd.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from atesd.config import ATESDConfig
 from atesd.difficulty import Difficulty
 from atesd.eval_training import TrainingEvaluation
+from atesd.exposure import exposed_text
 from atesd.guards import Guards
 from atesd.metrics import PhaseTimer
 from atesd.models import context_length, load_model, load_model_config, load_tokenizer
@@ -34,7 +35,7 @@ from atesd.precision import settle_precision
 from atesd.problems import Problem
 from atesd.processes import Processes, on_cpu
 from atesd.reward import VerifierReward
-from atesd.rollout import make_engine
+from atesd.rollout import Rollout, check_processes, make_engine
 from atesd.rollout.ahead import AheadEngine
 from atesd.rollout.mismatch import EngineMismatch
 from atesd.rollout.seeds import seed_of
@@ -71,6 +72,7 @@ class RunState:
         trackers = None if config.report_to == "none" else config.report_to.replace(" ", "").split(",")
         self.accelerator = Accelerator(cpu=on_cpu(), log_with=trackers, project_dir=str(self.run_dir))
         self.device, self.processes = self.accelerator.device, Processes(self.accelerator)
+        check_processes(config, self.processes)
         plugin = fsdp_plugin(self.accelerator)
         self.sharded = plugin is not None
         set_seed(config.seed)
@@ -114,11 +116,6 @@ class RunState:
         self.objective = make_objective(config)
         self.reward = VerifierReward(self.tokenizer, config.num_generations) if self.objective.needs_reward else None
         engine = make_engine(config, self.model, self.tokenizer, self.processes)
-        if config.max_staleness and self.processes.count > 1:
-            raise ValueError(
-                f"max_staleness is {config.max_staleness} and {self.processes.count} processes train: a checkpoint "
-                "holds the rollouts that one process has under way. Set max_staleness to 0, or start one process."
-            )
         self.engine = AheadEngine(engine) if config.max_staleness else engine
         self.engine_mismatch = EngineMismatch(config.importance_clip)
         self.evaluation = TrainingEvaluation(
@@ -192,6 +189,16 @@ class RunState:
         return [
             self.problems.train[i] for i in draw(self.problems_per_step) for _ in range(self.config.num_generations)
         ]
+
+    def how_to_go_on(self, step: int) -> str:
+        return f"The run is saved as it was after step {step}: go on with atesd train --resume {self.run_dir}"
+
+    def describe(self, problem: Problem, rollout: Rollout, alpha: float) -> dict[str, Any]:
+        """A line of samples.jsonl."""
+        text = self.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+        exposed = exposed_text(self.references[problem.id], alpha)
+        sample = {"problem_id": problem.id, "problem": problem.problem, "answer": problem.answer, "response": text}
+        return sample | {"truncated": rollout.truncated, "alpha": alpha, "exposed": exposed}
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """All processes make one, for sharded tensors are gathered in it; the main one's is saved."""

@@ -21,6 +21,7 @@ from atesd.config import ATESDConfig, load_config
 from atesd.config_checks import ConfigError
 from atesd.files import write_json
 from atesd.held_out import measure
+from atesd.precision import settle_precision
 from atesd.sweep_plot import study_figure
 from atesd.trainer import Trainer
 
@@ -49,6 +50,10 @@ def sweep(
     """
     folder = Path(output_dir)
     configs = {(alpha, seed): run_config(recipe, flags, folder, alpha, seed) for seed in seeds for alpha in alphas}
+    if any(config.rollout_engine != "hf" for config in configs.values()):
+        raise ConfigError(
+            "rollout_engine is not 'hf': a sweep measures the student before and after each run in its own process"
+        )
     if not configs:
         raise ConfigError("a sweep needs an alpha and a seed at least")
     rows: list[dict[str, Any]] = []
@@ -80,6 +85,7 @@ def run_config(recipe: str | None, flags: list[str], folder: Path, alpha: float,
 def run_one(config: ATESDConfig, alpha: float, seed: int) -> None:
     """Train one run and write what it did to each held-out problem into its study.json."""
     config.validate()
+    settle_precision(config)
     config.save(config.output_dir)  # what a checkpoint is resumed with
     trainer = Trainer(config)
     problems, run_dir = trainer.problems.eval, Path(config.output_dir)

@@ -24,7 +24,6 @@ from tqdm.auto import tqdm
 
 from atesd.batching import assert_same_responses, chunks, hidden_rows, pack
 from atesd.config import ATESDConfig
-from atesd.exposure import exposed_text
 from atesd.guards import clip_fraction, response_metrics
 from atesd.memory import release_freed_memory
 from atesd.metrics import RunLog, peak_memory_bytes
@@ -59,7 +58,11 @@ def train(config: ATESDConfig) -> Path:
     config.output_dir, config.bf16 = processes.told(lambda: (config.output_dir, config.bf16))  # its time and machine
     if processes.is_main:  # before anything long: whatever ends the run, it can be resumed
         config.save(config.resume or config.output_dir)
-    return Trainer(config).run()
+    trainer = Trainer(config)
+    try:
+        return trainer.run()
+    finally:
+        trainer.engine.close()
 
 
 class Trainer(RunState):
@@ -74,6 +77,8 @@ class Trainer(RunState):
         if self.start == 0 and (measured := self.evaluation.measure(0)):
             self.log.log(0, measured)
             self.accelerator.log(measured, step=0)
+        if self.evaluation.failure:
+            raise RolloutError(self.evaluation.failure)
         bar = tqdm(range(self.start, config.max_steps), initial=self.start, total=config.max_steps, disable=not main)
         done = self.start
         for t in bar:
@@ -88,8 +93,10 @@ class Trainer(RunState):
                     self.accelerator.log(metrics, step=t + 1)
                 shown = {"loss": metrics["loss"], "alpha": metrics["alpha"], "tok/s": metrics["tokens_per_second"]}
                 bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
-            if done % config.save_steps == 0 or done == config.max_steps or stop:
+            if done % config.save_steps == 0 or done == config.max_steps or stop or self.evaluation.failure:
                 self.save(done)
+            if self.evaluation.failure:
+                raise RolloutError(f"{self.evaluation.failure}\n{self.how_to_go_on(done)}")
             if self.nonfinite_in_a_row >= config.max_nonfinite_steps:
                 raise NonFiniteLoss(
                     f"the rollouts, the loss or its gradient were not finite in {self.nonfinite_in_a_row} steps in a "
@@ -111,7 +118,6 @@ class Trainer(RunState):
             from atesd.report import write_report  # here: while the run trains it does without matplotlib
 
             write_report(self.run_dir)
-        self.engine.close()
         self.accelerator.end_training()
         return self.run_dir
 
@@ -120,8 +126,10 @@ class Trainer(RunState):
         config, started = self.config, time.perf_counter()
         self.seed_step(t)
         # y ~ p_S(.|x): every process takes its share of the step's problems
-        with self.timer.phase("rollout"):  # one that was begun a step ago is waited for
-            before = [part.state_dict() for part in (self.sampler, self.engine)]
+        if config.max_staleness:
+            with self.timer.phase("rollout"):
+                self.engine.wait()  # for what was begun a step ago
+        before = [part.state_dict() for part in (self.sampler, self.engine)]
         batch = self.step_problems(self.sampler.draw)
         problems = self.processes.share(batch)
         try:
@@ -133,8 +141,7 @@ class Trainer(RunState):
                 part.load_state_dict(state)  # the batch is still to come, and nothing else has moved
             self.save(t)
             raise RolloutError(
-                f"{failure or 'the rollouts of another process failed'}\n"
-                f"The run is saved as it was after step {t}: go on with atesd train --resume {self.run_dir}"
+                f"{failure or 'the rollouts of another process failed'}\n{self.how_to_go_on(t)}"
             ) from failure
         if config.max_staleness and t + 1 < config.max_steps:  # the next y, from the student before this update
             self.engine.begin([self.prompts.student(problem) for problem in self.step_problems(self.sampler.peek)])
@@ -286,10 +293,3 @@ class Trainer(RunState):
         tqdm.write(
             f"step {t + 1} skipped: its rollouts, loss or gradient are not finite ({numbers}); the batch is in {path}"
         )
-
-    def describe(self, problem: Problem, rollout: Rollout, alpha: float) -> dict[str, Any]:
-        """A line of samples.jsonl."""
-        text = self.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
-        exposed = exposed_text(self.references[problem.id], alpha)
-        sample = {"problem_id": problem.id, "problem": problem.problem, "answer": problem.answer, "response": text}
-        return sample | {"truncated": rollout.truncated, "alpha": alpha, "exposed": exposed}

@@ -22,6 +22,9 @@ TYPES = {
     **dict.fromkeys(("slope", "grad_scale", "grad_filter"), "fp32"),
     **dict.fromkeys(("A", "B", "W", "W_T"), "*bf16"),
     **dict.fromkeys(("ROWS", "COUNT"), "*i32"),
+    **dict.fromkeys(("LENGTHS", "EXPOSED"), "*i64"),
+    "MEAN": "*fp32",
+    "T": "i32",
     **dict.fromkeys(
         ("stride_a", "stride_b", "stride_w", "stride_w_t", "H", "H_T", "first", "sum_place", "stride_top"), "i32"
     ),
@@ -47,6 +50,7 @@ class Case:
     flags: dict[str, Any] = field(default_factory=dict)
     used: tuple[str, ...] = ()
     is_matmul: bool = False
+    is_sweep: bool = True  # it goes over the vocabulary: what it loads in a loop is judged
     described: bool = True  # the head's alignment allows a tensor descriptor, where the table wants one
     row_loads: int = 0  # loads of one element a row after the loop, which a compiler may lay out inside its addresses
     multiples_of_16: tuple[str, ...] = (
@@ -90,7 +94,7 @@ class Case:
         return self.tile(arch).num_warps if self.is_matmul else tuning.ROWS[arch].num_warps
 
     def num_stages(self, arch: str) -> int:
-        return self.tile(arch).num_stages if self.is_matmul else 2
+        return self.tile(arch).num_stages if self.is_matmul else tuning.ROWS[arch].num_stages
 
     @property
     def bytes_per_logit(self) -> int:
@@ -135,6 +139,8 @@ def _row_cases() -> list[Case]:
     one = {"S": "*fp32", "G": "*bf16"}
     cases.append(Case("log-prob normaliser", logprobs.normalise_one, 0, one, stats))
     cases.append(Case("log-prob and gradient", logprobs.finish_logprob, 0, one, dict(GRAD=True)))
+    cases.append(Case("a row's statistics", rows.settle, flags=dict(SPLITS=4), is_sweep=False))
+    cases.append(Case("means over spans", logprobs.span_mean, is_sweep=False))
     return cases
 
 
@@ -193,8 +199,8 @@ def path_table(gpus, out, faults: list[str]) -> None:
     by_name = {case.name: case for case in CASES}
     out(f"Roofline of backend triton at N={N:,}, H={H:,}, V={V:,} (computed; not yet measured on a GPU)")
     columns = ("path", "GPU", "GEMMs (U)", "B/logit pair, limit", "GEMMs ms (at 70 %)", "row kernels ms", "rest ms")
-    out(f"| {' | '.join(columns)} | total ms at 70 % |")
-    out("|---" * 8 + "|")
+    out(f"| {' | '.join(columns)} | total ms at 70 % | limit ms |")
+    out("|---" * 9 + "|")
     for name, units, kernels, limit in PATHS:
         traffic = sum(by_name[kernel].bytes_per_logit for kernel in kernels)
         for gpu in gpus:
@@ -206,7 +212,7 @@ def path_table(gpus, out, faults: list[str]) -> None:
             rest = (head + ("separate" not in name) * 4 * N * V) / gpu.terabytes / 1e9
             out(
                 f"| {name} | {gpu.name} | {units} | {traffic}, {limit or '-'} | {gemm:.1f} ({gemm / 0.7:.1f}) "
-                f"| {row:.1f} | {rest:.1f} | {gemm / 0.7 + row + rest:.1f} |"
+                f"| {row:.1f} | {rest:.1f} | {gemm / 0.7 + row + rest:.1f} | {TARGET_MS.get((name, gpu.arch), '-')} |"
             )
             if gemm / 0.7 + row + rest > TARGET_MS.get((name, gpu.arch), float("inf")):
                 faults.append(f"{name} on {gpu.name}: the roofline is above {TARGET_MS[name, gpu.arch]} ms")

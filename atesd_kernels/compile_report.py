@@ -79,6 +79,14 @@ class Compiled:
             found.append("no tensor-core instructions")
         if self.case.uses_tma(self.gpu.arch) and not self.tma:
             found.append("no loads by tensor descriptor")
+        if self.case.is_sweep:
+            found += self.load_faults()
+        if self.shared > self.gpu.shared:
+            found.append(f"{self.shared} bytes of shared memory, the limit is {self.gpu.shared}")
+        return found
+
+    def load_faults(self) -> list[str]:
+        found = []
         narrow, wide = (sum(n for bits, n in self.loads.items() if (bits >= 64) == vector) for vector in (False, True))
         narrow = max(0, narrow - self.case.row_loads)
         # single ones are a row's target or a tile's maximum; the logits and operands come many at a time
@@ -86,8 +94,6 @@ class Compiled:
             found.append(f"{narrow} loads of 32 bits or less in a loop, beside {wide} wider ones")
         if not wide:
             found.append("no vector loads in a loop")
-        if self.shared > self.gpu.shared:
-            found.append(f"{self.shared} bytes of shared memory, the limit is {self.gpu.shared}")
         return found
 
 

@@ -19,7 +19,8 @@ TORCH = ("torch", COMPILED)
 BACKENDS = ("torch", COMPILED, "triton", "triton_tiled")
 
 # Our choice. CPU: rows enough for the GEMMs to run at full speed (bench/chunk_size.py), at 5 % of the memory of dense
-# logits at N = 2048, V = 49,152. GPU: 1,024 rows of a 152k vocabulary in fp32 S and bf16 D take 0.9 GiB.
+# logits at N = 2048, V = 49,152. GPU: 1,024 rows of a 152k vocabulary in fp32 S and bf16 D take 0.9 GiB; backend
+# "triton" counts in rows (gpu_chunk_bytes).
 DEFAULT_CHUNK_BYTES = {"cpu": 128 * MIB, "cuda": 1024 * MIB}
 
 # CPU only. A block of the vocabulary is one GEMM; a tile, a few rows of a block, is what the elementwise passes work
@@ -77,14 +78,15 @@ def chunk_plan(spec, source, num_rows: int, buffers: int) -> ChunkPlan:
     return replace(plan, rows=source.shards.least(plan.rows, source.device))
 
 
-def gpu_chunk_bytes(vocab: int, bytes_per_logit: int, trained_head: bool, device: torch.device) -> int:
-    """The default budget of the Triton backends: at least 1,024 rows, 4,096 with a trained head (each chunk reads and
-    writes its gradient once), where that is at most a sixteenth of the GPU's memory."""
+def gpu_chunk_bytes(num_rows: int, vocab: int, bytes_per_logit: int, trained_head: bool, device: torch.device) -> int:
+    """The default budget of backend "triton": chunks of at least 1,024 rows, 4,096 with a trained head (each chunk
+    reads and writes its gradient once), and fewer than twice that, where that is an eighth of the GPU's memory or less.
+    """
     if device.type == "cpu" or not torch.cuda.is_available():
         return DEFAULT_CHUNK_BYTES["cpu"]
-    wanted = (4096 if trained_head else 1024) * vocab * bytes_per_logit
-    ceiling = max(torch.cuda.get_device_properties(device).total_memory // 16, DEFAULT_CHUNK_BYTES["cuda"])
-    return min(max(wanted, DEFAULT_CHUNK_BYTES["cuda"]), ceiling)
+    chunks = max(1, num_rows // (4096 if trained_head else 1024))
+    ceiling = max(torch.cuda.get_device_properties(device).total_memory // 8, DEFAULT_CHUNK_BYTES["cuda"])
+    return min(-(-num_rows // chunks) * vocab * bytes_per_logit, ceiling)
 
 
 def unavailable(backend: str, device: torch.device) -> str | None:

@@ -125,7 +125,7 @@ def logprob_rows(
                 g = torch.empty(s.shape, dtype=dtype, device=device)
             splits = tuning.row_splits(len(s), vocab, config.block, device)
             parts = torch.empty(len(s), splits, logprob_kernels.NUM_LOGPROB_PARTS.value, device=device)
-            common = dict(BLOCK=config.block, num_warps=config.num_warps)
+            common = config.constants
             logprob_kernels.normalise_one[(len(s), splits)](
                 s, bias, cut(mask, rows), targets[rows], parts, s.stride(0), vocab, inv_t, spec.softcap,
                 STATS=spec.stats, **common,
@@ -180,7 +180,7 @@ def centre(s: Tensor, h_o: Tensor, w: Tensor) -> Tensor:
 
 
 def row_chunks(num_rows: int, vocab: int, bytes_per_logit: int, spec, device) -> list[slice]:
-    budget = spec.chunk_bytes or planning.gpu_chunk_bytes(vocab, bytes_per_logit, spec.weight_grad, device)
+    budget = spec.chunk_bytes or planning.gpu_chunk_bytes(num_rows, vocab, bytes_per_logit, spec.weight_grad, device)
     plan = planning.ChunkPlan.make(num_rows, vocab, bytes_per_logit, device, budget)
     return list(plan.row_chunks(num_rows))
 
@@ -237,7 +237,7 @@ class Sweeps:
         parts = new(num_rows, splits, row_kernels.NUM_PARTS.value, device=s.device)
         sums = new(num_rows, splits, row_kernels.NUM_SUMS.value, device=s.device)
         mask_c, weight_c, target_c = (cut(x, rows) for x in (mask, row_weight, targets))
-        flags = dict(self.flags, BLOCK=self.config.block, num_warps=self.config.num_warps)
+        flags = self.flags | self.config.constants
         grid = (num_rows, splits)
         row_kernels.normalise[grid](
             s, o, *self.biases, mask_c, target_c, parts, s.stride(0), o.stride(0), self.vocab, *self.scalars, **flags

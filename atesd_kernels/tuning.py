@@ -19,6 +19,11 @@ class RowConfig:
 
     block: int
     num_warps: int
+    num_stages: int = 2
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return dict(BLOCK=self.block, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
 ROWS = {
@@ -94,7 +99,7 @@ def num_processors(device: torch.device) -> int:
 
 def row_config(device: torch.device, vocab: int) -> RowConfig:
     config = ROWS.get(architecture(device), INTERPRETED)
-    return RowConfig(min(config.block, max(128, 1 << (vocab - 1).bit_length())), config.num_warps)
+    return replace(config, block=min(config.block, max(128, 1 << (vocab - 1).bit_length())))
 
 
 def row_splits(rows: int, vocab: int, block: int, device: torch.device) -> int:

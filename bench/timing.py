@@ -92,7 +92,9 @@ def own_gemms(x: Inputs, backward: bool) -> None:
             plan = ChunkPlan.make(len(x.student), vocab, 8, device, None, block_bytes=16)
         else:  # whole rows of fp32 S and of D in the inputs' dtype
             width = 4 + x.student.dtype.itemsize
-            plan = ChunkPlan.make(len(x.student), vocab, width, device, gpu_chunk_bytes(vocab, width, False, device))
+            plan = ChunkPlan.make(
+                len(x.student), vocab, width, device, gpu_chunk_bytes(len(x.student), vocab, width, False, device)
+            )
         dtype = matmul.product_dtype(x.student.dtype, device)
         difference = (x.teacher.float() - x.student.float()).to(dtype)
         for rows in plan.row_chunks(len(x.student)):

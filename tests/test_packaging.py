@@ -121,6 +121,8 @@ def test_the_sdist_holds_the_tests_and_what_they_read(built):
         names = {name.partition("/")[2] for name in archive.getnames()}
     for name in ("README.md", "LICENSE", "CONTRIBUTING.md", "CHANGELOG.md", "constraints.txt", "tests/conftest.py"):
         assert name in names, name
+    for name in ("requirements-vllm.txt", "requirements-sanitize.txt", "bench/table.py"):
+        assert name in names, name
 
 
 def test_this_environment_satisfies_every_extra_it_has_packages_of(built):

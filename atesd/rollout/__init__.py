@@ -82,6 +82,23 @@ class RolloutEngine(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+def check_processes(config: ATESDConfig, processes: Processes) -> None:
+    """Raises RolloutError, before anything is loaded, for what one training process alone can do."""
+    if processes.count == 1:
+        return
+    if config.rollout_engine == "vllm":
+        raise RolloutError(
+            f"rollout_engine is 'vllm' and {processes.count} processes train: vLLM inside the training process works "
+            "with one. Start a server with `vllm serve` on other GPUs and set rollout_engine to 'vllm_server', or to "
+            "'hf'."
+        )
+    if config.max_staleness:
+        raise RolloutError(
+            f"max_staleness is {config.max_staleness} and {processes.count} processes train: a checkpoint holds the "
+            "rollouts that one process has under way. Set max_staleness to 0, or start one process."
+        )
+
+
 def make_engine(config: ATESDConfig, model: Any, tokenizer: Any, processes: Processes | None = None) -> RolloutEngine:
     """The engine `config.rollout_engine` names, for this one of `processes`; each draws other responses.
 
@@ -90,14 +107,9 @@ def make_engine(config: ATESDConfig, model: Any, tokenizer: Any, processes: Proc
             processes would each hold a vLLM.
     """
     processes = Processes() if processes is None else processes
+    check_processes(config, processes)
     seeds = ResponseSeeds(config.seed, processes.rank, processes.count)
     if config.rollout_engine == "vllm":
-        if processes.count > 1:
-            raise RolloutError(
-                f"rollout_engine is 'vllm' and {processes.count} processes train: vLLM inside the training process "
-                "works with one. Start a server with `vllm serve` on other GPUs and set rollout_engine to "
-                "'vllm_server', or to 'hf'."
-            )
         from atesd.rollout.vllm import VLLMEngine
 
         return VLLMEngine.from_config(config, model, tokenizer, seeds)

@@ -83,7 +83,9 @@ class VLLMEngine(RequestEngine):
                 raise RolloutError(f"vLLM does not start with {path!r}: {error}") from error
 
     @classmethod
-    def from_config(cls, config: ATESDConfig, model: nn.Module, tokenizer: Any, seeds: ResponseSeeds) -> VLLMEngine:
+    def from_config(
+        cls, config: ATESDConfig, model: nn.Module, tokenizer: Any, seeds: ResponseSeeds | None = None
+    ) -> VLLMEngine:
         """As `config` says, with a cache for all rollouts of a step where its size is left open."""
         dtype = torch.bfloat16 if config.bf16 else getattr(torch, config.torch_dtype)
         return cls(

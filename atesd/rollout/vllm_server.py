@@ -7,6 +7,7 @@ alone, or a whole checkpoint with the adapter merged. The commands that start su
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import shutil
 import time
@@ -82,7 +83,12 @@ class VLLMServerEngine(RequestEngine):
 
     @classmethod
     def from_config(
-        cls, config: ATESDConfig, model: nn.Module, tokenizer: Any, seeds: ResponseSeeds, processes: Processes
+        cls,
+        config: ATESDConfig,
+        model: nn.Module,
+        tokenizer: Any,
+        seeds: ResponseSeeds | None = None,
+        processes: Processes | None = None,
     ) -> VLLMServerEngine:
         return cls(
             model,
@@ -190,7 +196,8 @@ class VLLMServerEngine(RequestEngine):
     def complete_one(self, prompt: list[int], parameters: dict[str, Any]) -> Completion | Exception:
         body = {"model": self.served, "prompt": prompt, "return_token_ids": True, **parameters}
         try:
-            choice = self.ask("/v1/completions", body)["choices"][0]
+            answer = self.ask("/v1/completions", body)
+            choice = answer["choices"][0]
         except urllib.error.HTTPError as error:
             self.lost |= error.code == NOT_FOUND  # the adapter's name
             again = error.code in (NOT_FOUND, *BUSY) or error.code >= 500
@@ -199,6 +206,8 @@ class VLLMServerEngine(RequestEngine):
         except OSError as error:
             self.lost = True
             return error
+        except (KeyError, IndexError, TypeError):
+            return ConnectionError(f"the server at {self.url} answers with no completion but {str(answer)[:200]!r}")
         if choice.get("token_ids") is None:
             return RolloutError(
                 f"the server at {self.url} does not answer with token ids (return_token_ids): vLLM 0.10.2 is the first "
@@ -223,8 +232,11 @@ class VLLMServerEngine(RequestEngine):
         """GET, or POST with a body; the answer's JSON, or its text where it is none."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=timeout or self.timeout) as response:
-            text = response.read().decode()
+        try:
+            with urllib.request.urlopen(request, timeout=timeout or self.timeout) as response:
+                text = response.read().decode()
+        except http.client.HTTPException as error:  # an answer that breaks off, or is none
+            raise ConnectionError(f"the answer of the vLLM server at {self.url} is not whole: {error!r}") from error
         try:
             return json.loads(text)
         except ValueError:

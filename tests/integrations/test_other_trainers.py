@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from atesd_kernels import divergence
@@ -64,6 +65,12 @@ def test_the_loss_is_the_divergence_of_the_two_models_at_the_response(model):
         total += divergence(student, teacher, reduction="sum", temperature=1.1).item()
         tokens += n
     assert pair_divergence(model, collate(ROWS), temperature=1.1).item() == pytest.approx(total / tokens, rel=1e-4)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, lambda m: torch.compile(nn.DataParallel(m))], ids=["compile", "both"])
+def test_the_adapters_to_switch_off_are_found_under_wrappers(model, wrap):
+    expected = pair_divergence(model, collate(ROWS)).item()
+    assert pair_divergence(wrap(model), collate(ROWS)).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_another_model_may_be_the_teacher_and_a_missing_one_is_refused(model, sharp_model_path):

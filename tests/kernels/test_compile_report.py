@@ -1,8 +1,14 @@
 """That the compile report's check can fail. Compiling takes seconds: one row kernel, one GPU."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
+
+from atesd_kernels.compile_cases import CASES
+
+ROOT = Path(__file__).parents[2] / "atesd_kernels"
 
 SCRIPT = """
 from dataclasses import replace
@@ -14,6 +20,14 @@ print(compile_case(replace(case, multiples_of_16=()), h100).faults())
 print(replace(compile_case(case, h100), spills=3, shared=1 << 20).faults())
 print(replace(compile_case(case, h100), case=replace(case, is_matmul=True)).faults())
 """
+
+
+def test_every_kernel_a_launch_names_is_in_the_report():
+    """Kernels are called with a grid, `kernel[grid](...)`; helpers are called by kernels."""
+    sources = [(ROOT / f"{name}.py").read_text() for name in ("triton_chunked", "triton_tiled")]
+    launched = {name for source in sources for name in re.findall(r"_kernels\.(\w+)\[", source)}
+    assert len(launched) == 9
+    assert launched == {case.kernel.__name__ for case in CASES}
 
 
 def test_spills_scalar_loads_missing_tensor_cores_and_too_much_shared_memory_are_faults():

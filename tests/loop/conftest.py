@@ -112,7 +112,8 @@ def server() -> Iterator[ThreadingHTTPServer]:
     """A stand-in for vLLM's server: every response is token 7 and token 2, the end.
 
     Attributes: `seen`, what was posted, as (path, body); `statuses`, taken in turn, 200 when there are none left;
-    `context`, the context length it claims; `look`, called with each path and body before the answer.
+    `context`, the context length it claims; `look`, called with each path and body before the answer; `answers`, in
+    turn, the bytes of whole answers in the place of the usual ones.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -130,6 +131,9 @@ def server() -> Iterator[ThreadingHTTPServer]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             self.server.seen.append((self.path, body))
             self.server.look(self.path, body)
+            if self.server.answers:
+                self.wfile.write(self.server.answers.pop(0))
+                return
             status = self.server.statuses.pop(0) if self.server.statuses else 200
             choice = {"token_ids": [7, 2], "logprobs": {"token_logprobs": [-0.5, -0.25]}, "finish_reason": "stop"}
             self.reply(status, {"choices": [choice]} if status == 200 else {"error": "as scripted"})
@@ -139,6 +143,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         running.seen, running.statuses, running.context, running.look = [], [], 32, lambda path, body: None
+        running.answers = []
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield running
         running.shutdown()

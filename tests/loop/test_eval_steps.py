@@ -10,6 +10,8 @@ import torch
 from atesd.config import load_config
 from atesd.config_checks import ConfigError
 from atesd.prompts import PromptTooLong
+from atesd.rollout import RolloutError
+from atesd.rollout.hf import HFEngine
 from atesd.trainer import Trainer, train
 
 pytest.importorskip("math_verify", reason="grading needs math-verify (the eval extra)")
@@ -54,6 +56,24 @@ def test_a_resumed_run_has_the_evaluations_of_the_whole_one(tiny_config, tmp_pat
     ]
     assert evaluations[0] == evaluations[1]
     assert [row["step"] for row in evaluations[0] if "eval_average" in row] == [1, 2]
+
+
+def test_a_run_whose_engine_dies_in_an_evaluation_is_saved_with_its_steps_and_goes_on(tiny_config, monkeypatch):
+    settings = {"max_steps": 3, "eval_steps": 2, "save_steps": 10, "eval_on_start": False, **EVALUATED}
+    generate = HFEngine.generate
+
+    def dies(engine, prompts, sampling=None):
+        if sampling is not None:
+            raise RolloutError("the engine is gone.")
+        return generate(engine, prompts, sampling)
+
+    monkeypatch.setattr(HFEngine, "generate", dies)
+    config = tiny_config(**settings)
+    with pytest.raises(RolloutError, match=r"the engine is gone.*\n.*after step 2: go on with atesd train --resume"):
+        train(config)
+    monkeypatch.undo()
+    run = train(load_config(None, ["--resume", config.output_dir]))
+    assert [(row["step"], "eval_average" in row) for row in rows_of(run)] == [(1, False), (2, False), (3, True)]
 
 
 def test_the_evaluation_sees_the_student_as_it_is_now_and_finds_right_answers(tiny_config, monkeypatch):

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from atesd.config import ATESDConfig
 from atesd.memory_plan import model_shape, plan_memory
-from atesd.rollout import RolloutError, Sampling
+from atesd.processes import Processes
+from atesd.rollout import RolloutError, Sampling, check_processes
 from atesd.rollout.requests import Completion, RequestEngine
 from atesd.rollout.seeds import ResponseSeeds
 from atesd.rollout.vllm import kv_cache_bytes
@@ -243,6 +244,40 @@ def test_a_busy_server_is_asked_again_and_one_that_refuses_is_not(connect, serve
     with pytest.raises(RolloutError, match=r"refused a request: 400 .*as scripted"):
         engine.generate([[5]])
     assert len(server.seen) == 4
+
+
+HEAD = b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n"
+BROKEN = {
+    "cut off": HEAD % 500 + b'{"choices": [{"tok',
+    "not HTTP": b"\x15\x03\x01\x00\x02\r\n\r\n",
+    "a proxy's page": HEAD % 13 + b"<html></html>",
+    "an error": HEAD % 18 + b'{"error": "wrong"}',
+}
+
+
+@pytest.mark.parametrize("answer", BROKEN.values(), ids=BROKEN)
+def test_an_answer_that_is_none_is_asked_for_again_and_then_refused_by_name(connect, server, answer):
+    engine = connect()
+    engine.sync()
+    server.answers = [answer]
+    assert engine.generate([[5]])[0].response_ids == [7, STOP]
+    server.answers = [answer] * 20
+    with pytest.raises(RolloutError, match="server"):
+        engine.generate([[5]])
+    if answer in (BROKEN["cut off"], BROKEN["not HTTP"]):  # what a load of weights answers otherwise is not read
+        server.answers = [answer] * 20
+        with pytest.raises(RolloutError, match=r"did not reach the vLLM server .* in 3 tries"):
+            engine.sync()
+
+
+@pytest.mark.parametrize("settings", [{"rollout_engine": "vllm"}, {"max_staleness": 1}], ids=["in process", "ahead"])
+def test_what_one_training_process_alone_can_do_is_refused_for_two(settings):
+    processes = Processes()
+    config = ATESDConfig(**{"rollout_engine": "vllm_server", **settings})
+    check_processes(config, processes)
+    processes.count = 2
+    with pytest.raises(RolloutError, match="2 processes train"):
+        check_processes(config, processes)
 
 
 def test_a_server_that_cannot_be_used_is_refused_before_training_with_the_remedy(connect, server):

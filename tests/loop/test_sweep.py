@@ -21,7 +21,7 @@ def recipe(tiny_config, tmp_path) -> str:
     config = tiny_config(max_steps=2, num_eval_problems=6, num_probe_problems=2, learning_rate=0.02, save_steps=1)
     settings = {name: value for name, value in vars(config).items() if value is not None and name != "output_dir"}
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(settings))
+    path.write_text(yaml.safe_dump(settings | {"bf16": None}))
     return str(path)
 
 
@@ -59,6 +59,8 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_draws_its_figure(recipe, tmp_p
     first = study["rows"]
     assert first[0]["before"]["reference_nll"] == first[6]["before"]["reference_nll"], "the same problems and student"
     assert first[0]["before"] != first[0]["after"]
+    saved = yaml.safe_load((folder / "alpha-0-seed-0" / "config.yaml").read_text())
+    assert saved["bf16"] is not None, "a run that goes on elsewhere goes on in its precision"
 
 
 def test_the_measurement_is_that_of_a_dense_model_and_leaves_the_run_as_it_was(tiny_config):
@@ -110,6 +112,8 @@ def test_a_sweep_that_cannot_run_is_refused_before_its_first_run(recipe, tmp_pat
     assert cli.main(["sweep", recipe, "--alphas", "0,2", "--output_dir", str(tmp_path / "s")]) == 2
     assert "fixed_alpha is 2.0" in capsys.readouterr().err
     assert cli.main(["sweep", recipe, "--seeds", "one"]) == 2
+    assert cli.main(["sweep", recipe, "--rollout_engine", "vllm_server"]) == 2
+    assert "rollout_engine is not 'hf'" in capsys.readouterr().err
     assert not Path(tmp_path / "s").exists()
     with pytest.raises(ConfigError, match="an alpha and a seed"):
         sweep.sweep(recipe, [], str(tmp_path / "s"), alphas=[])

@@ -1,0 +1,48 @@
+"""How many rows a chunk of the Triton backend has on a GPU, of which only the memory is asked."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from atesd_kernels.planning import ChunkPlan, gpu_chunk_bytes
+
+VOCAB = 151_936
+GIB = 1 << 30
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    def with_memory(gib: float) -> torch.device:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        properties = SimpleNamespace(total_memory=int(gib * GIB))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        return torch.device("cuda")
+
+    return with_memory
+
+
+def chunks_of(num_rows: int, bytes_per_logit: int, trained_head: bool, device: torch.device) -> list[int]:
+    budget = gpu_chunk_bytes(num_rows, VOCAB, bytes_per_logit, trained_head, device)
+    plan = ChunkPlan.make(num_rows, VOCAB, bytes_per_logit, device, budget)
+    sizes = [rows.stop - rows.start for rows in plan.row_chunks(num_rows)]
+    assert sum(sizes) == num_rows and max(sizes) * VOCAB * bytes_per_logit <= budget
+    return sizes
+
+
+@pytest.mark.parametrize("num_rows", (7, 1023, 1024, 1500, 5000, 8191, 8192, 100_000))
+@pytest.mark.parametrize("trained_head, least", ((False, 1024), (True, 4096)))
+def test_chunks_are_neither_short_nor_long_where_memory_allows(num_rows, trained_head, least, gpu):
+    sizes = chunks_of(num_rows, 6, trained_head, gpu(79.2))  # fp32 S and bf16 D
+    # equal to rounding, so the last one may lack a row for each chunk before it
+    assert min(sizes) > min(num_rows, least) - len(sizes)
+    assert sizes[0] >= min(num_rows, least) and max(sizes) < 2 * least
+
+
+def test_a_small_gpu_gives_an_eighth_of_its_memory(gpu):
+    sizes = chunks_of(8192, 6, True, gpu(24))
+    assert max(sizes) * VOCAB * 6 <= 3 * GIB < 4096 * VOCAB * 6
+
+
+def test_a_cpu_keeps_to_its_own_budget():
+    assert gpu_chunk_bytes(8192, VOCAB, 6, True, torch.device("cpu")) == 128 << 20

@@ -60,9 +60,11 @@ def train(config: ATESDConfig) -> Path:
         config.save(config.resume or config.output_dir)
     trainer = Trainer(config)
     try:
-        return trainer.run()
+        run_dir = trainer.run()
     finally:
         trainer.engine.close()
+    trainer.accelerator.end_training()  # after the engine: vLLM in this process has process groups of its own
+    return run_dir
 
 
 class Trainer(RunState):
@@ -118,7 +120,6 @@ class Trainer(RunState):
             from atesd.report import write_report  # here: while the run trains it does without matplotlib
 
             write_report(self.run_dir)
-        self.accelerator.end_training()
         return self.run_dir
 
     def train_step(self, t: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -52,7 +52,8 @@ class Case:
     is_matmul: bool = False
     is_sweep: bool = True  # it goes over the vocabulary: what it loads in a loop is judged
     described: bool = True  # the head's alignment allows a tensor descriptor, where the table wants one
-    row_loads: int = 0  # loads of one element a row after the loop, which a compiler may lay out inside its addresses
+    # loads of one element: a tile's maximum, or a row's target, which a compiler may lay out inside a loop's addresses
+    row_loads: int = 0
     multiples_of_16: tuple[str, ...] = (
         "stride_s", "stride_o", "stride_g", "stride_a", "stride_b", "stride_w", "stride_w_t", "V", "H", "H_T", "first",
     )  # fmt: skip
@@ -165,7 +166,8 @@ def _tile_cases() -> list[Case]:
             ("tiles: log-prob gradient", tiles.tile_scores, dict(GRAD=True), ()),
         ):
             flops = work // 2 if kernel is tiles.tile_scores else work
-            cases.append(Case(name + size, kernel, flops, g, flags, used, is_matmul=True))
+            maximum = int(used is FILTER and kernel is tiles.tile_accumulate)
+            cases.append(Case(name + size, kernel, flops, g, flags, used, is_matmul=True, row_loads=maximum))
         for name, kernel, flags in (
             ("tiles: statistics, unaligned head", tiles.tile_normalise, {}),
             ("tiles: KL and gradient, unaligned head", tiles.tile_accumulate, kl),

@@ -89,8 +89,7 @@ class Compiled:
         found = []
         narrow, wide = (sum(n for bits, n in self.loads.items() if (bits >= 64) == vector) for vector in (False, True))
         narrow = max(0, narrow - self.case.row_loads)
-        # single ones are a row's target or a tile's maximum; the logits and operands come many at a time
-        if narrow >= max(wide, 1):
+        if narrow:
             found.append(f"{narrow} loads of 32 bits or less in a loop, beside {wide} wider ones")
         if not wide:
             found.append("no vector loads in a loop")

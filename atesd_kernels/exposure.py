@@ -42,6 +42,9 @@ def exposure_logprobs(
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Mean log-probability of each sequence's tokens `[exposed, length)`: those after the exposed prefix.
 
+    Without gradients and statistics the Triton backends skip all other tokens inside the kernel: no product, no copy.
+    With them they are masked rows of `linear_logprobs`.
+
     Args:
         hidden: `[B, T, H]`; the state that predicts `targets[b, i]`.
         weight: `[V, H]`, or a `DTensor` sharded by its rows.

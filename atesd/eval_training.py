@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from atesd.config import ATESDConfig
@@ -45,18 +44,18 @@ class TrainingEvaluation:
         prompts: PromptBuilder,
         engine: RolloutEngine,
         tokenizer: Any,
-        accelerator: Accelerator,
+        processes: Processes,
     ):
         self.every, self.last, self.on_start = config.eval_steps, config.max_steps, config.eval_on_start
         self.failure: str | None = None  # why the last evaluation has no result; the trainer saves the run, and ends it
         if not self.every:
             return
-        self.engine, self.tokenizer, self.accelerator = engine, tokenizer, accelerator
+        self.engine, self.tokenizer, self.processes = engine, tokenizer, processes
         length = config.eval_max_completion_length or config.max_completion_length
         self.protocol = Protocol(
             config.eval_k, length, config.eval_temperature, 1.0, 0, config.seed, batch_size=ANSWERS_AT_ONCE
         )
-        self.problems = problems[accelerator.process_index :: accelerator.num_processes]
+        self.problems = problems[processes.rank :: processes.count]
         self.prompts = [prompts.student(problem) for problem in self.problems]
         for problem, ids in zip(self.problems, self.prompts, strict=True):
             if len(ids) + length > prompts.context_length:
@@ -80,13 +79,13 @@ class TrainingEvaluation:
                 mine += batch
         except RolloutError as error:
             self.failure = str(error)
-        if Processes(self.accelerator).any(self.failure is not None):
+        if self.processes.any(self.failure is not None):
             self.failure = self.failure or "the evaluation of another process failed"
             return {}
         samples: list[Sample] = gather_object(mine)
         self.engine.release()
         release_freed_memory()
-        if not self.accelerator.is_main_process:
+        if not self.processes.is_main:
             return {}
         found = summarise(samples, self.protocol.k, self.grader, CONFIDENCE, NUM_BOOTSTRAP)["metrics"]
         average = found[f"average@{self.protocol.k}"]

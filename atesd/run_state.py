@@ -119,7 +119,7 @@ class RunState:
         self.engine = AheadEngine(engine) if config.max_staleness else engine
         self.engine_mismatch = EngineMismatch(config.importance_clip)
         self.evaluation = TrainingEvaluation(
-            config, self.problems.eval, self.prompts, self.engine, self.tokenizer, self.accelerator
+            config, self.problems.eval, self.prompts, self.engine, self.tokenizer, self.processes
         )
 
         # The optimizer; and what the main process decides, of which the others' own is idle

@@ -30,6 +30,10 @@ CPU_TILE_ROWS = 128
 GPU_BLOCK_COLUMNS = 16_384  # backend "torch" on a GPU: bounds what the eager passes leave between their kernels
 
 
+def default_chunk_bytes(device: torch.device) -> int:
+    return DEFAULT_CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"]
+
+
 @dataclass(frozen=True)
 class ChunkPlan:
     """How the torch backend walks over `[rows, vocab]`."""
@@ -52,7 +56,7 @@ class ChunkPlan:
 
         `whole_blocks` makes a tile of a block: compiled passes keep their own intermediate values in registers.
         """
-        budget = chunk_bytes or DEFAULT_CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"]
+        budget = chunk_bytes or default_chunk_bytes(device)
         columns = min(vocab, CPU_BLOCK_COLUMNS if device.type == "cpu" else GPU_BLOCK_COLUMNS if block_bytes else vocab)
         rows = max(1, min(num_rows, budget // (bytes_per_logit * vocab + block_bytes * columns)))
         # equal chunks: a last chunk of three rows would run its GEMMs at a tenth of the speed

@@ -273,7 +273,7 @@ def column_blocks(spec, num_rows: int, vocab: int, dtype: torch.dtype, config, d
     """Columns whose gradient fits the byte budget."""
     if not spec.any_grad:
         return []
-    budget = spec.chunk_bytes or planning.DEFAULT_CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"]
+    budget = spec.chunk_bytes or planning.default_chunk_bytes(device)
     columns = max(1, budget // (num_rows * dtype.itemsize) // config.block_n) * config.block_n
     return [slice(j, min(j + columns, vocab)) for j in range(0, vocab, columns)]
 

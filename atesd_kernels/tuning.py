@@ -60,7 +60,7 @@ class TileConfig:
 
 # First pass: two products and running statistics. Second pass: two products and a divergence's term, whose registers
 # leave room for smaller tiles only. The limit was spilling, as `compile_report` shows it. TMA where it takes no more
-# registers than computing addresses does: 231 for 237 in the first pass of two models, but 163 for 140 of one.
+# registers than computing addresses does: fewer in the passes over two models (the report has both), more over one.
 TILES = {
     "sm_80": TileConfig(128, 32, 64, 8, 3),
     "sm_90": TileConfig(128, 32, 64, 8, 3, tma=True),

@@ -104,7 +104,7 @@ class VLLMServerEngine(RequestEngine):
     def served_model(self) -> dict[str, Any]:
         try:
             return self.ask("/v1/models", timeout=30)["data"][0]
-        except (OSError, ValueError, KeyError, IndexError) as error:
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise RolloutError(
                 f"no vLLM server answers at vllm_server_base_url {self.url!r} ({reason(error)}): start one with "
                 f"`vllm serve`, wait until it says that it is ready, and try again."

@@ -79,14 +79,22 @@ class HeadSpec:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
-def unwrap(model: Any) -> Any:
-    """The causal language model under torch.compile, DDP / DataParallel and peft wrappers."""
+def without_wrappers(model: Any) -> Any:
+    """What torch.compile and DDP / DataParallel have wrapped: a causal language model, or peft's model of one."""
     while True:
-        if hasattr(model, "_orig_mod"):
+        if "_orig_mod" in getattr(model, "_modules", ()):  # its own: peft shows its model's attributes as well
             model = model._orig_mod
         elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
-        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        else:
+            return model
+
+
+def unwrap(model: Any) -> Any:
+    """The causal language model under torch.compile, DDP / DataParallel and peft wrappers."""
+    while True:
+        model = without_wrappers(model)
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
             peft = model.active_peft_config
             if getattr(peft, "is_prompt_learning", False):
                 raise ValueError(

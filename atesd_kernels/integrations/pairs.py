@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import linear_divergence
-from .head import HeadSpec, hidden_states_and_head
+from .head import HeadSpec, hidden_states_and_head, without_wrappers
 
 IGNORED = -100
 
@@ -71,9 +71,7 @@ def pair_divergence(
         ValueError: no teacher and no adapters to switch off; what `hidden_states_and_head` refuses.
     """
     student, head = _response_states(model, batch, "")
-    inner: Any = model
-    while not hasattr(inner, "disable_adapter") and (wrapped := _wrapped_by(inner)) is not None:
-        inner = wrapped
+    inner: Any = without_wrappers(model)
     if teacher is None and not hasattr(inner, "disable_adapter"):
         raise ValueError("teacher=None means the model without its adapters, but it has none: pass a frozen copy.")
     other = inner if teacher is None else teacher
@@ -91,13 +89,6 @@ def pair_divergence(
         **head.divergence_options(temperature, teacher_head),
         **options,
     )
-
-
-def _wrapped_by(model: nn.Module) -> nn.Module | None:
-    """What DDP, DataParallel or torch.compile has wrapped; None for anything else."""
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        return model.module
-    return getattr(model, "_orig_mod", None)
 
 
 def _response_states(model: nn.Module, batch: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, HeadSpec]:

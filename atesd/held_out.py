@@ -57,10 +57,13 @@ def measure(run: RunState, problems: Sequence[Problem], alpha: float) -> list[Me
     kl, agree, responses = [], [], []
     run.engine.sync()
     with evaluating(run.model), run.autocast():
-        for part in chunks(len(problems), config.per_device_train_batch_size):
+        # as many at once as a step decodes, and as a micro-batch scores
+        for part in chunks(len(problems), config.per_device_train_batch_size * config.gradient_accumulation_steps):
             seeds = tuple(range(part.start, part.stop))
             sampling = Sampling(config.max_completion_length, config.temperature, config.top_p, config.top_k, seeds)
-            replies = [r.response_ids for r in run.engine.generate(prompts[part], sampling)]
+            responses += [r.response_ids for r in run.engine.generate(prompts[part], sampling)]
+        for part in chunks(len(problems), config.per_device_train_batch_size):
+            replies = responses[part]
             exposed = [run.prompts.teacher(p, run.references[p.id], run.data.alpha(p, alpha)) for p in problems[part]]
             student, teacher = (pack(read, replies, run.device) for read in (prompts[part], exposed))
             _, stats = distillation(
@@ -73,7 +76,6 @@ def measure(run: RunState, problems: Sequence[Problem], alpha: float) -> list[Me
             )
             kl += stats.divergence.double().split(student.lengths)
             agree += stats.top1_agree.double().split(student.lengths)
-            responses += replies
         nll = run.meter.reference_nll(problems)
     run.engine.release()
     correct = grade(run, problems, responses)

@@ -32,7 +32,7 @@ TOKENS = (1024, 4096, 16_384)
 LOSS = "forward_kl"
 MIB = 2**20
 HEADROOM = 0.7  # of the free memory: what a run may be expected to take
-PATIENCE = 600  # seconds a run may be expected to take: bf16 on a processor without instructions for it takes hours
+PATIENCE = 240  # seconds a run may be expected to take: bf16 on a processor without instructions for it takes hours
 
 
 def entrants_measured(compiled: bool) -> list[str]:

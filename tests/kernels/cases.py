@@ -72,13 +72,18 @@ def relative_l2(value: Tensor, expected: Tensor) -> float:
     return ((value.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+def terms_of(pair, divergence, beta) -> Tensor:
+    """Every entry's term, in float64: `(N, V)`."""
+    s, t = (reference.logits(h, pair.student_weight) for h in (pair.student_hidden, pair.teacher_hidden))
+    return get_divergence(divergence, beta).term(t.log_softmax(-1), s.log_softmax(-1), beta)[0]
+
+
 def clip_between_entries(pair, divergence, beta) -> float:
     """A clip that bites, in the middle of the widest gap around the 99.5th percentile of the terms.
 
     A clip's gradient jumps where a term equals it: an entry at the jump tests luck, not the code.
     """
-    s, t = (reference.logits(h, pair.student_weight) for h in (pair.student_hidden, pair.teacher_hidden))
-    terms = get_divergence(divergence, beta).term(t.log_softmax(-1), s.log_softmax(-1), beta)[0].flatten().sort().values
+    terms = terms_of(pair, divergence, beta).flatten().sort().values
     top = terms[int(0.99 * len(terms)) : int(0.998 * len(terms))]
     widest = (top[1:] - top[:-1]).argmax()
     return ((top[widest] + top[widest + 1]) / 2).item()

@@ -140,9 +140,9 @@ def test_entry_clip_bounds_terms_and_removes_their_gradient(divergence, kl, back
     )
     assert clipped.loss < whole.loss
     assert max(clipped.hidden_error, clipped.weight_error) <= FP32_GRADIENT
-    # Clipped KLs are sums of both signs that may come out near zero: the whole divergence is the yardstick. And an error
-    # of a logit, which cancels in a divergence's first order, does not where some of the terms are cut: no fp32 logits
-    # make the sum surer than an ulp of what is added.
+    # Clipped KLs are sums of both signs that may come out near zero: the whole divergence is the yardstick. And a
+    # logit's error, which cancels in a divergence's first order, does not where some of the terms are cut: no fp32
+    # logits make the sum surer than an ulp of what is added.
     ulp = 2**-24 * terms_of(pair, divergence, 0.3).clamp_max(clip).abs().sum().item()
     assert clipped.loss_error * abs(clipped.loss) <= FP32_LOSS * whole.loss + ulp
 

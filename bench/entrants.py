@@ -65,7 +65,9 @@ def dense_trl(loss: str, x: Inputs) -> Tensor:
     """Whole logits in the inputs' dtype, then TRL's own function (or, for the clip, OPSD's line after F.kl_div)."""
     logits = F.linear(x.student, x.weight)
     if loss == "logprobs":
-        return -trl_function("logprobs")(logits, x.targets).mean()
+        # TRL loops over the sequences of a micro-batch: rows as eight of them, not as thousands of one token
+        batch = (8 if len(logits) % 8 == 0 else 1, -1)
+        return -trl_function("logprobs")(logits.unflatten(0, batch), x.targets.unflatten(0, batch)).mean()
     with torch.no_grad():
         teacher_logits = F.linear(x.teacher, x.weight)
     if loss == "entry_clip":

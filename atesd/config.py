@@ -51,6 +51,11 @@ class ATESDConfig(
             if getattr(self, name) == 0:
                 setattr(self, name, None)
 
+    @property
+    def eval_completion_length(self) -> int:
+        """Most new tokens of an answer in the evaluations of `eval_steps`."""
+        return self.eval_max_completion_length or self.max_completion_length
+
     def validate(self) -> None:
         """Raises ConfigError (a ValueError) naming the first field that cannot be used, before anything loads."""
         check(self)

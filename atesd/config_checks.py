@@ -126,6 +126,11 @@ def check_combinations(config: ATESDConfig) -> None:
             f"eval_steps is {config.eval_steps} but num_eval_problems is 0, so there is nothing to evaluate on: "
             f"set num_eval_problems to 32 or more, or eval_steps to 0"
         )
+    if config.eval_steps and find_spec("math_verify") is None:
+        raise ConfigError(
+            f"eval_steps is {config.eval_steps}, and an evaluation grades answers with math-verify, which is not "
+            f"installed: pip install 'atesd[eval]', or set eval_steps to 0"
+        )
     trackers = config.report_to.replace(" ", "").split(",")
     for tracker in trackers:
         what = f"made of {', '.join(TRACKERS)}{suggest(tracker, TRACKERS)}"

@@ -17,7 +17,7 @@ from atesd.grading import Grader
 from atesd.memory import release_freed_memory
 from atesd.problems import Problem
 from atesd.processes import Processes
-from atesd.prompts import PromptBuilder, PromptTooLong
+from atesd.prompts import PromptBuilder
 from atesd.rollout import RolloutEngine, RolloutError
 
 CONFIDENCE, NUM_BOOTSTRAP = 0.95, 2_000
@@ -29,11 +29,10 @@ class TrainingEvaluation:
 
     Args:
         config: `eval_steps` 0 switches it off.
-        problems: held out, from the run's own data.
+        problems: held out, from the run's own data, which has checked that their answers fit.
         prompts, engine, tokenizer: the run's.
 
     Raises:
-        PromptTooLong: a problem that leaves less room than `eval_max_completion_length`.
         ImportError: math-verify is not installed.
     """
 
@@ -51,18 +50,17 @@ class TrainingEvaluation:
         if not self.every:
             return
         self.engine, self.tokenizer, self.processes = engine, tokenizer, processes
-        length = config.eval_max_completion_length or config.max_completion_length
+        length = config.eval_completion_length
         self.protocol = Protocol(
             config.eval_k, length, config.eval_temperature, 1.0, 0, config.seed, batch_size=ANSWERS_AT_ONCE
         )
         self.problems = problems[processes.rank :: processes.count]
         self.prompts = [prompts.student(problem) for problem in self.problems]
-        for problem, ids in zip(self.problems, self.prompts, strict=True):
-            if len(ids) + length > prompts.context_length:
-                advice = f"the context less eval_max_completion_length={length}; lower it, or drop the problem"
-                limit = prompts.context_length - length
-                raise PromptTooLong(problem.id, "evaluation prompt", len(ids), limit, advice)
         self.grader = Grader(box_only=config.eval_box_only)
+
+    def close(self) -> None:
+        if self.every:
+            self.grader.close()
 
     def measure(self, step: int) -> dict[str, Any]:
         """Metrics after `step` updates, none where no evaluation is due. Every process calls it; the first one gets

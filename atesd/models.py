@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,7 @@ def load_base(config: ATESDConfig | EvalConfig, attn_implementation: str | None 
 
 def load_model(config: ATESDConfig) -> PreTrainedModel:
     """The model alone; see `load_model_and_tokenizer`."""
+    check_kernels(config)
     model = load_base(config, attention_of(config))
     if config.use_liger_kernel:
         use_liger_kernels(model)
@@ -96,20 +98,29 @@ def attention_of(config: ATESDConfig) -> str | None:
     return None if config.attn_implementation == "sdpa" else config.attn_implementation
 
 
+def check_kernels(config: ATESDConfig) -> None:
+    """Raises ModelLoadError, before a model is loaded, for layers' kernels that were asked for and cannot run here."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if config.use_liger_kernel and find_spec("liger_kernel") is None:
+        raise ModelLoadError("use_liger_kernel is on, and liger-kernel is not installed: pip install 'atesd[gpu]'")
+    if config.use_liger_kernel and not gpu:
+        raise ModelLoadError("use_liger_kernel is on, and its kernels need a GPU, of which there is none: leave it off")
+    if config.attn_implementation == "flash_attention_2" and not gpu:
+        raise ModelLoadError(
+            "attn_implementation is 'flash_attention_2', which needs a GPU, of which there is none: set it to 'sdpa'"
+        )
+
+
 def use_liger_kernels(model: Any) -> None:
     """Liger's norms, rotary embedding and gated MLP in place of the model's; the loss stays that of atesd_kernels.
 
     Raises:
-        ModelLoadError: without a GPU or liger-kernel, or for a model Liger has no kernels for.
+        ModelLoadError: for a model Liger has no kernels for.
     """
-    import torch
+    from liger_kernel.transformers import monkey_patch as liger
 
-    try:
-        from liger_kernel.transformers import monkey_patch as liger
-    except ImportError as error:
-        raise ModelLoadError("use_liger_kernel needs liger-kernel: pip install 'atesd[gpu]'") from error
-    if not torch.cuda.is_available():
-        raise ModelLoadError("use_liger_kernel is on, and its kernels need a GPU, of which there is none: leave it off")
     kind = model.config.model_type
     if kind not in liger.MODEL_TYPE_TO_APPLY_LIGER_FN:
         known = ", ".join(sorted(liger.MODEL_TYPE_TO_APPLY_LIGER_FN))

@@ -154,6 +154,13 @@ class PromptBuilder:
             ends.append(index)
         return [*encoded["input_ids"], self.tokenizer.eos_token_id], ends
 
+    def check_answer_fits(self, problem: Problem, max_new_tokens: int) -> None:
+        """Raise ``PromptTooLong`` if an answer of ``max_new_tokens`` to this problem's prompt would not fit."""
+        length, limit = len(self.student(problem)), self.context_length - max_new_tokens
+        if length > limit:
+            advice = f"the context less eval_max_completion_length={max_new_tokens}; lower it, or drop the problem"
+            raise PromptTooLong(problem.id, "evaluation prompt", length, limit, advice)
+
     def check(self, problem: Problem, reference: Reference, max_alpha: float = 1.0) -> None:
         """Raise ``PromptTooLong`` now if any prompt of this problem, at any alpha up to ``max_alpha``, would be
         refused later.

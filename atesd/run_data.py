@@ -23,7 +23,7 @@ class RunData:
     """What a run trains and probes on.
 
     Attributes:
-        problems: the splits; all of their train and probe problems fit.
+        problems: the splits; all of their problems fit.
         references: by problem id, the reference solution cut into segments.
         prompts: builds the token ids.
         exposure_limit: by problem id, the largest alpha whose teacher prompt fits, where that is not 1
@@ -87,16 +87,22 @@ def load_run_data(config: ATESDConfig, tokenizer: Any, context_length: int) -> R
     references = {p.id: split_reference(p.solution, p.answer) for p in checked}
     exposure_limit: dict[str, float] = {}
     too_long: dict[str, PromptTooLong] = {}
-    for problem in checked:
+    everything = [*checked, *problems.eval]
+    for problem in everything:
         try:
-            prompts.check(problem, references[problem.id])
+            if problem.id in references:
+                prompts.check(problem, references[problem.id])
+            elif config.eval_steps:
+                prompts.check_answer_fits(problem, config.eval_completion_length)
+            else:  # a study measures student and teacher on it
+                prompts.check(problem, split_reference(problem.solution, problem.answer))
         except PromptTooLong as error:
             if config.overlong_problems == "refuse":
                 raise
             too_long[problem.id] = error
     if config.overlong_problems == "cut":
         by_id = {p.id: p for p in checked}
-        for name in list(too_long):
+        for name in [name for name in too_long if name in references]:
             with suppress(PromptTooLong):
                 exposure_limit[name] = prompts.largest_alpha(by_id[name], references[name])
                 del too_long[name]
@@ -109,11 +115,12 @@ def load_run_data(config: ATESDConfig, tokenizer: Any, context_length: int) -> R
         )
     if too_long:
         warnings.warn(
-            f"skipped {len(too_long)} of {len(checked)} problems that do not fit, the first because "
+            f"skipped {len(too_long)} of {len(everything)} problems that do not fit, the first because "
             f"{next(iter(too_long.values()))}",
             stacklevel=2,
         )
-        kept = {name: [p for p in getattr(problems, name) if p.id not in too_long] for name in ("train", "probe")}
+        splits = ("train", "probe", "eval")
+        kept = {name: [p for p in getattr(problems, name) if p.id not in too_long] for name in splits}
         for name, left in kept.items():
             if getattr(problems, name) and not left:
                 raise next(iter(too_long.values()))

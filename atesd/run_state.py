@@ -26,7 +26,7 @@ from atesd.eval_training import TrainingEvaluation
 from atesd.exposure import exposed_text
 from atesd.guards import Guards
 from atesd.metrics import PhaseTimer
-from atesd.models import context_length, load_model, load_model_config, load_tokenizer
+from atesd.models import check_kernels, context_length, load_model, load_model_config, load_tokenizer
 from atesd.objectives import make_objective
 from atesd.outcomes import OutcomeMeter
 from atesd.packed_attention import check_packing, use_packed_attention
@@ -73,6 +73,7 @@ class RunState:
         self.accelerator = Accelerator(cpu=on_cpu(), log_with=trackers, project_dir=str(self.run_dir))
         self.device, self.processes = self.accelerator.device, Processes(self.accelerator)
         check_processes(config, self.processes)
+        check_kernels(config)
         plugin = fsdp_plugin(self.accelerator)
         self.sharded = plugin is not None
         set_seed(config.seed)
@@ -213,6 +214,13 @@ class RunState:
         if self.processes.is_main:
             save_checkpoint(self.run_dir, step, state, adapter, self.config.save_total_limit)
         self.processes.wait()
+
+    def close(self) -> None:
+        """End what has processes of its own: the engine and the graders."""
+        self.engine.close()
+        self.evaluation.close()
+        if self.reward:
+            self.reward.grader.close()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.start, self.nonfinite_in_a_row = state["step"], state["nonfinite_in_a_row"]

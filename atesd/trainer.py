@@ -62,8 +62,8 @@ def train(config: ATESDConfig) -> Path:
     try:
         run_dir = trainer.run()
     finally:
-        trainer.engine.close()
-    trainer.accelerator.end_training()  # after the engine: vLLM in this process has process groups of its own
+        trainer.close()
+    trainer.accelerator.end_training()  # after closing: vLLM in this process has process groups of its own
     return run_dir
 
 

@@ -92,13 +92,15 @@ def losses(shape: Shape) -> str:
     by_result = [{r["entrant"]: r for r in result["rows"] if r["phase"] == both} for result in results]
     others = [name for name in dict.fromkeys(name for found in by_result for name in found) if name != OURS]
     others.sort(key=lambda name: name in (OWN_GEMMS, MM_GEMMS))
+    several = len({result["machine"]["isa"] for result in results}) > 1
     for result, found in zip(results, by_result, strict=True):
         own = found[OURS]
         ratios = [
             f"{found[n]['median'] / own['median']:.2f}x ({found[n]['cpu'] / own['cpu']:.2f}x)" if n in found else "-"
             for n in others
         ]
-        rows.append([f"{result['loss']} {result['dtype']}, N = {result['tokens']:,}", with_spread(own), *ratios])
+        where = f" ({result['machine']['isa']})" if several else ""
+        rows.append([f"{result['loss']} {result['dtype']}, N = {result['tokens']:,}{where}", with_spread(own), *ratios])
     note = f"H = {shape.hidden:,}, V = {shape.vocab:,}; median and range, others as multiples of it (of its CPU time)."
     absent = {name: why for result in results for name, why in result["missing"].items() if name not in others}
     if absent:

@@ -6,6 +6,7 @@ An engine is given prompts as token ids and answers with token ids: text is neve
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 from atesd.processes import Processes
@@ -83,7 +84,10 @@ class RolloutEngine(Protocol):
 
 
 def check_processes(config: ATESDConfig, processes: Processes) -> None:
-    """Raises RolloutError, before anything is loaded, for what one training process alone can do."""
+    """Raises RolloutError, before anything is loaded, for an engine that is not installed, and for what one training
+    process alone can do."""
+    if config.rollout_engine == "vllm":
+        require_vllm()
     if processes.count == 1:
         return
     if config.rollout_engine == "vllm":
@@ -96,6 +100,14 @@ def check_processes(config: ATESDConfig, processes: Processes) -> None:
         raise RolloutError(
             f"max_staleness is {config.max_staleness} and {processes.count} processes train: a checkpoint holds the "
             "rollouts that one process has under way. Set max_staleness to 0, or start one process."
+        )
+
+
+def require_vllm() -> None:
+    if find_spec("vllm") is None:
+        raise RolloutError(
+            "rollout_engine is 'vllm', which is not installed here: pip install 'atesd[vllm]' (without a GPU: see "
+            "requirements-vllm.txt), or set rollout_engine to 'hf'."
         )
 
 

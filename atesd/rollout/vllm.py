@@ -6,7 +6,6 @@ the student is updated, so that both need not fit at once; vLLM knows no sleep o
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import time
@@ -21,7 +20,7 @@ from torch import nn
 from atesd.config import ATESDConfig
 from atesd.memory_plan import cached_numbers
 from atesd.models import context_length, model_path
-from atesd.rollout import RolloutError
+from atesd.rollout import RolloutError, require_vllm
 from atesd.rollout.hf import stop_token_ids
 from atesd.rollout.requests import Completion, RequestEngine
 from atesd.rollout.seeds import ResponseSeeds
@@ -55,11 +54,7 @@ class VLLMEngine(RequestEngine):
         **requests: Any,
     ):
         super().__init__(**requests)
-        if importlib.util.find_spec("vllm") is None:
-            raise RolloutError(
-                "rollout_engine is 'vllm', which is not installed here: pip install 'atesd[vllm]' (without a GPU: see "
-                "requirements-vllm.txt), or set rollout_engine to 'hf'."
-            )
+        require_vllm()
         on_cpu = next(model.parameters()).device.type == "cpu"
         self.model, self.dtype, self.sleep, self.asleep = model, dtype, sleep and not on_cpu, False
         self.requests = 0

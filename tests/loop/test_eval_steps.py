@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 
+import psutil
 import pytest
 import torch
 
 from atesd.config import load_config
 from atesd.config_checks import ConfigError
+from atesd.models import context_length, load_model_config, load_tokenizer
 from atesd.prompts import PromptTooLong
 from atesd.rollout import RolloutError
 from atesd.rollout.hf import HFEngine
+from atesd.run_data import load_run_data
 from atesd.trainer import Trainer, train
 
 pytest.importorskip("math_verify", reason="grading needs math-verify (the eval extra)")
@@ -99,8 +102,46 @@ def test_the_evaluation_sees_the_student_as_it_is_now_and_finds_right_answers(ti
     assert answered["eval_average"] == answered["eval_pass"] == answered["eval_maj"] == pytest.approx(1 / 3)
 
 
-def test_evaluations_that_cannot_be_made_are_refused_before_training(tiny_config):
+def load(config):
+    """What a run reads before it loads a model."""
+    config.validate()
+    return load_run_data(config, load_tokenizer(config), context_length(load_model_config(config)))
+
+
+def test_evaluations_that_cannot_be_made_are_refused_before_training(tiny_config, monkeypatch):
     with pytest.raises(ConfigError, match="eval_steps is 2 but num_eval_problems is 0"):
         tiny_config(eval_steps=2).validate()
     with pytest.raises(PromptTooLong, match="lower it, or drop the problem"):
-        Trainer(tiny_config(**{**EVALUATED, "eval_steps": 2, "eval_max_completion_length": 2040}))
+        load(tiny_config(**{**EVALUATED, "eval_steps": 2, "eval_max_completion_length": 2040}))
+    monkeypatch.setattr("atesd.config_checks.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"eval_steps is 2, .* math-verify, .* pip install 'atesd\[eval\]'"):
+        tiny_config(**EVALUATED, eval_steps=2).validate()
+
+
+@pytest.mark.parametrize("overlong", ("skip", "cut"))
+def test_problems_whose_answers_do_not_fit_are_left_out_and_counted(tiny_config, overlong):
+    """Of three, the one with the longest prompt; a prompt of the student cannot be cut."""
+    settings = {**EVALUATED, "eval_steps": 2, "overlong_problems": overlong}
+    whole = load(tiny_config(**settings))
+    lengths = {p.id: len(whole.prompts.student(p)) for p in whole.problems.eval}
+    longest = max(lengths, key=lengths.get)
+    room = whole.prompts.context_length - lengths[longest] + 1
+    assert sorted(lengths.values())[-2] < lengths[longest], "one alone is the longest"
+    with pytest.warns(UserWarning, match="skipped 1 of .* problems that do not fit"):
+        data = load(tiny_config(**{**settings, "eval_max_completion_length": room}))
+    assert [p.id for p in data.problems.eval] == [name for name in lengths if name != longest]
+    assert data.counts()["problems_too_long"] == 1
+    assert len(data.problems.train) == len(whole.problems.train)
+
+
+def test_no_grading_process_outlives_its_run(tiny_config):
+    def graders():
+        return [p for p in psutil.Process().children() if "grading_worker" in " ".join(p.cmdline())]
+
+    before = len(graders())
+    trainer = Trainer(tiny_config(eval_steps=1, **EVALUATED, objective="grpo", num_generations=2))
+    trainer.evaluation.grader.grade("\\boxed{x + 1}", "1 + x")
+    trainer.reward.grader.grade("\\boxed{x + 1}", "1 + x")
+    assert len(graders()) > before + 1
+    trainer.close()
+    assert len(graders()) == before

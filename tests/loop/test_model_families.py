@@ -27,6 +27,7 @@ from atesd.batching import hidden_rows, pack
 from atesd.config_checks import ConfigError
 from atesd.models import ModelLoadError
 from atesd.packed_attention import check_packing, use_packed_attention
+from atesd.rollout import RolloutError
 from atesd.trainer import Trainer
 from atesd_kernels.integrations.head import hidden_states_and_head
 
@@ -179,10 +180,19 @@ def test_a_sliding_window_of_the_eager_kernel_is_the_models_own():
 
 
 def test_kernels_that_cannot_run_here_are_refused_before_training(tiny_config, monkeypatch):
-    if not torch.cuda.is_available():
-        pytest.importorskip("liger_kernel")
-        with pytest.raises(ModelLoadError, match="use_liger_kernel is on, and its kernels need a GPU"):
-            Trainer(tiny_config(use_liger_kernel=True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("atesd.run_state.load_model", None)  # nothing is loaded
+    monkeypatch.setattr("atesd.models.find_spec", lambda name: name)
+    with pytest.raises(ModelLoadError, match="use_liger_kernel is on, and its kernels need a GPU"):
+        Trainer(tiny_config(use_liger_kernel=True))
+    with pytest.raises(ModelLoadError, match="'flash_attention_2', which needs a GPU"):
+        Trainer(tiny_config(attn_implementation="flash_attention_2", bf16=True))
+    monkeypatch.setattr("atesd.models.find_spec", lambda name: None)
+    with pytest.raises(ModelLoadError, match=r"liger-kernel is not installed: pip install 'atesd\[gpu\]'"):
+        Trainer(tiny_config(use_liger_kernel=True))
+    monkeypatch.setattr("atesd.rollout.find_spec", lambda name: None)
+    with pytest.raises(RolloutError, match=r"rollout_engine is 'vllm', which is not installed here: pip install"):
+        Trainer(tiny_config(rollout_engine="vllm"))
     monkeypatch.setattr("atesd.config_checks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs flash-attn: pip install 'atesd\[flash\]'"):
         tiny_config(attn_implementation="flash_attention_2", bf16=True).validate()

@@ -271,7 +271,8 @@ def test_an_answer_that_is_none_is_asked_for_again_and_then_refused_by_name(conn
 
 
 @pytest.mark.parametrize("settings", [{"rollout_engine": "vllm"}, {"max_staleness": 1}], ids=["in process", "ahead"])
-def test_what_one_training_process_alone_can_do_is_refused_for_two(settings):
+def test_what_one_training_process_alone_can_do_is_refused_for_two(settings, monkeypatch):
+    monkeypatch.setattr("atesd.rollout.find_spec", lambda name: name)  # vLLM as if it were installed
     processes = Processes()
     config = ATESDConfig(**{"rollout_engine": "vllm_server", **settings})
     check_processes(config, processes)

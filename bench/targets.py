@@ -5,6 +5,7 @@ The figure in each row is the worst one the results hold, with where it was foun
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from functools import partial
 
@@ -58,6 +59,26 @@ def least_accuracy_gain() -> Figure | None:
     return min(peers, default=None)
 
 
+def least_rollout_gain() -> Figure | None:
+    """vLLM's tokens per second over those of transformers' own `generate`, for the sampling where that is least."""
+    if not names_of("rollout_speed"):
+        return None
+    result = load("rollout_speed")
+    figures = [
+        (statistics.median(by_engine["generate"]) / statistics.median(by_engine["vllm"]), f"{label}, {result['dtype']}")
+        for label, by_engine in result["seconds"].items()
+    ]
+    return min(figures, default=None)
+
+
+def largest_sync_share() -> Figure | None:
+    if not names_of("weight_sync"):
+        return None
+    result = load("weight_sync")
+    shares = [(s["seconds_weight_sync"] / s["seconds_step"], trained) for trained, s in result["steps"].items()]
+    return max(shares, default=None)
+
+
 def step_ratio(dtype: str, what: str) -> Figure | None:
     if not names_of(f"step_vs_trl-{dtype}"):
         return None
@@ -78,6 +99,8 @@ TARGETS: list[tuple[str, str, Callable[[], Figure | None], Callable[[float], boo
         for d in ("fp32", "bf16")
         for label, what, limit in (("time", "seconds", 0.65), ("memory", "peak", 0.5))
     ),
+    ("vLLM's rollouts, tokens/s of HF `generate`'s", "at least 1.5x", least_rollout_gain, (1.5).__le__),
+    ("weight sync to vLLM, of a step", "under 0.1", largest_sync_share, (0.1).__gt__),
 ]
 
 

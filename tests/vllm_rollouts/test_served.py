@@ -136,16 +136,18 @@ def test_a_run_whose_next_rollouts_are_generated_meanwhile_is_saved_when_the_ser
         if t == 2:
             trainer.engine.wait()
             kill(process)
-        return step(t)
+        done = step(t)
+        if t == 0:
+            disturb(trainer.model)  # an update no rounding hides; the next rollouts were sampled before it
+        return done
 
     trainer.train_step = killing_the_server_before_the_third
     with pytest.raises(RolloutError, match=r"in 3 tries: .*\n.*saved as it was after step 2"):
         trainer.run()
     rows = rows_of(trainer.run_dir)
     assert [(row["step"], row["staleness"]) for row in rows] == [(1, 0), (2, 1)]
-    for row in rows:
-        assert 0 < row["engine_logprob_diff"] < 0.3 and row["seconds_weight_sync"] > 0
-        assert row["importance_weight"] == pytest.approx(1, abs=0.3)
-    assert rows[1]["engine_logprob_diff"] > 10 * rows[0]["engine_logprob_diff"] or BF16, "one update lies between"
+    assert all(row["seconds_weight_sync"] > 0 and row["importance_weight"] <= 2 for row in rows)
+    assert 0 < rows[0]["engine_logprob_diff"] < 0.3 and rows[0]["importance_weight"] == pytest.approx(1, abs=0.3)
+    assert rows[1]["engine_logprob_diff"] > 10 * rows[0]["engine_logprob_diff"], "one update lies between"
     saved = load_checkpoint(latest_checkpoint(trainer.run_dir))
     assert saved["step"] == 2 and len(saved["engine"]["ahead"]) == 2, "with the batch of the step that is to come"

@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 INPUTS := setup.py pyproject.toml constraints.txt
 
-.PHONY: train test test-vllm sanitize compile-report lint bench model clean
+.PHONY: train test test-vllm can-test-vllm sanitize can-sanitize compile-report lint bench model clean
 .DELETE_ON_ERROR:
 
 train: model
@@ -33,15 +33,17 @@ lint: $(VENV)/.installed-test
 # access, a race between programs or a read of unwritten memory fails its test. Python 3.12, in an environment of its own.
 # The first Python 3.12 that runs, on the path (where pyenv's shims may only say so) or among pyenv's.
 SANITIZE_PYTHON ?= $(shell for python in python3.12 $$(ls -d "$$(pyenv root 2>/dev/null)"/versions/3.12*/bin/python3.12 \
-	2>/dev/null); do $$python -c "" 2>/dev/null && echo $$python && break; done)
+	2>/dev/null); do $$python -c "import ensurepip" 2>/dev/null && echo $$python && break; done)
 SANITIZE_VENV ?= .venv-sanitize
 
 sanitize: $(SANITIZE_VENV)/.installed
 	$(SANITIZE_VENV)/bin/python -m ttsem.sanitize pytest tests/kernels/test_triton_gpu.py --noconftest -q $(ARGS)
 
-$(SANITIZE_VENV)/.installed: requirements-sanitize.txt
+can-sanitize:
 	@test -n "$(SANITIZE_PYTHON)" || { echo "make sanitize needs Python 3.12 and found none: install one" \
 		"(pyenv install 3.12, apt install python3.12-venv) or name one, SANITIZE_PYTHON=/path/to/python3.12"; exit 1; } >&2
+
+$(SANITIZE_VENV)/.installed: requirements-sanitize.txt | can-sanitize
 	$(SANITIZE_PYTHON) -m venv $(SANITIZE_VENV)
 	$(SANITIZE_VENV)/bin/python -m pip install --quiet --requirement requirements-sanitize.txt
 	@touch $@
@@ -56,10 +58,12 @@ test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m atesd.smollm
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VLLM_VENV)/bin/python -m pytest tests/vllm_rollouts $(ARGS)
 
-# Without --no-compile pip compiles ten thousand files, of which the tests import a few.
-$(VLLM_VENV)/.installed: requirements-vllm.txt setup.py
+can-test-vllm:
 	@! grep -q '^flags' /proc/cpuinfo || grep -qw avx2 /proc/cpuinfo || { echo "make test-vllm needs a processor with" \
 		"AVX2: vLLM's CPU build has no code for this one"; exit 1; } >&2
+
+# Without --no-compile pip compiles ten thousand files, of which the tests import a few.
+$(VLLM_VENV)/.installed: requirements-vllm.txt setup.py | can-test-vllm
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-compile --requirement requirements-vllm.txt --editable ".[eval]"
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec

@@ -54,7 +54,7 @@ def run_one(run: str, flags: list[str], work: Path) -> Path:
         config = load_config("quickstart", [*METHODS[method], *own, *flags])
     config.save(run_dir)  # what a checkpoint is resumed with
     trainer = Trainer(config)
-    start_file = run_dir / "start.json"
+    start_file = work / f"start-{seed}.json"  # no method has done anything yet: both start from the same numbers
     if not start_file.exists():
         run_dir.mkdir(parents=True, exist_ok=True)
         start = [asdict(m) for m in measure(trainer, trainer.problems.eval, 1.0)]

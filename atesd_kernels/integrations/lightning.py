@@ -2,6 +2,9 @@
 
 module = SelfDistillationModule(model, learning_rate=5e-6, loss_options={"entry_clip": 0.05})
 Trainer(max_steps=100).fit(module, DataLoader(rows, batch_size=4, collate_fn=collate))
+
+Lightning knows no count of a step's tokens before its last batch. So each batch's loss is a sum, and the gradient is
+divided by the count when the optimizer is about to step, before it is clipped.
 """
 
 from __future__ import annotations
@@ -12,11 +15,15 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
-from .pairs import pair_divergence
+from .pairs import IGNORED, pair_divergence
 
 
 class SelfDistillationModule(LightningModule):
-    """Distils `teacher` (None: the model without its peft adapters) into `model`, with AdamW on what is trained."""
+    """Distils `teacher` (None: the model without its peft adapters) into `model`, with AdamW on what is trained.
+
+    The loss is the mean over the response tokens of the whole optimizer step, on all devices: batches accumulated with
+    `accumulate_grad_batches` make the step of one large batch.
+    """
 
     def __init__(
         self,
@@ -29,11 +36,24 @@ class SelfDistillationModule(LightningModule):
         super().__init__()
         self.model, self.teacher = model, teacher
         self.learning_rate, self.loss_options = learning_rate, loss_options or {}
+        self.num_tokens = 0  # since the last step, here
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        loss = pair_divergence(self.model, batch, self.teacher, **self.loss_options)
-        self.log("loss", loss, prog_bar=True)
-        return loss
+        total = pair_divergence(self.model, batch, self.teacher, num_tokens=1, **self.loss_options)
+        num_tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
+        self.num_tokens += num_tokens
+        self.log("loss", total.detach() / max(num_tokens, 1), prog_bar=True, batch_size=num_tokens)
+        return total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # Lightning has divided by the batches of a step, and DDP by the devices
+        strategy = self.trainer.strategy
+        everyones = float(strategy.reduce(torch.tensor(float(self.num_tokens), device=self.device), reduce_op="sum"))
+        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(everyones, 1)
+        for p in self.parameters():
+            if p.grad is not None:
+                p.grad.mul_(factor)
+        self.num_tokens = 0
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=self.learning_rate)

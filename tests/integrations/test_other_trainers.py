@@ -98,18 +98,45 @@ def test_the_hugging_face_trainer_follows_the_plain_loop(model, expected, accumu
     torch.testing.assert_close(trained(model), after, rtol=1e-2, atol=1e-4)
 
 
-def test_lightning_follows_the_plain_loop(model, expected, tmp_path):
+def lightning(model, tmp_path, rows_a_batch, gradients=None, **options):
+    """Three steps, each on all rows; notes the gradients the optimizer gets."""
     pl = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed")
     from atesd_kernels.integrations.lightning import SelfDistillationModule
 
-    module = SelfDistillationModule(model, learning_rate=LEARNING_RATE, loss_options={"temperature": 1.1})
-    data = torch.utils.data.DataLoader(ROWS, batch_size=4, collate_fn=collate)
+    class Noted(SelfDistillationModule):
+        def optimizer_step(self, epoch, batch, optimizer, closure):
+            super().optimizer_step(epoch, batch, optimizer, closure)
+            if gradients is not None:
+                gradients.append(torch.cat([p.grad.flatten() for p in self.parameters() if p.grad is not None]))
+
+    module = Noted(model, learning_rate=LEARNING_RATE, loss_options={"temperature": 1.1})
+    data = torch.utils.data.DataLoader(ROWS, batch_size=rows_a_batch, collate_fn=collate)
     trainer = pl.Trainer(
         max_steps=STEPS, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=str(tmp_path),
+        enable_model_summary=False, default_root_dir=str(tmp_path), accumulate_grad_batches=4 // rows_a_batch,
+        **options,
     )  # fmt: skip
     trainer.fit(module, data)
-    torch.testing.assert_close(trained(model), expected[1], rtol=1e-2, atol=1e-4)
+    return trained(model)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_lightning_follows_the_plain_loop(model, expected, accumulation, tmp_path):
+    after = lightning(model, tmp_path, 4 // accumulation)
+    torch.testing.assert_close(after, expected[1], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_batches_lightning_accumulates_make_the_gradient_of_the_large_one_before_it_is_clipped(model, tmp_path, clip):
+    state, gradients = {k: v.clone() for k, v in model.state_dict().items()}, {}
+    for rows_a_batch in (4, 2, 1):
+        model.load_state_dict(state)
+        seen = gradients[rows_a_batch] = []
+        lightning(model, tmp_path, rows_a_batch, seen, gradient_clip_val=clip)
+    for rows_a_batch in (2, 1):
+        torch.testing.assert_close(gradients[rows_a_batch][0], gradients[4][0], rtol=1e-4, atol=1e-7)
+    if clip:
+        assert gradients[4][0].norm() == pytest.approx(clip, rel=1e-3)
 
 
 def test_gradient_checkpointing_of_the_backbone_changes_nothing(model):
@@ -130,7 +157,10 @@ BLOCKS = [block for block in BLOCKS if "integrations" in block]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[block.splitlines()[-1][:30] for block in BLOCKS])
-def test_the_readmes_blocks_run(block, model, sharp_model_path, tmp_path):
+def test_the_readmes_blocks_run(block, model, sharp_model_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # Lightning writes where it is started
+    if "lightning" in block:
+        pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed")
     names = {"model": model, "rows": ROWS, "ids": torch.tensor([[5, 6, 7]])}
     names["optimizer"] = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     names["args"] = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=1, report_to="none")
@@ -146,4 +176,4 @@ def test_the_readmes_blocks_run(block, model, sharp_model_path, tmp_path):
 
 
 def test_the_readme_has_these_blocks():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5

@@ -18,11 +18,18 @@ def test_the_examples_in_the_docstrings_are_true(module):
     assert result.attempted > 0 and result.failed == 0
 
 
+INTEGRATIONS = [block for block in BLOCKS if "integrations" in block]  # run by tests/integrations
+HERE = [block for block in BLOCKS if block not in INTEGRATIONS]
+
+
 def test_the_readme_has_examples():
-    assert any("linear_divergence" in block for block in BLOCKS)
+    fences = re.findall(r"^```(\w+)", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert fences.count("python") == len(HERE) + len(INTEGRATIONS), "every block of Python is found, and so is run"
+    assert set(fences) <= {"python", "bash", "mermaid"}
+    assert any("linear_divergence" in block for block in HERE)
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if "atesd_kernels" in b and "integrations" not in b])
+@pytest.mark.parametrize("block", HERE)
 def test_the_readme_s_python_blocks_run(block):
     names = {
         "student_hidden": torch.randn(6, 16, requires_grad=True),

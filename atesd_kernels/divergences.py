@@ -75,7 +75,7 @@ class DivergenceTerm:
 
 def times_log(p: Tensor, log_ratio: Tensor) -> Tensor:
     """`p * log_ratio`, with `0 * anything = 0`: an impossible token contributes nothing."""
-    return torch.where(p > 0, p * log_ratio, 0.0)
+    return p * torch.where(p > 0, log_ratio, 0.0)  # this way round autograd, too, gets 0 and not NaN
 
 
 # Forward KL, KL(p || q): f(r) = r log r, k = 1.

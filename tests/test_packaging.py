@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import email
 import os
 import re
@@ -145,6 +146,11 @@ def test_this_environment_satisfies_every_extra_it_has_packages_of(built):
     assert {"torch", "transformers", "trl", "liger-kernel", "math-verify", "pytest", "triton"} <= checked
     supported = {c.rpartition(" ")[2] for c in fields.get_all("Classifier") if "Python :: 3." in c}
     assert supported == {"3.10", "3.11", "3.12", "3.13"} and fields["Requires-Python"] == ">=3.10"
+
+
+def test_the_oldest_python_reads_every_module():
+    for path in (p for name in ("atesd", "atesd_kernels") for p in (ROOT / name).rglob("*.py")):
+        ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 10))
 
 
 def test_the_contributors_examples_are_short_and_run(tmp_path):

@@ -1,6 +1,6 @@
 """Extra peak memory of forward + backward to the hidden states, over the number of tokens.
 
-    python -m bench.memory [--full]
+    python -m bench.memory [--full] [--dtype fp32]
 
 Without `--full` the peers are measured at the two smaller sizes only: at the largest they take minutes each. Each
 figure comes from a process of its own: inputs made, one warm-up call (libraries load, compilers compile), freed memory
@@ -174,9 +174,9 @@ def plot(result: dict, path: Path, source: str) -> None:
     log_log([("", named)], "tokens", ["extra peak memory, MiB"], path, source)
 
 
-def main(full: bool = False) -> list[dict]:
+def main(full: bool = False, dtypes: Iterable[str] = tuple(DTYPES)) -> list[dict]:
     """Whole: this library at every size, peers at two; `full`: peers at every size."""
-    results = [run(TOKENS, TOKENS if full else TOKENS[:2], shape=shape) for shape in HERE]
+    results = [run(TOKENS, TOKENS if full else TOKENS[:2], shape=shape, dtypes=dtypes) for shape in HERE]
     for result in results:
         print(table(result))
     return results
@@ -186,9 +186,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
     arguments = parser.parse_args()
     if arguments.child:
         name, dtype, tokens, shape = arguments.child
         print(json.dumps(child(name, dtype, int(tokens), SHAPES[shape])))
     else:
-        main(arguments.full)
+        main(arguments.full, arguments.dtype)

@@ -1,6 +1,6 @@
 """Time and memory against tokens, vocabulary, response length and batch, with the exponents fitted to them.
 
-    python -m bench.scaling [--dtype fp32] [--rounds 3]
+    python -m bench.scaling [--dtype fp32] [--rounds 3] [--quick]
 
 Two of the axes are the loss alone (forward KL, forward + backward to the hidden states): its tokens N, and its
 vocabulary V. The other two are what a trainer does with a micro-batch: SmolLM2-135M as the student and, frozen, as the
@@ -172,4 +172,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 where the machine has instructions for it")
     parser.add_argument("--rounds", type=int, default=3)
-    main(**vars(parser.parse_args()))
+    parser.add_argument("--quick", action="store_true", help="the smaller points of `pytest bench`")
+    arguments = parser.parse_args()
+    main(QUICK if arguments.quick else FULL, arguments.dtype, arguments.rounds)

@@ -12,6 +12,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,14 +88,14 @@ def run_one(config: ATESDConfig, alpha: float, seed: int) -> None:
     config.validate()
     settle_precision(config)
     config.save(config.output_dir)  # what a checkpoint is resumed with
-    trainer = Trainer(config)
-    problems, run_dir = trainer.problems.eval, Path(config.output_dir)
-    before_file = run_dir / BEFORE
-    if not before_file.exists():
-        write_json(before_file, [asdict(m) for m in measure(trainer, problems, alpha)])
-    before = json.loads(before_file.read_text(encoding="utf-8"))
-    trainer.run()
-    after = [asdict(m) for m in measure(trainer, problems, alpha)]
+    with closing(Trainer(config)) as trainer:
+        problems, run_dir = trainer.problems.eval, Path(config.output_dir)
+        before_file = run_dir / BEFORE
+        if not before_file.exists():
+            write_json(before_file, [asdict(m) for m in measure(trainer, problems, alpha)])
+        before = json.loads(before_file.read_text(encoding="utf-8"))
+        trainer.run()
+        after = [asdict(m) for m in measure(trainer, problems, alpha)]
     of_the_run = {"alpha": alpha, "seed": seed}
     rows = [{**of_the_run, "id": b["id"], "before": b, "after": a} for b, a in zip(before, after, strict=True)]
     write_json(run_dir / STUDY, rows)

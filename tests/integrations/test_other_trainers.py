@@ -179,7 +179,7 @@ def test_gradient_checkpointing_of_the_backbone_changes_nothing(model):
 
 
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-BLOCKS = [block for block in BLOCKS if "integrations" in block]
+BLOCKS = [block for block in BLOCKS if "integrations" in block and "verl" not in block]  # that one: test_verl
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[block.splitlines()[-1][:30] for block in BLOCKS])

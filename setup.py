@@ -1,7 +1,9 @@
 """Packaging metadata of atesd and atesd_kernels. pyproject.toml holds the build system and tool settings only.
 
 Version ranges stop at the next major release. What the tests run on is the newest of each range; constraints.txt pins
-torch and triton, whose versions belong together.
+torch and triton, whose versions belong together. The extras resolve together, except flash: flash-attn is built, and
+looks for torch before pip has installed it (`--no-build-isolation`). vllm pins its own torch and transformers, within
+these ranges.
 """
 
 from pathlib import Path

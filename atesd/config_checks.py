@@ -98,7 +98,10 @@ def check_combinations(config: ATESDConfig) -> None:
     check_objective(config)
     if config.attn_implementation == "flash_attention_2":
         if find_spec("flash_attn") is None:
-            raise ConfigError("attn_implementation 'flash_attention_2' needs flash-attn: pip install 'atesd[flash]'")
+            raise ConfigError(
+                "attn_implementation 'flash_attention_2' needs flash-attn, which is built against the installed torch: "
+                "pip install --no-build-isolation 'atesd[flash]'"
+            )
         if not config.bf16 and config.torch_dtype != "bfloat16":
             raise ConfigError("attn_implementation 'flash_attention_2' has no float32 form: set bf16 to true")
     if config.dataset_name == "gsm_symbolic" and config.num_train_problems is None:

@@ -83,6 +83,16 @@ def test_wrappers_are_seen_through(model, wrap):
     assert hidden_states_and_head(wrapped)[1].weight is model.lm_head.weight
 
 
+def test_the_backbone_of_a_compiled_model_runs_uncompiled(model):
+    graphs = []
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    with torch.no_grad():
+        logits = logits_from_parts(compiled)
+        assert not graphs
+        torch.testing.assert_close(logits, compiled(input_ids=IDS).logits)
+    assert graphs
+
+
 def test_the_backbone_of_a_peft_model_runs_its_adapters(model):
     before = logits_from_parts(model)
     adapted = lora(model, target_modules="all-linear")

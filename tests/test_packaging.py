@@ -11,11 +11,13 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections import defaultdict
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n# (\w+)\.py\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -126,17 +128,30 @@ def test_the_sdist_holds_the_tests_and_what_they_read(built):
         assert name in names, name
 
 
-def test_this_environment_satisfies_every_extra_it_has_packages_of(built):
-    """Extras resolve together: one set of versions, those the tests run with, is within all their ranges at once."""
+def all_requirements(built) -> list[Requirement]:
+    """Of the package and all its extras, on this machine."""
+    fields = metadata_of(built)
+    extras = fields.get_all("Provides-Extra")
+    return [
+        requirement
+        for requirement in map(Requirement, fields.get_all("Requires-Dist"))
+        if any(requirement.marker is None or requirement.marker.evaluate({"extra": extra}) for extra in extras)
+    ]
+
+
+def metadata_of(built) -> email.message.Message:
     with zipfile.ZipFile(built[1]) as wheel:
         (name,) = (n for n in wheel.namelist() if n.endswith("METADATA"))
-        fields = email.message_from_bytes(wheel.read(name))
+        return email.message_from_bytes(wheel.read(name))
+
+
+def test_this_environment_satisfies_every_extra_it_has_packages_of(built):
+    """Extras resolve together: one set of versions, those the tests run with, is within all their ranges at once."""
+    fields = metadata_of(built)
     extras = fields.get_all("Provides-Extra")
     assert {"gpu", "vllm", "eval", "bench", "test"} <= set(extras)
     checked = set()
-    for requirement in map(Requirement, fields.get_all("Requires-Dist")):
-        if not any(requirement.marker is None or requirement.marker.evaluate({"extra": extra}) for extra in extras):
-            continue
+    for requirement in all_requirements(built):
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
@@ -151,6 +166,20 @@ def test_this_environment_satisfies_every_extra_it_has_packages_of(built):
 def test_the_oldest_python_reads_every_module():
     for path in (p for name in ("atesd", "atesd_kernels") for p in (ROOT / name).rglob("*.py")):
         ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 10))
+
+
+def test_the_ranges_of_all_extras_and_the_pins_have_a_version_in_common(built):
+    """What can be known without an index: no package is asked for twice in ways that exclude each other."""
+    asked = defaultdict(SpecifierSet)
+    for requirement in all_requirements(built):
+        asked[requirement.name] &= requirement.specifier
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = {r.name: r.specifier for line in lines if line and line[0] != "#" for r in [Requirement(line)]}
+    assert set(pins) <= set(asked)
+    for name, ranges in asked.items():
+        both = ranges & pins.get(name, SpecifierSet())
+        # a range that has versions has one of the bounds it is made of
+        assert any(both.contains(bound.version) for bound in both), f"{name}: {both}"
 
 
 def test_the_contributors_examples_are_short_and_run(tmp_path):

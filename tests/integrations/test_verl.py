@@ -6,8 +6,10 @@ Everything here passed with verl 0.9.1 itself; `test_the_whole_road_through_verl
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -145,6 +147,14 @@ def test_other_modes_stay_verl_s_own_and_sharded_logits_are_refused(losses, monk
     assert adapter.registered["mine"] == {}
     with pytest.raises(ValueError, match="unknown divergence"):
         adapter.register("third", divergence="squred")
+
+
+def test_the_readme_s_block_registers_its_loss(losses):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+    (block,) = (block for block in blocks if "verl" in block)
+    exec(block, {})
+    assert losses.compute_topk_loss(*configs("my_jsd"), batch()[1], batch()[0], "thd")["distillation_losses"].min() > 0
 
 
 def test_another_verl_is_refused_with_both_versions(losses, monkeypatch):

@@ -31,6 +31,7 @@ from atesd_kernels.integrations.head import unwrap
 
 # whether a model's layers go back to shards between forward and backward (ZeRO-3), or only afterwards (ZeRO-2)
 RESHARDS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+BORROWER = -1  # the number, which no module has, of who else uses a parameter of ZeRO-3
 
 
 class ShardingError(ValueError):
@@ -131,12 +132,12 @@ def lent(parameters: list[Any]) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(parameters):
         for p in parameters:
-            p.ds_persist = True  # or the first forward would give them back
+            p.ds_active_sub_modules.add(BORROWER)  # or the first forward would give them back
         try:
             yield
         finally:
             for p in parameters:
-                p.ds_persist = False
+                p.ds_active_sub_modules.discard(BORROWER)
 
 
 def reshard(model: nn.Module) -> None:

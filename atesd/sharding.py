@@ -1,7 +1,8 @@
 """Weights in shards: FSDP2 (`fully_shard`) as an accelerate config asks for it, and when what is whole.
 
 Separate from the trainer because it is about where weights lie. FSDP2 is asked to add gradients up, not to average
-them: the loss is divided by the tokens of all processes already.
+them: the loss is divided by the tokens of all processes already. What DeepSpeed's ZeRO-3 shards is known here by its
+`ds_id`; its engine is in `zero`.
 
 | what                              | whole                                                            |
 |-----------------------------------|------------------------------------------------------------------|

@@ -9,8 +9,8 @@ Separate from the trainer because which weights teach is one question with one c
 | live   | the student itself            | the student itself                   |
 
 No second model object exists: a copy is a dictionary of tensors, put in place for the length of a forward. Where FSDP2
-shards the weights, the copy is cut alike, so that each process keeps and exchanges its own shards only; the head, which
-the loss reads whole, is a whole copy.
+or ZeRO-3 shards the weights, the copy is cut alike, so that each process keeps and exchanges its own shards only; the
+head, which the loss reads whole, is a whole copy.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Teacher:
                 self.values[name].copy_(state["values"][embedding])
 
     def twice(self) -> dict[str, str]:
-        """Of a tied head that FSDP2 shards: the name of its whole copy, and of the shards that hold the same."""
+        """Of a tied head in shards: the name of its whole copy, and of the shards that hold the same."""
         base = unwrap(self.model)
         head, sharded = base.get_output_embeddings(), {id(p): name for name, p in self.sources.items()}
         name = sharded.get(id(head.weight))

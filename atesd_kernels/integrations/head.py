@@ -140,12 +140,12 @@ def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., Any], HeadSp
 
     Returns:
         `(backbone, head)`: calling `backbone(input_ids=..., ...)` gives an output whose `last_hidden_state` is
-        `(batch, length, hidden)`, adapters included; `head` maps its rows to logits. A head that FSDP2 has sharded is
-        whole here: see `sharded_head`.
+        `(batch, length, hidden)`, adapters included; `head` maps its rows to logits. A head that FSDP2 or DeepSpeed's
+        ZeRO-3 has sharded is whole here: see `sharded_head`.
 
     Raises:
         ValueError: naming what stands in the way: no head, an adapter or a wrapper on the head, a head that is not a
-            plain linear layer, FSDP1 or ZeRO-3, a trained head under FSDP2 before `gather_head`, a softcap together
+            plain linear layer, FSDP1, a trained head under FSDP2 or ZeRO-3 before `gather_head`, a softcap together
             with a scale.
 
     Example:

@@ -199,13 +199,9 @@ def test_an_accelerate_config_that_does_not_work_here_is_refused_by_name(
     settings, on_processes, monkeypatch, variables, named
 ):
     monkeypatch.setattr("atesd.zero.version", lambda name: "0.19.8")
+    engine = {} if "ACCELERATE_USE_DEEPSPEED" in variables else FSDP2
     with pytest.raises(AssertionError, match=named):
-        on_processes(
-            2,
-            lambda: train(settings("run", 2)),
-            **({} if "ACCELERATE_USE_DEEPSPEED" in variables else FSDP2),
-            **variables,
-        )
+        on_processes(2, lambda: train(settings("run", 2)), **{**engine, **variables})
 
 
 @pytest.mark.parametrize(("installed", "named"), [
@@ -213,7 +209,7 @@ def test_an_accelerate_config_that_does_not_work_here_is_refused_by_name(
     ("0.18.2", "0.18.2 is installed, older than 0.19.8"),
 ])  # fmt: skip
 def test_a_deepspeed_that_is_missing_or_too_old_is_refused_before_anything_loads(
-    settings, monkeypatch, installed, named
+    settings, monkeypatch, tmp_path, installed, named
 ):
     def version(name):
         if installed is None:
@@ -224,7 +220,8 @@ def test_a_deepspeed_that_is_missing_or_too_old_is_refused_before_anything_loads
     for name, value in ZERO2.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ShardingError, match=named):
-        train(settings("run", 2, model_name_or_path="/nowhere"))
+        train(settings("run", 2))
+    assert not (tmp_path / "run").exists()
 
 
 @needs_deepspeed
@@ -247,16 +244,17 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_leaves_no_gradient(setti
     run_dir, _ = on_processes(2, lambda: train(settings("two", 2, **changes)), **engine)
     rows, others = rows_of(run_dir), rows_of(expected)
     assert [row["skipped"] for row in rows] == [0, 1, 0, 0] and rows[1]["grad_norm"] is None
-    for ours, theirs in zip(rows, others, strict=True):
-        if not ours["skipped"]:
-            assert ours["grad_norm"] > changes["max_grad_norm"]
+    for t in (0, 2, 3):
+        assert rows[t]["grad_norm"] > changes["max_grad_norm"]
         for name in ("loss", "grad_norm", "probe_nll"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, nan_ok=True)
+            assert rows[t][name] == pytest.approx(others[t][name], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("weights", "variables"), [("adapter", {}), ("merged", FSDP2)], ids=["adapter", "shards, merged"]
-)
+@pytest.mark.parametrize(("weights", "variables"), [
+    pytest.param("adapter", {}, id="adapter"),
+    pytest.param("merged", FSDP2, id="FSDP2, merged"),
+    pytest.param("merged", ZERO3, id="ZeRO-3, merged", marks=needs_deepspeed),
+])  # fmt: skip
 def test_each_process_asks_a_server_for_its_own_responses_and_the_main_one_sends_the_weights(
     settings, on_processes, server, weights, variables
 ):

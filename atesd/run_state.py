@@ -79,7 +79,7 @@ class RunState:
         check_processes(config, self.processes)
         check_kernels(config)
         plugin = fsdp_plugin(self.accelerator)
-        self.sharded = plugin is not None
+        self.sharded, self.zero = plugin is not None, None
         set_seed(config.seed)
 
         # Problems and prompts, checked before anything long is loaded or run
@@ -114,7 +114,6 @@ class RunState:
             weight_decay=config.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),  # no temporary the size of the model
         )
-        self.zero = None
         if asked_for("ACCELERATE_USE_DEEPSPEED") and self.processes.count > 1:
             from atesd.zero import Zero
 

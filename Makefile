@@ -1,5 +1,6 @@
 # make train   everything from nothing: environment, model, the quickstart run and its report
 # make test    the same environment with the test extra, and the tests
+# make test-deepspeed   training under DeepSpeed's ZeRO-2 and ZeRO-3, in an environment on top of that one
 # make test-vllm   rollouts with the real vLLM, its CPU build, in an environment of its own
 #
 # PYTHON=python3.12 picks another interpreter, VENV=path another environment, ARGS="--max_steps 4" adds arguments.
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 INPUTS := setup.py pyproject.toml constraints.txt
 
-.PHONY: train test test-vllm can-test-vllm sanitize can-sanitize compile-report lint bench model clean
+.PHONY: train test test-deepspeed test-vllm can-test-vllm sanitize can-sanitize compile-report lint bench model clean
 .DELETE_ON_ERROR:
 
 train: model
@@ -46,6 +47,23 @@ can-sanitize:
 $(SANITIZE_VENV)/.installed: requirements-sanitize.txt | can-sanitize
 	$(SANITIZE_PYTHON) -m venv $(SANITIZE_VENV)
 	$(SANITIZE_VENV)/bin/python -m pip install --quiet --requirement requirements-sanitize.txt
+	@touch $@
+
+# DeepSpeed stays out of the other tests' environment, for accelerate and trl import it wherever they see it: this one has
+# it alone and looks into the other for the rest. It is published as sources whose set-up asks for the torch it will run
+# with; its operators are compiled when they are first used.
+DEEPSPEED_VENV ?= .venv-deepspeed
+
+test-deepspeed: $(DEEPSPEED_VENV)/.installed
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(DEEPSPEED_VENV)/bin/python -m pytest tests/loop/test_processes.py -k ZeRO $(ARGS)
+
+$(DEEPSPEED_VENV)/.installed: $(INPUTS) | $(VENV)/.installed-test
+	$(BIN)/python -m venv $(DEEPSPEED_VENV)
+	$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
+		> "$$($(DEEPSPEED_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/beneath.pth"
+	$(DEEPSPEED_VENV)/bin/python -m pip install --quiet "setuptools>=77" wheel
+	DS_BUILD_OPS=0 $(DEEPSPEED_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+		"deepspeed>=0.19.8,<0.20"
 	@touch $@
 
 # vLLM pins torch and transformers, hence an environment of its own. Its CPU build asks for three packages that exist for
@@ -89,4 +107,4 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) $(SANITIZE_VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SANITIZE_VENV) $(DEEPSPEED_VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .ruff_cache

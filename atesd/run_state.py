@@ -8,6 +8,7 @@ tensors and nothing of how many processes there were: it is resumed on any numbe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import Tensor
 from transformers import get_scheduler
 
 from atesd.batching import ProblemSampler
@@ -42,9 +44,11 @@ from atesd.rollout.seeds import seed_of
 from atesd.run_data import load_run_data
 from atesd.sharding import (
     ShardingError,
+    asked_for,
     check_launcher,
     cut_like,
     fsdp_plugin,
+    in_shards,
     optimizer_state_like,
     reshard,
     shard,
@@ -75,7 +79,7 @@ class RunState:
         check_processes(config, self.processes)
         check_kernels(config)
         plugin = fsdp_plugin(self.accelerator)
-        self.sharded = plugin is not None
+        self.sharded, self.zero = plugin is not None, None
         set_seed(config.seed)
 
         # Problems and prompts, checked before anything long is loaded or run
@@ -101,7 +105,22 @@ class RunState:
             check_head(self.model)
             check_packing(self.model)
         reshard(self.model)
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),  # no temporary the size of the model
+        )
+        if asked_for("ACCELERATE_USE_DEEPSPEED") and self.processes.count > 1:
+            from atesd.zero import Zero
+
+            self.zero = Zero(self.model, self.optimizer, config.max_grad_norm, self.device)
         self.backbone, self.head = hidden_states_and_head(self.model)
+        if self.zero:
+            self.backbone, self.head = self.zero.backbone_and_head(self.head)
         self.teacher = Teacher(self.model, config.teacher, ema_decay=config.ema_decay, bf16=config.bf16)
         self.meter = OutcomeMeter(
             self.model,
@@ -123,16 +142,7 @@ class RunState:
             config, self.problems.eval, self.prompts, self.engine, self.tokenizer, self.processes
         )
 
-        # The optimizer; and what the main process decides, of which the others' own is idle
-        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.trained.values(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),  # no temporary the size of the model
-        )
+        # The schedule; and what the main process decides, of which the others' own is idle
         self.scheduler = get_scheduler(
             config.lr_scheduler_type, self.optimizer, config.warmup_steps, num_training_steps=config.max_steps
         )
@@ -150,14 +160,29 @@ class RunState:
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of every forward. A new context each time: weights cast in it live as long as it does, unless
-        they are sharded: then they do not live longer than FSDP2 lends them."""
+        they are sharded: then they do not live longer than they are lent."""
         return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.config.bf16, cache_enabled=not self.sharded
+            self.device.type, torch.bfloat16, enabled=self.config.bf16, cache_enabled=not in_shards(self.model)
         )
 
     def seed_step(self, t: int) -> None:
         """Global random numbers (dropout's) of step `t`: other ones on each process, the same ones after a resume."""
         set_seed(seed_of(self.config.seed, -1 - t * self.processes.count - self.processes.rank) % 2**32)
+
+    def scaled(self, part_loss: Tensor, so_far: Tensor) -> Tensor:
+        """A micro-batch's loss as its backward needs it, after losses of the sum `so_far`."""
+        return self.zero.scaled(part_loss, so_far) if self.zero else part_loss
+
+    def optimizer_step(self, loss: float) -> float | None:
+        """Clip and step; the gradient's norm, or None and no step where it or the loss is not finite."""
+        if self.zero:
+            return self.zero.step()
+        norm = self.gradient_norm()
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if not finite:  # without gradients a step changes nothing; the schedule follows the count of all steps
+            self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        return norm if finite else None
 
     def gradient_norm(self) -> float:
         """Of the gradients of one large batch, which are there then, and clipped. Each process has those of its share
@@ -173,13 +198,16 @@ class RunState:
 
     def gather_head(self) -> None:
         """The head's weight whole, as its shards are now, where it is trained and sharded."""
-        if self.sharded and unwrap(self.model).get_output_embeddings().weight.requires_grad:
+        if self.zero:
+            self.zero.gather_head()
+        elif self.sharded and unwrap(self.model).get_output_embeddings().weight.requires_grad:
             gather_head(self.model)
 
     def stateful(self) -> dict[str, Any]:
         """All that a continued run needs besides the trained weights and the random states."""
         names = ("optimizer", "scheduler", "sampler", "engine", "policy", "difficulty", "guards", "teacher")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        parts = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return parts | ({"optimizer": self.zero} if self.zero else {})  # which knows what the shards are of
 
     def model_writer(self) -> Callable[..., None]:
         """Writes the adapter, or the model, into a folder. All processes make one, the main one calls it."""
@@ -203,10 +231,9 @@ class RunState:
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """All processes make one, for sharded tensors are gathered in it; the main one's is saved."""
-        trained = {name: p.detach() for name, p in self.trained.items()}
         parts = {name: part.state_dict() for name, part in self.stateful().items()}
         counters = {"step": step, "nonfinite_in_a_row": self.nonfinite_in_a_row}
-        return whole({**counters, "problems_per_step": self.problems_per_step, "trained": trained, **parts})
+        return whole({**counters, "problems_per_step": self.problems_per_step, "trained": self.trained, **parts})
 
     def save(self, step: int) -> None:
         """The checkpoint of the run after `step` steps: gathered by all processes, written by the main one."""
@@ -232,9 +259,13 @@ class RunState:
             )
         with torch.no_grad():
             for name, p in self.trained.items():
-                p.copy_(cut_like(state["trained"][name], p))
+                if self.zero:
+                    self.zero.load_weight(p, state["trained"][name])
+                else:
+                    p.copy_(cut_like(state["trained"][name], p))
         self.gather_head()
-        state["optimizer"] = optimizer_state_like(state["optimizer"], self.optimizer)
+        if not self.zero:
+            state["optimizer"] = optimizer_state_like(state["optimizer"], self.optimizer)
         for name, part in self.stateful().items():
             part.load_state_dict(state[name])
         # the settings that `--resume` may change, over what optimizer and schedule have saved of them

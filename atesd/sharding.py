@@ -1,7 +1,8 @@
 """Weights in shards: FSDP2 (`fully_shard`) as an accelerate config asks for it, and when what is whole.
 
 Separate from the trainer because it is about where weights lie. FSDP2 is asked to add gradients up, not to average
-them: the loss is divided by the tokens of all processes already.
+them: the loss is divided by the tokens of all processes already. What DeepSpeed's ZeRO-3 shards is known here by its
+`ds_id`; its engine is in `zero`.
 
 | what                              | whole                                                            |
 |-----------------------------------|------------------------------------------------------------------|
@@ -31,6 +32,7 @@ from atesd_kernels.integrations.head import unwrap
 
 # whether a model's layers go back to shards between forward and backward (ZeRO-3), or only afterwards (ZeRO-2)
 RESHARDS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+BORROWER = -1  # the number, which no module has, of who else uses a parameter of ZeRO-3
 
 
 class ShardingError(ValueError):
@@ -45,12 +47,15 @@ def asked_for(variable: str) -> bool:
 def check_launcher() -> None:
     """Raises ShardingError for what `accelerate launch` was asked for and this project does not do; accelerate itself
     would fail later, or on a CPU leave it out silently."""
-    for engine in ("DEEPSPEED", "MEGATRON_LM"):
-        if asked_for(f"ACCELERATE_USE_{engine}"):
-            raise ShardingError(
-                f"the accelerate config asks for {engine}, which is not supported. FSDP2 shards what ZeRO-3 does, and "
-                "with fsdp_reshard_after_forward false what ZeRO-2 does: start from recipes/accelerate/fsdp2.yaml."
-            )
+    if asked_for("ACCELERATE_USE_MEGATRON_LM"):
+        raise ShardingError(
+            "the accelerate config asks for Megatron-LM, which is not supported: start from one in recipes/accelerate."
+        )
+    if asked_for("ACCELERATE_USE_DEEPSPEED"):
+        from atesd.zero import unsupported
+
+        if what := unsupported():
+            raise ShardingError(f"the accelerate config does not work here: {what}.")
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no":
         raise ShardingError(
@@ -102,6 +107,40 @@ def sharded_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def zero3_parameters(model: nn.Module) -> list[Any]:
+    """The parameters that DeepSpeed's ZeRO-3 holds in shards: a process a piece of the flattened one, `ds_tensor`."""
+    return [p for p in model.parameters() if hasattr(p, "ds_id")]
+
+
+def in_shards(model: nn.Module) -> bool:
+    """Whether no process holds all weights, so that a forward is a message as well."""
+    return bool(sharded_modules(model) or zero3_parameters(model))
+
+
+def held(parameter: Tensor) -> Tensor:
+    """What this process keeps of a parameter: a DTensor of FSDP2's, the piece of ZeRO-3's, or all of it."""
+    return getattr(parameter, "ds_tensor", parameter).detach()
+
+
+@contextlib.contextmanager
+def lent(parameters: list[Any]) -> Iterator[None]:
+    """ZeRO-3's parameters whole on every process for the length of the block, and to be read only."""
+    parameters = [p for p in parameters if hasattr(p, "ds_id")]
+    if not parameters:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        for p in parameters:
+            p.ds_active_sub_modules.add(BORROWER)  # or the first forward would give them back
+        try:
+            yield
+        finally:
+            for p in parameters:
+                p.ds_active_sub_modules.discard(BORROWER)
+
+
 def reshard(model: nn.Module) -> None:
     """Back to shards, where a forward without gradient has left something whole; nothing without FSDP2."""
     for module in sharded_modules(model):
@@ -116,19 +155,28 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     try:
-        yield
+        with lent(zero3_parameters(model)):
+            yield
     finally:
         for module in modules:
             module.set_reshard_after_forward(RESHARDS[unwrap(model)], recurse=False)
             module.reshard()
 
 
+def on_main(value: Tensor) -> Tensor | None:
+    return value.cpu() if torch.distributed.get_rank() == 0 else None
+
+
 def whole(value: Any) -> Any:
     """`value`, a tensor or dicts, lists and tuples with tensors, every sharded tensor whole: on the main process's CPU,
     one after another, and None on the other processes."""
+    if hasattr(value, "ds_id"):
+        with lent([value]):
+            return on_main(value.detach())
     if isinstance(value, DTensor):
-        full = value.detach().full_tensor()
-        return full.cpu() if torch.distributed.get_rank() == 0 else None
+        return on_main(value.detach().full_tensor())
+    if isinstance(value, nn.Parameter):
+        return value.detach()
     if isinstance(value, dict):
         return {key: whole(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -138,6 +186,10 @@ def whole(value: Any) -> Any:
 
 def cut_like(value: Tensor, like: Tensor) -> Tensor:
     """`value`, the same whole tensor on every process, in shards as `like`; itself where `like` is not sharded."""
+    if hasattr(like, "ds_id"):
+        size, rank = like.ds_tensor.numel(), torch.distributed.get_rank()
+        piece = value.flatten()[rank * size : (rank + 1) * size].to(like.ds_tensor)
+        return nn.functional.pad(piece, (0, size - len(piece)))
     if not isinstance(like, DTensor):
         return value
     value = value.to(device=like.device, dtype=like.dtype)
@@ -163,7 +215,7 @@ def writer(model: nn.Module, trained: dict[str, Tensor]) -> Callable[..., None]:
     Args:
         trained: the trained parameters by name: an adapter's are all that peft writes.
     """
-    if not sharded_modules(model):
+    if not in_shards(model):
         return model.save_pretrained
     reshard(model)
     state = trained if hasattr(model, "peft_config") else model.state_dict(keep_vars=True)

@@ -9,8 +9,8 @@ Separate from the trainer because which weights teach is one question with one c
 | live   | the student itself            | the student itself                   |
 
 No second model object exists: a copy is a dictionary of tensors, put in place for the length of a forward. Where FSDP2
-shards the weights, the copy is cut alike, so that each process keeps and exchanges its own shards only; the head, which
-the loss reads whole, is a whole copy.
+or ZeRO-3 shards the weights, the copy is cut alike, so that each process keeps and exchanges its own shards only; the
+head, which the loss reads whole, is a whole copy.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from atesd.batching import PackedBatch, hidden_rows
-from atesd.sharding import cut_like, reshard, sharded_modules
+from atesd.sharding import cut_like, held, in_shards, reshard, whole
 from atesd_kernels.integrations.head import HeadSpec, hidden_states_and_head, unwrap
 
 KINDS = ("frozen", "ema", "live")
@@ -60,9 +61,9 @@ class Teacher:
                     self.sources[f"head.{name}"] = p
         matrices = {id(m.weight) for m in backbone.modules() if isinstance(m, nn.Linear)}
         self.values = {
-            name: p.detach().to(torch.bfloat16, copy=True)
+            name: held(p).to(torch.bfloat16, copy=True)
             if bf16 and kind == "frozen" and id(p) in matrices
-            else p.detach().clone()
+            else held(p).clone()
             for name, p in self.sources.items()
         }
 
@@ -88,7 +89,7 @@ class Teacher:
         """The backbone under the teacher's weights, without gradient or dropout."""
         values = {name: value for name, value in self.values.items() if not name.startswith("head.")}
         with evaluating(self.model), self.model.disable_adapter() if self.disable_adapter else contextlib.nullcontext():
-            if values and sharded_modules(self.model):
+            if values and in_shards(self.model):
                 with exchanged(self.model, self.sources, values):
                     return self.backbone(**inputs)
             return torch.func.functional_call(self.backbone, values, (), inputs) if values else self.backbone(**inputs)
@@ -98,24 +99,27 @@ class Teacher:
         """After an optimizer step: `average <- decay * average + (1 - decay) * student`; only `ema` changes."""
         if self.kind == "ema":
             for name, value in self.values.items():
-                value.lerp_(self.sources[name].detach(), 1.0 - self.decay)
+                value.lerp_(held(self.sources[name]), 1.0 - self.decay)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages. A frozen copy is not saved: it is the model as loaded, before the trained weights."""
         values = {name: value for name, value in self.values.items() if name not in self.twice()}
+        if self.kind == "ema" and any(hasattr(p, "ds_id") for p in self.sources.values()):  # pieces, without a shape
+            with exchanged(self.model, self.sources, {n: v for n, v in values.items() if not n.startswith("head.")}):
+                values |= {name: whole(p) for name, p in self.sources.items() if hasattr(p, "ds_id")}
         return {"kind": self.kind, "values": values if self.kind == "ema" else {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["kind"] != self.kind:
             raise ValueError(f"the checkpoint was made with teacher={state['kind']!r}, not {self.kind!r}.")
         for name, value in state["values"].items():
-            self.values[name].copy_(cut_like(value, self.values[name]))
+            self.values[name].copy_(cut_like(value, self.sources[name]))
         for name, embedding in self.twice().items():
             if state["values"]:
                 self.values[name].copy_(state["values"][embedding])
 
     def twice(self) -> dict[str, str]:
-        """Of a tied head that FSDP2 shards: the name of its whole copy, and of the shards that hold the same."""
+        """Of a tied head in shards: the name of its whole copy, and of the shards that hold the same."""
         base = unwrap(self.model)
         head, sharded = base.get_output_embeddings(), {id(p): name for name, p in self.sources.items()}
         name = sharded.get(id(head.weight))
@@ -124,17 +128,22 @@ class Teacher:
 
 @contextlib.contextmanager
 def exchanged(model: nn.Module, shards: dict[str, Tensor], values: dict[str, Tensor]) -> Iterator[None]:
-    """FSDP2's shards hold `values` for the length of a forward, and then what they held."""
+    """The shards, FSDP2's or ZeRO-3's, hold `values` for the length of a forward, and then what they held."""
     reshard(model)
-    own = {name: shards[name].to_local().clone() for name in values}
+    kept = {name: local(held(shards[name])) for name in values}
+    own = {name: shard.clone() for name, shard in kept.items()}
     for name, value in values.items():
-        shards[name].to_local().copy_(value.to_local())
+        kept[name].copy_(local(value))
     try:
         yield
     finally:
         reshard(model)
         for name, shard in own.items():
-            shards[name].to_local().copy_(shard)
+            local(held(shards[name])).copy_(shard)
+
+
+def local(value: Any) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 @contextlib.contextmanager

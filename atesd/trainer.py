@@ -17,7 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
@@ -262,7 +261,7 @@ class Trainer(RunState):
                         states, self.head, teacher_hidden, teacher_head, tokens, num_tokens
                     )
                     with torch.autocast(self.device.type, enabled=False):
-                        part_loss.backward()
+                        self.scaled(part_loss, loss).backward()
                         student_hidden.backward(states.grad)
                 loss += part_loss.detach()
                 totals.add(stats)
@@ -272,17 +271,13 @@ class Trainer(RunState):
     def update(self, loss: float) -> float | None:
         """Clip and step; None, and no step, where the loss or the gradient is not finite."""
         release_freed_memory()  # of the activations: the first step allocates the optimizer's state
-        norm = self.gradient_norm()
-        finite = np.isfinite(loss) and np.isfinite(norm)
-        if not finite:  # without gradients a step changes nothing; the schedule follows the count of all steps
-            self.optimizer.zero_grad(set_to_none=True)
-        self.optimizer.step()
-        if finite:
+        norm = self.optimizer_step(loss)
+        if norm is not None:
             self.gather_head()
             self.teacher.update()
         self.optimizer.zero_grad(set_to_none=True)
         release_freed_memory()
-        return norm if finite else None
+        return norm
 
     def save_nonfinite(self, t: int, problems: list[Problem], rollouts: list[Rollout], **numbers: float) -> None:
         """Keep the batch of a skipped step for inspection, and say where it is."""

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
+from atesd.sharding import in_shards
 from atesd_kernels.integrations.head import unwrap
 
 # Layers that are given the same tensor in most models; where they are not, each call multiplies anew: slower, as right.
@@ -82,15 +82,11 @@ def onednn_packs(dtype: torch.dtype) -> bool:
 
 @contextlib.contextmanager
 def decoding_model(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
-    """The model to decode with: on a CPU the packed twin, its matrices freed afterwards; elsewhere, and where FSDP2
-    holds the weights, `model` itself."""
+    """The model to decode with: on a CPU the packed twin, its matrices freed afterwards; elsewhere, and where the
+    weights are in shards, `model` itself."""
     training = model.training
     packed = []
-    if (
-        next(model.parameters()).device.type == "cpu"
-        and onednn_packs(dtype)
-        and not isinstance(unwrap(model), FSDPModule)
-    ):
+    if next(model.parameters()).device.type == "cpu" and onednn_packs(dtype) and not in_shards(model):
         model = packed_twin(unwrap(model))
         packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
         for module in packed:

@@ -32,7 +32,7 @@ from atesd.rollout.seeds import ResponseSeeds
 from atesd.rollout.vllm import request_settings
 from atesd.rollout.vllm_worker import WORKER_EXTENSION
 from atesd.rollout.weights import merged_weights
-from atesd.sharding import reshard, sharded_modules, writer
+from atesd.sharding import in_shards, reshard, writer
 from atesd_kernels.integrations.head import unwrap
 
 MAX_CONNECTIONS = 256
@@ -144,7 +144,7 @@ class VLLMServerEngine(RequestEngine):
         if self.lora:
             trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
             return partial(writer(self.model, trained), save_embedding_layers=False)
-        if not sharded_modules(self.model):  # one matrix after another, whenever it is written
+        if not in_shards(self.model):  # one matrix after another, whenever it is written
             return lambda folder: self.write_checkpoint(folder, merged_weights(self.model, self.dtype))
         return partial(self.write_checkpoint, weights=list(merged_weights(self.model, self.dtype)))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from atesd.sharding import whole
+from atesd.sharding import lent, on_main, whole
 from atesd_kernels.integrations.head import unwrap
 
 
@@ -37,10 +37,14 @@ def merged_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, 
             )
         updates[f"{name}.base_layer.weight"] = module
     for name, weight in base.named_parameters():
-        if name in updates:
-            module = updates[name]
-            for adapter in module.active_adapters:
-                weight = weight + module.get_delta_weight(adapter)
-        elif ".lora_" in name:
+        if ".lora_" in name:
             continue
-        yield name.replace(".base_layer.", "."), whole(weight.detach().to(dtype))
+        module, borrowed = updates.get(name), hasattr(weight, "ds_id")
+        with lent([weight] if module is None else list(module.parameters())):
+            weight = weight.detach()
+            for adapter in () if module is None else module.active_adapters:
+                weight = weight + module.get_delta_weight(adapter)
+            yield (
+                name.replace(".base_layer.", "."),
+                whole(weight.to(dtype)) if not borrowed else on_main(weight.to(dtype)),
+            )

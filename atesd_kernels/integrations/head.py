@@ -106,7 +106,7 @@ def unwrap(model: Any) -> Any:
             return model
 
 
-def _through(wrapper: nn.Module, inner: nn.Module, function: Callable[..., Any], **inputs: object) -> object:
+def through(wrapper: nn.Module, inner: nn.Module, function: Callable[..., Any], **inputs: object) -> object:
     """Call `function` as the forward of `inner`, so that `wrapper` sees a forward pass and prepares its gradients.
 
     DDP exchanges gradients, and FSDP gathers parameters, only around a call of the wrapper itself.
@@ -140,12 +140,12 @@ def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., Any], HeadSp
 
     Returns:
         `(backbone, head)`: calling `backbone(input_ids=..., ...)` gives an output whose `last_hidden_state` is
-        `(batch, length, hidden)`, adapters included; `head` maps its rows to logits. A head that FSDP2 has sharded is
-        whole here: see `sharded_head`.
+        `(batch, length, hidden)`, adapters included; `head` maps its rows to logits. A head that FSDP2 or DeepSpeed's
+        ZeRO-3 has sharded is whole here: see `sharded_head`.
 
     Raises:
         ValueError: naming what stands in the way: no head, an adapter or a wrapper on the head, a head that is not a
-            plain linear layer, FSDP1 or ZeRO-3, a trained head under FSDP2 before `gather_head`, a softcap together
+            plain linear layer, FSDP1, a trained head under FSDP2 or ZeRO-3 before `gather_head`, a softcap together
             with a scale.
 
     Example:
@@ -175,14 +175,15 @@ def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., Any], HeadSp
         )
     if type(head) is not nn.Linear and type(head).__bases__ != (FSDPModule, nn.Linear):  # fully_shard's own class
         raise ValueError(f"the head of {name} is a {type(head).__name__}, not torch.nn.Linear: load it unquantised.")
-    if head.weight.dim() != 2 or hasattr(head.weight, "ds_id"):
+    zero3 = hasattr(head.weight, "ds_id")
+    if head.weight.dim() != 2 and not zero3:
         raise ValueError(
-            f"the head weight of {name} has shape {tuple(head.weight.shape)}: it is sharded by DeepSpeed ZeRO-3 or "
-            "FSDP1, so its values are not here. Use DDP, ZeRO-2 or fully_shard (FSDP2)."
+            f"the head weight of {name} has shape {tuple(head.weight.shape)}: it is sharded by FSDP1, so its values "
+            "are not here. Use DDP, ZeRO or fully_shard (FSDP2)."
         )
     weight: Tensor = head.weight
     bias: Tensor | None = head.bias
-    root: Any = next((m for m in (model, base) if isinstance(m, FSDPModule)), None)
+    root: Any = model if zero3 else next((m for m in (model, base) if isinstance(m, FSDPModule)), None)
     if root is not None:
         weight, bias = whole_head(head, name)
     backbone = getattr(base, getattr(base, "base_model_prefix", ""), None)
@@ -201,9 +202,9 @@ def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., Any], HeadSp
         raise ValueError(f"{name} has both a logit softcap ({softcap}) and a scale ({scale}); their order is unknown.")
     call: Callable[..., Any] = backbone
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        call = partial(_through, model, model.module, backbone)
+        call = partial(through, model, model.module, backbone)
     elif root is not None:
-        call = partial(_through, root, root, backbone)
+        call = partial(through, root, root, backbone)
     return call, HeadSpec(weight, bias, float(softcap) if softcap else None, scale)
 
 

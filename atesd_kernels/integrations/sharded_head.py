@@ -38,6 +38,11 @@ def whole_head(head: nn.Linear, name: str) -> tuple[Tensor, Tensor | None]:
     """The whole weight and bias of a head that FSDP2 manages; `name` is the model's, for the error."""
     known = _WHOLE.get(head)
     if head.weight.requires_grad:
+        if known is None and hasattr(head.weight, "ds_id"):
+            raise ValueError(
+                f"the head of {name} is trained and sharded by DeepSpeed ZeRO-3, which takes gradients from its "
+                "engine's own forward only: freeze it (LoRA), or use ZeRO-2, DDP or fully_shard (FSDP2)."
+            )
         if known is None:
             raise ValueError(
                 f"the head of {name} is trained and sharded by fully_shard, which reduces gradients inside its own "
@@ -51,6 +56,11 @@ def whole_head(head: nn.Linear, name: str) -> tuple[Tensor, Tensor | None]:
 
 def _gathered(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
     def whole(t: Tensor) -> Tensor:
+        if hasattr(t, "ds_id"):  # DeepSpeed's ZeRO-3
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([t]):
+                return t.detach().clone()
         return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
 
     return whole(head.weight), None if head.bias is None else whole(head.bias)

@@ -9,7 +9,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from importlib import resources
+from importlib.metadata import PackageNotFoundError
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from atesd.reward import VerifierReward
 from atesd.rollout import RolloutError
 from atesd.rollout.seeds import seed_of
+from atesd.sharding import ShardingError, zero3_parameters
 from atesd.trainer import Trainer, train
 from atesd_kernels.integrations import sharded_head
 
@@ -31,6 +35,18 @@ FSDP2 = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
+ZERO2 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+}
+ZERO3 = ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed: make test-deepspeed")
+ENGINES = [
+    pytest.param(FSDP2, id="FSDP2"),
+    pytest.param(ZERO2, id="ZeRO-2", marks=needs_deepspeed),
+    pytest.param(ZERO3, id="ZeRO-3", marks=needs_deepspeed),
+]
 
 
 def rows_of(run_dir: Path) -> list[dict]:
@@ -49,6 +65,14 @@ def assert_same(got: Path, expected: Path, rounding: float = 1e-5) -> None:
     samples = [(run / "samples.jsonl").read_text().splitlines() for run in (got, expected)]
     for ours, theirs in zip(*(map(json.loads, lines) for lines in samples), strict=True):
         assert ours.pop("alpha") == pytest.approx(theirs.pop("alpha")) and ours == theirs
+
+
+@pytest.fixture(autouse=True, scope="module")
+def deepspeed_loaded():
+    """Once here, where it can be, and not once more by each forked process."""
+    if find_spec("deepspeed") is not None:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
@@ -106,9 +130,10 @@ def test_two_processes_give_the_metrics_of_one(settings, on_processes, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", ["adapter", "all weights, a copy teaches", "all weights, an average teaches"])
 def test_shards_give_the_metrics_of_one_process_and_go_on_as_one_and_back(
-    settings, on_processes, tmp_path, tiny_model_path, kind
+    settings, on_processes, tmp_path, tiny_model_path, kind, engine
 ):
     untied = tmp_path / "untied"
     model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
@@ -133,12 +158,13 @@ def test_shards_give_the_metrics_of_one_process_and_go_on_as_one_and_back(
         return settings("many", processes, **changes, **more)
 
     # layers stay whole until their backward in one case
-    variables = FSDP2 | ({"FSDP_RESHARD_AFTER_FORWARD": "false"} if "average" in kind else {})
+    variables = engine | ({"FSDP_RESHARD_AFTER_FORWARD": "false"} if "average" in kind else {})
     expected = train(settings("one", 1, **changes))
     many = str(tmp_path / "many")
     gathered = on_processes(2, lambda: as_shards(lambda: stopped_after(config(2), 2)), **variables)
     # once in the whole run where it is frozen, otherwise at the start and after each step
-    assert gathered == ([3, 3] if "use_peft" in changes else [1, 1])
+    once_a_step = [0, 0] if engine is ZERO2 else [3, 3] if "use_peft" in changes else [1, 1]
+    assert gathered == once_a_step
     stopped_after(config(1, resume=many), 3)
     on_processes(2, lambda: train(config(2, resume=many)), **variables)
     assert_same(Path(many), expected, rounding=1e-4)  # AdamW divides by a gradient's size, and so enlarges its rounding
@@ -160,17 +186,75 @@ def test_a_batch_that_the_processes_of_a_resumed_run_cannot_share_is_refused(set
 @pytest.mark.parametrize(("variables", "named"), [
     ({"FSDP_VERSION": "1", "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, "fsdp_version must be 2"),
     ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params must be false"),
-    ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DEEPSPEED.* start from recipes/accelerate/fsdp2.yaml"),
+    (ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "zero_stage must be 2 or 3"),
+    (ZERO3 | {"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"}, "zero3_init_flag must be false"),
+    (ZERO2 | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "offload_optimizer_device must be none"),
+    (ZERO3 | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}, "offload_param_device must be none"),
+    (ZERO2 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "deepspeed_config_file is not read"),
+    (ZERO2 | {"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "gradient_clipping must be left out"),
+    (ZERO2 | {"ACCELERATE_MIXED_PRECISION": "bf16"}, "set mixed_precision to 'no'"),
     ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "set mixed_precision to 'no'"),
 ])  # fmt: skip
-def test_an_accelerate_config_that_does_not_work_here_is_refused_by_name(settings, on_processes, variables, named):
+def test_an_accelerate_config_that_does_not_work_here_is_refused_by_name(
+    settings, on_processes, monkeypatch, variables, named
+):
+    monkeypatch.setattr("atesd.zero.version", lambda name: "0.19.8")
+    engine = {} if "ACCELERATE_USE_DEEPSPEED" in variables else FSDP2
     with pytest.raises(AssertionError, match=named):
-        on_processes(2, lambda: train(settings("run", 2)), **{**FSDP2, **variables})
+        on_processes(2, lambda: train(settings("run", 2)), **{**engine, **variables})
 
 
-@pytest.mark.parametrize(
-    ("weights", "variables"), [("adapter", {}), ("merged", FSDP2)], ids=["adapter", "shards, merged"]
-)
+@pytest.mark.parametrize(("installed", "named"), [
+    (None, "which is not installed: pip install 'atesd\\[deepspeed\\]'"),
+    ("0.18.2", "0.18.2 is installed, older than 0.19.8"),
+])  # fmt: skip
+def test_a_deepspeed_that_is_missing_or_too_old_is_refused_before_anything_loads(
+    settings, monkeypatch, tmp_path, installed, named
+):
+    def version(name):
+        if installed is None:
+            raise PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr("atesd.zero.version", version)
+    for name, value in ZERO2.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ShardingError, match=named):
+        train(settings("run", 2))
+    assert not (tmp_path / "run").exists()
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("engine", [ZERO2, ZERO3], ids=["ZeRO-2", "ZeRO-3"])
+def test_a_step_whose_loss_is_not_finite_is_skipped_and_leaves_no_gradient(settings, on_processes, monkeypatch, engine):
+    """The loss alone: the gradient would be finite."""
+    distill = Trainer.distill
+
+    def spoilt(self, problems, rollouts, *rest):
+        if self.optimizer.param_groups[0]["lr"] == lrs[1] and self.processes.is_main:
+            rollouts = [replace(rollouts[0], finite=False), *rollouts[1:]]
+        done = distill(self, problems, rollouts, *rest)
+        assert not any(p.ds_status.name == "AVAILABLE" for p in zero3_parameters(self.model)), "left whole"
+        return done
+
+    monkeypatch.setattr(Trainer, "distill", spoilt)
+    changes = {"max_steps": 4, "lr_scheduler_type": "linear", "max_grad_norm": 1e-4}
+    lrs = [0.01 * (1 - t / 4) for t in range(4)]
+    expected = train(settings("one", 1, **changes))
+    run_dir, _ = on_processes(2, lambda: train(settings("two", 2, **changes)), **engine)
+    rows, others = rows_of(run_dir), rows_of(expected)
+    assert [row["skipped"] for row in rows] == [0, 1, 0, 0] and rows[1]["grad_norm"] is None
+    for t in (0, 2, 3):
+        assert rows[t]["grad_norm"] > changes["max_grad_norm"]
+        for name in ("loss", "grad_norm", "probe_nll"):
+            assert rows[t][name] == pytest.approx(others[t][name], rel=1e-4)
+
+
+@pytest.mark.parametrize(("weights", "variables"), [
+    pytest.param("adapter", {}, id="adapter"),
+    pytest.param("merged", FSDP2, id="FSDP2, merged"),
+    pytest.param("merged", ZERO3, id="ZeRO-3, merged", marks=needs_deepspeed),
+])  # fmt: skip
 def test_each_process_asks_a_server_for_its_own_responses_and_the_main_one_sends_the_weights(
     settings, on_processes, server, weights, variables
 ):
@@ -261,15 +345,33 @@ def kill_after(process: subprocess.Popen, run_dir: Path, steps: int) -> None:
     process.stderr.close()
 
 
+CONFIGS = Path(str(resources.files("atesd"))) / "recipes" / "accelerate"
+
+
+def launch(name: str) -> list[str]:
+    config = str(CONFIGS / name)
+    return f"-m accelerate.commands.launch --config_file {config} --num_processes 2 --main_process_port 0".split()
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors.decode()[-3000:]
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_a_launched_run_under_ZeRO_3_that_is_killed_ends_under_ZeRO_2(settings, tmp_path):
+    state = {"max_steps": 5, "save_steps": 1}
+    expected = train(settings("one", 1, **state))
+    file = settings("many", 2, **state).save(tmp_path / "settings")
+    kill_after(start(launch("zero3.yaml"), str(file)), tmp_path / "many", 3)
+    finish(start(launch("zero2.yaml"), "--resume", str(tmp_path / "many")))
+    assert_same(tmp_path / "many", expected, rounding=1e-4)
+
+
 @pytest.mark.slow
 def test_a_launched_run_killed_on_two_processes_goes_on_on_one_and_ends_as_two_shards(settings, tmp_path):
-    configs = Path(str(resources.files("atesd"))) / "recipes" / "accelerate"
-
-    def launch(name):
-        config = str(configs / name)
-        return f"-m accelerate.commands.launch --config_file {config} --num_processes 2 --main_process_port 0".split()
-
-    assert sorted(path.name for path in configs.iterdir()) == ["ddp.yaml", "fsdp2.yaml"]
+    assert sorted(path.name for path in CONFIGS.iterdir()) == ["ddp.yaml", "fsdp2.yaml", "zero2.yaml", "zero3.yaml"]
     state = {"teacher": "ema", "ema_decay": 0.9, "hold_window": 2, "lookahead": 3, "policy_batch_size": 1}
     state |= {"max_steps": 7, "warmup_steps": 3, "lr_scheduler_type": "cosine", "num_train_problems": 9}
     expected = train(settings("one", 1, **state))
@@ -277,7 +379,5 @@ def test_a_launched_run_killed_on_two_processes_goes_on_on_one_and_ends_as_two_s
     file = settings("many", 2, **state).save(tmp_path / "settings")
     kill_after(start(launch("ddp.yaml"), str(file)), run_dir, 3)
     kill_after(start([], "--resume", str(run_dir)), run_dir, 5)
-    process = start(launch("fsdp2.yaml"), "--resume", str(run_dir))
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors.decode()[-3000:]
+    finish(start(launch("fsdp2.yaml"), "--resume", str(run_dir)))
     assert_same(run_dir, expected, rounding=1e-4)

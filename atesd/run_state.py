@@ -243,11 +243,11 @@ class RunState:
         self.processes.wait()
 
     def close(self) -> None:
-        """End what has processes of its own: the engine and the graders."""
-        self.engine.close()
+        """End what has processes of its own: the graders, and the engine, whose end may take longest."""
         self.evaluation.close()
         if self.reward:
             self.reward.grader.close()
+        self.engine.close()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.start, self.nonfinite_in_a_row = state["step"], state["nonfinite_in_a_row"]

@@ -58,8 +58,9 @@ class AheadEngine:
         self.engine.release()
 
     def close(self) -> None:
-        self.thread.shutdown()
+        """Nobody will ask for what is under way: the engine ends it, so that its thread is not waited for at exit."""
         self.engine.close()
+        self.thread.shutdown()
 
     def state_dict(self) -> dict[str, Any]:
         self.wait()

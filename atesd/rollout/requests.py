@@ -7,7 +7,7 @@ a seed of its own, so that neither the order of the answers nor the company in a
 from __future__ import annotations
 
 import math
-import time
+import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,8 @@ from tqdm.auto import tqdm
 
 from atesd.rollout import Rollout, RolloutError, Sampling
 from atesd.rollout.seeds import ResponseSeeds
+
+STOPPED = "the engine was stopped while it was generating."
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class RequestEngine(ABC):
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
         self.seeds = ResponseSeeds(0) if seeds is None else seeds
         self.retries, self.timeout = retries, timeout
+        self.stopped = threading.Event()  # set by another thread than that which generates
 
     @abstractmethod
     def complete(self, prompts: list[list[int]], parameters: list[dict[str, Any]]) -> list[Completion | Exception]:
@@ -88,7 +91,8 @@ class RequestEngine(ABC):
             left = [i for i in range(len(prompts)) if i not in done]
             if attempt:
                 tqdm.write(f"{len(left)} of {len(prompts)} rollouts failed and are asked for again: {problem}")
-                time.sleep(self.pause * attempt)
+            if self.stopped.wait(self.pause * attempt):
+                raise RolloutError(STOPPED)
             answers = self.complete([prompts[i] for i in left], [parameters[i] for i in left])
             for i, answer in zip(left, answers, strict=True):
                 wrong = self.what_is_wrong(answer, logprobs)

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from atesd.config import ATESDConfig
 from atesd.processes import Processes
 from atesd.rollout import RolloutError
-from atesd.rollout.requests import Completion, RequestEngine
+from atesd.rollout.connections import Connections
+from atesd.rollout.requests import STOPPED, Completion, RequestEngine
 from atesd.rollout.seeds import ResponseSeeds
 from atesd.rollout.vllm import request_settings
 from atesd.rollout.vllm_worker import WORKER_EXTENSION
@@ -36,6 +37,7 @@ from atesd.sharding import in_shards, reshard, writer
 from atesd_kernels.integrations.head import unwrap
 
 MAX_CONNECTIONS = 256
+CLOSE_SECONDS = 30.0  # a server that does not answer is not waited for longer when a run ends
 NOT_FOUND, BUSY = 404, (408, 429, 502, 503, 504)
 FOR_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank {rank}"
 FOR_ALL_WEIGHTS = f"VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls {WORKER_EXTENSION}"
@@ -72,6 +74,7 @@ class VLLMServerEngine(RequestEngine):
         self.processes = Processes() if processes is None else processes
         self.lora = hasattr(model, "peft_config") and not merged
         self.adapter, self.lost = None, False
+        self.connections = Connections()
         served = self.served_model()
         self.base = self.served = served["id"]
         if (served.get("max_model_len") or self.context_length) < self.context_length:
@@ -163,10 +166,10 @@ class VLLMServerEngine(RequestEngine):
         self.adapter = self.served = name
         self.unload(previous)
 
-    def unload(self, adapter: str | None) -> None:
+    def unload(self, adapter: str | None, timeout: float | None = None) -> None:
         if adapter is not None:
             with contextlib.suppress(urllib.error.HTTPError):  # a server started anew never had it
-                self.ask("/v1/unload_lora_adapter", {"lora_name": adapter})
+                self.ask("/v1/unload_lora_adapter", {"lora_name": adapter}, timeout)
 
     def write_checkpoint(self, folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
         unwrap(self.model).config.save_pretrained(folder)
@@ -191,9 +194,15 @@ class VLLMServerEngine(RequestEngine):
                 return [error] * len(prompts)
             self.lost = False
         with ThreadPoolExecutor(min(len(prompts), MAX_CONNECTIONS)) as pool:
-            return list(pool.map(self.complete_one, prompts, parameters))
+            try:
+                return list(pool.map(self.complete_one, prompts, parameters))
+            except KeyboardInterrupt:  # which leaving the pool would have wait for every answer
+                self.stop()
+                raise
 
     def complete_one(self, prompt: list[int], parameters: dict[str, Any]) -> Completion | Exception:
+        if self.stopped.is_set():  # it has waited in the pool
+            return RolloutError(STOPPED)
         body = {"model": self.served, "prompt": prompt, "return_token_ids": True, **parameters}
         try:
             answer = self.ask("/v1/completions", body)
@@ -221,11 +230,18 @@ class VLLMServerEngine(RequestEngine):
     def release(self) -> None:
         """Nothing to do: the server's memory is its own."""
 
+    def stop(self) -> None:
+        """End the requests under way: whoever waits for them gets a RolloutError, and no more can be asked."""
+        self.stopped.set()
+        self.connections.cut()
+
     def close(self) -> None:
         """The server belongs to whoever started it; what was sent there is taken back."""
+        self.stop()
         if self.processes.is_main:
+            self.connections = Connections()
             with contextlib.suppress(OSError):
-                self.unload(self.adapter)
+                self.unload(self.adapter, timeout=CLOSE_SECONDS)
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def ask(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
@@ -233,7 +249,7 @@ class VLLMServerEngine(RequestEngine):
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=timeout or self.timeout) as response:
+            with self.connections.open(request, timeout or self.timeout) as response:
                 text = response.read().decode()
         except http.client.HTTPException as error:  # an answer that breaks off, or is none
             raise ConnectionError(f"the answer of the vLLM server at {self.url} is not whole: {error!r}") from error

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from http.server import ThreadingHTTPServer
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from atesd.config import ATESDConfig
 from atesd.memory_plan import model_shape, plan_memory
 from atesd.processes import Processes
 from atesd.rollout import RolloutError, Sampling, check_processes
+from atesd.rollout.ahead import AheadEngine
 from atesd.rollout.requests import Completion, RequestEngine
 from atesd.rollout.seeds import ResponseSeeds
 from atesd.rollout.vllm import kv_cache_bytes
@@ -298,3 +303,54 @@ def test_a_server_that_cannot_be_used_is_refused_before_training_with_the_remedy
         connect()
     with pytest.raises(RolloutError, match=r"did not reach the vLLM server .* in 3 tries"):
         engine.sync()
+
+
+@pytest.fixture
+def hanging(server) -> Iterator[ThreadingHTTPServer]:
+    """The server, which does not answer completions before the test is over; `asked` is set when it has one."""
+    server.asked, over = threading.Event(), threading.Event()
+
+    def look(path, body):
+        if path == "/v1/completions":
+            server.asked.set()
+            over.wait(120)
+
+    server.look = look
+    yield server
+    over.set()
+
+
+PROMPT = 20.0  # seconds, of a busy machine, in which nothing waits for an answer that takes 120
+
+
+def test_closing_ends_the_rollouts_generated_ahead(connect, hanging, monkeypatch):
+    engine = AheadEngine(connect())
+    engine.sync()
+    monkeypatch.setattr(VLLMServerEngine, "pause", 120.0)
+    engine.begin([[5]] * 300)  # more than there are connections
+    assert hanging.asked.wait(60)
+    started = time.monotonic()
+    engine.close()
+    assert time.monotonic() - started < PROMPT
+    with pytest.raises(RolloutError, match="stopped while it was generating"):
+        engine.generate([[5]] * 300)
+    assert hanging.seen[-1][0] == "/v1/unload_lora_adapter", "what was sent is taken back all the same"
+
+
+def test_an_interrupt_does_not_wait_for_the_rollouts_under_way(connect, hanging):
+    engine = connect()
+    main = threading.main_thread().ident
+
+    def interrupt():
+        assert hanging.asked.wait(60)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([[5]] * 3)
+    assert time.monotonic() - started < PROMPT
+    asked = len(hanging.seen)
+    with pytest.raises(RolloutError, match="stopped while it was generating"):
+        engine.generate([[5]])
+    assert len(hanging.seen) == asked

@@ -35,7 +35,8 @@ def test_the_quickstart_updates_its_policy_several_times():
     assert config.max_steps >= 12
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps * config.num_generations == 8
     assert config.max_completion_length <= 96
-    paid_decisions = (config.max_steps - config.lookahead) // config.hold_window
+    # a decision of step t, one every hold_window, is paid when step t + lookahead is measured
+    paid_decisions = (config.max_steps - 1 - config.lookahead) // config.hold_window + 1
     assert paid_decisions // config.policy_batch_size >= 3
 
 

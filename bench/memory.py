@@ -32,6 +32,7 @@ TOKENS = (1024, 4096, 16_384)
 LOSS = "forward_kl"
 MIB = 2**20
 HEADROOM = 0.7  # of the free memory: what a run may be expected to take
+START_UP = 15  # seconds of a process before its call, or so
 PATIENCE = 240  # seconds a run may be expected to take: bf16 on a processor without instructions for it takes hours
 
 
@@ -122,7 +123,7 @@ def run(
                     say(f"memory of {name} {dtype}, {shape.name}, N = {n}")
                     start = time.monotonic()
                     row.update(measure(name, dtype, n, shape))
-                    seconds_a_token = (time.monotonic() - start) / n
+                    seconds_a_token = max(time.monotonic() - start - START_UP, 0) / n
                 if "extra_bytes" in row:
                     seen.append((n, row["extra_bytes"]))
                 rows.append(row)

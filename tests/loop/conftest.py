@@ -6,7 +6,10 @@ import json
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -105,6 +108,44 @@ def on_processes() -> Callable[..., list]:
         return [returned[rank] for rank in range(count)]
 
     return run
+
+
+@pytest.fixture
+def start_atesd() -> Iterator[Callable[..., subprocess.Popen]]:
+    """`start_atesd("train", ...)`: the command in a process of its own, which does not outlive the test."""
+    started = []
+
+    def start(*arguments: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "atesd", *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+@pytest.fixture
+def kill_when() -> Callable[[subprocess.Popen, Callable[[], bool]], None]:
+    """`kill_when(process, reached)`: SIGKILL as soon as `reached()`, which the process must live to see."""
+
+    def kill(process: subprocess.Popen, reached: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 240
+        while not reached():
+            assert process.poll() is None, process.stderr.read().decode()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+
+    return kill
 
 
 @pytest.fixture

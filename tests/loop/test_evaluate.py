@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,23 +134,16 @@ def test_a_sample_does_not_depend_on_how_many_others_there_are(make, tmp_path):
         assert fewer.items() <= whole.items()
 
 
-def test_an_evaluation_killed_at_any_moment_ends_with_the_samples_of_one_that_was_not(make, tmp_path, capsys):
+def test_an_evaluation_killed_at_any_moment_ends_with_the_samples_of_one_that_was_not(
+    make, tmp_path, capsys, start_atesd, kill_when
+):
     long = {"max_completion_length": 400, "num_problems": 6, "num_generations": 4, "batch_size": 3}
     names = "model_name_or_path dataset_name num_problems num_generations max_completion_length batch_size "
     names += "num_bootstrap output_dir"
     config = make(output_dir=str(tmp_path / "broken"), **long)
     flags = [word for name in names.split() for word in (f"--{name}", str(getattr(config, name)))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "atesd", "eval", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
-    file, deadline = tmp_path / "broken" / "samples.jsonl", time.monotonic() + 240
-    while not (file.exists() and file.read_bytes().count(b"\n") >= 4):
-        assert process.poll() is None, process.stderr.read().decode()[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+    file = tmp_path / "broken" / "samples.jsonl"
+    kill_when(start_atesd("eval", *flags), lambda: file.exists() and file.read_bytes().count(b"\n") >= 4)
     before = file.read_bytes()
     assert 4 <= before.count(b"\n") < 24
     file.write_bytes(before[:-20])  # a line cut off by the kill

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 STEPS = 7
 NOT_COMPARED = ("seconds_", "tokens_per_second", "peak_memory_bytes")  # what depends on the machine's mood
-
-
-def start(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "atesd", "train", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -34,19 +23,25 @@ def lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def kill_after(process: subprocess.Popen, run_dir: Path, steps: int) -> None:
+@pytest.fixture
+def start(start_atesd) -> Callable[..., subprocess.Popen]:
+    return partial(start_atesd, "train")
+
+
+@pytest.fixture
+def kill_after(kill_when) -> Callable[[subprocess.Popen, Path, int], None]:
     """SIGKILL as soon as `steps` lines of metrics are there: the next step or a checkpoint is then under way.
 
     0 steps: as soon as there is a config.yaml, when nothing is loaded yet.
     """
-    deadline = time.monotonic() + 240
-    while len(lines(run_dir / "metrics.jsonl")) < steps or not (run_dir / "config.yaml").exists():
-        assert process.poll() is None, process.stderr.read().decode()[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+
+    def kill(process: subprocess.Popen, run_dir: Path, steps: int) -> None:
+        kill_when(
+            process,
+            lambda: len(lines(run_dir / "metrics.jsonl")) >= steps and (run_dir / "config.yaml").exists(),
+        )
+
+    return kill
 
 
 def compared(run_dir: Path, name: str) -> list[dict]:
@@ -64,7 +59,7 @@ def settings(tiny_config, tmp_path):
     return str(config.save(tmp_path / "settings"))
 
 
-def test_a_run_killed_four_times_ends_like_the_run_that_was_not(settings, tmp_path):
+def test_a_run_killed_four_times_ends_like_the_run_that_was_not(settings, tmp_path, start, kill_after):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(start(settings, "--output_dir", str(whole)))
 

@@ -50,5 +50,18 @@ def disturb(model) -> None:
                 p.add_(scale * torch.randn_like(p))
 
 
+def check_follows_at_a_sync_alone(engine, model, prompts: list[list[int]]) -> None:
+    """The engine's log-probabilities are the student's after a sync, and those of its old weights without one."""
+    engine.sync()
+    noise, difference = noise_and_difference(model, engine.generate(prompts))
+    assert difference < 3 * noise
+    disturb(model)
+    noise, difference = noise_and_difference(model, engine.generate(prompts))
+    assert difference > 10 * noise, "without a sync the engine still samples from the old weights"
+    engine.sync()
+    noise, difference = noise_and_difference(model, engine.generate(prompts))
+    assert difference < 3 * noise
+
+
 def rows_of(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

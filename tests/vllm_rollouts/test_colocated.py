@@ -16,7 +16,7 @@ from atesd.rollout.hf import HFEngine, candidates
 from atesd.trainer import train
 from atesd_kernels.integrations.head import unwrap
 
-from .cases import chat_prompts, disturb, noise_and_difference, rows_of
+from .cases import chat_prompts, check_follows_at_a_sync_alone, rows_of
 
 
 @pytest.mark.model
@@ -25,16 +25,7 @@ def test_the_engines_log_probs_follow_the_students_weights_and_only_after_a_sync
     config = real_config(use_peft=use_peft, temperature=1.0, top_k=0, top_p=1.0)
     model, tokenizer = load_model_and_tokenizer(config)
     engine = colocated.holding(model, tokenizer, config)
-    prompts = chat_prompts(tokenizer)
-    engine.sync()
-    noise, difference = noise_and_difference(model, engine.generate(prompts))
-    assert difference < 3 * noise
-    disturb(model)
-    noise, difference = noise_and_difference(model, engine.generate(prompts))
-    assert difference > 10 * noise, "without a sync the engine still samples from the old weights"
-    engine.sync()
-    noise, difference = noise_and_difference(model, engine.generate(prompts))
-    assert difference < 3 * noise
+    check_follows_at_a_sync_alone(engine, model, chat_prompts(tokenizer))
 
 
 @pytest.mark.model

@@ -1,0 +1,163 @@
+"""The losses in torch's machinery: what backward forms and refuses, torch.compile, operator registration, autocast."""
+
+import pytest
+import torch
+
+import atesd_kernels as ak
+from atesd_kernels import linear_divergence, linear_logprobs, reference
+
+from .cases import DEVICE, make_pair, relative_l2
+
+
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_backward_can_run_twice_and_gives_the_same_again(reduction):
+    pair = make_pair()
+    hidden, weight = pair.student_hidden.clone().requires_grad_(), pair.student_weight.clone().requires_grad_()
+    loss = linear_divergence(hidden, weight, pair.teacher_hidden, reduction=reduction).sum()
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(loss, (hidden, weight))
+    assert all(a.equal(b) and a.norm() > 0 for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("trained_head", (False, True))
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_a_second_derivative_is_refused_rather_than_wrong(reduction, trained_head):
+    pair = make_pair()
+    hidden = pair.student_hidden.clone().requires_grad_()
+    weight = pair.student_weight.clone().requires_grad_(trained_head)
+    loss = linear_divergence(hidden, weight, pair.teacher_hidden, reduction=reduction).sum()
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (gradient**2).sum().backward()
+
+
+def test_only_required_gradients_are_formed():
+    pair = make_pair()
+    for wanted in ((True, False), (False, True), (False, False)):
+        hidden = pair.student_hidden.clone().requires_grad_(wanted[0])
+        weight = pair.student_weight.clone().requires_grad_(wanted[1])
+        loss = linear_divergence(hidden, weight, pair.teacher_hidden)
+        assert loss.requires_grad == any(wanted)
+        if any(wanted):
+            loss.backward()
+        assert (hidden.grad is not None, weight.grad is not None) == wanted
+    teacher = pair.teacher_hidden.clone().requires_grad_()
+    assert not linear_divergence(pair.student_hidden, pair.student_weight, teacher).requires_grad
+
+
+def test_an_fp16_head_gradient_does_not_overflow_on_the_way():
+    pair = make_pair(n=256, dtype=torch.float16)
+    hidden = (pair.student_hidden * 30).to(torch.float16)
+    weight = pair.student_weight.clone().requires_grad_()
+    linear_divergence(hidden, weight, pair.teacher_hidden).backward()
+    true = pair.student_weight.double().requires_grad_()
+    reference.linear_divergence(hidden, true, pair.teacher_hidden, pair.student_weight.double()).backward()
+    assert relative_l2(weight.grad, true.grad) <= 5e-3
+
+
+def test_backward_forms_the_gradients_of_a_trained_head_s_rows_only_once(monkeypatch):
+    from atesd_kernels.logit_source import LinearGradients
+
+    calls = []
+    take = LinearGradients.take_gradient
+    monkeypatch.setattr(LinearGradients, "take_gradient", lambda self, *a: (calls.append(1), take(self, *a)))
+    pair = make_pair()
+    weight = pair.student_weight.clone().requires_grad_()
+    loss = linear_divergence(pair.student_hidden, weight, pair.teacher_hidden, reduction="none", backend="torch")
+    assert not calls
+    loss.sum().backward()
+    assert calls and weight.grad.norm() > 0
+
+
+def test_torch_compile_traces_a_caller_without_a_graph_break():
+    pair = make_pair()
+
+    def step(hidden, weight, teacher, mask, targets):
+        loss = linear_divergence(hidden * 1.0, weight, teacher, mask=mask, temperature=1.1, divergence="jsd")
+        return loss + linear_logprobs(hidden, weight, targets, mask=mask).mean()
+
+    mask = torch.arange(67, device=DEVICE) % 3 > 0
+    targets = torch.zeros(67, dtype=torch.long, device=DEVICE)
+    gradients = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        hidden, weight = pair.student_hidden.clone().requires_grad_(), pair.student_weight.clone().requires_grad_()
+        function(hidden, weight, pair.teacher_hidden, mask, targets).backward()
+        gradients.append((hidden.grad, weight.grad))
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="opcheck compares with the CPU implementation")
+def test_the_registered_operators_keep_torch_s_rules():
+    pair = make_pair(n=5, h=4, v=11)
+    hidden = pair.student_hidden.clone().requires_grad_()
+    arguments = (hidden, pair.student_weight, None, pair.teacher_hidden, None, None, None, None, None, "torch")
+    options = ("forward_kl", 0.5, 1.0, 1.0, None, None, None, torch.float32, torch.float32, None, None, None)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    for weighted in (False, True):
+        torch.library.opcheck(
+            ak.ops.linear_divergence_op, (*arguments, *options, True, weighted, True, False, False), test_utils=tests
+        )
+
+
+def test_autocast_is_respected():
+    pair = make_pair()
+    hidden, weight = pair.student_hidden.clone().requires_grad_(), pair.student_weight.clone().requires_grad_()
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        loss = linear_divergence(hidden, weight, pair.teacher_hidden)
+    loss.backward()
+    rounded = [t.to(torch.bfloat16) for t in (hidden.detach(), weight.detach())]
+    expected = linear_divergence(*rounded, pair.teacher_hidden.to(torch.bfloat16))
+    assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+    # the difference of the hidden states is taken before autocast rounds it, so it is the better of the two
+    assert loss.item() == pytest.approx(expected.item(), rel=0.05)
+    assert loss.item() != linear_divergence(*pair.tensors).item()
+
+
+@pytest.mark.parametrize("hidden_dtype", (torch.bfloat16, torch.float32))
+def test_autocast_takes_a_head_of_another_dtype_than_the_hidden_states(hidden_dtype):
+    pair = make_pair(scale=0.2)
+    hidden = pair.student_hidden.to(hidden_dtype, copy=True).requires_grad_()
+    weight = pair.student_weight.clone().requires_grad_()
+    bias = torch.zeros(len(weight), device=DEVICE, requires_grad=True)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        loss = linear_divergence(hidden, weight, pair.teacher_hidden, student_bias=bias)
+        linear_logprobs(hidden, weight, torch.zeros(67, dtype=torch.long, device=DEVICE)).sum()
+    loss.backward()
+    true = pair.student_hidden.to(hidden_dtype).double().requires_grad_()
+    reference.linear_divergence(true, pair.student_weight.to(torch.bfloat16), pair.teacher_hidden).backward()
+    assert (hidden.grad.dtype, weight.grad.dtype, bias.grad.dtype) == (hidden_dtype, torch.float32, torch.float32)
+    assert relative_l2(hidden.grad, true.grad) <= 0.05  # the operands are rounded to bf16
+
+
+def test_torch_compile_keeps_sizes_and_options_symbolic():
+    pair = make_pair()
+
+    def step(hidden, teacher, mask, clip, temperature):
+        targets = torch.zeros(hidden.shape[:1], dtype=torch.long, device=DEVICE)
+        options = dict(mask=mask, entry_clip=clip, temperature=temperature, targets=targets, return_stats=True)
+        loss, stats = linear_divergence(hidden, pair.student_weight, teacher, **options)
+        s, t = (h @ pair.student_weight.T for h in (hidden, teacher))
+        return loss + ak.divergence(s, t, mask=mask) + stats.student_entropy.sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows, clip, temperature in ((67, 0.1, 1.1), (41, 0.2, 1.3)):
+        arguments = (pair.student_hidden[:rows], pair.teacher_hidden[:rows], torch.ones(rows, device=DEVICE))
+        assert torch.allclose(compiled(*arguments, clip, temperature), step(*arguments, clip, temperature), rtol=1e-5)
+
+
+def test_torch_compile_takes_a_divergence_that_nobody_registered():
+    def squared(log_p, log_q, beta):
+        p, q = log_p.exp(), log_q.exp()
+        return (p - q) ** 2, 2 * q * (q - p)
+
+    term, pair = ak.DivergenceTerm("never registered", squared), make_pair(scale=0.3)
+
+    def step(hidden):
+        return linear_divergence(hidden * 1.0, pair.student_weight, pair.teacher_hidden, divergence=term)
+
+    gradients = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        hidden = pair.student_hidden.clone().requires_grad_()
+        function(hidden).backward()
+        gradients.append(hidden.grad)
+    assert gradients[0].norm() > 0 and torch.allclose(*gradients, rtol=1e-5, atol=1e-9)

@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from atesd.sharding import in_shards
 from atesd_kernels.integrations.head import unwrap
 
-# Layers that are given the same tensor in most models; where they are not, each call multiplies anew: slower, as right.
-READ_THE_SAME = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
 
 class PackedLinear(nn.Module):
     """A linear layer (and its LoRA update) as one matrix in oneDNN's own layout, which is faster to decode with."""
@@ -62,14 +59,6 @@ def packed_twin(model: nn.Module) -> nn.Module:
                 replace_linear(getattr(twin, name), child)
 
     replace_linear(twin, model)
-    for module in twin.modules():
-        for names in READ_THE_SAME:
-            layers = [getattr(module, name, None) for name in names]
-            if all(isinstance(layer, PackedLinear) for layer in layers):
-                linears = [getattr(layer.sources[0], "base_layer", layer.sources[0]) for layer in layers]
-                if len({(linear.in_features, linear.bias is None) for linear in linears}) == 1:
-                    for layer in layers:
-                        layer.siblings = layers
     return twin
 
 
@@ -96,5 +85,5 @@ def decoding_model(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
         yield model
     finally:
         model.train(training)
-        for module in packed:  # siblings refer to each other: the matrices go now, not when Python looks for cycles
-            module.weight = module.seen = module.columns = None
+        for module in packed:  # now, not when Python looks for cycles
+            module.weight = module.bias = None

@@ -132,14 +132,17 @@ def test_the_verifier_rewards_right_answers_only(tiny_config):
     trainer = without_notice(lambda: Trainer(tiny_config()))
     problem = trainer.problems.train[0]
 
-    def rollout(text):
-        return Rollout([1], trainer.tokenizer(text, add_special_tokens=False)["input_ids"], truncated=False)
+    def rollout(text, truncated=False):
+        return Rollout([1], trainer.tokenizer(text, add_special_tokens=False)["input_ids"], truncated)
 
     texts = [f"so \\boxed{{{problem.answer}}}", "so \\boxed{-1}", "no answer", f"\\boxed{{{problem.answer}.0}}"]
     reward = VerifierReward(trainer.tokenizer, num_generations=4)
     advantages, metrics = reward.advantages([problem] * 4, [rollout(text) for text in texts])
     assert metrics == {"verifier_reward": 0.5, "groups_without_signal": 0.0}
     assert advantages[0] == advantages[3] > 0 > advantages[1] == advantages[2]
+    working = f"so there are {problem.answer}"  # which ends in the answer, by the author's will or at the cut
+    ended_or_cut = [rollout(working), rollout(working, truncated=True)]
+    assert reward.rewards([problem] * 2, ended_or_cut) == [1.0, 0.0]
     reward.grader.close()
 
 

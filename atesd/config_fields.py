@@ -248,7 +248,9 @@ class RunFields:
         None, "our choice", "Probe measurements in a row without a new best NLL that end the run; absent, none do."
     )
     stop_on_collapse: bool = option(
-        False, "our choice", "End the run when entropy, length or repetition say the student collapses; else only warn."
+        False,
+        "our choice",
+        "End the run when entropy, length, repetition or clip fraction say the student collapses; else only warn.",
     )
     save_best: bool = option(False, "our choice", "Keep the adapter with the best probe NLL in RUN_DIR/best.")
     output_dir: str | None = option(None, "HF", "Run directory; absent, runs/RECIPE-DATE-TIME.")

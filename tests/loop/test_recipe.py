@@ -222,6 +222,8 @@ def test_early_stopping_waits_for_its_patience_and_no_longer(tiny_config, tmp_pa
         ({"student_entropy": 1.0}, {"student_entropy": 6.0}, "student_entropy is above 5 times its start"),
         ({"response_length": 90}, {"response_length": 3}, "response_length is below"),
         ({"repetition": 0.1}, {"repetition": 0.7}, "4-grams repeat"),
+        ({"clip_fraction": 0.0}, {"clip_fraction": 0.6}, "clip_fraction is more than 0.5 above its start"),
+        ({"clip_fraction": 0.9}, {"clip_fraction": 1.5}, "clip_fraction is more than 0.5 above its start"),
     ],
 )
 def test_a_collapse_is_told_once_and_stops_the_run_only_on_request(tiny_config, tmp_path, capsys, healthy, sick, told):

@@ -266,6 +266,13 @@ def test_a_run_stops_early_keeps_its_best_adapter_and_says_why(tiny_config):
     )
 
 
+def test_the_best_whole_model_loads_by_itself(tiny_config):
+    run_dir = without_notice(lambda: train(tiny_config(use_peft=False, save_best=True, max_steps=1)))
+    best = without_notice(lambda: Trainer(tiny_config(model_name_or_path=str(run_dir / "best" / "model"),
+                                                      output_dir="unused")))  # fmt: skip
+    assert best.tokenizer.chat_template
+
+
 def test_the_clip_fraction_is_the_share_of_the_divergence_the_clip_takes(tiny_config):
     trainer = without_notice(lambda: Trainer(tiny_config(entry_clip=1e-5)))
     metrics, _ = trainer.train_step(0)

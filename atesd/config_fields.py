@@ -178,7 +178,8 @@ class ExposureFields:
     progress_signal: Literal["probe_nll", "distill_loss"] = option(
         "probe_nll",
         "our choice",
-        "What falling means progress: NLL of held-out references, or the training loss (the paper's reading).",
+        "What falling means progress: NLL of held-out references, or the distillation loss (the paper's reading; with "
+        "a reward mixed in, the mean divergence).",
     )
     grounding: Literal["reference", "answer", "none"] = option(
         "reference", "paper", "Tokens the teacher-grounded score is taken on, without those it was shown."

@@ -62,7 +62,7 @@ class OutcomeMeter:
         """`{"probe_nll": ..., "grounded": ...}` of step `step`, None for what is not due.
 
         Args:
-            alphas, problems: of the whole step, whichever process answers them: an exposure a problem.
+            alphas, problems: of the whole step, whichever process answers them: each problem once, with its exposure.
         """
         due = bool(self.probe) and step % self.probe_every == 0
         with evaluating(self.model):

@@ -152,7 +152,8 @@ class Trainer(RunState):
 
         # What the update has to show for itself is measured before it is made
         with self.timer.phase("probe"), self.autocast():
-            outcome = self.meter.measure(t, everyones, batch)
+            once = slice(None, None, config.num_generations)  # a problem with several responses is one problem
+            outcome = self.meter.measure(t, everyones[once], batch[once])
         if self.processes.told(self.guards.before_update, t, outcome["probe_nll"]):
             write_model = self.model_writer()
             if self.processes.is_main:
@@ -167,7 +168,9 @@ class Trainer(RunState):
 
         totals.over(self.processes)
         stats = totals.means(num_tokens)
-        measured = {"loss": loss, "mismatch": stats.get("mismatch"), "confidence": stats["student_confidence"]}
+        # a reward in the loss would be none of the teacher's: the policy then hears the divergence alone, without clips
+        heard = stats.get("mismatch", loss) if self.objective.needs_reward else loss
+        measured = {"loss": heard, "mismatch": stats.get("mismatch"), "confidence": stats["student_confidence"]}
         with self.timer.phase("policy"):
             seen = (dict.fromkeys(measured) if skipped else measured) | outcome
             learned = self.policy.observe(t, **seen) if self.processes.is_main else {}

@@ -119,6 +119,23 @@ def test_every_objective_trains(tiny_config, objective, monkeypatch):
         assert "seconds_rollout" not in rows[0] and rows[0]["response_length"] > 12
 
 
+def test_what_the_policy_hears_of_a_step_with_groups_and_a_reward_is_of_distinct_problems_and_the_teacher_alone(
+    tiny_config, monkeypatch
+):
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(VerifierReward, "advantages", lambda self, problems, rollouts: ([1.0] * len(rollouts), {}))
+    settings = {"objective": "distill+grpo", "num_generations": 2, "reward_weight": 50.0, "entry_clip": None}
+    trainer = without_notice(lambda: Trainer(tiny_config(**settings)))
+    scored, heard = [], {}
+    grounded, observe = trainer.meter.grounded, trainer.policy.observe
+    trainer.meter.grounded = lambda alphas, problems: scored.extend(problems) or grounded(alphas, problems)
+    trainer.policy.observe = lambda t, **measured: heard.update(measured) or observe(t, **measured)
+    metrics, _ = trainer.train_step(0)
+    assert len({problem.id for problem in scored}) == len(scored) == 2
+    assert heard["loss"] == heard["mismatch"] == metrics["mismatch"]
+    assert metrics["loss"] == pytest.approx(metrics["mismatch"] - 50), "the reward is in the loss"
+
+
 def test_sft_learns_the_references(tiny_config):
     config = tiny_config(objective="sft", exposure_policy="full", use_peft=False, learning_rate=3e-3, max_steps=6,
                          max_grad_norm=1.0, entry_clip=None)  # fmt: skip

@@ -62,7 +62,7 @@ class ExposureController:
         max_steps             length of the run in optimizer steps; scales the `step` signal and c_t
         hold_window           H
         lookahead             L
-        policy_batch_size     B
+        policy_batch_size     B; with 1 there is nothing to compare a decision with, and only the entropy bound acts
         reward_gamma          gamma, in [0, 1]
         lambda_gt             weight of G_gt, 0 where there are no grounded scores. G_gt differs by up to a nat between
                               exposures, G_lp by 1e-3 to 1e-2 in a few steps: at 0.01 both are heard

@@ -98,7 +98,8 @@ class OutcomeMeter:
     def grounded(self, alphas: Sequence[float], problems: list[Problem]) -> float:
         """Mean over problems of the mean `log p_T^alpha` of the reference tokens the teacher was not shown.
 
-        What it was shown it could copy, so that part of the reply is context here, and costs nothing in the head.
+        What it was shown it could copy, so that part of the reply is context here, and costs nothing in the head. The
+        answer, which it is given at every alpha, is always scored: otherwise nothing would be left at alpha = 1.
         """
         contexts, scored = [], []
         mine, counted = self.processes.turns(list(zip(problems, alphas, strict=False)))

@@ -222,7 +222,8 @@ class Trainer(RunState):
             with self.timer.phase("probe"), self.autocast():
                 nll = self.meter.reference_nll(self.processes.share(batch[::repeats]))
                 nll = self.processes.gather(torch.tensor(nll, dtype=torch.float64, device=self.device)).tolist()
-            chosen = self.processes.told(lambda: self.policy.alphas(t, difficulty.normalise(nll)))
+            with self.timer.phase("policy"):
+                chosen = self.processes.told(lambda: self.policy.alphas(t, difficulty.normalise(nll)))
             alphas = [alpha for alpha in chosen for _ in range(repeats)]
         return [self.data.alpha(problem, alpha) for problem, alpha in zip(batch, alphas, strict=True)]
 

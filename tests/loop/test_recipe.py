@@ -287,10 +287,11 @@ def test_the_clip_fraction_is_the_share_of_the_divergence_the_clip_takes(tiny_co
     assert trainer.train_step(0)[0]["clip_fraction"] == pytest.approx(1.0, abs=0.05)
 
 
-def test_the_signals_need_no_forward_beyond_student_teacher_and_a_due_probe(tiny_config):
+@pytest.mark.parametrize(("grounding", "expected"), [("none", [5, 4]), ("reference", [6, 5])])
+def test_the_signals_need_no_forward_beyond_student_teacher_and_a_due_probe(tiny_config, grounding, expected):
     """Two micro-batches: two forwards of each model; a due probe adds its own, the grounded score one of the teacher.
     Rows are packed: no forward sees a padding token."""
-    trainer = without_notice(lambda: Trainer(tiny_config(probe_every=2, grounding="none")))
+    trainer = without_notice(lambda: Trainer(tiny_config(probe_every=2, grounding=grounding)))
     widths = []
     base = unwrap(trainer.model)
     base.model.register_forward_pre_hook(
@@ -306,8 +307,8 @@ def test_the_signals_need_no_forward_beyond_student_teacher_and_a_due_probe(tiny
         forwards.append(len(widths))
         if t == 1:
             student = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
-            assert sum(widths[1::2]) == student, "the student's rows hold prompts and responses, and nothing else"
-    assert forwards == [5, 4]
+            assert sum(widths[-3::2]) == student, "the student's rows hold prompts and responses, and nothing else"
+    assert forwards == expected
 
 
 def test_nothing_vocabulary_sized_is_allocated_outside_the_loss_chunk(tiny_config, tmp_path, tiny_model_path):

@@ -62,7 +62,7 @@ class OutcomeMeter:
         """`{"probe_nll": ..., "grounded": ...}` of step `step`, None for what is not due.
 
         Args:
-            alphas, problems: of the whole step, whichever process answers them: an exposure a problem.
+            alphas, problems: of the whole step, whichever process answers them: each problem once, with its exposure.
         """
         due = bool(self.probe) and step % self.probe_every == 0
         with evaluating(self.model):
@@ -98,7 +98,8 @@ class OutcomeMeter:
     def grounded(self, alphas: Sequence[float], problems: list[Problem]) -> float:
         """Mean over problems of the mean `log p_T^alpha` of the reference tokens the teacher was not shown.
 
-        What it was shown it could copy, so that part of the reply is context here, and costs nothing in the head.
+        What it was shown it could copy, so that part of the reply is context here, and costs nothing in the head. The
+        answer, which it is given at every alpha, is always scored: otherwise nothing would be left at alpha = 1.
         """
         contexts, scored = [], []
         mine, counted = self.processes.turns(list(zip(problems, alphas, strict=False)))

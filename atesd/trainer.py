@@ -152,7 +152,8 @@ class Trainer(RunState):
 
         # What the update has to show for itself is measured before it is made
         with self.timer.phase("probe"), self.autocast():
-            outcome = self.meter.measure(t, everyones, batch)
+            once = slice(None, None, config.num_generations)  # a problem with several responses is one problem
+            outcome = self.meter.measure(t, everyones[once], batch[once])
         if self.processes.told(self.guards.before_update, t, outcome["probe_nll"]):
             write_model = self.model_writer()
             if self.processes.is_main:
@@ -167,7 +168,9 @@ class Trainer(RunState):
 
         totals.over(self.processes)
         stats = totals.means(num_tokens)
-        measured = {"loss": loss, "mismatch": stats.get("mismatch"), "confidence": stats["student_confidence"]}
+        # a reward in the loss would be none of the teacher's: the policy then hears the divergence alone, without clips
+        heard = stats.get("mismatch", loss) if self.objective.needs_reward else loss
+        measured = {"loss": heard, "mismatch": stats.get("mismatch"), "confidence": stats["student_confidence"]}
         with self.timer.phase("policy"):
             seen = (dict.fromkeys(measured) if skipped else measured) | outcome
             learned = self.policy.observe(t, **seen) if self.processes.is_main else {}
@@ -219,7 +222,8 @@ class Trainer(RunState):
             with self.timer.phase("probe"), self.autocast():
                 nll = self.meter.reference_nll(self.processes.share(batch[::repeats]))
                 nll = self.processes.gather(torch.tensor(nll, dtype=torch.float64, device=self.device)).tolist()
-            chosen = self.processes.told(lambda: self.policy.alphas(t, difficulty.normalise(nll)))
+            with self.timer.phase("policy"):
+                chosen = self.processes.told(lambda: self.policy.alphas(t, difficulty.normalise(nll)))
             alphas = [alpha for alpha in chosen for _ in range(repeats)]
         return [self.data.alpha(problem, alpha) for problem, alpha in zip(batch, alphas, strict=True)]
 

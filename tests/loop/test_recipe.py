@@ -119,6 +119,23 @@ def test_every_objective_trains(tiny_config, objective, monkeypatch):
         assert "seconds_rollout" not in rows[0] and rows[0]["response_length"] > 12
 
 
+def test_what_the_policy_hears_of_a_step_with_groups_and_a_reward_is_of_distinct_problems_and_the_teacher_alone(
+    tiny_config, monkeypatch
+):
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(VerifierReward, "advantages", lambda self, problems, rollouts: ([1.0] * len(rollouts), {}))
+    settings = {"objective": "distill+grpo", "num_generations": 2, "reward_weight": 50.0, "entry_clip": None}
+    trainer = without_notice(lambda: Trainer(tiny_config(**settings)))
+    scored, heard = [], {}
+    grounded, observe = trainer.meter.grounded, trainer.policy.observe
+    trainer.meter.grounded = lambda alphas, problems: scored.extend(problems) or grounded(alphas, problems)
+    trainer.policy.observe = lambda t, **measured: heard.update(measured) or observe(t, **measured)
+    metrics, _ = trainer.train_step(0)
+    assert len({problem.id for problem in scored}) == len(scored) == 2
+    assert heard["loss"] == heard["mismatch"] == metrics["mismatch"]
+    assert metrics["loss"] == pytest.approx(metrics["mismatch"] - 50), "the reward is in the loss"
+
+
 def test_sft_learns_the_references(tiny_config):
     config = tiny_config(objective="sft", exposure_policy="full", use_peft=False, learning_rate=3e-3, max_steps=6,
                          max_grad_norm=1.0, entry_clip=None)  # fmt: skip
@@ -282,10 +299,11 @@ def test_the_clip_fraction_is_the_share_of_the_divergence_the_clip_takes(tiny_co
     assert trainer.train_step(0)[0]["clip_fraction"] == pytest.approx(1.0, abs=0.05)
 
 
-def test_the_signals_need_no_forward_beyond_student_teacher_and_a_due_probe(tiny_config):
+@pytest.mark.parametrize(("grounding", "expected"), [("none", [5, 4]), ("reference", [6, 5])])
+def test_the_signals_need_no_forward_beyond_student_teacher_and_a_due_probe(tiny_config, grounding, expected):
     """Two micro-batches: two forwards of each model; a due probe adds its own, the grounded score one of the teacher.
     Rows are packed: no forward sees a padding token."""
-    trainer = without_notice(lambda: Trainer(tiny_config(probe_every=2, grounding="none")))
+    trainer = without_notice(lambda: Trainer(tiny_config(probe_every=2, grounding=grounding)))
     widths = []
     base = unwrap(trainer.model)
     base.model.register_forward_pre_hook(
@@ -301,8 +319,8 @@ def test_the_signals_need_no_forward_beyond_student_teacher_and_a_due_probe(tiny
         forwards.append(len(widths))
         if t == 1:
             student = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
-            assert sum(widths[1::2]) == student, "the student's rows hold prompts and responses, and nothing else"
-    assert forwards == [5, 4]
+            assert sum(widths[-3::2]) == student, "the student's rows hold prompts and responses, and nothing else"
+    assert forwards == expected
 
 
 def test_nothing_vocabulary_sized_is_allocated_outside_the_loss_chunk(tiny_config, tmp_path, tiny_model_path):

@@ -136,6 +136,7 @@ class RunState:
             probe_every=config.probe_every,
             grounding=config.grounding,
             batch_size=config.per_device_train_batch_size,
+            chunk_bytes=config.chunk_bytes,
             processes=self.processes,
         )
         self.objective = make_objective(config)
@@ -145,7 +146,7 @@ class RunState:
         self.reward = VerifierReward(self.tokenizer, config.num_generations) if self.objective.needs_reward else None
         if self.reward:
             opened.callback(self.reward.grader.close)
-        self.engine_mismatch = EngineMismatch(config.importance_clip)
+        self.engine_mismatch = EngineMismatch(config.importance_clip, config.chunk_bytes)
         self.evaluation = TrainingEvaluation(
             config, self.problems.eval, self.prompts, self.engine, self.tokenizer, self.processes
         )
@@ -219,8 +220,17 @@ class RunState:
         return parts | ({"optimizer": self.zero} if self.zero else {})  # which knows what the shards are of
 
     def model_writer(self) -> Callable[..., None]:
-        """Writes the adapter, or the model, into a folder. All processes make one, the main one calls it."""
-        return writer(self.model, self.trained)
+        """Writes the adapter, or the model with its tokenizer, into a folder. All processes make one, the main one
+        calls it."""
+        write = writer(self.model, self.trained)
+        if self.config.use_peft:
+            return write
+
+        def write_whole(folder: Path) -> None:  # a folder that loads by itself
+            write(folder)
+            self.tokenizer.save_pretrained(folder)
+
+        return write_whole
 
     def step_problems(self, draw: Callable[[int], list[int]]) -> list[Problem]:
         """A step's problems, of all processes, each as often as it is answered."""

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +110,7 @@ class Trainer(RunState):
                 break
         write_model = self.model_writer()
         if main:
-            self.write_trained(write_model, self.run_dir / ("adapter" if config.use_peft else "model"))
+            write_model(self.run_dir / ("adapter" if config.use_peft else "model"))
             summary = {"steps": done, **self.data.counts(), **self.guards.summary(), **self.policy.finish()}
             (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
             self.log.close()
@@ -157,7 +155,7 @@ class Trainer(RunState):
         if self.processes.told(self.guards.before_update, t, outcome["probe_nll"]):
             write_model = self.model_writer()
             if self.processes.is_main:
-                self.guards.write_best(partial(self.write_trained, write_model))
+                self.guards.write_best(write_model)
         loss, totals, num_tokens = self.distill(problems, rollouts, alphas, advantages)
         with self.timer.phase("optimizer"):
             grad_norm = self.update(loss)
@@ -282,12 +280,6 @@ class Trainer(RunState):
         self.optimizer.zero_grad(set_to_none=True)
         release_freed_memory()
         return norm
-
-    def write_trained(self, write_model: Callable[..., None], folder: Path) -> None:
-        """The adapter into `folder`; or the model, with its tokenizer: a folder that loads by itself."""
-        write_model(folder)
-        if not self.config.use_peft:
-            self.tokenizer.save_pretrained(folder)
 
     def save_nonfinite(self, t: int, problems: list[Problem], rollouts: list[Rollout], **numbers: float) -> None:
         """Keep the batch of a skipped step for inspection, and say where it is."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 from atesd.config_checks import ConfigError
 from atesd.difficulty import Difficulty
 from atesd.guards import Guards, repetition
+from atesd.objectives import make_objective
 from atesd.reward import VerifierReward
 from atesd.rollout import Rollout
 from atesd.trainer import Trainer, train
@@ -303,7 +306,8 @@ def test_the_clip_fraction_is_the_share_of_the_divergence_the_clip_takes(tiny_co
 def test_the_signals_need_no_forward_beyond_student_teacher_and_a_due_probe(tiny_config, grounding, expected):
     """Two micro-batches: two forwards of each model; a due probe adds its own, the grounded score one of the teacher.
     Rows are packed: no forward sees a padding token."""
-    trainer = without_notice(lambda: Trainer(tiny_config(probe_every=2, grounding=grounding)))
+    config = tiny_config(probe_every=2, grounding=grounding, exposure_policy="full")
+    trainer = without_notice(lambda: Trainer(config))
     widths = []
     base = unwrap(trainer.model)
     base.model.register_forward_pre_hook(
@@ -315,19 +319,24 @@ def test_the_signals_need_no_forward_beyond_student_teacher_and_a_due_probe(tiny
     forwards = []
     for t in range(2):
         rollouts.clear()
+        problems = trainer.step_problems(trainer.sampler.peek)
         trainer.train_step(t)
         forwards.append(len(widths))
         if t == 1:
             student = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
             assert sum(widths[-3::2]) == student, "the student's rows hold prompts and responses, and nothing else"
+            read = [trainer.prompts.teacher(p, trainer.references[p.id], 1.0) for p in problems]
+            teacher = sum(map(len, read)) + sum(len(r.response_ids) for r in rollouts)
+            assert sum(widths[-4::2]) == teacher, "nor do the teacher's"
     assert forwards == expected
 
 
 def test_nothing_vocabulary_sized_is_allocated_outside_the_loss_chunk(tiny_config, tmp_path, tiny_model_path):
-    """Every allocation of a step's forward, loss and backward is watched, those inside the loss included."""
+    """Every allocation of a step but sampling is watched, for each objective: of those with a vocabulary's length among
+    their dimensions, what lives at the same time fits into `chunk_bytes`."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    vocab, chunk = 20_000, 400_000
+    vocab, chunk = 20_011, 400_000  # a prime: nothing else has a size it divides
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=vocab, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -336,14 +345,16 @@ def test_nothing_vocabulary_sized_is_allocated_outside_the_loss_chunk(tiny_confi
     model.save_pretrained(tmp_path / "wide")
     AutoTokenizer.from_pretrained(tiny_model_path).save_pretrained(tmp_path / "wide")
     config = tiny_config(model_name_or_path=str(tmp_path / "wide"), chunk_bytes=chunk, max_completion_length=40,
-                         exposure_policy="full")  # fmt: skip
+                         exposure_policy="full", importance_clip=2.0)  # fmt: skip
     trainer = without_notice(lambda: Trainer(config))
     problems, rollouts = batch_of(trainer)
-    trainer.distill(problems, rollouts, [1.0] * 4)  # the first call allocates what stays
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        trainer.distill(problems, rollouts, [1.0] * 4)
-    sizes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert len(sizes) > 100
-    tokens = sum(len(r.response_ids) for r in rollouts[:2])
-    assert tokens > 40
-    assert 4 * vocab < max(sizes) <= chunk < 4 * vocab * tokens / 4
+    rollouts = [replace(r, logprobs=[-9.0] * len(r.response_ids)) for r in rollouts]  # as from an engine of its own
+    assert chunk < 4 * vocab * sum(len(r.response_ids) for r in rollouts[:2]) / 4
+    for objective in ("distill", "sft", "grpo", "distill+grpo"):
+        trainer.objective = make_objective(replace(config, objective=objective))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            trainer.meter.measure(0, [1.0] * 4, problems)
+            trainer.distill(problems, rollouts, [1.0] * 4, [1.0, -1.0, 0.5, -0.5])
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.nbytes() % vocab == 0]
+        assert 0 < max(accumulate(changes)) <= chunk, objective

@@ -119,6 +119,11 @@ def check_combinations(config: ATESDConfig) -> None:
             f"leave it out, or set exposure_policy to 'fixed'"
         )
     learned = config.exposure_policy in LEARNED_POLICIES
+    if learned and config.policy_batch_size == 1:
+        raise ConfigError(
+            "policy_batch_size is 1: a decision is judged against the others of its batch, so a policy would learn "
+            "nothing from one alone. Set it to 2 or more"
+        )
     if learned and config.progress_signal == "probe_nll" and config.num_probe_problems == 0:
         raise ConfigError(
             "progress_signal is 'probe_nll' but num_probe_problems is 0, so there is nothing to measure it on: "

@@ -166,7 +166,8 @@ class ExposureFields:
     exposure_policy: Literal["atesd", "full", "fixed", "random", "linear", "cosine", "one_step"] = option(
         "atesd",
         "paper",
-        "Who picks alpha: the learned Beta policy; always 1 (OPSD); fixed_alpha; uniform; a ramp; one-step reward.",
+        "Who picks alpha: the learned Beta policy; always 1 (OPSD); fixed_alpha; uniform; a ramp from alpha_min to "
+        "alpha_max; one-step reward.",
     )
     fixed_alpha: float | None = option(None, "paper", "The exposure where exposure_policy is fixed.")
     alpha_min: float = option(0.0, "our choice", "Lower clip of alpha.")
@@ -178,12 +179,13 @@ class ExposureFields:
     progress_signal: Literal["probe_nll", "distill_loss"] = option(
         "probe_nll",
         "our choice",
-        "What falling means progress: NLL of held-out references, or the training loss (the paper's reading).",
+        "What falling means progress: NLL of held-out references, or the distillation loss (the paper's reading; with "
+        "a reward mixed in, the mean divergence).",
     )
     grounding: Literal["reference", "answer", "none"] = option(
         "reference", "paper", "Tokens the teacher-grounded score is taken on, without those it was shown."
     )
-    policy_batch_size: int = option(4, "our choice", "B: completed decisions in a policy update.")
+    policy_batch_size: int = option(4, "our choice", "B: completed decisions in a policy update, 2 at least.")
     policy_learning_rate: float = option(0.02, "our choice", "Learning rate of the policy (Adam).")
     policy_hidden_size: int = option(32, "our choice", "Width of the policy's MLP.")
     entropy_target: float = option(
@@ -248,7 +250,9 @@ class RunFields:
         None, "our choice", "Probe measurements in a row without a new best NLL that end the run; absent, none do."
     )
     stop_on_collapse: bool = option(
-        False, "our choice", "End the run when entropy, length or repetition say the student collapses; else only warn."
+        False,
+        "our choice",
+        "End the run when entropy, length, repetition or clip fraction say the student collapses; else only warn.",
     )
     save_best: bool = option(False, "our choice", "Keep the adapter with the best probe NLL in RUN_DIR/best.")
     output_dir: str | None = option(None, "HF", "Run directory; absent, runs/RECIPE-DATE-TIME.")

@@ -25,7 +25,8 @@ def dry_run(config: ATESDConfig) -> str:
     """The report: problems, memory plan and first prompts.
 
     Raises:
-        ValueError, ModelLoadError: whatever would stop the run before its first step, except for its weights.
+        ValueError, ModelLoadError: whatever would stop the run before its first step, except for its weights and what
+            this machine lacks: a plan may be for another one.
     """
     config.validate()
     settle_precision(config)
@@ -50,7 +51,7 @@ def dry_run(config: ATESDConfig) -> str:
     parts += ["", "problems", *(f"  {name:24} {count}" for name, count in data.counts().items())]
     for problem in data.problems.train[:PROMPTS_SHOWN]:
         reference = data.references[problem.id]
-        alpha = data.alpha(problem, 1.0 if config.exposure_policy == "full" else 0.5)
+        alpha = data.alpha(problem, exposure_shown(config))
         ids = {
             "student": data.prompts.student(problem),
             f"teacher, alpha = {alpha:g}": data.prompts.teacher(problem, reference, alpha),
@@ -59,6 +60,12 @@ def dry_run(config: ATESDConfig) -> str:
         for name, tokens in ids.items():
             parts += ["", f"--- {problem.id}, {name} ({len(tokens)} tokens)", tokenizer.decode(tokens)]
     return "\n".join(parts)
+
+
+def exposure_shown(config: ATESDConfig) -> float:
+    """The run's only exposure, or the middle of those it may choose from."""
+    only = {"full": 1.0, "fixed": config.fixed_alpha}
+    return only.get(config.exposure_policy, (config.alpha_min + config.alpha_max) / 2)
 
 
 def prompt_lengths(data: RunData) -> list[tuple[int, int]]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from atesd.answer_text import clean, same_answer
+from atesd.grading_worker import MEMORY_LIMIT
 from atesd.segmentation import boxed_answer, final_answer
 
 __all__ = ["Grader", "Verdict", "grade"]
@@ -206,14 +207,19 @@ class _Worker:
         if message is not None:
             verdict = Verdict(message["correct"], message["extracted"], message["reason"])
             self.index, self.deadline = None, float("inf")
+            if message["reason"] == MEMORY_LIMIT:
+                self.restart()  # it ends after this reply: the next answer must not be given to it
         elif late or closed:
             target = None if index is None or self.request["whole_text"] else self.request["target"]
             verdict = Verdict(False, target, "time limit" if late else "the grading process died")
-            self.stop()
-            self.start()
+            self.restart()
         else:
             return None
         return None if index is None else (index, verdict)
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
 
     def stop(self) -> None:
         self.process.kill()

@@ -1,7 +1,7 @@
 r"""The process in which math-verify compares two answers: reads requests on stdin, writes verdicts on stdout.
 
-Separate from ``grading.py`` because a parser that hangs inside C code can only be stopped by ending its process. This
-module is imported by that process alone; it must not import torch.
+Separate from ``grading.py`` because a parser that hangs inside C code can only be stopped by ending its process. What
+that process imports is here: it must not import torch.
 
 Protocol, one JSON object a line. On start ``{"ready": true}`` or ``{"failed": why}``. A request holds ``gold``,
 ``target`` and ``whole_text`` (bool), its reply ``correct`` (bool), ``extracted`` (a string or null) and ``reason``.
@@ -18,6 +18,7 @@ import signal
 import sys
 from typing import Any
 
+MEMORY_LIMIT = "memory limit"  # the reason of a last reply: the process ends after it
 MEMORY_LIMIT_BYTES = 3 << 30  # address space, so that a tower of powers fails instead of filling the machine
 
 
@@ -39,7 +40,7 @@ def serve(time_limit: float) -> None:
         try:
             answer = compare(**json.loads(line))
         except MemoryError:
-            _send(reply, {"correct": False, "extracted": None, "reason": "memory limit"})
+            _send(reply, {"correct": False, "extracted": None, "reason": MEMORY_LIMIT})
             return  # the heap may be in pieces: a fresh process is started for the next answer
         except (Exception, RecursionError) as error:
             answer = {"correct": False, "extracted": None, "reason": f"error: {type(error).__name__}"}

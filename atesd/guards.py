@@ -1,8 +1,9 @@
 """Guards of a run: signs of a collapse, early stopping, and the best adapter by probe.
 
 Separate from the trainer because a guard only reads what a step measured; it never changes a gradient. On-policy
-self-distillation is known to collapse after one or two hundred steps: responses shrink or repeat themselves, or the
-student's entropy falls to nothing or blows up. Every threshold here is our choice.
+self-distillation is known to collapse after one or two hundred steps: responses shrink or repeat themselves, the
+student's entropy falls to nothing or blows up, or most of its divergence from the teacher comes to lie beyond the clip.
+Every threshold here is our choice.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ IN_A_ROW = 3  # steps a sign must last
 # metric -> (low, high): a collapse is below low or above high times its start
 RELATIVE_BOUNDS = {"student_entropy": (0.1, 5.0), "response_length": (0.1, None)}
 REPETITION_BOUND = 0.5
+CLIP_RISE = 0.5  # of the clip fraction above its start: what the clip hides, the loss no longer pulls back
 BEST = "best"
 
 
@@ -66,7 +68,7 @@ class Guards:
         self.best_probe_nll: float | None = None
         self.best_step = 0
         self.probes_without_best = 0
-        self.start: dict[str, list[float]] = {name: [] for name in RELATIVE_BOUNDS}
+        self.start: dict[str, list[float]] = {name: [] for name in (*RELATIVE_BOUNDS, "clip_fraction")}
         self.signs_in_a_row: dict[str, int] = {}
         self.stop_reason: str | None = None
 
@@ -110,11 +112,16 @@ class Guards:
     def signs(self, metrics: dict[str, Any]) -> list[str]:
         """The signs of a collapse this step shows."""
         found = []
-        for name, (low, high) in RELATIVE_BOUNDS.items():
-            value, values = finite(metrics.get(name)), self.start[name]
+        for name, values in self.start.items():
+            value = finite(metrics.get(name))
             if value is None or len(values) < START_STEPS:
                 continue
             start = sum(values) / len(values)
+            if name == "clip_fraction":  # a share, which may start at 0: no multiple of its start says anything
+                if value > start + CLIP_RISE:
+                    found.append(f"{name} is more than {CLIP_RISE:g} above its start")
+                continue
+            low, high = RELATIVE_BOUNDS[name]
             if value < low * start:
                 found.append(f"{name} is below {low:g} times its start")
             elif high is not None and value > high * start:

@@ -64,8 +64,14 @@ def load_model_config(config: ATESDConfig | EvalConfig) -> PreTrainedConfig:
 
 
 def context_length(model_config: PreTrainedConfig) -> int:
-    """Tokens a prompt and its response may have together."""
-    return model_config.get_text_config().max_position_embeddings
+    """Tokens a prompt and its response may have together. Raises ModelLoadError where `model_config` does not say."""
+    length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if length is None:
+        raise ModelLoadError(
+            f"the configuration of this {model_config.model_type!r} model has no max_position_embeddings, so what fits "
+            "into it is not known: write the number into the model's config.json"
+        )
+    return length
 
 
 def load_base(config: ATESDConfig | EvalConfig, attn_implementation: str | None = None) -> PreTrainedModel:

@@ -225,9 +225,11 @@ def head_logprobs(
 
 
 @torch.no_grad()
-def token_logprobs(backbone: Callable[..., Any], head: HeadSpec, batch: PackedBatch) -> Tensor:
+def token_logprobs(
+    backbone: Callable[..., Any], head: HeadSpec, batch: PackedBatch, chunk_bytes: int | None = None
+) -> Tensor:
     """`(N,)`: log-probability, at temperature 1, of each response token of `batch`."""
-    return head_logprobs(hidden_rows(backbone, batch), head, batch.targets, 1.0)[0]
+    return head_logprobs(hidden_rows(backbone, batch), head, batch.targets, 1.0, chunk_bytes)[0]
 
 
 class TokenTotals:

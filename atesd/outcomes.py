@@ -35,6 +35,7 @@ class OutcomeMeter:
         grounding: "reference" scores all reference tokens the teacher was not shown, "answer" the final answer only,
             "none" nothing.
         batch_size: problems in one forward.
+        chunk_bytes: as in `atesd_kernels.linear_logprobs`.
         processes: those that train together; each takes its turn at the problems.
     """
 
@@ -49,20 +50,21 @@ class OutcomeMeter:
         probe_every: int,
         grounding: str,
         batch_size: int,
+        chunk_bytes: int | None,
         processes: Processes,
     ):
         self.model, self.teacher, self.prompts, self.references = model, teacher, prompts, references
         self.backbone, self.head = hidden_states_and_head(model)
         self.device = self.head.weight.device
         self.probe, self.probe_every, self.grounding, self.batch_size = probe, probe_every, grounding, batch_size
-        self.processes = processes
+        self.chunk_bytes, self.processes = chunk_bytes, processes
 
     @torch.no_grad()
     def measure(self, step: int, alphas: Sequence[float], problems: list[Problem]) -> dict[str, float | None]:
         """`{"probe_nll": ..., "grounded": ...}` of step `step`, None for what is not due.
 
         Args:
-            alphas, problems: of the whole step, whichever process answers them: an exposure a problem.
+            alphas, problems: of the whole step, whichever process answers them: each problem once, with its exposure.
         """
         due = bool(self.probe) and step % self.probe_every == 0
         with evaluating(self.model):
@@ -92,13 +94,15 @@ class OutcomeMeter:
         for part in chunks(len(problems), self.batch_size):
             replies = [self.prompts.reference_completion(self.references[p.id])[0] for p in problems[part]]
             batch = pack([self.prompts.student(p) for p in problems[part]], replies, self.device)
-            parts += token_logprobs(self.backbone, self.head, batch).double().split(batch.lengths)
+            logprobs = token_logprobs(self.backbone, self.head, batch, self.chunk_bytes)
+            parts += logprobs.double().split(batch.lengths)
         return parts
 
     def grounded(self, alphas: Sequence[float], problems: list[Problem]) -> float:
         """Mean over problems of the mean `log p_T^alpha` of the reference tokens the teacher was not shown.
 
-        What it was shown it could copy, so that part of the reply is context here, and costs nothing in the head.
+        What it was shown it could copy, so that part of the reply is context here, and costs nothing in the head. The
+        answer, which it is given at every alpha, is always scored: otherwise nothing would be left at alpha = 1.
         """
         contexts, scored = [], []
         mine, counted = self.processes.turns(list(zip(problems, alphas, strict=False)))
@@ -110,6 +114,6 @@ class OutcomeMeter:
             contexts.append(self.prompts.teacher(problem, reference, alpha) + ids[:cut])
             scored.append(ids[cut:])
         batch = pack(contexts, scored, self.device)
-        logprobs = token_logprobs(self.teacher.backbone_call, self.teacher.head, batch)
+        logprobs = token_logprobs(self.teacher.backbone_call, self.teacher.head, batch, self.chunk_bytes)
         scores = [float(part.double().mean()) for part in logprobs.split(batch.lengths)]
         return self.processes.total(sum(scores[:counted]))[0] / len(problems)

@@ -37,12 +37,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class ProblemSplits:
-    """Problems to train on, to probe the student with, and to evaluate on; ``skipped`` had no final answer."""
+    """Problems to train on, to probe the student with, and to evaluate on; ``skipped`` had no final answer, and
+    ``repeated`` had the text of another one."""
 
     train: list[Problem]
     probe: list[Problem]
     eval: list[Problem]
     skipped: int
+    repeated: int = 0
 
 
 def load_problems(
@@ -69,8 +71,9 @@ def load_problems(
         num_probe, num_eval: problems held out. They are drawn first, so changing ``num_train`` does not change them.
         seed: draws the problems and their order; the same seed gives the same splits on every machine.
         dataset_split: the split of a dataset that has several.
-        problem_column, solution_column, answer_column: columns to read. An answer column that is absent, ``None`` or
-            the solution column itself (GSM8K) means the answer is taken from the solution: ``\boxed{}``, else ``####``.
+        problem_column, solution_column, answer_column: columns to read. An answer column that is absent ("Answer" will
+            do for "answer"), ``None`` or the solution column itself (GSM8K) means the answer is taken from the
+            solution: ``\boxed{}``, else ``####``.
         require_solution: ``False`` for evaluation sets that have answers but no worked solutions.
 
     Raises ValueError for a missing file or column, an empty problem or solution (naming the row), and too few
@@ -97,12 +100,15 @@ def load_problems(
     problems: list[Problem] = []
     seen: set[str] = set()
     skipped: list[str] = []
+    repeated = 0
     for problem in rows:
         if wanted is not None and len(problems) >= wanted:
             break
         if not problem.answer:
             skipped.append(problem.id)
-        elif (key := " ".join(problem.problem.split()).casefold()) not in seen:
+        elif (key := " ".join(problem.problem.split()).casefold()) in seen:
+            repeated += 1
+        else:
             seen.add(key)
             problems.append(problem)
     if skipped:
@@ -118,7 +124,8 @@ def load_problems(
             f"num_train_problems={num_train}, num_probe_problems={num_probe}, num_eval_problems={num_eval} need {least}"
         )
     held_out = num_probe + num_eval
-    return ProblemSplits(problems[held_out:], problems[:num_probe], problems[num_probe:held_out], len(skipped))
+    train, probe, evaluated = problems[held_out:], problems[:num_probe], problems[num_probe:held_out]
+    return ProblemSplits(train, probe, evaluated, len(skipped), repeated)
 
 
 def _gsm_symbolic(seed: int, wanted: int) -> Iterator[Problem]:
@@ -171,8 +178,9 @@ def _check_columns(
 ) -> dict[str, str | None]:
     """The columns to read, ``None`` where there is none to read; refuses by name what is missing."""
     answer = columns["answer"]
-    if answer == columns["solution"] or (answer == "answer" and answer not in present):
-        columns["answer"] = None  # the default column is optional: the answer is found in the solution
+    if answer == "answer" and answer not in present:  # the default is optional, and OPSD's dataset spells it "Answer"
+        answer = "Answer" if "Answer" in present else None
+    columns["answer"] = None if answer == columns["solution"] else answer  # then it is found in the solution
     if not require_solution and columns["solution"] not in present:
         columns["solution"] = None
     missing = {f"{key}_column={value!r}" for key, value in columns.items() if value and value not in present}

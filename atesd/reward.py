@@ -30,8 +30,11 @@ class VerifierReward:
         self.grader = Grader()
 
     def rewards(self, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> list[float]:
-        """1.0 for a right final answer, 0.0 for any other response; a response that was cut off has none."""
-        texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
+        """1.0 for a right final answer, 0.0 for any other response. One that was cut off has no final answer: the
+        grader, which may take the last expression of a text for it, would find whatever stands at the cut."""
+        texts = [
+            "" if r.truncated else self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts
+        ]
         return [float(verdict.correct) for verdict in self.grader.grade_many(texts, [p.answer for p in problems])]
 
     def advantages(

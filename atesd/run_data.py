@@ -46,6 +46,7 @@ class RunData:
         return {
             "problems_used": len(self.problems.train),
             "problems_without_answer": self.problems.skipped,
+            "problems_repeated": self.problems.repeated,
             "problems_too_long": self.too_long,
             "teacher_contexts_cut": len(self.exposure_limit),
         }

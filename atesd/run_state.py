@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,11 @@ class RunState:
     """The parts of a run, by the names the loop uses. With `config.resume`, as its last checkpoint left them."""
 
     def __init__(self, config: ATESDConfig):
+        with ExitStack() as opened:  # what has been started is ended where something after it cannot be made
+            self.build(config, opened)
+            self.opened = opened.pop_all()
+
+    def build(self, config: ATESDConfig, opened: ExitStack) -> None:
         settle_precision(config)
         check_launcher()
         self.config = config
@@ -131,16 +136,21 @@ class RunState:
             probe_every=config.probe_every,
             grounding=config.grounding,
             batch_size=config.per_device_train_batch_size,
+            chunk_bytes=config.chunk_bytes,
             processes=self.processes,
         )
         self.objective = make_objective(config)
-        self.reward = VerifierReward(self.tokenizer, config.num_generations) if self.objective.needs_reward else None
         engine = make_engine(config, self.model, self.tokenizer, self.processes)
         self.engine = AheadEngine(engine) if config.max_staleness else engine
-        self.engine_mismatch = EngineMismatch(config.importance_clip)
+        opened.callback(self.engine.close)  # ended last: it may take longest
+        self.reward = VerifierReward(self.tokenizer, config.num_generations) if self.objective.needs_reward else None
+        if self.reward:
+            opened.callback(self.reward.grader.close)
+        self.engine_mismatch = EngineMismatch(config.importance_clip, config.chunk_bytes)
         self.evaluation = TrainingEvaluation(
             config, self.problems.eval, self.prompts, self.engine, self.tokenizer, self.processes
         )
+        opened.callback(self.evaluation.close)
 
         # The schedule; and what the main process decides, of which the others' own is idle
         self.scheduler = get_scheduler(
@@ -210,8 +220,17 @@ class RunState:
         return parts | ({"optimizer": self.zero} if self.zero else {})  # which knows what the shards are of
 
     def model_writer(self) -> Callable[..., None]:
-        """Writes the adapter, or the model, into a folder. All processes make one, the main one calls it."""
-        return writer(self.model, self.trained)
+        """Writes the adapter, or the model with its tokenizer, into a folder. All processes make one, the main one
+        calls it."""
+        write = writer(self.model, self.trained)
+        if self.config.use_peft:
+            return write
+
+        def write_whole(folder: Path) -> None:  # a folder that loads by itself
+            write(folder)
+            self.tokenizer.save_pretrained(folder)
+
+        return write_whole
 
     def step_problems(self, draw: Callable[[int], list[int]]) -> list[Problem]:
         """A step's problems, of all processes, each as often as it is answered."""
@@ -243,11 +262,8 @@ class RunState:
         self.processes.wait()
 
     def close(self) -> None:
-        """End what has processes of its own: the graders, and the engine, whose end may take longest."""
-        self.evaluation.close()
-        if self.reward:
-            self.reward.grader.close()
-        self.engine.close()
+        """End what has processes of its own: the graders and the engine."""
+        self.opened.close()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.start, self.nonfinite_in_a_row = state["step"], state["nonfinite_in_a_row"]

@@ -34,6 +34,7 @@ class TrainingSignals:
         probe_nll   the same, of the student's NLL on the probe set: how well the student does alone
         confidence  2 c - 1                                c = mean top-1 probability of the student in the last batch
 
+    Where a reward is mixed into the loss, `loss` is the mismatch: the policy hears what the teacher taught, no more.
     Each is in [-1, 1]. Relative to the start, because losses of different models and divergences differ by orders of
     magnitude while the policy's inputs must be O(1). A signal that was never measured is 0, the middle of its range.
     Missing (None) and non-finite values leave their signal as it was.

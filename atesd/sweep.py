@@ -70,17 +70,32 @@ def sweep(
 
 
 def run_config(recipe: str | None, flags: list[str], folder: Path, alpha: float, seed: int) -> ATESDConfig:
-    """The settings of one run. A folder with a checkpoint is resumed; one that died before its first is begun anew."""
+    """The settings of one run. A folder with a checkpoint is resumed; one that died before its first is begun anew.
+
+    Raises:
+        ConfigError: the run there is was started with other settings: one study compares alphas and seeds only.
+    """
     run_dir = folder / f"alpha-{alpha:g}-seed-{seed}"
     fixed = {"exposure_policy": "fixed", "fixed_alpha": alpha, "seed": seed}
     of_the_sweep = [flag for name, value in fixed.items() for flag in (f"--{name}", str(value))]
-    if (run_dir / STUDY).exists() or latest_checkpoint(run_dir):
-        return load_config(None, ["--resume", str(run_dir)])
-    if (run_dir / "metrics.jsonl").exists():
+    goes_on = (run_dir / STUDY).exists() or latest_checkpoint(run_dir)
+    if run_dir.exists() and not goes_on:  # its measurement from before may be of other settings
         shutil.rmtree(run_dir)
-    config = load_config(recipe, [*flags, *of_the_sweep, "--output_dir", str(run_dir)])
+    new_dir = run_dir / "new" if goes_on else run_dir  # a folder with a run in it would be refused
+    config = load_config(recipe, [*flags, *of_the_sweep, "--output_dir", str(new_dir)])
     config.num_eval_problems = config.num_eval_problems or NUM_PROBLEMS
-    return config
+    if not goes_on:
+        return config
+    saved = load_config(None, ["--resume", str(run_dir)])
+    for name, value in asdict(config).items():
+        before = getattr(saved, name)
+        settled = name in ("resume", "output_dir") or (name == "bf16" and value is None)
+        if value != before and not settled:
+            raise ConfigError(
+                f"{name} is {value!r}, but the sweep in {str(folder)!r} was started with {before!r}: leave the flag "
+                "out, or choose another output_dir"
+            )
+    return saved
 
 
 def run_one(config: ATESDConfig, alpha: float, seed: int) -> None:

@@ -28,6 +28,9 @@ _RULES = {
     "teacher": ({"problem", "reference"}, set()),
     "teacher_partial": ({"problem", "reference", "answer"}, set()),
     "teacher_answer_only": ({"problem", "answer"}, {"reference"}),
+    # put in as they are: a slot would be read as its name (\boxed{answer} is LaTeX)
+    "transition": (set(), {"problem", "reference", "transition"}),
+    "system": (set(), {"problem", "reference", "transition"}),
 }
 
 
@@ -60,7 +63,7 @@ class PromptTemplates:
 
     def __post_init__(self) -> None:
         for name, (needed, forbidden) in _RULES.items():
-            slots = set(_SLOT.findall(getattr(self, name)))
+            slots = set(_SLOT.findall(getattr(self, name) or ""))
             if missing := sorted(needed - slots):
                 raise ValueError(f"prompt template {name!r} lacks {{{missing[0]}}}: {getattr(self, name)!r}")
             if shown := sorted(forbidden & slots):

@@ -111,8 +111,6 @@ class Trainer(RunState):
         write_model = self.model_writer()
         if main:
             write_model(self.run_dir / ("adapter" if config.use_peft else "model"))
-            if not config.use_peft:
-                self.tokenizer.save_pretrained(self.run_dir / "model")
             summary = {"steps": done, **self.data.counts(), **self.guards.summary(), **self.policy.finish()}
             (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
             self.log.close()
@@ -152,7 +150,8 @@ class Trainer(RunState):
 
         # What the update has to show for itself is measured before it is made
         with self.timer.phase("probe"), self.autocast():
-            outcome = self.meter.measure(t, everyones, batch)
+            once = slice(None, None, config.num_generations)  # a problem with several responses is one problem
+            outcome = self.meter.measure(t, everyones[once], batch[once])
         if self.processes.told(self.guards.before_update, t, outcome["probe_nll"]):
             write_model = self.model_writer()
             if self.processes.is_main:
@@ -167,7 +166,9 @@ class Trainer(RunState):
 
         totals.over(self.processes)
         stats = totals.means(num_tokens)
-        measured = {"loss": loss, "mismatch": stats.get("mismatch"), "confidence": stats["student_confidence"]}
+        # a reward in the loss would be none of the teacher's: the policy then hears the divergence alone, without clips
+        heard = stats.get("mismatch", loss) if self.objective.needs_reward else loss
+        measured = {"loss": heard, "mismatch": stats.get("mismatch"), "confidence": stats["student_confidence"]}
         with self.timer.phase("policy"):
             seen = (dict.fromkeys(measured) if skipped else measured) | outcome
             learned = self.policy.observe(t, **seen) if self.processes.is_main else {}
@@ -219,7 +220,8 @@ class Trainer(RunState):
             with self.timer.phase("probe"), self.autocast():
                 nll = self.meter.reference_nll(self.processes.share(batch[::repeats]))
                 nll = self.processes.gather(torch.tensor(nll, dtype=torch.float64, device=self.device)).tolist()
-            chosen = self.processes.told(lambda: self.policy.alphas(t, difficulty.normalise(nll)))
+            with self.timer.phase("policy"):
+                chosen = self.processes.told(lambda: self.policy.alphas(t, difficulty.normalise(nll)))
             alphas = [alpha for alpha in chosen for _ in range(repeats)]
         return [self.data.alpha(problem, alpha) for problem, alpha in zip(batch, alphas, strict=True)]
 

@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,14 @@ def run_one(run: str, flags: list[str], work: Path) -> Path:
         (run_dir / METRICS).unlink(missing_ok=True)
         config = load_config("quickstart", [*METHODS[method], *own, *flags])
     config.save(run_dir)  # what a checkpoint is resumed with
-    trainer = Trainer(config)
     start_file = work / f"start-{seed}.json"  # no method has done anything yet: both start from the same numbers
-    if not start_file.exists():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        start = [asdict(m) for m in measure(trainer, trainer.problems.eval, 1.0)]
-        start_file.write_text(json.dumps(start), encoding="utf-8")
-    trainer.run()
-    end = [asdict(m) for m in measure(trainer, trainer.problems.eval, 1.0)]
+    with closing(Trainer(config)) as trainer:
+        if not start_file.exists():
+            run_dir.mkdir(parents=True, exist_ok=True)
+            start = [asdict(m) for m in measure(trainer, trainer.problems.eval, 1.0)]
+            start_file.write_text(json.dumps(start), encoding="utf-8")
+        trainer.run()
+        end = [asdict(m) for m in measure(trainer, trainer.problems.eval, 1.0)]
     rows = [{name: row[name] for name in KEPT if name in row} for row in read_jsonl(run_dir / METRICS)]
     shares = [row["seconds_policy"] / row["seconds_step"] for row in rows if "seconds_policy" in row]
     return save(

@@ -1,6 +1,7 @@
 """The configuration: what it reads, what it refuses, and that it says why."""
 
 import dataclasses
+import inspect
 import subprocess
 import sys
 from typing import get_args, get_type_hints
@@ -75,6 +76,7 @@ def test_a_resumed_run_takes_its_settings_from_its_own_directory(tmp_path):
         ("quickstart", ["--exposure_policy", "fixed"], "fixed_alpha is None"),
         ("quickstart", ["--fixed_alpha", "0.5"], "fixed_alpha .0.5. would be ignored"),
         ("quickstart", ["--num_probe_problems", "0"], "progress_signal is 'probe_nll' but num_probe_problems is 0"),
+        ("quickstart", ["--policy_batch_size", "1"], "policy_batch_size is 1: .* 2 or more"),
         ("quickstart", ["--report_to", "wandbb"], "did you mean wandb"),
         ("quickstart", ["--report_to", "none,wandb"], "report_to is 'none,wandb'"),
         ("quickstart", ["--student_chat_template_kwargs", "[1]"], "student_chat_template_kwargs is .* a JSON object"),
@@ -171,6 +173,15 @@ def test_help_shows_every_field_in_a_group_with_its_source_and_default():
         assert source in ("[paper]", "[OPSD]", "[HF]", "[our choice]")
     assert text.count("(default: ") >= len(dataclasses.fields(ATESDConfig))
     assert "teacher exposure (alpha) and its policy:" in text
+
+
+def test_the_defaults_of_the_controller_are_those_help_shows_with_their_source():
+    from atesd.controller import ExposureController
+
+    parameters = inspect.signature(ExposureController).parameters
+    shown = {field.name: field.default for field in dataclasses.fields(ATESDConfig)} | {"per_example": False}
+    given = {name: p.default for name, p in parameters.items() if p.default is not p.empty and name != "name"}
+    assert given == {name: shown[name] for name in given} and len(given) >= 14
 
 
 def test_reading_a_configuration_does_not_import_torch():

@@ -71,6 +71,24 @@ def test_a_worker_that_dies_costs_one_answer_only(grader):
     assert {verdict.reason for verdict in verdicts} <= {"equal", "the grading process died"}
 
 
+def test_an_answer_that_takes_all_memory_costs_itself_only(monkeypatch):
+    """The worker says so and ends; the answers after it are for a fresh one."""
+    worker = (
+        "import atesd.grading_worker as w\n"
+        "compare = w.load_compare()\n"
+        "def spoiled(target, **rest):\n"
+        "    if target == 'huge': raise MemoryError\n"
+        "    return compare(target=target, **rest)\n"
+        "w.load_compare = lambda: spoiled\n"
+        "w.serve(5.0)\n"
+    )
+    start = subprocess.Popen
+    monkeypatch.setattr(grading.subprocess, "Popen", lambda args, **kw: start([*args[:-1], worker], **kw))
+    with Grader(num_workers=1) as pool:
+        verdicts = pool.grade_many([r"\boxed{huge}", *[r"\boxed{\frac{2}{4}}"] * 3], ["x^2", *["1/2"] * 3])
+    assert [verdict.reason for verdict in verdicts] == ["memory limit", "equal", "equal", "equal"]
+
+
 def test_workers_end_with_the_process_that_started_them(tmp_path):
     script = (
         "from atesd.grading import Grader\n"

@@ -6,10 +6,11 @@ import zipfile
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BloomConfig, Gemma3Config
 
 from atesd import smollm
 from atesd.config import ATESDConfig
-from atesd.models import ModelLoadError, load_model_and_tokenizer
+from atesd.models import ModelLoadError, context_length, load_model_and_tokenizer
 from atesd.recompute import is_kept
 
 
@@ -115,6 +116,12 @@ def test_what_is_no_model_is_named_with_what_to_do(tmp_path):
         load(tmp_path)
     with pytest.raises(ModelLoadError, match="'no-such-owner/no-such-model', which does not load"):
         load("no-such-owner/no-such-model")
+
+
+def test_a_model_that_does_not_say_how_much_it_reads_is_refused_by_name():
+    assert context_length(Gemma3Config()) == Gemma3Config().text_config.max_position_embeddings
+    with pytest.raises(ModelLoadError, match="'bloom' model has no max_position_embeddings"):
+        context_length(BloomConfig())
 
 
 @pytest.mark.model

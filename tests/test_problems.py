@@ -99,6 +99,14 @@ def test_columns_are_configurable_and_an_answer_column_wins(tmp_path):
     assert {(p.problem, p.answer) for p in splits.train} == {("q0", "100"), ("q1", "101"), ("q2", "102")}
 
 
+def test_the_answers_of_opsds_dataset_are_read_from_the_column_it_calls_answer_with_a_capital(tmp_path):
+    rows = [{"problem": "q0", "solution": "It is 3 + 4.", "Answer": "7"}]
+    assert load(write_jsonl(tmp_path / "a.jsonl", rows), num_probe=0, num_eval=0).train[0].answer == "7"
+    rows = [{**rows[0], "answer": "8"}]
+    splits = load(write_jsonl(tmp_path / "b.jsonl", rows), num_probe=0, num_eval=0)
+    assert splits.train[0].answer == "8" and splits.repeated == 0
+
+
 def test_gsm8k_style_answers_that_hold_the_solution_are_read(tmp_path):
     rows = [{"question": "q0", "answer": "1 + 1 = 2\n#### 2"}]
     columns = {"problem_column": "question", "solution_column": "answer"}
@@ -109,7 +117,7 @@ def test_gsm8k_style_answers_that_hold_the_solution_are_read(tmp_path):
 def test_a_problem_that_repeats_is_in_one_split_only(tmp_path):
     rows = [{**row, "problem": row["problem"].upper() + " \n" * n} for n in range(4) for row in ROWS]
     splits = load(write_jsonl(tmp_path / "a.jsonl", rows + ROWS))
-    assert len(splits.train) == 7
+    assert len(splits.train) == 7 and splits.repeated == 4 * len(ROWS)
 
 
 def test_evaluation_sets_need_no_solution(tmp_path):

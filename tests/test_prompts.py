@@ -321,6 +321,8 @@ def test_templates_come_from_a_file(tmp_path, suffix):
         ('{"student": "no slot"}', r"'student' lacks \{problem\}"),
         ('{"student": "{problem} {reference}"}', r"must not contain \{reference\}"),
         ('{"teacher_answer_only": "{problem} {answer} {reference}"}', r"must not contain \{reference\}"),
+        ('{"transition": "Read {reference}. Go on."}', r"'transition' must not contain \{reference\}"),
+        ('{"system": "You are asked: {problem}"}', r"'system' must not contain \{problem\}"),
         ('{"teacher": 5}', "'teacher' in .* must be a string, got 5"),
         ('["student"]', "must map"),
         ('{"student": ', "cannot be read"),

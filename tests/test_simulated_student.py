@@ -71,10 +71,11 @@ def test_a_probe_measured_every_fourth_step_still_teaches():
 
 
 def test_without_information_in_the_probe_nothing_is_found():
-    """The control: were the scores above an artefact of the simulation, this would pass them too."""
+    """The control: were the scores above an artefact of the simulation, this would pass them too. What it may gain on
+    random is below the smallest margin claimed above."""
     settings = {"max_steps": STEPS, "lambda_gt": 0.0}
-    blind = np.array([train(make_policy("atesd", seed=s, **settings), s, informative=False)[0] for s in SEEDS[:5]])
-    assert (blind - random()[:5, 0]).mean() < 0.1
+    blind = np.array([train(make_policy("atesd", seed=s, **settings), s, informative=False)[0] for s in SEEDS])
+    assert lower_bound(random()[:, 0] - blind) > -0.05
 
 
 def test_per_example_exposure_learns_to_give_hard_and_easy_problems_different_exposures():

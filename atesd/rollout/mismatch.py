@@ -22,10 +22,11 @@ class EngineMismatch:
     Args:
         clip: c of the token weight `min(exp(log p_trainer - log p_engine), c)` (truncated importance sampling); None
             leaves all tokens as they are.
+        chunk_bytes: as in `atesd_kernels.linear_logprobs`.
     """
 
-    def __init__(self, clip: float | None):
-        self.clip = clip
+    def __init__(self, clip: float | None, chunk_bytes: int | None = None):
+        self.clip, self.chunk_bytes = clip, chunk_bytes
         self.differences: list[Tensor] = []
 
     @torch.no_grad()
@@ -39,7 +40,7 @@ class EngineMismatch:
         if any(r.logprobs is None for r in rollouts):
             return None
         engine = torch.tensor([logprob for r in rollouts for logprob in r.logprobs], device=hidden.device)
-        trainer = linear_logprobs(hidden, head.weight, targets, **head.logprob_options())
+        trainer = linear_logprobs(hidden, head.weight, targets, **head.logprob_options(), chunk_bytes=self.chunk_bytes)
         difference = trainer.float() - engine
         self.differences.append(difference)
         return None if self.clip is None else difference.exp().clamp(max=self.clip)

@@ -78,6 +78,19 @@ def test_a_dry_run_shows_the_prompts_and_loads_no_weights(tiny_config, tiny_mode
         dry_run(tiny_config(model_name_or_path=folder, max_prompt_length=8))
 
 
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"exposure_policy": "full"}, "1"),
+        ({"exposure_policy": "fixed", "fixed_alpha": 0.34}, "0.34"),
+        ({"exposure_policy": "random", "alpha_min": 0.6}, "0.8"),
+    ],
+)
+def test_a_dry_run_shows_the_teacher_at_an_exposure_of_the_run(tiny_config, settings, shown):
+    text = dry_run(tiny_config(**settings))
+    assert text.count("teacher, alpha = ") == text.count(f"teacher, alpha = {shown} (") == 2
+
+
 def bytes_of(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 

@@ -8,8 +8,10 @@ import psutil
 import pytest
 import torch
 
+from atesd import run_state
 from atesd.config import load_config
 from atesd.config_checks import ConfigError
+from atesd.grading import Grader
 from atesd.models import context_length, load_model_config, load_tokenizer
 from atesd.prompts import PromptTooLong
 from atesd.rollout import RolloutError
@@ -145,3 +147,17 @@ def test_no_grading_process_outlives_its_run(tiny_config):
     assert len(graders()) > before + 1
     trainer.close()
     assert len(graders()) == before
+
+
+def test_graders_and_engine_are_ended_where_the_rest_of_the_run_cannot_be_made(tiny_config, monkeypatch):
+    ended = []
+    monkeypatch.setattr(HFEngine, "close", lambda self: ended.append("engine"))
+    monkeypatch.setattr(Grader, "close", lambda self: ended.append("grader"))
+
+    def fails(*_, **__):
+        raise ValueError("as scripted")
+
+    monkeypatch.setattr(run_state, "make_policy", fails)
+    with pytest.raises(ValueError, match="as scripted"):
+        Trainer(tiny_config(eval_steps=1, **EVALUATED, objective="distill+grpo", num_generations=2))
+    assert ended == ["grader", "grader", "engine"]

@@ -372,7 +372,7 @@ def test_a_launched_run_under_ZeRO_3_that_is_killed_ends_under_ZeRO_2(settings, 
 @pytest.mark.slow
 def test_a_launched_run_killed_on_two_processes_goes_on_on_one_and_ends_as_two_shards(settings, tmp_path):
     assert sorted(path.name for path in CONFIGS.iterdir()) == ["ddp.yaml", "fsdp2.yaml", "zero2.yaml", "zero3.yaml"]
-    state = {"teacher": "ema", "ema_decay": 0.9, "hold_window": 2, "lookahead": 3, "policy_batch_size": 1}
+    state = {"teacher": "ema", "ema_decay": 0.9, "hold_window": 2, "lookahead": 3}
     state |= {"max_steps": 7, "warmup_steps": 3, "lr_scheduler_type": "cosine", "num_train_problems": 9}
     expected = train(settings("one", 1, **state))
     run_dir = tmp_path / "many"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 from atesd.config_checks import ConfigError
 from atesd.difficulty import Difficulty
 from atesd.guards import Guards, repetition
+from atesd.objectives import make_objective
 from atesd.reward import VerifierReward
 from atesd.rollout import Rollout
 from atesd.trainer import Trainer, train
@@ -119,6 +122,23 @@ def test_every_objective_trains(tiny_config, objective, monkeypatch):
         assert "seconds_rollout" not in rows[0] and rows[0]["response_length"] > 12
 
 
+def test_what_the_policy_hears_of_a_step_with_groups_and_a_reward_is_of_distinct_problems_and_the_teacher_alone(
+    tiny_config, monkeypatch
+):
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(VerifierReward, "advantages", lambda self, problems, rollouts: ([1.0] * len(rollouts), {}))
+    settings = {"objective": "distill+grpo", "num_generations": 2, "reward_weight": 50.0, "entry_clip": None}
+    trainer = without_notice(lambda: Trainer(tiny_config(**settings)))
+    scored, heard = [], {}
+    grounded, observe = trainer.meter.grounded, trainer.policy.observe
+    trainer.meter.grounded = lambda alphas, problems: scored.extend(problems) or grounded(alphas, problems)
+    trainer.policy.observe = lambda t, **measured: heard.update(measured) or observe(t, **measured)
+    metrics, _ = trainer.train_step(0)
+    assert len({problem.id for problem in scored}) == len(scored) == 2
+    assert heard["loss"] == heard["mismatch"] == metrics["mismatch"]
+    assert metrics["loss"] == pytest.approx(metrics["mismatch"] - 50), "the reward is in the loss"
+
+
 def test_sft_learns_the_references(tiny_config):
     config = tiny_config(objective="sft", exposure_policy="full", use_peft=False, learning_rate=3e-3, max_steps=6,
                          max_grad_norm=1.0, entry_clip=None)  # fmt: skip
@@ -132,14 +152,17 @@ def test_the_verifier_rewards_right_answers_only(tiny_config):
     trainer = without_notice(lambda: Trainer(tiny_config()))
     problem = trainer.problems.train[0]
 
-    def rollout(text):
-        return Rollout([1], trainer.tokenizer(text, add_special_tokens=False)["input_ids"], truncated=False)
+    def rollout(text, truncated=False):
+        return Rollout([1], trainer.tokenizer(text, add_special_tokens=False)["input_ids"], truncated)
 
     texts = [f"so \\boxed{{{problem.answer}}}", "so \\boxed{-1}", "no answer", f"\\boxed{{{problem.answer}.0}}"]
     reward = VerifierReward(trainer.tokenizer, num_generations=4)
     advantages, metrics = reward.advantages([problem] * 4, [rollout(text) for text in texts])
     assert metrics == {"verifier_reward": 0.5, "groups_without_signal": 0.0}
     assert advantages[0] == advantages[3] > 0 > advantages[1] == advantages[2]
+    working = f"so there are {problem.answer}"  # which ends in the answer, by the author's will or at the cut
+    ended_or_cut = [rollout(working), rollout(working, truncated=True)]
+    assert reward.rewards([problem] * 2, ended_or_cut) == [1.0, 0.0]
     reward.grader.close()
 
 
@@ -219,6 +242,8 @@ def test_early_stopping_waits_for_its_patience_and_no_longer(tiny_config, tmp_pa
         ({"student_entropy": 1.0}, {"student_entropy": 6.0}, "student_entropy is above 5 times its start"),
         ({"response_length": 90}, {"response_length": 3}, "response_length is below"),
         ({"repetition": 0.1}, {"repetition": 0.7}, "4-grams repeat"),
+        ({"clip_fraction": 0.0}, {"clip_fraction": 0.6}, "clip_fraction is more than 0.5 above its start"),
+        ({"clip_fraction": 0.9}, {"clip_fraction": 1.5}, "clip_fraction is more than 0.5 above its start"),
     ],
 )
 def test_a_collapse_is_told_once_and_stops_the_run_only_on_request(tiny_config, tmp_path, capsys, healthy, sick, told):
@@ -261,6 +286,13 @@ def test_a_run_stops_early_keeps_its_best_adapter_and_says_why(tiny_config):
     )
 
 
+def test_the_best_whole_model_loads_by_itself(tiny_config):
+    run_dir = without_notice(lambda: train(tiny_config(use_peft=False, save_best=True, max_steps=1)))
+    best = without_notice(lambda: Trainer(tiny_config(model_name_or_path=str(run_dir / "best" / "model"),
+                                                      output_dir="unused")))  # fmt: skip
+    assert best.tokenizer.chat_template
+
+
 def test_the_clip_fraction_is_the_share_of_the_divergence_the_clip_takes(tiny_config):
     trainer = without_notice(lambda: Trainer(tiny_config(entry_clip=1e-5)))
     metrics, _ = trainer.train_step(0)
@@ -270,10 +302,12 @@ def test_the_clip_fraction_is_the_share_of_the_divergence_the_clip_takes(tiny_co
     assert trainer.train_step(0)[0]["clip_fraction"] == pytest.approx(1.0, abs=0.05)
 
 
-def test_the_signals_need_no_forward_beyond_student_teacher_and_a_due_probe(tiny_config):
+@pytest.mark.parametrize(("grounding", "expected"), [("none", [5, 4]), ("reference", [6, 5])])
+def test_the_signals_need_no_forward_beyond_student_teacher_and_a_due_probe(tiny_config, grounding, expected):
     """Two micro-batches: two forwards of each model; a due probe adds its own, the grounded score one of the teacher.
     Rows are packed: no forward sees a padding token."""
-    trainer = without_notice(lambda: Trainer(tiny_config(probe_every=2, grounding="none")))
+    config = tiny_config(probe_every=2, grounding=grounding, exposure_policy="full")
+    trainer = without_notice(lambda: Trainer(config))
     widths = []
     base = unwrap(trainer.model)
     base.model.register_forward_pre_hook(
@@ -285,19 +319,24 @@ def test_the_signals_need_no_forward_beyond_student_teacher_and_a_due_probe(tiny
     forwards = []
     for t in range(2):
         rollouts.clear()
+        problems = trainer.step_problems(trainer.sampler.peek)
         trainer.train_step(t)
         forwards.append(len(widths))
         if t == 1:
             student = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
-            assert sum(widths[1::2]) == student, "the student's rows hold prompts and responses, and nothing else"
-    assert forwards == [5, 4]
+            assert sum(widths[-3::2]) == student, "the student's rows hold prompts and responses, and nothing else"
+            read = [trainer.prompts.teacher(p, trainer.references[p.id], 1.0) for p in problems]
+            teacher = sum(map(len, read)) + sum(len(r.response_ids) for r in rollouts)
+            assert sum(widths[-4::2]) == teacher, "nor do the teacher's"
+    assert forwards == expected
 
 
 def test_nothing_vocabulary_sized_is_allocated_outside_the_loss_chunk(tiny_config, tmp_path, tiny_model_path):
-    """Every allocation of a step's forward, loss and backward is watched, those inside the loss included."""
+    """Every allocation of a step but sampling is watched, for each objective: of those with a vocabulary's length among
+    their dimensions, what lives at the same time fits into `chunk_bytes`."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    vocab, chunk = 20_000, 400_000
+    vocab, chunk = 20_011, 400_000  # a prime: nothing else has a size it divides
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=vocab, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -306,14 +345,16 @@ def test_nothing_vocabulary_sized_is_allocated_outside_the_loss_chunk(tiny_confi
     model.save_pretrained(tmp_path / "wide")
     AutoTokenizer.from_pretrained(tiny_model_path).save_pretrained(tmp_path / "wide")
     config = tiny_config(model_name_or_path=str(tmp_path / "wide"), chunk_bytes=chunk, max_completion_length=40,
-                         exposure_policy="full")  # fmt: skip
+                         exposure_policy="full", importance_clip=2.0)  # fmt: skip
     trainer = without_notice(lambda: Trainer(config))
     problems, rollouts = batch_of(trainer)
-    trainer.distill(problems, rollouts, [1.0] * 4)  # the first call allocates what stays
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        trainer.distill(problems, rollouts, [1.0] * 4)
-    sizes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert len(sizes) > 100
-    tokens = sum(len(r.response_ids) for r in rollouts[:2])
-    assert tokens > 40
-    assert 4 * vocab < max(sizes) <= chunk < 4 * vocab * tokens / 4
+    rollouts = [replace(r, logprobs=[-9.0] * len(r.response_ids)) for r in rollouts]  # as from an engine of its own
+    assert chunk < 4 * vocab * sum(len(r.response_ids) for r in rollouts[:2]) / 4
+    for objective in ("distill", "sft", "grpo", "distill+grpo"):
+        trainer.objective = make_objective(replace(config, objective=objective))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            trainer.meter.measure(0, [1.0] * 4, problems)
+            trainer.distill(problems, rollouts, [1.0] * 4, [1.0, -1.0, 0.5, -0.5])
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.nbytes() % vocab == 0]
+        assert 0 < max(accumulate(changes)) <= chunk, objective

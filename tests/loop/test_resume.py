@@ -54,7 +54,7 @@ def settings(tiny_config, tmp_path):
     """A run in which everything has a state: EMA teacher, dropout, decisions pending over checkpoints, two epochs."""
     config = tiny_config(
         max_steps=STEPS, save_steps=3, teacher="ema", ema_decay=0.9, lora_dropout=0.1, hold_window=2, lookahead=3,
-        policy_batch_size=1, warmup_steps=3, lr_scheduler_type="cosine", num_train_problems=9, probe_every=2,
+        warmup_steps=3, lr_scheduler_type="cosine", num_train_problems=9, probe_every=2,
     )  # fmt: skip
     return str(config.save(tmp_path / "settings"))
 

@@ -13,6 +13,7 @@ import yaml
 from atesd import cli, sweep
 from atesd.config_checks import ConfigError
 from atesd.held_out import measure
+from atesd.rollout import Sampling
 from atesd.trainer import Trainer
 
 
@@ -31,7 +32,7 @@ def quietly(make):
         return make()
 
 
-def test_a_sweep_goes_on_where_it_was_stopped_and_draws_its_figure(recipe, tmp_path, monkeypatch):
+def test_a_sweep_goes_on_where_it_was_stopped_and_draws_its_figure(recipe, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "sweep"
     arguments = ["sweep", recipe, "--alphas", "0,1", "--seeds", "0", "--output_dir", str(folder)]
     step, steps = Trainer.train_step, []
@@ -49,6 +50,8 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_draws_its_figure(recipe, tmp_p
     assert steps == [*expected, expected[-1]], "only the step that was interrupted is made again"
     steps.clear()
     assert quietly(lambda: cli.main(arguments)) == 0 and steps == []
+    assert cli.main([*arguments, "--learning_rate", "0.03"]) == 2 and steps == []
+    assert "learning_rate is 0.03, but the sweep in" in capsys.readouterr().err
 
     assert (folder / "study.png").read_bytes().startswith(b"\x89PNG")
     study = json.loads((folder / "study.json").read_text())
@@ -61,6 +64,11 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_draws_its_figure(recipe, tmp_p
     assert first[0]["before"] != first[0]["after"]
     saved = yaml.safe_load((folder / "alpha-0-seed-0" / "config.yaml").read_text())
     assert saved["bf16"] is not None, "a run that goes on elsewhere goes on in its precision"
+
+
+def first_sampling(config) -> Sampling:
+    """That of the first problem: the run's own, with the seed 0."""
+    return Sampling(config.max_completion_length, config.temperature, config.top_p, config.top_k, (0,))
 
 
 def test_the_measurement_is_that_of_a_dense_model_and_leaves_the_run_as_it_was(tiny_config):
@@ -83,7 +91,19 @@ def test_the_measurement_is_that_of_a_dense_model_and_leaves_the_run_as_it_was(t
         logits = trainer.model.eval()(torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1]
     nll = torch.nn.functional.cross_entropy(logits, torch.tensor(reply)).item()
     assert got.reference_nll == pytest.approx(nll, rel=1e-5)
-    assert 0 < got.mismatch <= got.mismatch_p95 * got.num_tokens and 0 <= got.top1_disagreement <= 1
+    with torch.no_grad():
+        response = trainer.engine.generate([prompt], first_sampling(trainer.config))[0].response_ids
+        read = trainer.prompts.teacher(problem, trainer.references[problem.id], 0.5)
+        s = trainer.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        with trainer.model.disable_adapter():
+            t = trainer.model(torch.tensor([read + response])).logits[0, len(read) - 1 : -1]
+    log_q, log_p = (z.div(trainer.config.scoring_temperature).log_softmax(-1) for z in (s, t))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert got.num_tokens == len(response) and kl.mean() > 1e-4
+    assert got.mismatch == pytest.approx(kl.mean().item(), rel=1e-4)
+    # of n tokens the one whose rank, from 0, is 0.95 (n - 1) or the nearest below
+    assert got.mismatch_p95 == pytest.approx(kl.sort().values[int(0.95 * (len(kl) - 1))].item(), rel=1e-4)
+    assert got.top1_disagreement == pytest.approx((s.argmax(-1) != t.argmax(-1)).double().mean().item())
 
 
 def rows_with(falls):
@@ -106,6 +126,15 @@ def test_the_summary_is_over_seeds_and_thirds_of_the_problems():
     assert by_key[1.0, "hard"]["outcome"] == pytest.approx(-0.2)
     assert by_key[0.0, "easy"]["mismatch_p95"] == pytest.approx(0.05)  # problems 0 and 1
     assert by_key[0.0, "hard"]["mismatch_p95"] == pytest.approx(0.45)  # problems 4 and 5
+
+
+def test_a_run_that_died_before_its_first_checkpoint_leaves_nothing_to_the_next(recipe, tmp_path):
+    died = tmp_path / "alpha-0.5-seed-0"
+    died.mkdir()
+    for name in ("metrics.jsonl", sweep.BEFORE):
+        (died / name).write_text("")
+    config = sweep.run_config(recipe, [], tmp_path, 0.5, 0)
+    assert (config.fixed_alpha, config.output_dir, config.resume) == (0.5, str(died), None) and not died.exists()
 
 
 def test_a_sweep_that_cannot_run_is_refused_before_its_first_run(recipe, tmp_path, capsys):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -223,12 +223,20 @@ def check_resumable(saved: ATESDConfig, given: ATESDConfig, output_dir: str | No
     """Raises ConfigError where the flags beside `--resume` would make another run of it."""
     if output_dir not in (None, given.resume):
         raise ConfigError(f"output_dir is {output_dir!r}, but resume goes on in {given.resume!r}: leave output_dir out")
+    may_change = (*MAY_CHANGE, "resume", "output_dir", "dry_run")
+    advice = f"or start a new run. What --resume may change: {', '.join(MAY_CHANGE)}"
+    check_same_settings(saved, given, may_change, f"the run in {given.resume!r}", advice)
+
+
+def check_same_settings(
+    saved: ATESDConfig, given: ATESDConfig, may_change: Collection[str], what: str, advice: str
+) -> None:
+    """Raises ConfigError for a setting outside `may_change` that is not what `what` was started with."""
     for name, value in asdict(given).items():
         before = getattr(saved, name)
-        if value != before and name not in (*MAY_CHANGE, "resume", "output_dir", "dry_run"):
+        if value != before and name not in may_change:
             raise ConfigError(
-                f"{name} is {value!r}, but the run in {given.resume!r} was started with {before!r}: leave the flag "
-                f"out, or start a new run. What --resume may change: {', '.join(MAY_CHANGE)}"
+                f"{name} is {value!r}, but {what} was started with {before!r}: leave the flag out, {advice}"
             )
 
 

@@ -68,8 +68,8 @@ class ExposureController:
                               exposures, G_lp by 1e-3 to 1e-2 in a few steps: at 0.01 both are heard
         progress_signal       "probe_nll" or "distill_loss" (`credit.py` says how they differ)
         alpha_min, alpha_max  the clip of alpha
-        policy_learning_rate  Adam's, on phi; 0.05 follows a clear reward faster, but on pure noise it is in a corner
-                              after 300 steps, for which 0.02 takes about 1,200
+        policy_learning_rate  Adam's, on phi; 0.05 follows a clear reward faster, but on pure noise drifts to a corner
+                              sooner
         entropy_target        H_target in nats: Beta(2, 2) has -0.125, a standard deviation of 0.15 about -0.5
         entropy_coef          what c_t reaches at max_steps
     """

@@ -27,7 +27,9 @@ IN_A_ROW = 3  # steps a sign must last
 # metric -> (low, high): a collapse is below low or above high times its start
 RELATIVE_BOUNDS = {"student_entropy": (0.1, 5.0), "response_length": (0.1, None)}
 REPETITION_BOUND = 0.5
-CLIP_RISE = 0.5  # of the clip fraction above its start: what the clip hides, the loss no longer pulls back
+# metric -> how far above its start is a collapse, for a share, which may start at 0. What the clip hides, the loss no
+# longer pulls back.
+RISES = {"clip_fraction": 0.5}
 BEST = "best"
 
 
@@ -68,7 +70,7 @@ class Guards:
         self.best_probe_nll: float | None = None
         self.best_step = 0
         self.probes_without_best = 0
-        self.start: dict[str, list[float]] = {name: [] for name in (*RELATIVE_BOUNDS, "clip_fraction")}
+        self.start: dict[str, list[float]] = {name: [] for name in (*RELATIVE_BOUNDS, *RISES)}
         self.signs_in_a_row: dict[str, int] = {}
         self.stop_reason: str | None = None
 
@@ -117,15 +119,14 @@ class Guards:
             if value is None or len(values) < START_STEPS:
                 continue
             start = sum(values) / len(values)
-            if name == "clip_fraction":  # a share, which may start at 0: no multiple of its start says anything
-                if value > start + CLIP_RISE:
-                    found.append(f"{name} is more than {CLIP_RISE:g} above its start")
-                continue
-            low, high = RELATIVE_BOUNDS[name]
-            if value < low * start:
+            low, high = RELATIVE_BOUNDS.get(name, (None, None))
+            rise = RISES.get(name)
+            if low is not None and value < low * start:
                 found.append(f"{name} is below {low:g} times its start")
-            elif high is not None and value > high * start:
+            if high is not None and value > high * start:
                 found.append(f"{name} is above {high:g} times its start")
+            if rise is not None and value > start + rise:
+                found.append(f"{name} is more than {rise:g} above its start")
         if (finite(metrics.get("repetition")) or 0.0) > REPETITION_BOUND:
             found.append(f"more than {REPETITION_BOUND:.0%} of the responses' {NGRAM}-grams repeat")
         return found

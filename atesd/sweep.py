@@ -19,7 +19,7 @@ from typing import Any
 
 from atesd.checkpoint import latest_checkpoint
 from atesd.config import ATESDConfig, load_config
-from atesd.config_checks import ConfigError
+from atesd.config_checks import ConfigError, check_same_settings
 from atesd.files import write_json
 from atesd.held_out import measure
 from atesd.precision import settle_precision
@@ -87,14 +87,8 @@ def run_config(recipe: str | None, flags: list[str], folder: Path, alpha: float,
     if not goes_on:
         return config
     saved = load_config(None, ["--resume", str(run_dir)])
-    for name, value in asdict(config).items():
-        before = getattr(saved, name)
-        settled = name in ("resume", "output_dir") or (name == "bf16" and value is None)
-        if value != before and not settled:
-            raise ConfigError(
-                f"{name} is {value!r}, but the sweep in {str(folder)!r} was started with {before!r}: leave the flag "
-                "out, or choose another output_dir"
-            )
+    settled = ["resume", "output_dir", *(["bf16"] if config.bf16 is None else [])]
+    check_same_settings(saved, config, settled, f"the sweep in {str(folder)!r}", "or choose another output_dir")
     return saved
 
 

@@ -150,8 +150,8 @@ class Trainer(RunState):
 
         # What the update has to show for itself is measured before it is made
         with self.timer.phase("probe"), self.autocast():
-            once = slice(None, None, config.num_generations)  # a problem with several responses is one problem
-            outcome = self.meter.measure(t, everyones[once], batch[once])
+            repeats = config.num_generations  # a problem with several responses is one problem
+            outcome = self.meter.measure(t, everyones[::repeats], batch[::repeats])
         if self.processes.told(self.guards.before_update, t, outcome["probe_nll"]):
             write_model = self.model_writer()
             if self.processes.is_main:

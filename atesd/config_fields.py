@@ -49,7 +49,12 @@ class ModelFields:
         "Gemma 2), or flash-attn's variable-length kernel (a GPU and bfloat16).",
     )
     use_liger_kernel: bool = option(False, "HF", "Liger's kernels for norms, rotary embedding and MLP; needs a GPU.")
-    gradient_checkpointing: bool = option(False, "HF", "Recompute activations in backward: less memory, more time.")
+    gradient_checkpointing: bool = option(
+        False,
+        "HF",
+        "Recompute activations in backward: less memory, more time. On a CPU freed memory is then given back to the "
+        "system after each phase of a step, instead of being kept for the next.",
+    )
     gradient_checkpointing_mode: Literal["full", "selective"] = option(
         "full",
         "our choice",

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from atesd.config import ATESDConfig
 from atesd.eval_answers import Protocol, Sample, answers, summarise
 from atesd.grading import Grader
-from atesd.memory import release_freed_memory
+from atesd.memory import FreedMemory
 from atesd.problems import Problem
 from atesd.processes import Processes
 from atesd.prompts import PromptBuilder
@@ -30,7 +30,7 @@ class TrainingEvaluation:
     Args:
         config: `eval_steps` 0 switches it off.
         problems: held out, from the run's own data, which has checked that their answers fit.
-        prompts, engine, tokenizer: the run's.
+        prompts, engine, tokenizer, processes, freed_memory: the run's.
 
     Raises:
         ImportError: math-verify is not installed.
@@ -44,12 +44,14 @@ class TrainingEvaluation:
         engine: RolloutEngine,
         tokenizer: Any,
         processes: Processes,
+        freed_memory: FreedMemory,
     ):
         self.every, self.last, self.on_start = config.eval_steps, config.max_steps, config.eval_on_start
         self.failure: str | None = None  # why the last evaluation has no result; the trainer saves the run, and ends it
         if not self.every:
             return
         self.engine, self.tokenizer, self.processes = engine, tokenizer, processes
+        self.freed_memory = freed_memory
         length = config.eval_completion_length
         self.protocol = Protocol(
             config.eval_k, length, config.eval_temperature, 1.0, 0, config.seed, batch_size=ANSWERS_AT_ONCE
@@ -82,7 +84,7 @@ class TrainingEvaluation:
             return {}
         samples: list[Sample] = gather_object(mine)
         self.engine.release()
-        release_freed_memory()
+        self.freed_memory.release()
         if not self.processes.is_main:
             return {}
         found = summarise(samples, self.protocol.k, self.grader, CONFIDENCE, NUM_BOOTSTRAP)["metrics"]

@@ -27,6 +27,7 @@ from atesd.difficulty import Difficulty
 from atesd.eval_training import TrainingEvaluation
 from atesd.exposure import exposed_text
 from atesd.guards import Guards
+from atesd.memory import FreedMemory
 from atesd.metrics import PhaseTimer
 from atesd.models import check_kernels, context_length, load_model, load_model_config, load_tokenizer
 from atesd.objectives import make_objective
@@ -77,6 +78,7 @@ class RunState:
         settle_precision(config)
         check_launcher()
         self.config = config
+        self.freed_memory = FreedMemory(keep=not config.gradient_checkpointing)  # who recomputes wants little of it
         self.run_dir = Path(config.resume or config.output_dir)
         trackers = None if config.report_to == "none" else config.report_to.replace(" ", "").split(",")
         self.accelerator = Accelerator(cpu=on_cpu(), log_with=trackers, project_dir=str(self.run_dir))
@@ -148,7 +150,7 @@ class RunState:
             opened.callback(self.reward.grader.close)
         self.engine_mismatch = EngineMismatch(config.importance_clip, config.chunk_bytes)
         self.evaluation = TrainingEvaluation(
-            config, self.problems.eval, self.prompts, self.engine, self.tokenizer, self.processes
+            config, self.problems.eval, self.prompts, self.engine, self.tokenizer, self.processes, self.freed_memory
         )
         opened.callback(self.evaluation.close)
 

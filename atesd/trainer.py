@@ -24,7 +24,6 @@ from tqdm.auto import tqdm
 from atesd.batching import assert_same_responses, chunks, hidden_rows, pack
 from atesd.config import ATESDConfig
 from atesd.guards import clip_fraction, response_metrics
-from atesd.memory import release_freed_memory
 from atesd.metrics import RunLog, peak_memory_bytes
 from atesd.objectives import ResponseTokens, TokenTotals
 from atesd.precision import settle_precision
@@ -205,7 +204,7 @@ class Trainer(RunState):
         with self.timer.phase("rollout"):
             rollouts = self.engine.generate(prompts)
             self.engine.release()
-        release_freed_memory()
+        self.freed_memory.release()
         return rollouts
 
     def exposures(self, t: int, batch: list[Problem]) -> list[float]:
@@ -267,18 +266,18 @@ class Trainer(RunState):
                         student_hidden.backward(states.grad)
                 loss += part_loss.detach()
                 totals.add(stats)
-                release_freed_memory()  # of the activations: the next part's have other sizes
+                self.freed_memory.release()  # of the activations: the next part's have other sizes
         return float(self.processes.sum(loss)), totals, num_tokens
 
     def update(self, loss: float) -> float | None:
         """Clip and step; None, and no step, where the loss or the gradient is not finite."""
-        release_freed_memory()  # of the activations: the first step allocates the optimizer's state
+        self.freed_memory.release()  # of the activations: the first step allocates the optimizer's state
         norm = self.optimizer_step(loss)
         if norm is not None:
             self.gather_head()
             self.teacher.update()
         self.optimizer.zero_grad(set_to_none=True)
-        release_freed_memory()
+        self.freed_memory.release()
         return norm
 
     def save_nonfinite(self, t: int, problems: list[Problem], rollouts: list[Rollout], **numbers: float) -> None:

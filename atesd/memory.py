@@ -1,8 +1,8 @@
 """What becomes of freed memory. Separate because it is about the C library, not about training.
 
 glibc gives a freed tensor back to the operating system, or keeps it in a heap that grows when the next phase asks for
-other sizes. Neither is free: pages given back are cleared one by one when they are used again, a fifth of a CPU step;
-pages kept are memory that a phase does not use, a twentieth of the step's peak.
+other sizes. Neither is free: pages given back are cleared one by one when they are used again, which takes time;
+pages kept are memory that the other phases do not use.
 """
 
 from __future__ import annotations

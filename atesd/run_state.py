@@ -78,7 +78,7 @@ class RunState:
         settle_precision(config)
         check_launcher()
         self.config = config
-        self.freed_memory = FreedMemory(keep=not config.gradient_checkpointing)  # who recomputes wants little of it
+        self.freed_memory = FreedMemory(keep=config.keep_freed_memory)
         self.run_dir = Path(config.resume or config.output_dir)
         trackers = None if config.report_to == "none" else config.report_to.replace(" ", "").split(",")
         self.accelerator = Accelerator(cpu=on_cpu(), log_with=trackers, project_dir=str(self.run_dir))

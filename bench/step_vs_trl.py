@@ -6,8 +6,8 @@ Every row comes from a process of its own: the same model with all its parameter
 student and teacher (which reads the whole solution), responses of exactly `max_completion_length` tokens, the same
 precision, forward KL over the full vocabulary without clips, AdamW. The first step warms up and is not counted; the
 figure is the median of the others. TRL's `SDFTTrainer` runs with all prompts in one micro-batch, its natural setting,
-and in our micro-batches, each with gradient checkpointing on (its default) and off; ours is selective, in micro-batches
-of `--micro_batch` prompts and of one. The ratios are taken against the fastest of its rows for time and the smallest
+and in our micro-batches, each with gradient checkpointing on (its default) and off; ours is selective, gives freed
+memory back where it recomputes, and runs in micro-batches of `--micro_batch` prompts and of one. The ratios are taken against the fastest of its rows for time and the smallest
 for memory.
 
 `DistillationTrainer` is TRL's other on-policy distillation, with a loss that never holds whole logits. It shows the
@@ -60,6 +60,7 @@ def settings(args: argparse.Namespace):
         gradient_accumulation_steps=args.prompts // args.micro_batch,
         gradient_checkpointing=args.checkpointing,
         gradient_checkpointing_mode="selective",
+        keep_freed_memory=not args.checkpointing,  # who recomputes wants little memory
         max_prompt_length=2048,
         max_completion_length=args.max_completion_length,
         temperature=1.1,

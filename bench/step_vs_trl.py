@@ -6,9 +6,9 @@ Every row comes from a process of its own: the same model with all its parameter
 student and teacher (which reads the whole solution), responses of exactly `max_completion_length` tokens, the same
 precision, forward KL over the full vocabulary without clips, AdamW. The first step warms up and is not counted; the
 figure is the median of the others. TRL's `SDFTTrainer` runs with all prompts in one micro-batch, its natural setting,
-and in our micro-batches, each with gradient checkpointing on (its default) and off; ours is selective, gives freed
-memory back where it recomputes, and runs in micro-batches of `--micro_batch` prompts and of one. The ratios are taken against the fastest of its rows for time and the smallest
-for memory.
+and in our micro-batches, each with gradient checkpointing on (its default) and off. Ours is selective, keeps freed
+memory where it does not recompute, and runs in micro-batches of `--micro_batch` prompts and of one. The ratios are
+taken against the fastest of its rows for time and the smallest for memory.
 
 `DistillationTrainer` is TRL's other on-policy distillation, with a loss that never holds whole logits. It shows the
 teacher the student's own prompt and has no place for another, so it cannot do this work: its rows, marked, have the

@@ -49,6 +49,12 @@ class ModelFields:
         "Gemma 2), or flash-attn's variable-length kernel (a GPU and bfloat16).",
     )
     use_liger_kernel: bool = option(False, "HF", "Liger's kernels for norms, rotary embedding and MLP; needs a GPU.")
+    keep_freed_memory: bool = option(
+        False,
+        "our choice",
+        "On a CPU keep what a phase of a step has freed for the next, instead of giving it back to the system: less "
+        "time, more memory.",
+    )
     gradient_checkpointing: bool = option(False, "HF", "Recompute activations in backward: less memory, more time.")
     gradient_checkpointing_mode: Literal["full", "selective"] = option(
         "full",
@@ -152,12 +158,6 @@ class LossFields:
         0.05, "OPSD", "Clip on each vocabulary entry's term of a token's divergence (0.06 for 8B); 0 is off."
     )
     token_clip: float | None = option(None, "our choice", "Clip on a token's whole divergence; 0 is off.")
-    keep_freed_memory: bool = option(
-        False,
-        "our choice",
-        "On a CPU keep what a phase of a step has freed for the next, instead of giving it back to the system: less "
-        "time, more memory.",
-    )
     chunk_bytes: int | None = option(None, "our choice", "Byte budget of the loss's logit chunk; absent, automatic.")
     teacher: Literal["frozen", "ema", "live"] = option(
         "frozen", "OPSD", "Whose weights teach: the base model, a moving average of the student, the student itself."

@@ -10,10 +10,9 @@ from __future__ import annotations
 import ctypes
 import functools
 
-# of mallopt(3)
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-ALL = 2**31 - 1
-LARGEST_TENSOR = 2**30
+# What mallopt(3) sets, and to what: no tensor below a GiB has pages of its own, and the heap's end stays.
+M_TRIM_THRESHOLD, KEEP_ALL = -1, 2**31 - 1
+M_MMAP_THRESHOLD, LARGEST_IN_HEAP = -3, 2**30
 
 
 @functools.cache
@@ -37,8 +36,8 @@ class FreedMemory:
     def __init__(self, keep: bool):
         self.keep = keep
         if keep and (library := glibc()):
-            library.mallopt(M_MMAP_THRESHOLD, LARGEST_TENSOR)
-            library.mallopt(M_TRIM_THRESHOLD, ALL)
+            library.mallopt(M_MMAP_THRESHOLD, LARGEST_IN_HEAP)
+            library.mallopt(M_TRIM_THRESHOLD, KEEP_ALL)
 
     def release(self) -> None:
         """At the end of a phase: return the heap's free pages, unless they are kept."""

@@ -1,4 +1,5 @@
-"""What becomes of freed memory. Separate because it is about the C library, not about training.
+"""What becomes of freed memory, and of code that is not needed again. Separate because it is about libraries, not about
+training.
 
 glibc gives a freed tensor back to the operating system, or keeps it in a heap that grows when the next phase asks for
 other sizes. Neither is free: pages given back are cleared one by one when they are used again, which takes time;
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 
 # What mallopt(3) sets, and to what: no tensor below a GiB has pages of its own, and the heap's end stays.
 M_TRIM_THRESHOLD, KEEP_ALL = -1, 2**31 - 1
@@ -43,3 +45,13 @@ class FreedMemory:
         """At the end of a phase: return the heap's free pages, unless they are kept."""
         if not self.keep and (library := glibc()):
             library.malloc_trim(0)
+
+
+def bound_primitive_cache() -> None:
+    """Call before the first product: oneDNN reads this once.
+
+    It keeps the compiled code of its last 1,024 products, a tenth of a megabyte each. The sequences of every
+    micro-batch have lengths of their own, whose code is of no use after it, and in a micro-batch of any length there
+    are a few dozen products of different shapes.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")

@@ -1,13 +1,18 @@
-"""Whether bfloat16 is fast here. Separate because the answer is the processor's, and a run's settings are settled once.
+"""Which precision and which products are fast here. Separate because the answer is the processor's.
 
-Every processor can multiply bfloat16; one without instructions for it takes several times as long as in float32.
+Every processor can multiply bfloat16; one without instructions for it takes several times as long as in float32. And
+torch has two libraries for float32 products on a CPU, of which it uses the slower one on some.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
 import torch
 
 from atesd.config import ATESDConfig
+from atesd_kernels import matmul
 
 CPU_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # x86-64's, and Arm's name for its own
 
@@ -26,3 +31,25 @@ def settle_precision(config: ATESDConfig) -> None:
     """Where `config.bf16` is absent, decide it for this machine: what is saved and resumed is the decision."""
     if config.bf16 is None:
         config.bf16 = has_fast_bf16()
+
+
+def fast_fp32_products(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which float32 products on a CPU are oneDNN's, where those are full float32 ones.
+
+    With AVX-512 they take half the time of torch's own on AMD. torch's switch for them is named for something else: it
+    allows oneDNN to round to bfloat16, which it does on processors with tiles for that alone (AMX). Not for decoding,
+    whose few rows are slower that way.
+    """
+    exact = device.type == "cpu" and onednn_keeps_fp32()
+    return matmul.low_precision_products() if exact else nullcontext()
+
+
+@cache
+def onednn_keeps_fp32() -> bool:
+    """Whether oneDNN, allowed to round, has AVX-512 and does not round: tried, since it may learn to."""
+    if not torch.backends.mkldnn.is_available() or "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        return False
+    x, w = torch.rand(2, 256, 576, generator=torch.Generator().manual_seed(0))
+    with matmul.low_precision_products():
+        error = torch.dist(torch.mm(x, w.T).double(), torch.mm(x.double(), w.double().T))
+    return bool(error < 1e-5 * torch.mm(x, w.T).norm())  # products of rounded factors: 1e-3

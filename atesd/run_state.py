@@ -9,8 +9,8 @@ tensors and nothing of how many processes there were: it is resumed on any numbe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,14 @@ from atesd.difficulty import Difficulty
 from atesd.eval_training import TrainingEvaluation
 from atesd.exposure import exposed_text
 from atesd.guards import Guards
-from atesd.memory import FreedMemory
+from atesd.memory import FreedMemory, bound_primitive_cache
 from atesd.metrics import PhaseTimer
 from atesd.models import check_kernels, context_length, load_model, load_model_config, load_tokenizer
 from atesd.objectives import make_objective
 from atesd.outcomes import OutcomeMeter
 from atesd.packed_attention import check_packing, use_packed_attention
 from atesd.policies import make_policy
-from atesd.precision import settle_precision
+from atesd.precision import fast_fp32_products, settle_precision
 from atesd.problems import Problem
 from atesd.processes import Processes, on_cpu
 from atesd.reward import VerifierReward
@@ -78,6 +78,7 @@ class RunState:
         settle_precision(config)
         check_launcher()
         self.config = config
+        bound_primitive_cache()
         self.freed_memory = FreedMemory(keep=config.keep_freed_memory)
         self.run_dir = Path(config.resume or config.output_dir)
         trackers = None if config.report_to == "none" else config.report_to.replace(" ", "").split(",")
@@ -170,12 +171,16 @@ class RunState:
         if checkpoint is not None:
             self.load_state_dict(load_checkpoint(checkpoint))
 
-    def autocast(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
         """The precision of every forward. A new context each time: weights cast in it live as long as it does, unless
         they are sharded: then they do not live longer than they are lent."""
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.config.bf16, cache_enabled=not in_shards(self.model)
-        )
+        cached = not in_shards(self.model)
+        with (
+            fast_fp32_products(self.device),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16, cache_enabled=cached),
+        ):
+            yield
 
     def seed_step(self, t: int) -> None:
         """Global random numbers (dropout's) of step `t`: other ones on each process, the same ones after a resume."""

@@ -36,7 +36,7 @@ def _wide_logits(h: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:
         return torch.mm(h, w.T, out_dtype=out_dtype)
     if h.dtype != torch.bfloat16 or not _BF16_TILES:
         return _linear_fp32(h.float(), w.float())
-    with _low_precision_products():
+    with low_precision_products():
         return torch.mm(h.float(), w.float().T)
 
 
@@ -89,8 +89,8 @@ _BF16_TILES = _ONEDNN and getattr(torch.cpu, "_is_amx_tile_supported", lambda: F
 
 
 @contextmanager
-def _low_precision_products():
-    """Let oneDNN multiply fp32 operands as bf16: exact here, because the operands were widened from bf16."""
+def low_precision_products():
+    """Let oneDNN multiply fp32 operands as bf16: exact where they were widened from bf16."""
     previous = torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:

@@ -7,7 +7,6 @@ torch has two libraries for float32 products on a CPU, of which it uses the slow
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 
 import torch
 
@@ -40,16 +39,5 @@ def fast_fp32_products(device: torch.device) -> AbstractContextManager[None]:
     allows oneDNN to round to bfloat16, which it does on processors with tiles for that alone (AMX). Not for decoding,
     whose few rows are slower that way.
     """
-    exact = device.type == "cpu" and onednn_keeps_fp32()
+    exact = device.type == "cpu" and matmul.onednn_keeps_fp32()
     return matmul.low_precision_products() if exact else nullcontext()
-
-
-@cache
-def onednn_keeps_fp32() -> bool:
-    """Whether oneDNN, allowed to round, has AVX-512 and does not round: tried, since it may learn to."""
-    if not torch.backends.mkldnn.is_available() or "AVX512" not in torch.backends.cpu.get_cpu_capability():
-        return False
-    x, w = torch.rand(2, 256, 576, generator=torch.Generator().manual_seed(0))
-    with matmul.low_precision_products():
-        error = torch.dist(torch.mm(x, w.T).double(), torch.mm(x.double(), w.double().T))
-    return bool(error < 1e-5 * torch.mm(x, w.T).norm())  # products of rounded factors: 1e-3

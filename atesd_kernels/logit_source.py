@@ -21,6 +21,7 @@ class LinearGradients:
         self.dtype = accumulate_dtype(spec.compute_dtype)
         # in which the logits' gradient is multiplied by head and hidden states
         self.product_dtype = matmul.product_dtype(spec.compute_dtype, self.device)
+        self.work = matmul.Workspace(self.device)
         self.grad_scale: Tensor | None = None  # what take_gradient's input is multiplied by, to be divided out
         self.hidden_grad = torch.zeros_like(hidden, dtype=gradient_dtype(hidden.dtype)) if spec.hidden_grad else None
         self.weight_grad = torch.zeros(weight.shape, dtype=self.dtype, device=self.device) if spec.weight_grad else None
@@ -56,7 +57,7 @@ class LinearGradients:
     def take_gradient(self, cols: slice, g: Tensor, factor: Tensor | None) -> None:
         """Propagate a block's gradient `[R, C]` to hidden states, times a late row `factor`, to head and bias."""
         if self.rows_grad is not None:
-            product = matmul.hidden_grad(g, self.weight[cols])
+            product = matmul.hidden_grad(g, self.work.cast("head", self.weight[cols], g.dtype))
             self.rows_grad += product if factor is None else product * factor[:, None]
         if self.weight_grad is not None:
             matmul.add_weight_grad(self.weight_grad[cols], g, self.rows)
@@ -117,7 +118,8 @@ class LinearLogits(LinearGradients):
 
     def student(self, cols: slice) -> Tensor:
         """Scaled student logits for the vocabulary entries `cols`: `[R, C]`."""
-        s = matmul.logits(self.rows, self.weight[cols].to(self.spec.compute_dtype), self.s_dtype)
+        w = self.work.cast("head", self.weight[cols], self.spec.compute_dtype)
+        s = matmul.logits(self.rows, w, self.s_dtype, work=self.work, use="student")
         return scale_logits(s, self.spec.temperature, _cols(self.bias, cols), self.spec.softcap)
 
     def teacher(self, cols: slice) -> Tensor:
@@ -125,7 +127,8 @@ class LinearLogits(LinearGradients):
         weight, bias = (self.weight, self.bias) if self.is_delta else (self.w_t, self.bias_t)
         bias = bias if self.bias_t is None else self.bias_t
         rows = self.h_t[self.index].to(self.spec.compute_dtype)
-        t = matmul.logits(rows, weight[cols].to(self.spec.compute_dtype), self.s_dtype)
+        w = self.work.cast("head", weight[cols], self.spec.compute_dtype)
+        t = matmul.logits(rows, w, self.s_dtype, work=self.work, use="teacher")
         return scale_logits(t, self.spec.teacher_temperature, _cols(bias, cols), self.spec.softcap)
 
     def centre(self, top: Tensor, height: Tensor) -> None:
@@ -158,8 +161,10 @@ class LinearLogits(LinearGradients):
     def difference(self, cols: slice, s: Tensor | None) -> Tensor:
         """The logit difference divided by `scale`, `[R, C]`, given the scaled student logits if it needs them."""
         spec = self.spec
-        w = self.weight[cols].to(self.spec.compute_dtype).to(self.rows_t.dtype)
-        d = matmul.logits(self.rows_t, w, self.other_dtype, self.offset if self.rounds_difference else None)
+        w = self.work.cast("head", self.weight[cols], self.spec.compute_dtype)
+        w = self.work.cast("head of the difference", w, self.rows_t.dtype)
+        offset = self.offset if self.rounds_difference else None
+        d = matmul.logits(self.rows_t, w, self.other_dtype, offset, self.work, "difference")
         shift = self._bias_shift(cols)
         if shift is not None:
             d.add_(shift)
@@ -178,7 +183,8 @@ class StudentLogits(LinearGradients):
 
     def block(self, cols: slice) -> Tensor:
         out_dtype = torch.float64 if self.spec.compute_dtype == torch.float64 else self.spec.logits_dtype
-        z = matmul.logits(self.rows, self.weight[cols].to(self.spec.compute_dtype), out_dtype)
+        w = self.work.cast("head", self.weight[cols], self.spec.compute_dtype)
+        z = matmul.logits(self.rows, w, out_dtype, work=self.work)
         return scale_logits(z, self.spec.temperature, _cols(self.bias, cols), self.spec.softcap)
 
 

@@ -27,7 +27,7 @@ from atesd.difficulty import Difficulty
 from atesd.eval_training import TrainingEvaluation
 from atesd.exposure import exposed_text
 from atesd.guards import Guards
-from atesd.memory import FreedMemory, bound_primitive_cache
+from atesd.memory import FreedMemory, bound_product_caches
 from atesd.metrics import PhaseTimer
 from atesd.models import check_kernels, context_length, load_model, load_model_config, load_tokenizer
 from atesd.objectives import make_objective
@@ -78,7 +78,7 @@ class RunState:
         settle_precision(config)
         check_launcher()
         self.config = config
-        bound_primitive_cache()
+        bound_product_caches()
         self.freed_memory = FreedMemory(keep=config.keep_freed_memory)
         self.run_dir = Path(config.resume or config.output_dir)
         trackers = None if config.report_to == "none" else config.report_to.replace(" ", "").split(",")

@@ -141,11 +141,11 @@ def low_precision_products():
 
 @cache
 def onednn_keeps_fp32() -> bool:
-    """Whether oneDNN multiplies fp32 with AVX-512, and in fp32 even where it is allowed to round: tried, since it rounds
-    on processors with bf16 tiles."""
+    """Whether oneDNN multiplies fp32 with AVX-512, and in fp32 even where it is allowed to round: tried, since it does
+    round on processors with bf16 tiles."""
     if not _ONEDNN_FP32:
         return False
     x, w = torch.rand(2, 256, 576, generator=torch.Generator().manual_seed(0))
-    with low_precision_products():
+    with low_precision_products(), torch.autocast("cpu", enabled=False):
         error = torch.dist(torch.mm(x, w.T).double(), torch.mm(x.double(), w.double().T))
     return bool(error < 1e-5 * torch.mm(x, w.T).norm())  # products of rounded factors: 1e-3

@@ -5,11 +5,11 @@
 Every row comes from a process of its own: the same model with all its parameters trained, the same chat prompts for
 student and teacher (which reads the whole solution), responses of exactly `max_completion_length` tokens, the same
 precision, forward KL over the full vocabulary without clips, AdamW. The first step warms up and is not counted; the
-figure is the median of the others. TRL's `SDFTTrainer` runs with all prompts in one micro-batch and in ours, and ours in
-micro-batches of `--micro_batch` prompts and of one, each with gradient checkpointing on (TRL's default) and off; our loop
-keeps freed memory. Time and memory are compared in one setting of each side: TRL's is its natural one, all prompts in
-one micro-batch and nothing computed twice, and ours the one that is furthest below both limits. Beside that our best row
-is compared with the best of TRL's, each for itself: its fastest setting and its smallest are not the same one.
+figure is the median of the others. TRL's `SDFTTrainer` runs with all prompts in one micro-batch and in ours, and ours
+in micro-batches of `--micro_batch` prompts and of one, each with gradient checkpointing on (TRL's default) and off; our
+loop keeps freed memory. Time and memory are compared in one setting of each side: TRL's is its natural one, all prompts
+in one micro-batch and nothing computed twice, and ours the one that is furthest below both limits. Beside that our best
+row is compared with the best of TRL's, each for itself: its fastest setting and its smallest are not the same one.
 
 `DistillationTrainer` is TRL's other on-policy distillation, with a loss that never holds whole logits. It shows the
 teacher the student's own prompt and has no place for another, so it cannot do this work: its rows, marked, have the

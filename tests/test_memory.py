@@ -1,4 +1,5 @@
-"""Whether freed memory is kept or given back, in processes of their own: the C library's settings are a process's."""
+"""Whether freed memory is kept or given back, and compiled products with it, in processes of their own: these settings
+are a process's."""
 
 import subprocess
 import sys
@@ -46,3 +47,37 @@ def test_kept_memory_is_used_again_without_a_page_fault():
 def test_memory_not_kept_is_back_with_the_system_after_a_phase():
     assert faults(keep=False, release=True, **SMALL) > PAGES / 2
     assert faults(keep=False, release=False, **SMALL) < PAGES / 10  # without release the C library would keep it
+
+
+PRODUCTS = """
+import torch
+from atesd.memory import bound_product_caches
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+def train(lengths):
+    for length in lengths:
+        q, kv = (torch.zeros(1, 3, length, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+        torch.nn.functional.scaled_dot_product_attention(q, kv, kv, is_causal=True).sum().backward()
+
+if {bound}:
+    bound_product_caches()
+train(range(400, 280, -1))  # the longest first: memory of its own sizes is there from here on
+before = resident()
+train(range(280, 160, -1))
+print(resident() - before)
+"""
+
+
+def growth(bound: bool) -> int:
+    script = PRODUCTS.format(bound=bound)
+    return int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+
+
+def test_code_compiled_for_sequences_of_one_length_does_not_stay_with_a_run():
+    unbound = growth(bound=False)
+    if unbound < 20e6:
+        pytest.skip("oneDNN compiles nothing for these products on this processor")
+    assert growth(bound=True) < unbound / 4

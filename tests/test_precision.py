@@ -55,3 +55,37 @@ def test_bf16_inputs_lose_nothing_on_a_cpu_without_bf16_products(monkeypatch, tr
     for with_products, without, true in zip(gradients[True], gradients[False], exact, strict=True):
         errors = [((g - true).norm() / true.norm()).item() for g in (without, with_products)]
         assert errors[0] <= min(errors[1], 2.5e-3)  # bf16 gradients are themselves rounded to 2^-9
+
+
+def fp32_error(run) -> float:
+    x, w = torch.randn(2, 512, 576, generator=torch.Generator().manual_seed(0))
+    exact = x.double() @ w.double().T
+    return (torch.dist(run(x, w).double(), exact) / exact.norm()).item()
+
+
+def test_fast_fp32_products_are_fp32_products():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with precision.fast_fp32_products(torch.device("cpu")):
+        assert fp32_error(lambda x, w: x @ w.T) < 1e-6
+        allowed = torch.backends.mkldnn.matmul.fp32_precision
+    assert (allowed == "bf16") is matmul.onednn_keeps_fp32()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.skipif(not matmul.onednn_keeps_fp32(), reason="torch's own products are used on this processor")
+def test_a_processor_that_rounds_fp32_where_it_may_is_not_allowed_to(monkeypatch):
+    real = torch.mm
+
+    def rounding(x, w, **options):
+        if x.dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == "bf16":
+            x, w = x.bfloat16().float(), w.bfloat16().float()
+        return real(x, w, **options)
+
+    monkeypatch.setattr(torch, "mm", rounding)
+    matmul.onednn_keeps_fp32.cache_clear()
+    try:
+        assert not matmul.onednn_keeps_fp32()
+        with precision.fast_fp32_products(torch.device("cpu")):
+            assert fp32_error(lambda x, w: torch.mm(x, w.T)) < 1e-6
+    finally:
+        matmul.onednn_keeps_fp32.cache_clear()

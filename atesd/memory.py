@@ -50,9 +50,9 @@ class FreedMemory:
 def bound_product_caches() -> None:
     """Call before the first product: oneDNN, and torch's own layer over it, read these once.
 
-    Each keeps the code it has compiled for its last 1,024 products, a quarter of a megabyte each. The sequences of
-    every micro-batch have lengths of their own, whose code is of no use after it: on a CPU a run would grow for many
-    steps, by half a gigabyte and more. In one micro-batch there are a few dozen products of different shapes.
+    Each keeps the code it has compiled for its last 1,024 products. The sequences of every micro-batch have lengths of
+    their own, whose code is of no use after it: on a CPU a run would grow for many steps. In one micro-batch there are
+    a few dozen products of different shapes.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")

@@ -121,7 +121,7 @@ def _linear_fp32(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-# With AVX-512 oneDNN's fp32 GEMM beats torch.mm's by a fifth on AMD; with AVX2 it is a third slower at g @ w.
+# With AVX-512 oneDNN's fp32 GEMM beats torch.mm's on AMD (bench/loss_speed.py); with AVX2 it is slower at g @ w.
 _ONEDNN_FP32 = _ONEDNN and "AVX512" in torch.backends.cpu.get_cpu_capability()
 _BF16_PRODUCTS = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 # Processors whose bf16 matrix unit multiplies fp32 operands that are bf16 numbers many times faster than fp32 ones are.

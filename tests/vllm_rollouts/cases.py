@@ -46,7 +46,7 @@ def disturb(model) -> None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.requires_grad and p.dim() == 2:
-                scale = 0.03 if "lora_B" in name else 0.1 * p.std()  # B starts as zeros
+                scale = 0.04 if "lora_B" in name else 0.1 * p.std()  # B starts as zeros
                 p.add_(scale * torch.randn_like(p))
 
 
@@ -57,7 +57,7 @@ def check_follows_at_a_sync_alone(engine, model, prompts: list[list[int]]) -> No
     assert difference < 3 * noise
     disturb(model)
     noise, difference = noise_and_difference(model, engine.generate(prompts))
-    assert difference > 5 * noise, "without a sync the engine still samples from the old weights"
+    assert difference > 10 * noise, "without a sync the engine still samples from the old weights"
     engine.sync()
     noise, difference = noise_and_difference(model, engine.generate(prompts))
     assert difference < 3 * noise

@@ -146,7 +146,6 @@ def test_a_run_whose_next_rollouts_are_generated_meanwhile_is_saved_when_the_ser
     assert [(row["step"], row["staleness"]) for row in rows] == [(1, 0), (2, 1)]
     assert all(row["seconds_weight_sync"] > 0 and row["importance_weight"] <= 2 for row in rows)
     assert 0 < rows[0]["engine_logprob_diff"] < 0.3 and rows[0]["importance_weight"] == pytest.approx(1, abs=0.3)
-    # in bf16 rounding alone is 0.03, of a few tokens
-    assert rows[1]["engine_logprob_diff"] > 3 * rows[0]["engine_logprob_diff"], "one update lies between"
+    assert rows[1]["engine_logprob_diff"] > 10 * rows[0]["engine_logprob_diff"], "one update lies between"
     saved = load_checkpoint(latest_checkpoint(trainer.run_dir))
     assert saved["step"] == 2 and len(saved["engine"]["ahead"]) == 2, "with the batch of the step that is to come"

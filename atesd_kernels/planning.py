@@ -59,8 +59,10 @@ class ChunkPlan:
         budget = chunk_bytes or default_chunk_bytes(device)
         columns = min(vocab, CPU_BLOCK_COLUMNS if device.type == "cpu" else GPU_BLOCK_COLUMNS if block_bytes else vocab)
         rows = max(1, min(num_rows, budget // (bytes_per_logit * vocab + block_bytes * columns)))
-        # equal chunks: a last chunk of three rows would run its GEMMs at a tenth of the speed
-        rows = -(-num_rows // -(-num_rows // rows)) if num_rows else 1
+        if num_rows:
+            # equal chunks: a last chunk of three rows would run its GEMMs at a tenth of the speed
+            most, rows = rows, -(-num_rows // -(-num_rows // rows))
+            rows = rows if device.type == "cpu" else aligned_rows(rows, most, num_rows)
         return ChunkPlan(rows, columns, rows if whole_blocks or device.type != "cpu" else CPU_TILE_ROWS)
 
     def row_chunks(self, num_rows: int):
@@ -71,6 +73,16 @@ class ChunkPlan:
 
     def tiles(self, num_rows: int):
         return (slice(i, min(i + self.tile_rows, num_rows)) for i in range(0, num_rows, self.tile_rows))
+
+
+def aligned_rows(rows: int, most: int, num_rows: int) -> int:
+    """`rows` of a GPU's chunk, rounded to what its GEMM works on (128), or at least to what keeps the alignment of
+    per-row tensors (16): Triton compiles a kernel anew for each alignment."""
+    for unit in (128, 16):
+        up, down = -(-rows // unit) * unit, rows // unit * unit
+        if rows >= 4 * unit or unit == 16:
+            return min(up, num_rows) if up <= most or up >= num_rows else down or rows
+    return rows
 
 
 def chunk_plan(spec, source, num_rows: int, buffers: int) -> ChunkPlan:
@@ -86,11 +98,19 @@ def gpu_chunk_bytes(num_rows: int, vocab: int, bytes_per_logit: int, trained_hea
     """The default budget of backend "triton": chunks of at least 1,024 rows, 4,096 with a trained head (each chunk
     reads and writes its gradient once), and fewer than twice that, where that is an eighth of the GPU's memory or less.
     """
-    if device.type == "cpu" or not torch.cuda.is_available():
+    memory = gpu_memory(device)
+    if memory is None:
         return DEFAULT_CHUNK_BYTES["cpu"]
     chunks = max(1, num_rows // (4096 if trained_head else 1024))
-    ceiling = max(torch.cuda.get_device_properties(device).total_memory // 8, DEFAULT_CHUNK_BYTES["cuda"])
-    return min(-(-num_rows // chunks) * vocab * bytes_per_logit, ceiling)
+    rows = -(-num_rows // chunks // 128) * 128  # whole tiles of the GEMM
+    return min(rows * vocab * bytes_per_logit, max(memory // 8, DEFAULT_CHUNK_BYTES["cuda"]))
+
+
+def gpu_memory(device: torch.device) -> int | None:
+    """Bytes; None where there is no GPU."""
+    if device.type == "cpu" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def unavailable(backend: str, device: torch.device) -> str | None:

@@ -67,7 +67,7 @@ def prepare(s, o, bias_s, bias_t, exists, scale, IS_DELTA: tl.constexpr):
 def load_bias(BIAS, cols, exists):
     """fp32; None where there is none."""
     if BIAS is None:
-        return None
+        return  # None; triton 3.6 compiles this form only
     else:
         return tl.load(BIAS + cols, mask=exists, other=0.0).to(tl.float32)
 

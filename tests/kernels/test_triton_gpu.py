@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from atesd_kernels import (
+    compile_only,
     divergence,
     exposure_logprobs,
     linear_divergence,
@@ -24,11 +25,13 @@ from atesd_kernels import (
 )
 
 SANITIZED = "ttsem" in sys.modules
+COMPILED_ONLY = "tests.kernels.compiled_only" in sys.modules  # that plugin
+NO_GPU = SANITIZED or COMPILED_ONLY
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not (SANITIZED or torch.cuda.is_available()), reason="needs a GPU, or `make sanitize`"),
+    pytest.mark.skipif(not (NO_GPU or torch.cuda.is_available()), reason="needs a GPU, or `make sanitize`"),
 ]
-DEVICE = "cuda"
+DEVICE = "cpu" if COMPILED_ONLY else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("triton", "triton_tiled")
 DIVERGENCES = (
@@ -46,17 +49,7 @@ def _several_programs(monkeypatch):
     monkeypatch.setattr(tuning, "tile_config", lambda device, dtype, table=None: tile)
     monkeypatch.setattr(tuning, "num_processors", lambda device: 3)
     if SANITIZED:  # its tensors lie on the CPU, where no GEMM widens its output
-        mm, addmm = torch.mm, torch.addmm
-
-        def wide(product):
-            def run(*tensors, out_dtype=None, out=None):
-                result = product(*tensors) if out_dtype is None else product(*(t.to(out_dtype) for t in tensors))
-                return result if out is None else out.copy_(result)
-
-            return run
-
-        monkeypatch.setattr(matmul.torch, "mm", wide(mm))
-        monkeypatch.setattr(matmul.torch, "addmm", wide(addmm))
+        monkeypatch.setattr(matmul, "torch", compile_only.WideTorch())
 
 
 def pair(dtype, *, n=5, h=33, v=301, scale=0.05, shared=True, common=0.0):
@@ -119,7 +112,7 @@ def test_every_dtype_and_both_kinds_of_head(dtype, shared, backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_head_read_through_a_tensor_descriptor(dtype, monkeypatch):
     """TMA, on a GPU that has it: 301 tokens and 40 hidden units end inside a block."""
-    if not SANITIZED and torch.cuda.get_device_capability() < (9, 0):
+    if not NO_GPU and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("TMA needs sm_90")
     tile = tuning.TileConfig(16, 64, 32, 4, 2, tma=True)
     monkeypatch.setattr(tuning, "tile_config", lambda device, dtype, table=None: tile)
@@ -277,7 +270,7 @@ def test_two_runs_give_the_same_bits():
             assert torch.equal(first, second)
 
 
-@pytest.mark.skipif(SANITIZED, reason="needs a GPU")
+@pytest.mark.skipif(NO_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_call_can_be_captured_in_a_cuda_graph(backend):
     student, weight, teacher, _ = map(on_gpu, pair(torch.bfloat16))

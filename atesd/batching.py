@@ -1,14 +1,14 @@
 """Sequences of different lengths as one row without padding, and the order in which problems are visited.
 
 Separate because it is the only place that knows how a batch is laid out: the student, the teacher and the probe all
-call `pack` and `hidden_rows`, and no other file slices a hidden state.
+call `pack` and `hidden_rows`, and no other file slices a hidden state. Nothing here makes the host wait for the GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ class PackedBatch:
         rows: `(N,)`, the positions whose hidden state predicts a response token.
         targets: `(N,)`, those response tokens.
         lengths: response length of each sequence; they sum to `N`.
+        response_ids: `targets` as the host knows them.
+        ids_after_rows: the input token after each of `rows`, as the host knows them.
     """
 
     input_ids: Tensor
@@ -35,6 +37,15 @@ class PackedBatch:
     rows: Tensor
     targets: Tensor
     lengths: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    ids_after_rows: tuple[int, ...]
+
+
+def to_device(host: Tensor, device: torch.device | str) -> Tensor:
+    """`host` on `device`. A copy from pageable memory waits for the GPU; this one goes through pinned memory."""
+    if torch.device(device).type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def pack(prompts: Sequence[list[int]], responses: Sequence[list[int]], device: torch.device | str) -> PackedBatch:
@@ -50,25 +61,31 @@ def pack(prompts: Sequence[list[int]], responses: Sequence[list[int]], device: t
         ids += [*prompt, *response]
         positions.extend(range(len(prompt) + len(response)))
     ends = list(accumulate(len(p) + len(r) for p, r in zip(prompts, responses, strict=True)))
+    # one copy for all four; the targets come first, because Triton compiles a second kernel for an unaligned pointer
+    parts = (targets, rows, ids, positions)
+    flat = to_device(torch.tensor(list(chain(*parts)), dtype=torch.long), device)
+    targets_there, rows_there, ids_there, positions_there = flat.split([len(part) for part in parts])
     return PackedBatch(
-        torch.tensor([ids], device=device),
-        torch.tensor([positions], device=device),
-        torch.tensor(ends, dtype=torch.int32).view(1, 1, 1, -1),
-        torch.tensor(rows, device=device, dtype=torch.long),
-        torch.tensor(targets, device=device, dtype=torch.long),
-        tuple(len(r) for r in responses),
+        input_ids=ids_there[None],
+        position_ids=positions_there[None],
+        ends=torch.tensor(ends, dtype=torch.int32).view(1, 1, 1, -1),
+        rows=rows_there,
+        targets=targets_there,
+        lengths=tuple(len(r) for r in responses),
+        response_ids=tuple(targets),
+        ids_after_rows=tuple(ids[row + 1] for row in rows),
     )
 
 
 def assert_same_responses(*batches: PackedBatch) -> None:
     """Student, teacher and loss see the very same response token ids, or nothing is trained.
 
-    For each batch the tokens that follow `rows` in its input are compared with the targets of the first one.
+    For each batch the tokens that follow `rows` in its input are compared with the targets of the first one, on the
+    host: comparing tensors would wait for the GPU.
     """
-    targets = batches[0].targets
+    expected = batches[0].response_ids
     for batch in batches:
-        seen = batch.input_ids[0, batch.rows + 1]
-        if not (torch.equal(seen, targets) and torch.equal(batch.targets, targets)):
+        if not batch.ids_after_rows == batch.response_ids == expected:
             raise AssertionError("student and teacher do not see the same response token ids as the loss.")
 
 

@@ -15,7 +15,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -90,6 +93,9 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 class PhaseTimer:
     """Seconds spent in each named phase of a step, summed over its micro-batches.
 
+    GPU work is asynchronous. Where a GPU is in use, a phase lasts from the moment the GPU reaches its start to the
+    moment the GPU reaches its end. CUDA events mark both, and only `take` waits for them.
+
     Example:
         >>> timer = PhaseTimer()
         >>> with timer.phase("rollout"):
@@ -100,29 +106,40 @@ class PhaseTimer:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        wait_for_gpu()
-        start = time.perf_counter()
+        start_event, start = recorded_event(), time.perf_counter()
         try:
             yield
         finally:
-            wait_for_gpu()
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            if start_event is None:
+                self.add(name, time.perf_counter() - start)
+            else:
+                self.events.append((name, start_event, recorded_event()))
 
     def take(self) -> dict[str, float]:
         """{"seconds_<name>": seconds} since the last call; starts again from zero."""
+        for name, start, end in self.events:
+            end.synchronize()
+            self.add(name, start.elapsed_time(end) / 1000)
         taken = {f"seconds_{name}": seconds for name, seconds in self.seconds.items()}
-        self.seconds = {}
+        self.seconds, self.events = {}, []
         return taken
 
+    def add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
-def wait_for_gpu() -> None:
-    """GPU work is asynchronous: without waiting, a phase would be charged for the one before it."""
+
+def recorded_event() -> torch.cuda.Event | None:
+    """The time at which the GPU gets here; None where no GPU is in use."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def peak_memory_bytes() -> int:

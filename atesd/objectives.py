@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from atesd.batching import PackedBatch, hidden_rows
+from atesd.batching import PackedBatch, hidden_rows, to_device
 from atesd.config import ATESDConfig
 from atesd.processes import Processes
 from atesd_kernels import TokenStats, linear_divergence, linear_logprobs
@@ -149,9 +149,8 @@ class PolicyGradient:
         logprobs, stats = head_logprobs(
             student_hidden, student_head, tokens.targets, self.temperature, self.chunk_bytes
         )
-        advantages = torch.repeat_interleave(
-            torch.tensor(tokens.advantages, dtype=logprobs.dtype), torch.tensor(tokens.lengths)
-        ).to(logprobs.device)
+        repeated = [a for a, n in zip(tokens.advantages, tokens.lengths, strict=True) for _ in range(n)]
+        advantages = to_device(torch.tensor(repeated, dtype=logprobs.dtype), logprobs.device)
         ratio = torch.exp(logprobs - logprobs.detach())
         return -weighted_sum(advantages * ratio, token_weight(tokens)) / num_tokens, stats
 
@@ -202,7 +201,7 @@ def token_weight(tokens: ResponseTokens, halflife: float | None = None) -> Tenso
     """The constant factor of each token's loss: `tokens.weight` times the position's; None where all are 1."""
     if halflife is None:
         return tokens.weight
-    weight = position_weights(tokens.lengths, halflife).to(tokens.targets.device)
+    weight = to_device(position_weights(tokens.lengths, halflife), tokens.targets.device)
     return weight if tokens.weight is None else weight * tokens.weight
 
 

@@ -3,6 +3,9 @@
 `generate` prepares prompts, masks and cache; the decoding loop is ours (`custom_generate`), because the one inside
 sorts the whole vocabulary for top-p and copies the cache at every token. On a CPU the weights are packed once per call
 for the processor's matrix units, adapters merged: reading weights is the cost of decoding there.
+
+On a GPU the loop runs ahead of the device. It looks at what was decoded only every `CHECK_INTERVAL` tokens, since each
+look waits for the GPU to finish.
 """
 
 from __future__ import annotations
@@ -10,19 +13,25 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from atesd.batching import to_device
 from atesd.rollout import Rollout, Sampling
 from atesd.rollout.packed import decoding_model
 from atesd.rollout.seeds import ResponseSeeds
 from atesd.sharding import unsharded
 from atesd_kernels.integrations.head import unwrap
 
+# Tokens a GPU decodes between two looks at which responses have ended (our choice): at most this many, less one, are
+# decoded in vain.
+CHECK_INTERVAL = 8
 ROOM = 1024  # tokens a cache grows by: an evaluation may ask for 38,912, and few responses take them
 
 
@@ -52,6 +61,7 @@ class HFEngine:
     ):
         self.model, self.bf16 = model, bf16
         self.device = next(model.parameters()).device
+        self.runs_ahead = self.device.type != "cpu"  # a CPU never waits, and a token decoded in vain costs it time
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
         self.pad_id, self.stop_ids = tokenizer.pad_token_id, stop_token_ids(unwrap(model), tokenizer)
         self.seeds = ResponseSeeds(0) if seeds is None else seeds
@@ -77,11 +87,20 @@ class HFEngine:
 
     def decode_batch(self, prompts: list[list[int]]) -> list[Rollout]:
         width = max(map(len, prompts))
-        input_ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=self.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        self.padding = [width - len(p) for p in prompts]
+        input_ids, mask = to_device(
+            torch.tensor(
+                [
+                    [[self.pad_id] * n + p for n, p in zip(self.padding, prompts, strict=True)],
+                    [[0] * n + [1] * len(p) for n, p in zip(self.padding, prompts, strict=True)],
+                ]
+            ),
+            self.device,
+        )
         dtype = torch.bfloat16 if self.bf16 else next(self.model.parameters()).dtype
         autocast = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
-        with decoding_model(self.model, dtype) as model, autocast:
+        masks = masks_built_unread(unwrap(self.model).config) if self.runs_ahead else contextlib.nullcontext()
+        with decoding_model(self.model, dtype) as model, autocast, masks:
             cache = buffered_cache(unwrap(model).config, dtype, min(self.config.max_new_tokens, ROOM))
             responses = model.generate(
                 input_ids=input_ids,
@@ -106,7 +125,7 @@ class HFEngine:
             torch.rand(other.config.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
             for seed in sampling.seeds
         ]
-        other.uniforms = torch.stack(rows).to(self.device)  # (prompts, tokens)
+        other.uniforms = to_device(torch.stack(rows), self.device)  # (prompts, tokens)
         return other
 
     def decode(
@@ -114,14 +133,15 @@ class HFEngine:
     ) -> list[tuple[list[int], bool]]:
         """The decoding loop `generate` calls: responses, and whether the logits of each were finite.
 
-        Rows that have ended leave the batch once half of it is done; a row without finite logits ends there.
+        Rows that have ended write the pad token. They leave the batch at the first look that finds half of it done. A
+        row without finite logits ends there.
         """
         name = cache_argument(unwrap(model))
-        mask, cache = inputs.get("attention_mask"), inputs[name]
+        mask, cache, padding = inputs.get("attention_mask"), inputs[name], self.padding
         if mask is None:  # generate drops a mask without padding
             mask = torch.ones_like(input_ids)
-        limit = generation_config.max_new_tokens
-        stop_ids = torch.tensor(self.stop_ids, device=self.device)
+        limit, check_interval = generation_config.max_new_tokens, CHECK_INTERVAL if self.runs_ahead else 1
+        stop_ids = to_device(torch.tensor(self.stop_ids), self.device)
         tokens, position = input_ids, mask.cumsum(1).sub(1).clamp(min=0)
         running = torch.arange(len(input_ids), device=self.device)  # which response each row of the batch writes
         ended = torch.zeros_like(running, dtype=torch.bool)
@@ -131,7 +151,7 @@ class HFEngine:
         for step in range(limit):
             out = model(
                 input_ids=tokens,
-                attention_mask=mask,
+                attention_mask=mask if any(padding) else None,
                 position_ids=position,
                 use_cache=True,
                 logits_to_keep=1,
@@ -142,17 +162,19 @@ class HFEngine:
             sampled = torch.where(ended | ~drawn, self.pad_id, sampled)
             responses[running, step] = sampled
             finite[running] &= drawn | ended
-            ending = (torch.isin(sampled, stop_ids) | ~drawn) & ~ended  # the pad token may itself be an end token
-            lengths[running[ending]] = step + 1
+            stopped = (sampled[:, None] == stop_ids).any(1)  # isin would sort many ids, and wait for it
+            ending = (stopped | ~drawn) & ~ended  # the pad token may itself be an end token
+            lengths[running] = torch.where(ending, step + 1, lengths[running])
             ended |= ending
-            left = int((~ended).sum())
-            if left == 0:
-                break
-            if 2 * left <= len(running):
-                keep = (~ended).nonzero().flatten()
-                cache.batch_select_indices(keep)
-                running, ended, sampled = running[keep], ended[keep], sampled[keep]
-                mask, position = mask[keep], position[keep]
+            if (step + 1) % check_interval == 0:
+                left = [row for row, done in enumerate(ended.tolist()) if not done]
+                if not left:
+                    break
+                if 2 * len(left) <= len(running):
+                    keep = to_device(torch.tensor(left), self.device)
+                    cache.batch_select_indices(keep)
+                    running, ended, sampled = running[keep], ended[keep], sampled[keep]
+                    mask, position, padding = mask[keep], position[keep], [padding[row] for row in left]
             tokens, position = sampled[:, None], position[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         rows = zip(responses.tolist(), lengths.tolist(), finite.tolist(), strict=True)
@@ -176,6 +198,27 @@ class HFEngine:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seeds.load_state_dict(state)
+
+
+@contextlib.contextmanager
+def masks_built_unread(config: Any) -> Iterator[None]:
+    """Within it, transformers builds the mask of a padded batch without first asking the GPU whether all of it is ones.
+
+    `decode` gives no mask for a batch without padding, so the answer would always be no. flash_attention_2 still asks.
+    """
+    name = config._attn_implementation
+    build = ALL_MASK_ATTENTION_FUNCTIONS[name]
+
+    def build_unread(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if attention_mask is not None:
+            kwargs["allow_is_causal_skip"] = False
+        return build(*args, attention_mask=attention_mask, **kwargs)
+
+    ALL_MASK_ATTENTION_FUNCTIONS[name] = build_unread
+    try:
+        yield
+    finally:
+        del ALL_MASK_ATTENTION_FUNCTIONS[name]
 
 
 def cache_argument(model: nn.Module) -> str:

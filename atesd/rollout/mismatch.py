@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from atesd.batching import to_device
 from atesd.rollout import Rollout
 from atesd_kernels import linear_logprobs
 from atesd_kernels.integrations.head import HeadSpec
@@ -39,7 +40,7 @@ class EngineMismatch:
         """
         if any(r.logprobs is None for r in rollouts):
             return None
-        engine = torch.tensor([logprob for r in rollouts for logprob in r.logprobs], device=hidden.device)
+        engine = to_device(torch.tensor([logprob for r in rollouts for logprob in r.logprobs]), hidden.device)
         trainer = linear_logprobs(hidden, head.weight, targets, **head.logprob_options(), chunk_bytes=self.chunk_bytes)
         difference = trainer.float() - engine
         self.differences.append(difference)

@@ -25,6 +25,17 @@ TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearm
 # the names atesd_kernels knows (a test compares them), without the seconds that importing torch takes
 DIVERGENCES = tuple("forward_kl reverse_kl jsd jeffreys skew_kl skew_reverse_kl total_variation alpha".split())
 LEARNED_POLICIES = ("atesd", "one_step")
+# the module that attn_implementation needs, and how to get it
+FLASH_PACKAGES = {
+    "flash_attention_2": (
+        "flash_attn",
+        "flash-attn, which is built against the installed torch: pip install --no-build-isolation 'atesd[flash]'",
+    ),
+    "flash_attention_3": (
+        "flash_attn_interface",
+        "FlashAttention-3, which is built from the folder hopper of https://github.com/Dao-AILab/flash-attention",
+    ),
+}
 AT_LEAST_ONE = (
     "lora_r lora_alpha max_prompt_length num_generations max_completion_length hold_window lookahead policy_batch_size "
     "policy_hidden_size probe_every max_steps per_device_train_batch_size gradient_accumulation_steps "
@@ -96,14 +107,14 @@ def check_combinations(config: ATESDConfig) -> None:
         )
     check_divergence(config)
     check_objective(config)
-    if config.attn_implementation == "flash_attention_2":
-        if find_spec("flash_attn") is None:
-            raise ConfigError(
-                "attn_implementation 'flash_attention_2' needs flash-attn, which is built against the installed torch: "
-                "pip install --no-build-isolation 'atesd[flash]'"
-            )
+    if config.attn_implementation in FLASH_PACKAGES:
+        module, package = FLASH_PACKAGES[config.attn_implementation]
+        if find_spec(module) is None:
+            raise ConfigError(f"attn_implementation {config.attn_implementation!r} needs {package}")
         if not config.bf16 and config.torch_dtype != "bfloat16":
-            raise ConfigError("attn_implementation 'flash_attention_2' has no float32 form: set bf16 to true")
+            raise ConfigError(
+                f"attn_implementation {config.attn_implementation!r} has no float32 form: set bf16 to true"
+            )
     if config.dataset_name == "gsm_symbolic" and config.num_train_problems is None:
         raise ConfigError(
             "num_train_problems is not set, and gsm_symbolic makes as many as are asked for: set it, to 400 say"

@@ -42,11 +42,12 @@ class ModelFields:
     lora_target_modules: str = option(
         "all-linear", "OPSD", "all-linear (every projection, not the head), or module names with commas between."
     )
-    attn_implementation: Literal["sdpa", "flash_attention_2"] = option(
+    attn_implementation: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = option(
         "sdpa",
         "HF",
-        "Attention of packed rows: torch's kernel for each sequence (written out where a model caps its scores, as "
-        "Gemma 2), or flash-attn's variable-length kernel (a GPU and bfloat16).",
+        "Attention of packed rows. sdpa: torch's variable-length kernel in bfloat16 on a GPU, elsewhere torch's kernel "
+        "for each sequence (written out where a model caps its scores, as Gemma 2). flash_attention_2 and 3: the "
+        "variable-length kernel of flash-attn, which has to be installed (a GPU and bfloat16).",
     )
     use_liger_kernel: bool = option(False, "HF", "Liger's kernels for norms, rotary embedding and MLP; needs a GPU.")
     keep_freed_memory: bool = option(

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atesd.config_checks import SPECIAL_MODEL
+from atesd.config_checks import FLASH_PACKAGES, SPECIAL_MODEL
 from atesd.recompute import recompute_activations
 
 if TYPE_CHECKING:
@@ -75,11 +75,12 @@ def context_length(model_config: PreTrainedConfig) -> int:
 
 
 def load_base(config: ATESDConfig | EvalConfig, attn_implementation: str | None = None) -> PreTrainedModel:
-    """The model as it is stored, without an adapter. Without an attention named, transformers chooses."""
+    """The model as it is stored, without an adapter. Without an attention named, see `default_attention`."""
     import torch
     from transformers import AutoModelForCausalLM
 
     path = model_path(config.model_name_or_path)
+    attn_implementation = attn_implementation or default_attention(load_model_config(config))
     with errors_for_people(config):
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, config.torch_dtype), attn_implementation=attn_implementation
@@ -100,8 +101,18 @@ def load_model(config: ATESDConfig) -> PreTrainedModel:
 
 
 def attention_of(config: ATESDConfig) -> str | None:
-    """None lets transformers choose: sdpa, or eager for a model that sdpa cannot serve (Gemma 2's capped scores)."""
+    """The attention that was asked for by name; None for sdpa, which not every model can have (`default_attention`)."""
     return None if config.attn_implementation == "sdpa" else config.attn_implementation
+
+
+def default_attention(model_config: PreTrainedConfig) -> str | None:
+    """eager for a model that caps its attention scores (Gemma 2); None lets transformers choose, which is mostly sdpa.
+
+    sdpa has no cap: up to 5.17 at least, transformers chooses it for Gemma 2 and leaves the cap out without a word.
+    """
+    configs = (model_config, model_config.get_text_config())
+    capped = any(getattr(part, "attn_logit_softcapping", None) is not None for part in configs)
+    return "eager" if capped else None
 
 
 def check_kernels(config: ATESDConfig) -> None:
@@ -113,9 +124,10 @@ def check_kernels(config: ATESDConfig) -> None:
         raise ModelLoadError("use_liger_kernel is on, and liger-kernel is not installed: pip install 'atesd[gpu]'")
     if config.use_liger_kernel and not gpu:
         raise ModelLoadError("use_liger_kernel is on, and its kernels need a GPU, of which there is none: leave it off")
-    if config.attn_implementation == "flash_attention_2" and not gpu:
+    if config.attn_implementation in FLASH_PACKAGES and not gpu:
         raise ModelLoadError(
-            "attn_implementation is 'flash_attention_2', which needs a GPU, of which there is none: set it to 'sdpa'"
+            f"attn_implementation is {config.attn_implementation!r}, which needs a GPU, of which there is none: set it "
+            "to 'sdpa'"
         )
 
 

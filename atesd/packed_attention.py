@@ -4,33 +4,154 @@ Separate from batching.py, which lays rows out: this file is what a packed row m
 check that a model's attention really keeps its sequences apart. `PackedBatch.ends` arrives here as the attention mask:
 int32 and four-dimensional, which transformers hands on untouched. Any other mask is generation, left to the kernel.
 
-| attn_implementation | packed rows                                                              |
-|---------------------|--------------------------------------------------------------------------|
-| sdpa                | one causal call of torch's fused kernel for each sequence                |
-| flash_attention_2   | one variable-length call; needs a GPU and flash-attn                     |
-| eager               | written out, for models that cap their attention logits (Gemma 2)        |
+| attn_implementation  | packed rows                                                                            |
+|----------------------|----------------------------------------------------------------------------------------|
+| sdpa, half precision | one call of torch's variable-length kernel, on a GPU from Ampere on; sliding windows   |
+| sdpa, otherwise      | one causal call of torch's fused kernel for each sequence                              |
+| flash_attention_2, 3 | one call of flash-attn's variable-length kernel; needs a GPU and the package           |
+| eager                | written out, for models that cap their attention scores (Gemma 2)                      |
+
+"Otherwise" is a CPU, float32, attention dropout, or a head dimension that torch's variable-length kernel does not take.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from atesd.batching import hidden_rows, pack
+from atesd.batching import hidden_rows, pack, to_device
 from atesd_kernels.integrations.head import hidden_states_and_head, unwrap
 
-PACKED_SDPA, PACKED_EAGER, FLASH = "sdpa_packed", "eager_packed", "flash_attention_2"
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch 2.9
+    varlen_attn = None
+
+PACKED_SDPA, PACKED_EAGER = "sdpa_packed", "eager_packed"
+FLASH = ("flash_attention_2", "flash_attention_3")
+HALF = (torch.bfloat16, torch.float16)
 
 
 def is_packed(attention_mask: Tensor | None) -> bool:
     return attention_mask is not None and attention_mask.dtype == torch.int32 and attention_mask.dim() == 4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the sequences of a packed row lie, as variable-length kernels ask for it.
+
+    Attributes:
+        cumulative: `(sequences + 1,)` int32 on the kernel's device: 0, then where each sequence ends.
+        longest: tokens of the longest sequence.
+    """
+
+    cumulative: Tensor
+    longest: int
+
+
+LAYOUTS = WeakTensorKeyDictionary()
+
+
+def layout_of(ends: Tensor, device: torch.device) -> Layout:
+    """The layout of the row that ends belongs to, computed and copied to `device` once a row.
+
+    Every layer, and every recomputation in backward, passes the same mask tensor: its identity is the key.
+    """
+    layouts = LAYOUTS.setdefault(ends, {})
+    if device not in layouts:
+        cumulative = torch.cat([ends.new_zeros(1), ends.flatten()])
+        longest = int(cumulative.diff().max())  # known without waiting for the GPU, as ends is on the CPU
+        if cumulative.device != device:
+            cumulative = to_device(cumulative, device)
+        layouts[device] = Layout(cumulative, longest)
+    return layouts[device]
+
+
+def refuse_caps_and_sinks(module: nn.Module, softcap: float | None = None, s_aux: Tensor | None = None) -> None:
+    """Some versions of transformers drop the two without a word where a kernel lacks them."""
+    if softcap is not None:
+        raise ValueError(
+            f"{type(module).__name__} caps its attention scores, which sdpa cannot do: load it as 'eager'."
+        )
+    if s_aux is not None:
+        raise ValueError(f"{type(module).__name__} has attention sinks, which packed batches do not support here.")
+
+
+@cache
+def takes(function: Any, argument: str) -> bool:
+    return argument in inspect.signature(function).parameters
+
+
+@cache
+def has_varlen_kernel(device: torch.device) -> bool:
+    """Whether torch's variable-length attention runs on `device`: it is FlashAttention-2, which needs Ampere."""
+    return (
+        varlen_attn is not None
+        and takes(varlen_attn, "window_size")  # torch 2.10's has another interface, and no windows
+        and device.type == "cuda"
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def half_precision(query: Tensor, key: Tensor, value: Tensor) -> torch.dtype | None:
+    """The half precision sdpa would attend in here: autocast's, or the states' own. None if that is another dtype."""
+    dtypes, device = {query.dtype, key.dtype, value.dtype}, query.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in dtypes:
+        dtypes = {torch.get_autocast_dtype(device)}
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(HALF) else None
+
+
+def varlen_serves(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
+    """Whether torch's variable-length kernel computes what `options` ask of sdpa for these states."""
+    head_dim = query.shape[-1]
+    return (
+        has_varlen_kernel(query.device)
+        and half_precision(query, key, value) is not None
+        and head_dim == value.shape[-1]
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and not options.get("dropout")
+        and options.get("position_bias") is None
+    )
+
+
+def varlen_forward(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scaling: float | None, sliding_window: int | None
+) -> Tensor:
+    """One call of torch's variable-length kernel for the whole row; shapes as in `packed_sdpa_forward`."""
+    layout = layout_of(ends, query.device)
+    # autocast does not know this operator: it casts nothing for it
+    dtype = half_precision(query, key, value)
+    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (L, heads, head_dim)
+    # transformers counts the token itself among the window's, the kernel only those to its left
+    left = -1 if sliding_window is None else sliding_window - 1
+    # torch 2.11 shares key heads unasked
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] and takes(varlen_attn, "enable_gqa") else {}
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        layout.cumulative,
+        layout.cumulative,
+        layout.longest,
+        layout.longest,
+        scale=scaling,
+        window_size=(left, 0),
+        **grouped,
+    )
+    return out.unsqueeze(0)
 
 
 def packed_sdpa_forward(
@@ -38,12 +159,15 @@ def packed_sdpa_forward(
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of a packed row; plain sdpa for every other mask (generation).
 
-    query `(1, heads, L, head_dim)` -> `(1, L, heads, head_dim)`. One call per sequence costs nothing beside a mask of
-    `L * L` entries, and each call is the fused causal kernel.
+    query `(1, heads, L, head_dim)` -> `(1, L, heads, head_dim)`. One call for the row where torch's variable-length
+    kernel serves. Elsewhere one call of the fused causal kernel for each sequence: a mask would have `L * L` entries.
     """
+    refuse_caps_and_sinks(module, kwargs.get("softcap"), kwargs.get("s_aux"))
     if not is_packed(attention_mask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     window, kwargs = kwargs.get("sliding_window"), {**kwargs, "is_causal": True}
+    if varlen_serves(query, key, value, kwargs):
+        return varlen_forward(query, key, value, attention_mask, kwargs.get("scaling"), window), None
     outputs, start = [], 0
     precise = contextlib.nullcontext()
     if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
@@ -54,7 +178,8 @@ def packed_sdpa_forward(
         if window is not None and end - start > window:
             raise ValueError(
                 f"a sequence of {end - start} tokens exceeds the model's sliding window of {window}, which packed "
-                "batches do not support with sdpa. Lower max_prompt_length or max_completion_length."
+                "batches do not support with sdpa, but in half precision on a GPU. Set bf16 to true there, or lower "
+                "max_prompt_length or max_completion_length."
             )
         part = slice(start, end)
         with precise:
@@ -70,12 +195,15 @@ def packed_flash_forward(
     """flash-attention's variable-length kernel over the whole row; its own way for every other mask."""
     if not is_packed(attention_mask):
         return flash_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    ends = attention_mask.flatten()  # on the CPU: the longest sequence is known without waiting for the GPU
-    starts_and_end = torch.cat([ends.new_zeros(1), ends])
-    longest = int(starts_and_end.diff().max())
-    cumulative = starts_and_end.to(query.device)
-    kwargs |= {"cu_seq_lens_q": cumulative, "cu_seq_lens_k": cumulative, "is_causal": True}
-    kwargs |= {"max_length_q": longest, "max_length_k": longest}
+    refuse_caps_and_sinks(module, s_aux=kwargs.get("s_aux"))
+    if kwargs.get("dropout") and module.config._attn_implementation != "flash_attention_2":
+        raise ValueError(
+            f"{type(module).__name__} drops attention weights out in training, which flash-attn 2 does and later "
+            "versions do not: set attn_implementation to 'flash_attention_2' or 'sdpa'."
+        )
+    layout = layout_of(attention_mask, query.device)
+    kwargs |= {"cu_seq_lens_q": layout.cumulative, "cu_seq_lens_k": layout.cumulative, "is_causal": True}
+    kwargs |= {"max_length_q": layout.longest, "max_length_k": layout.longest}
     return flash_attention_forward(module, query, key, value, None, **kwargs)
 
 
@@ -95,8 +223,7 @@ def packed_eager_forward(
 
     A sequence of T tokens needs T * T scores a head: this is for models no fused kernel serves.
     """
-    if kwargs.get("s_aux") is not None:
-        raise ValueError(f"{type(module).__name__} has attention sinks, which packed batches do not support here.")
+    refuse_caps_and_sinks(module, s_aux=kwargs.get("s_aux"))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -130,8 +257,8 @@ def use_packed_attention(model: nn.Module) -> None:
         ValueError: for a kernel with no packed form, naming it.
     """
     used = model.config._attn_implementation
-    if used == FLASH:  # under its own name: transformers picks the mask and checks the dtype by it
-        AttentionInterface.register(FLASH, packed_flash_forward)
+    if used in FLASH:  # under its own name: transformers picks the kernel and the mask, and checks the dtype, by it
+        AttentionInterface.register(used, packed_flash_forward)
     elif used in ("sdpa", PACKED_SDPA):
         AttentionInterface.register(PACKED_SDPA, packed_sdpa_forward)
         AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)
@@ -143,7 +270,7 @@ def use_packed_attention(model: nn.Module) -> None:
     else:
         raise ValueError(
             f"attn_implementation of {type(model).__name__} is {used!r}; packed batches need 'sdpa', "
-            "'flash_attention_2' or 'eager'."
+            "'flash_attention_2', 'flash_attention_3' or 'eager'."
         )
 
 
@@ -160,11 +287,14 @@ def check_packing(model: nn.Module) -> None:
     base = unwrap(model)
     backbone, head = hidden_states_and_head(model)
     device, training = head.weight.device, base.training
+    # flash-attn has no float32 form
+    half = torch.autocast(device.type, torch.bfloat16, enabled=base.config._attn_implementation in FLASH)
     prompts, responses = [[1, 2, 3], [4]], [[5, 6], [7, 2, 8]]
     base.eval()
     try:
-        together = hidden_rows(backbone, pack(prompts, responses, device))
-        alone = [hidden_rows(backbone, pack([p], [r], device)) for p, r in zip(prompts, responses, strict=True)]
+        with half:
+            together = hidden_rows(backbone, pack(prompts, responses, device))
+            alone = [hidden_rows(backbone, pack([p], [r], device)) for p, r in zip(prompts, responses, strict=True)]
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{type(base).__name__} cannot run a packed row, so it cannot be trained here: {error}"

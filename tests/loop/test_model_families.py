@@ -17,6 +17,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    PaliGemmaConfig,
     PhiConfig,
     Qwen3Config,
 )
@@ -49,7 +50,7 @@ FAMILIES = {
 
 def random_model(config):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=models.default_attention(config))
     with torch.no_grad():
         for p in model.parameters():  # biases and norms that matter, attention that looks around
             p.uniform_(0.5, 1.5) if p.dim() == 1 else p.mul_(8)
@@ -179,14 +180,37 @@ def test_a_sliding_window_of_the_eager_kernel_is_the_models_own():
             hidden_rows(mistral.model, pack([ids[:10]], [ids[10:]], "cpu"))
 
 
+def test_a_model_that_caps_its_attention_scores_is_loaded_with_its_cap(tiny_config, tiny_model_path, tmp_path):
+    """sdpa has no cap, and some versions of transformers choose it all the same."""
+    capped = Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=0.5)
+    config = tiny_config(model_name_or_path=saved(capped, tmp_path / "capped", tiny_model_path))
+    ids = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        stored = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, attn_implementation="eager")
+        expected = stored(ids).logits
+        for model in (models.load_base(config), models.load_model(config).eval()):  # an evaluation's, a run's
+            assert torch.equal(model(ids).logits, expected)
+        for layer in stored.model.layers:
+            layer.self_attn.attn_logit_softcapping = None
+        assert not torch.allclose(stored(ids).logits, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_only_a_model_with_a_cap_is_asked_to_write_its_attention_out():
+    assert models.default_attention(Gemma2Config(**SIZES)) == "eager"
+    assert models.default_attention(PaliGemmaConfig(text_config=Gemma2Config(**SIZES))) == "eager"
+    assert models.default_attention(Gemma2Config(**SIZES, attn_logit_softcapping=None)) is None
+    assert models.default_attention(LlamaConfig(**SIZES)) is None
+
+
 def test_kernels_that_cannot_run_here_are_refused_before_training(tiny_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("atesd.run_state.load_model", None)  # nothing is loaded
     monkeypatch.setattr("atesd.models.find_spec", lambda name: name)
     with pytest.raises(ModelLoadError, match="use_liger_kernel is on, and its kernels need a GPU"):
         Trainer(tiny_config(use_liger_kernel=True))
-    with pytest.raises(ModelLoadError, match="'flash_attention_2', which needs a GPU"):
-        Trainer(tiny_config(attn_implementation="flash_attention_2", bf16=True))
+    for kind in ("flash_attention_2", "flash_attention_3"):
+        with pytest.raises(ModelLoadError, match=f"'{kind}', which needs a GPU"):
+            Trainer(tiny_config(attn_implementation=kind, bf16=True))
     monkeypatch.setattr("atesd.models.find_spec", lambda name: None)
     with pytest.raises(ModelLoadError, match=r"liger-kernel is not installed: pip install 'atesd\[gpu\]'"):
         Trainer(tiny_config(use_liger_kernel=True))
@@ -196,6 +220,8 @@ def test_kernels_that_cannot_run_here_are_refused_before_training(tiny_config, m
     monkeypatch.setattr("atesd.config_checks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs flash-attn, .*: pip install .* 'atesd\[flash\]'"):
         tiny_config(attn_implementation="flash_attention_2", bf16=True).validate()
+    with pytest.raises(ConfigError, match=r"'flash_attention_3' needs FlashAttention-3, .* from the folder hopper"):
+        tiny_config(attn_implementation="flash_attention_3", bf16=True).validate()
     monkeypatch.setattr("atesd.config_checks.find_spec", lambda name: name)
     with pytest.raises(ConfigError, match="has no float32 form"):
         tiny_config(attn_implementation="flash_attention_2").validate()

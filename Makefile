@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 INPUTS := setup.py pyproject.toml constraints.txt
 
-.PHONY: train test test-deepspeed test-vllm can-test-vllm sanitize can-sanitize compile-report lint bench model clean
+.PHONY: train test test-deepspeed test-vllm can-test-vllm sanitize can-sanitize compile-report lint bench gpu model clean
 .DELETE_ON_ERROR:
 
 train: model
@@ -90,6 +90,10 @@ $(VLLM_VENV)/.installed: requirements-vllm.txt setup.py | can-test-vllm
 # Compiles every kernel for four GPUs this machine need not have, and fails on spills and slow instructions.
 compile-report: $(VENV)/.installed-test
 	$(BIN)/python -m atesd_kernels.compile_report --check
+
+# What this GPU does, in nine minutes. ARGS="--minutes 5 --stages 1-4" for a part, "--dry" without a GPU.
+gpu: $(VENV)/.installed-bench-gpu $(VENV)/.installed-test
+	$(BIN)/python -m bench.gpu $(ARGS)
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest bench $(ARGS)

@@ -143,6 +143,20 @@ def cce(loss: str, x: Inputs, implementation: str) -> Tensor:
     return linear_cross_entropy(x.student, x.weight, x.targets, impl=implementation, reduction="none").float().mean()
 
 
+def liger_ce(loss: str, x: Inputs) -> Tensor:
+    """Liger's fused linear cross-entropy. It forms its gradients in the forward pass, as its JSD does."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(x.weight, x.student, x.targets)
+
+
+def liger_scoring(loss: str, x: Inputs) -> Tensor:
+    """Liger's log-probability of each token. On Hopper its kernels need CUTLASS's Python DSL."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    return LigerFusedLinearScaledCrossEntropyFunction.apply(x.student, x.weight, x.targets).float().mean()
+
+
 class Entrant(NamedTuple):
     module: str  # the package it needs
     losses: tuple[str, ...]
@@ -171,6 +185,8 @@ _ENTRANTS = {
         "cut_cross_entropy", ("logprobs",), partial(cce, implementation="torch_compile"), _CPU, compiled=True
     ),
     "CCE": Entrant("cut_cross_entropy", ("logprobs",), partial(cce, implementation="cce"), _GPU),
+    "Liger fused cross-entropy": Entrant("liger_kernel", ("logprobs",), liger_ce, _GPU),
+    "Liger fused scoring": Entrant("liger_kernel", ("logprobs",), liger_scoring, _GPU),
 }
 COMPILED = {name for name, entrant in _ENTRANTS.items() if entrant.compiled}
 

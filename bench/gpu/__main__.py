@@ -1,0 +1,196 @@
+"""Everything this project claims about a GPU, measured on the one at hand in a few minutes.
+
+    python -m bench.gpu [--minutes 9] [--out DIR] [--stages 1-4]     make gpu is the same
+    python -m bench.gpu --dry                                        every stage on the CPU, at toy sizes
+
+Stages run in order of worth, each in a process of its own with its own time limit. Results are saved as they come:
+DIR/gpu.json (read by `python -m bench.table` once it lies in bench/results/gpu/), DIR/log.txt and one figure. A stage
+that crashes or hangs costs only itself. What does not fit into the minutes is left out, and the last table names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from atesd.files import write_json
+from bench.gpu.stage import RESULT, Stage, read
+
+# number, module, seconds. The first four take five minutes together, the others four.
+STAGES = {
+    1: ("card", 15),
+    2: ("correct", 115),
+    3: ("headline", 95),
+    4: ("kernels", 75),
+    5: ("model_shapes", 85),
+    6: ("step", 110),
+    7: ("rollouts", 45),
+}
+LEAST_SECONDS = 10  # a stage that has less is left out
+DRY_SECONDS = 240
+
+
+def numbers(text: str) -> list[int]:
+    """"1-4" or "3,5-7" as a list."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    unknown = sorted(set(found) - set(STAGES))
+    if unknown:
+        raise argparse.ArgumentTypeError(f"stages are numbered 1 to {max(STAGES)}, got {unknown[0]}")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all stages together (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="default: %(default)s")
+    parser.add_argument("--stages", type=numbers, default=list(STAGES), help="for example 1-4 or 3,5-7 (default: all)")
+    parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU: shows that everything runs")
+    parser.add_argument("--one", type=int, choices=STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.one:
+        return run_one(options)
+    if not options.dry and not has_gpu():
+        parser.error("torch finds no GPU here. --dry runs every stage on the CPU, at toy sizes.")
+    return run_all(options)
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def run_one(options: argparse.Namespace) -> int:
+    name = STAGES[options.one][0]
+    importlib.import_module(f"bench.gpu.{name}").run(Stage(name, options.out, options.seconds, options.dry))
+    return 0
+
+
+def run_all(options: argparse.Namespace) -> int:
+    end = time.monotonic() + 60 * options.minutes
+    options.out.mkdir(parents=True, exist_ok=True)
+    wanted = sum(STAGES[number][1] for number in options.stages)
+    stretch = max(1.0, 60 * options.minutes / wanted)
+    failed = []
+    with (options.out / "log.txt").open("a", encoding="utf-8") as log:
+        warming = None
+        for number in options.stages:
+            name, seconds = STAGES[number]
+            seconds = DRY_SECONDS if options.dry else min(seconds * stretch, end - time.monotonic())
+            if seconds < LEAST_SECONDS:
+                note(options.out, name, "the minutes were used up")
+                continue
+            if number > 1 and warming is None and not options.dry:
+                warming = Warming(log, min(seconds, 90))
+            if warming is not None and name != "correct":
+                warming.wait()
+                seconds = min(seconds, end - time.monotonic())
+            status = run_stage(number, seconds, options, log)
+            if status != "done":
+                failed.append(name)
+                note(options.out, f"{name} (its later parts)", status)
+        print_tables(options.out, log)
+    return 1 if failed else 0
+
+
+def run_stage(number: int, seconds: float, options: argparse.Namespace, log) -> str:
+    """"done", or what ended the stage early."""
+    name = STAGES[number][0]
+    say(log, f"=== stage {number}, {name}: up to {seconds:.0f} s")
+    command = [sys.executable, "-m", "bench.gpu", "--one", str(number), "--seconds", str(seconds)]
+    command += ["--out", str(options.out), *(["--dry"] if options.dry else [])]
+    process = start(command)
+    reader = threading.Thread(target=copy_lines, args=(process, log), daemon=True)
+    reader.start()
+    try:
+        status = process.wait(seconds + 3)  # it knows its seconds, and should end by itself
+        reader.join(5)
+        return "done" if status == 0 else f"its process ended with status {status}; see log.txt"
+    except subprocess.TimeoutExpired:
+        return f"stopped at its limit of {seconds:.0f} s"
+    finally:
+        stop(process)
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+    )
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a process and those it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def copy_lines(process: subprocess.Popen, log) -> None:
+    for line in process.stdout:
+        say(log, line.rstrip("\n"))
+
+
+class Warming:
+    """Compiles what the stages will launch, in processes of its own on processors that nothing else uses.
+
+    It may run beside the tests. A measurement waits for it: beside a compiler it would not be one.
+    """
+
+    def __init__(self, log, seconds: float):
+        workers = max(1, min(6, (os.cpu_count() or 2) // 3))
+        command = [sys.executable, "-m", "bench.gpu.warm"]
+        self.deadline = time.monotonic() + seconds
+        self.processes = [start([*command, str(i), str(workers)]) for i in range(workers)]
+        for process in self.processes:
+            threading.Thread(target=copy_lines, args=(process, log), daemon=True).start()
+
+    def wait(self) -> None:
+        for process in self.processes:
+            try:
+                process.wait(max(0.1, self.deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                pass
+            stop(process)
+        self.processes = []
+
+
+def note(out: Path, what: str, why: str) -> None:
+    whole = read(out)
+    whole.setdefault("left_out", {})[what] = why
+    write_json(out / RESULT, whole)
+
+
+def say(log, line: str) -> None:
+    print(line, flush=True)
+    log.write(line + "\n")
+    log.flush()
+
+
+def print_tables(out: Path, log) -> None:
+    from bench.gpu import report
+
+    result = read(out)
+    say(log, report.markdown(result))
+    try:
+        report.draw(result, out / "gpu.png")
+    except Exception as error:  # the numbers are saved; a figure can be drawn from them again
+        say(log, f"no figure: {error}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

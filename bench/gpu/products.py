@@ -1,0 +1,50 @@
+"""The matrix products of a call of `linear_divergence` alone: all of them, and each by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from atesd_kernels import matmul, planning
+from bench.entrants import Inputs
+
+
+def row_chunks(x: Inputs, trained: bool) -> list[slice]:
+    """Those of backend "triton": fp32 S and D in the inputs' dtype."""
+    tokens, vocab, device = len(x.student), len(x.weight), x.student.device
+    width = 4 + x.student.itemsize
+    budget = planning.gpu_chunk_bytes(tokens, vocab, width, trained, device)
+    return list(planning.ChunkPlan.make(tokens, vocab, width, device, budget).row_chunks(tokens))
+
+
+@torch.no_grad()
+def trained_products(x: Inputs) -> None:
+    """S, D, dH and dW, the last added up in fp32."""
+    difference = (x.teacher.float() - x.student.float()).to(x.student.dtype)
+    weight_grad = torch.zeros(x.weight.shape, device=x.weight.device)
+    for rows in row_chunks(x, trained=True):
+        matmul.logits(x.student[rows], x.weight, torch.float32)
+        g = matmul.logits(difference[rows], x.weight, x.weight.dtype)
+        matmul.hidden_grad(g, x.weight)
+        matmul.add_weight_grad(weight_grad, g, x.student[rows])
+
+
+@torch.no_grad()
+def one_by_one(x: Inputs, rows: int) -> dict[str, Callable[[], Tensor | None]]:
+    """Each product over `rows` rows, and the roads not taken."""
+    h, w, narrow = x.student[:rows], x.weight, x.weight.dtype
+    offset = torch.zeros(rows, device=h.device)
+    g = torch.empty(rows, len(w), dtype=narrow, device=h.device).normal_()
+    wide = torch.zeros(w.shape, device=w.device)
+    return {
+        "S, fp32 out": partial(matmul.logits, h, w, torch.float32),
+        "S, bf16 out": partial(matmul.logits, h, w, narrow),
+        "D, with its offset": partial(matmul.logits, h, w, narrow, offset),
+        "D, without": partial(matmul.logits, h, w, narrow),
+        "dH": partial(matmul.hidden_grad, g, w),
+        "dW, added in fp32": partial(matmul.add_weight_grad, wide, g, h),
+        "dW, bf16 out": lambda: torch.mm(g.T, h),
+    }

@@ -1,0 +1,66 @@
+"""What a stage is given: its seconds, the sizes to measure at, and a place that keeps each result at once.
+
+A stage is a module with `run(stage: Stage) -> None`. It runs in a process of its own, which is killed at its time
+limit: whatever it kept before that stays.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from atesd.files import write_json
+
+RESULT = "gpu.json"
+DRY_NOTE = "A dry run, at toy sizes on a CPU: it shows that the stages run, and measures nothing."
+
+
+@dataclass
+class Stage:
+    """One stage's run.
+
+    Attributes:
+        name: the key of its results in `gpu.json`.
+        out: the folder of `gpu.json`.
+        seconds: what it may take in all, its imports included.
+        dry: toy sizes, on a machine without a GPU: shows that the code runs, measures nothing.
+    """
+
+    name: str
+    out: Path
+    seconds: float
+    dry: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def left(self) -> float:
+        """Seconds before the time limit."""
+        return self.seconds - (time.monotonic() - self.started)
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry else "cuda"
+
+    def keep(self, **results: Any) -> None:
+        """Put `results` beside what this stage has kept so far, and on the disk."""
+        whole = read(self.out) | ({"dry": True} if self.dry else {})
+        whole.setdefault("stages", {}).setdefault(self.name, {}).update(results)
+        write_json(self.out / RESULT, whole)
+
+    def leave_out(self, what: str, why: str) -> None:
+        """Name what was not measured. It is listed in the last table."""
+        whole = read(self.out)
+        whole.setdefault("left_out", {})[f"{self.name}: {what}"] = why
+        write_json(self.out / RESULT, whole)
+
+    def say(self, text: str) -> None:
+        print(f"[{self.name} {time.monotonic() - self.started:5.1f} s] {text}", flush=True)
+
+
+def read(out: Path) -> dict[str, Any]:
+    """All results so far; empty before the first."""
+    path = out / RESULT
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

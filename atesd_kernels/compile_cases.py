@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import tuning
-from .kernels import logprobs, rows, terms, tiles
+from .kernels import bounded, logprobs, rows, terms, tiles
 
 V = 151_936  # Qwen3's vocabulary
 TARGET_MS = {("KL, trained head", "sm_90"): 60.6}  # the best published rewrite of the same operation, at PATH_SHAPE
@@ -117,7 +117,7 @@ def _row_cases() -> list[Case]:
     low = {"S": "*bf16", "O": "*bf16", "G": "*bf16"}
     separate = {"S": "*fp32", "O": "*fp32", "G": "*bf16"}
     stats = dict(STATS=True)
-    both = dict(PHASE="both", TERM=terms.forward_kl, SUM_U="zero")
+    both = dict(PHASE="both", TERM=terms.forward_kl, BOUNDED_TERM=bounded.forward_kl, SUM_U="zero")
     cases = [
         Case("normalise, shared head", rows.normalise, 0, delta),
         Case("normalise, shared head, stats", rows.normalise, 0, delta, stats, row_loads=2),  # S and D at the target
@@ -130,11 +130,15 @@ def _row_cases() -> list[Case]:
         Case("KL and gradient, bias and softcap", rows.accumulate, 0, delta, both, BIAS_AND_SOFTCAP),
     ]  # fmt: skip
     for name in ("forward_kl", "reverse_kl", "jsd", "jeffreys", "skew_kl", "skew_reverse_kl", "total_variation"):
-        sums, grad = (dict(TERM=getattr(terms, name), PHASE=phase) for phase in ("sum", "grad"))
+        term = dict(TERM=getattr(terms, name), BOUNDED_TERM=getattr(bounded, name))
+        sums, grad = ({**term, "PHASE": phase} for phase in ("sum", "grad"))
         cases.append(Case(f"{name}, both clips, sums", rows.accumulate, 0, delta, sums, CLIPS))
         cases.append(Case(f"{name}, both clips, gradient", rows.accumulate, 0, delta, grad, CLIPS))
     for phase, title in (("sum", "sums"), ("grad", "gradient")):
-        alpha, jsd = (dict(TERM=term, PHASE=phase) for term in (terms.alpha_divergence, terms.jsd))
+        alpha, jsd = (
+            dict(TERM=getattr(terms, name), BOUNDED_TERM=getattr(bounded, name), PHASE=phase)
+            for name in ("alpha_divergence", "jsd")
+        )
         cases.append(Case(f"alpha, {title}", rows.accumulate, 0, delta, alpha))
         cases.append(Case(f"jsd, {title}, bf16 logits", rows.accumulate, 0, low, jsd))
     one = {"S": "*fp32", "G": "*bf16"}

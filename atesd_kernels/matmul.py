@@ -13,6 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from . import elementwise, planning
+
 
 class Workspace:
     """The blocks of a call that are written again and again, one for each use.
@@ -59,6 +61,9 @@ def logits(
         if offset is None:
             return torch.mm(h, w.T, out=out)
         # the GEMM adds it to its fp32 accumulator
+        if h.is_cuda and planning.HAS_TRITON:
+            filled = elementwise.filled_rows(offset, len(w), out_dtype)
+            return torch.addmm(filled, h, w.T, out=filled)
         return torch.addmm(offset.to(out_dtype)[:, None].expand(len(h), len(w)), h, w.T, out=out)
     z = _wide_logits(h, w, torch.promote_types(out_dtype, torch.float32), work, use)
     return (z if offset is None else z.add_(offset[:, None])).to(out_dtype)
@@ -84,17 +89,25 @@ def hidden_grad(g: Tensor, w: Tensor) -> Tensor:
     return _linear_fp32(g, w.T) if g.dtype == torch.float32 else torch.mm(g, w)
 
 
-def add_weight_grad(acc: Tensor, g: Tensor, h: Tensor) -> None:
-    """`acc += g.T @ h` with `acc` `[C, H]` in fp32 or fp64."""
+def add_weight_grad(acc: Tensor, g: Tensor, h: Tensor, overwrite: bool = False) -> None:
+    """`acc += g.T @ h` with `acc` `[C, H]` in fp32 or fp64; with `overwrite`, `acc = g.T @ h` in any dtype."""
     dtype = product_dtype(g.dtype, g.device)
     g, h = g.to(dtype), h.to(dtype)
     if g.is_cuda and g.dtype != acc.dtype:
         # in the GEMM: a product of its own would be one more tensor of the head's size, written and read
-        torch.addmm(acc, g.T, h, out_dtype=acc.dtype, out=acc)
-    elif g.dtype == torch.float32:
-        acc.add_(_linear_fp32(g.T, h.T))
+        if overwrite:
+            torch.mm(g.T, h, out_dtype=acc.dtype, out=acc)
+        else:
+            torch.addmm(acc, g.T, h, out_dtype=acc.dtype, out=acc)
+        return
+    if overwrite and g.dtype == acc.dtype != torch.float32:
+        torch.mm(g.T, h, out=acc)
+        return
+    product = _linear_fp32(g.T, h.T) if g.dtype == torch.float32 else torch.mm(g.T, h)
+    if overwrite:
+        acc.copy_(product)
     else:
-        acc.add_(torch.mm(g.T, h))
+        acc.add_(product)
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -12,7 +12,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, elementwise, planning
 from .planning import COMPILED
 from .shards import Shards
 from .spec import DivergenceSpec, LogprobSpec, RowResult, accumulate_dtype, gradient_dtype
@@ -228,6 +228,20 @@ def last_use() -> bool:
     return keeps is not None and not torch.compiler.is_compiling() and not keeps()
 
 
+def times(grad: Tensor, scale: Tensor) -> Tensor:
+    """`grad * scale` in the dtype of `grad`, with `scale` one number or one for each row; in the place of `grad` where
+    the graph is freed."""
+    if not last_use():
+        if scale.dim() == 0 and grad.is_cuda:  # a GPU would round a number without dimensions to grad's dtype
+            return (grad * scale.reshape([1] * grad.dim())).to(grad.dtype)
+        return grad * scale
+    grad = grad.detach()
+    on_gpu = grad.is_cuda and grad.dtype != torch.float64 and planning.HAS_TRITON and type(grad) is Tensor
+    if scale.dim() == 0 and on_gpu:
+        return elementwise.scale_(grad, scale)
+    return grad.mul_(scale)
+
+
 def _register_autograd(op, names: tuple[str, ...], differentiable: tuple[str, ...]) -> None:
     """Backward of an op whose outputs from the third on are the gradients of the inputs named `differentiable`."""
     where = {name: names.index(name) for name in names}
@@ -270,7 +284,7 @@ def _register_autograd(op, names: tuple[str, ...], differentiable: tuple[str, ..
         for name, grad, asked in zip(differentiable, formed, ctx.asked, strict=True):
             if asked:
                 if not ctx.again:
-                    grad = grad.detach().mul_(scale) if last_use() else grad * scale
+                    grad = times(grad, scale)
                 result[where[name]] = grad.to(ctx.dtypes[name])
         return tuple(result)
 

@@ -18,6 +18,15 @@ COMPILED = "torch_compiled"
 TORCH = ("torch", COMPILED)
 BACKENDS = ("torch", COMPILED, "triton", "triton_tiled")
 
+# Asked once, here: torch 2.11's Dynamo cannot trace find_spec, and both are asked inside functions that users compile.
+# Finding triton does not import it.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TWIN = {
+    backend: importlib.util.find_spec(f"{__package__}.{module}") is not None
+    for backend, module in (("triton", "triton_chunked"), ("triton_tiled", "triton_tiled"))
+}
+NO_TRITON = "triton is not installed (pip install triton)"
+
 # Our choice. CPU: rows enough for the GEMMs to run at full speed (bench/chunk_size.py), at 5 % of the memory of dense
 # logits at N = 2048, V = 49,152. GPU: 1,024 rows of a 152k vocabulary in fp32 S and bf16 D take 0.9 GiB; backend
 # "triton" counts in rows (gpu_chunk_bytes).
@@ -118,26 +127,22 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     if backend == "torch":
         return None
     if backend == COMPILED:
-        return _no_compiler(device)
-    if (
-        importlib.util.find_spec(
-            "atesd_kernels.triton_tiled" if backend == "triton_tiled" else "atesd_kernels.triton_chunked"
-        )
-        is None
-    ):
+        if device.type != "cpu":
+            return None if HAS_TRITON else NO_TRITON
+        # a caller that is being compiled has a compiler, and the search for one cannot be traced
+        return None if torch.compiler.is_compiling() else _no_compiler()
+    if not HAS_TWIN[backend]:
         return "this build of atesd_kernels has no Triton backends"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
+    if not HAS_TRITON:
+        return NO_TRITON
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it needs a CUDA or ROCm device, got {device} (TRITON_INTERPRET=1 interprets it on a CPU)"
     return None
 
 
 @cache
-def _no_compiler(device: torch.device) -> str | None:
-    """Why Inductor cannot compile for `device`, or None if it can."""
-    if device.type != "cpu":
-        return None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
+def _no_compiler() -> str | None:
+    """Why Inductor cannot compile for the CPU, or None if it can."""
     from torch._inductor import config, cpp_builder, exc
 
     try:

@@ -17,13 +17,14 @@ a race, and gets a buffer of its own within the same budget.
 from __future__ import annotations
 
 import importlib
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from . import matmul, planning, tuning
 from .divergences import DivergenceTerm
+from .elementwise import on
+from .kernels import bounded, terms
 from .kernels import logprobs as logprob_kernels
 from .kernels import rows as row_kernels
 from .spec import DivergenceSpec, LogprobSpec, RowResult
@@ -54,7 +55,7 @@ def divergence_rows(
     num_rows, vocab = student_hidden.shape[0], student_weight.shape[0]
     bytes_per_logit = s_dtype.itemsize + o_dtype.itemsize + (0 if in_place or not spec.any_grad else dtype.itemsize)
     chunks = row_chunks(num_rows, vocab, bytes_per_logit, spec, student_hidden.device)
-    gradients = Gradients(spec, student_hidden, student_weight, student_bias, mask)
+    gradients = Gradients(spec, student_hidden, student_weight, student_bias, mask, len(chunks))
     sweeps = Sweeps(
         spec,
         num_rows,
@@ -78,6 +79,7 @@ def divergence_rows(
             del s, o
             if g is not None:
                 gradients.take(rows, h_s, g, w_s)
+                del g  # before the next chunk's logits are made
     return RowResult(sweeps.value, sweeps.stats, *gradients.finish())
 
 
@@ -112,12 +114,13 @@ def logprob_rows(
     num_rows, vocab = hidden.shape[0], weight.shape[0]
     in_place = spec.logits_dtype == dtype
     bytes_per_logit = spec.logits_dtype.itemsize + (0 if in_place or not spec.any_grad else dtype.itemsize)
-    gradients = Gradients(spec, hidden, weight, bias, mask)
+    chunks = row_chunks(num_rows, vocab, bytes_per_logit, spec, device)
+    gradients = Gradients(spec, hidden, weight, bias, mask, len(chunks))
     out = torch.zeros(num_rows, logprob_kernels.NUM_LOGPROB_OUT.value, device=device)
     config = tuning.row_config(device, vocab)
     inv_t = 1 / spec.temperature
     with on(device):
-        for rows in row_chunks(num_rows, vocab, bytes_per_logit, spec, device):
+        for rows in chunks:
             h = hidden[rows].to(dtype)
             s = matmul.logits(h, w, spec.logits_dtype)
             g = s
@@ -136,6 +139,7 @@ def logprob_rows(
             )  # fmt: skip
             if spec.any_grad:
                 gradients.take(rows, h, g, w)
+            del s, g
     value, entropy, confidence, _ = out.unbind(1)
     stats = None
     if spec.stats:
@@ -200,13 +204,15 @@ def cut(tensor: Tensor | None, rows: slice) -> Tensor | None:
     return None if tensor is None else tensor[rows]
 
 
-def on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def triton_term(term: DivergenceTerm):
     module, function = term.triton.split(":")
     return getattr(importlib.import_module(module), function)
+
+
+def bounded_term(term: DivergenceTerm):
+    """The shorter twin for rows of bounded differences, which the built-in divergences have."""
+    module, function = term.triton.split(":")
+    return getattr(bounded, function) if module == terms.__name__ else triton_term(term)
 
 
 class Sweeps:
@@ -225,6 +231,7 @@ class Sweeps:
         self.clips = (spec.entry_clip, spec.token_clip, term.slope(spec.beta))
         self.flags = dict(IS_DELTA=is_delta, STATS=spec.stats)
         self.term_flags = dict(TERM=triton_term(term), BETA=spec.beta, SUM_U=self.known_sum or "sum")
+        self.bounded_term = bounded_term(term)
 
     def run(self, s, o, g, rows: slice, mask, row_weight, targets, grad_scale: float) -> None:
         """Value, statistics and, into `g` `[R, V]`, the gradient of the chunk's rows."""
@@ -246,8 +253,8 @@ class Sweeps:
         for phase in ("sum",) if g is None else ("both",) if self.one_pass else ("sum", "grad"):
             row_kernels.accumulate[grid](
                 s, o, g_or_o, *self.biases, mask_c, weight_c, parts, sums, s.stride(0), o.stride(0), g_or_o.stride(0),
-                self.vocab, *self.scalars, *self.clips, grad_scale, PHASE=phase, SPLITS=splits, **self.term_flags,
-                **flags,
+                self.vocab, *self.scalars, *self.clips, grad_scale, BOUNDED_TERM=self.bounded_term, PHASE=phase, SPLITS=splits,
+                **self.term_flags, **flags,
             )  # fmt: skip
         self.collect(rows, sums, parts, mask_c, target_c)
 
@@ -266,15 +273,21 @@ class Sweeps:
 
 
 class Gradients:
-    """Carries a chunk's gradient to hidden states, head and bias; the head's in fp32."""
+    """Carries a chunk's gradient to hidden states, head and bias; the head's in fp32 if there are several chunks."""
 
-    def __init__(self, spec, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None):
+    def __init__(
+        self, spec, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, chunks: int = 0
+    ):
         self.hidden, self.weight, self.bias, self.mask = hidden, weight, bias, mask
         # entries of q - p as small as 1e-6 carry the gradient's direction; fp16 ends there
         self.scale = 1024.0 if spec.compute_dtype == torch.float16 else 1.0
         self.hidden_grad = torch.empty_like(hidden) if spec.hidden_grad else None
         fp32 = dict(dtype=torch.float32, device=hidden.device)
-        self.weight_grad = torch.zeros(weight.shape, **fp32) if spec.weight_grad else None
+        # one product is rounded once, by the GEMM; a sum of several when it is complete
+        once = chunks == 1 and self.scale == 1 and spec.compute_dtype == weight.dtype
+        head = fp32 | (dict(dtype=weight.dtype) if once else {})
+        self.weight_grad = torch.empty(weight.shape, **head) if spec.weight_grad else None
+        self.is_first = True
         self.bias_grad = torch.zeros(weight.shape[0], **fp32) if spec.bias_grad else None
 
     def take(self, rows: slice, h: Tensor, g: Tensor, w: Tensor) -> None:
@@ -284,11 +297,15 @@ class Gradients:
         if self.weight_grad is not None:
             if self.mask is not None:
                 h = torch.where(self.mask[rows, None], h, 0)  # whatever a masked row holds, NaN included
-            matmul.add_weight_grad(self.weight_grad, g, h)
+            matmul.add_weight_grad(self.weight_grad, g, h, overwrite=self.is_first)
+            self.is_first = False
         if self.bias_grad is not None:
             self.bias_grad += g.sum(0, dtype=torch.float32)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if self.weight_grad is not None and self.is_first:  # there was no row
+            self.weight_grad.zero_()
+
         def finished(grad, like):
             return None if grad is None else (grad if self.scale == 1 else grad.div_(self.scale)).to(like.dtype)
 

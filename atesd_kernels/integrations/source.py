@@ -17,6 +17,14 @@ from collections.abc import Callable
 from typing import Any
 
 
+def installed_version(library: str) -> str:
+    """For a message. A library that is only on the path has no metadata."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "(of unknown version)"
+
+
 def fingerprint(function: Callable) -> str:
     """12 hex digits of `function`'s source without comments, docstring and indentation."""
     lines = textwrap.dedent(inspect.getsource(function)).splitlines()
@@ -52,7 +60,7 @@ def is_as_expected(cls: type, name: str, expected: dict[str, str], library: str,
     if differing:
         warnings.warn(
             f"{name} is left as it is: {', '.join(differing)} of {cls.__name__} in the installed {library} "
-            f"{importlib.metadata.version(library)} differ from {library} {version}, which this adapter was written "
+            f"{installed_version(library)} differ from {library} {version}, which this adapter was written "
             f"for. Install {library}=={version}.",
             stacklevel=3,
         )

@@ -14,7 +14,6 @@ process; then set `distillation.distillation_loss.loss_mode` to the name and `us
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from atesd_kernels import divergence
-from atesd_kernels.integrations.source import fingerprint
+from atesd_kernels.integrations.source import fingerprint, installed_version
 
 VERSION = "0.9.1"
 EXPECTED = {
@@ -59,7 +58,7 @@ def register(name: str, **options: Any) -> None:
         ]
         if differing:
             raise RuntimeError(
-                f"{', '.join(differing)} in the installed verl {importlib.metadata.version('verl')} differ from verl "
+                f"{', '.join(differing)} in the installed verl {installed_version('verl')} differ from verl "
                 f"{VERSION}, which this adapter was written for. Install verl=={VERSION}."
             )
     settings = losses.DistillationLossSettings(names=[name], use_topk=True)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .rows import LOWEST, grow, load_bias, put, span
-from .terms import tanh
+from .terms import exp, tanh
 
 NUM_LOGPROB_PARTS = tl.constexpr(8)  # m, a, sum w (s - s0), s0, target's logit
 NUM_LOGPROB_OUT = tl.constexpr(4)  # log-probability, entropy, confidence, lse
@@ -30,7 +30,7 @@ def load_logits(S, BIAS, cols, exists, inv_t, softcap):
 @triton.jit
 def logprob_gradient(s, lse, hit, exists, inv_t, softcap):
     """d log q[target] / d(raw logit), but for the factor 1 / T: 1[j = target] - q_j."""
-    g = tl.where(hit, 1.0, 0.0) - tl.exp(s - lse)
+    g = tl.where(hit, 1.0, 0.0) - exp(s - lse)
     if softcap is not None:
         tanh_s = s / (inv_t * softcap)
         g *= tl.where(exists, 1 - tanh_s * tanh_s, 0.0)
@@ -62,7 +62,7 @@ def normalise_one(
         if STATS:
             b = b * shrink + tl.where(w > 0, w * (s - s0), 0.0)
     top = tl.max(m, 0)
-    w = tl.exp(m - top)
+    w = exp(m - top)
     # the target's logit here, because the next kernel may overwrite it before another program of the row reads it
     target = tl.load(TARGETS + row)
     here = (target >= start) & (target < stop)
@@ -88,7 +88,7 @@ def finish_logprob(
         P = PARTS + (row * SPLITS + tl.arange(0, SPLITS)) * NUM_LOGPROB_PARTS
         m = tl.load(P)
         top = tl.max(m, 0)
-        w = tl.exp(m - top)
+        w = exp(m - top)
         a = tl.sum(tl.load(P + 1) * w, 0)
         lse = top + tl.log(a)
         target = tl.load(TARGETS + row)
@@ -97,7 +97,7 @@ def finish_logprob(
             s0 = tl.load(PARTS + row * SPLITS * NUM_LOGPROB_PARTS + 3)
             mean = tl.sum((tl.load(P + 2) + tl.load(P + 1) * (tl.load(P + 3) - s0)) * w, 0) / a
             logprob = tl.sum(tl.load(P + 4), 0) - lse
-            put(OUT + row * NUM_LOGPROB_OUT, (logprob, (lse - s0) - mean, tl.exp(top - lse), lse), True)
+            put(OUT + row * NUM_LOGPROB_OUT, (logprob, (lse - s0) - mean, exp(top - lse), lse), True)
         if GRAD:
             factor = inv_t * grad_scale
             if WEIGHT is not None:

@@ -9,11 +9,13 @@ depend on scheduling. Accumulators are vectors, one slot per lane, reduced once 
 import triton
 import triton.language as tl
 
-from .terms import expm1_parts, log1p_parts, tanh
+from .terms import exp, expm1_parts, log1p_parts, tanh
 
 LOWEST = tl.constexpr(-3.0e38)  # in place of -inf, whose difference with itself is NaN
 FAR = tl.constexpr(40.0)  # log p - log q beyond which the sum under q may miss the teacher's mass
-NUM_PARTS = tl.constexpr(16)  # normalise: m_s a_s b d m_t a_t largest_d d0 s_target t_target top_s top_t
+HIGH = tl.constexpr(60.0)  # by how much a logit may exceed what sums of exponentials are relative to
+# normalise: m_s a_s b d m_t a_t largest_d d0 s_target t_target, columns of the largest s and t, largest s, largest t
+NUM_PARTS = tl.constexpr(16)
 NUM_SUMS = tl.constexpr(8)  # accumulate: l' clipped sum_u lost_q entropy_s entropy_t
 NUM_ROW_STATS = tl.constexpr(4)  # confidence agree logprob_s logprob_t
 
@@ -59,6 +61,8 @@ def prepare(s, o, bias_s, bias_t, exists, scale, IS_DELTA: tl.constexpr):
         d = tl.where(tl.abs(d) < FAR, softcap * tanh_d * (1 - tanh_s * tanh_s) / (1 + tanh_s * tanh_d), t - s)
     d = d * inv_t_t + s * (inv_t_t - inv_t_s)
     s, t = tl.where(exists, s * inv_t_s, -float("inf")), tl.where(exists, t * inv_t_t, -float("inf"))
+    if IS_DELTA and bias_s is None:  # finite: where `exists` is false, d is the 0 it was read as
+        return s, t, d
     one_sided = (s == -float("inf")) | (t == -float("inf"))
     return s, t, tl.where(one_sided, tl.where(s == t, 0.0, t - s), d)
 
@@ -86,7 +90,7 @@ def load_pair(S, O, BIAS_S, BIAS_T, cols, exists, scale, IS_DELTA: tl.constexpr)
 def grow(m, z):
     """Online softmax: the new maximum, the factor on old sums, the weight of z. One exponential, no branch."""
     up = z > m
-    shrink = tl.exp(-tl.abs(z - m))
+    shrink = exp(-tl.abs(z - m))
     return tl.where(up, z, m), tl.where(up, shrink, 1.0), tl.where(up, 1.0, shrink), up
 
 
@@ -94,25 +98,85 @@ def grow(m, z):
 def reference_difference(s, d):
     """A d0 near the mean of d under q, from one block: sums of d - d0 then lose no digits."""
     top = tl.maximum(tl.max(s, 0), LOWEST)
-    w = tl.where(tl.abs(d) < FAR, tl.exp(s - top), 0.0)
+    w = tl.where(tl.abs(d) < FAR, exp(s - top), 0.0)
     total = tl.sum(w, 0)
     d0 = tl.sum(tl.where(w > 0, w * d, 0.0), 0) / tl.where(total > 0, total, 1.0)
     return tl.where(tl.abs(d0) < FAR, d0, 0.0)
 
 
 @triton.jit
-def normalise(
-    S, O, BIAS_S, BIAS_T, MASK, TARGETS, PARTS, stride_s, stride_o, V, inv_t_s, inv_t_t, softcap,
-    IS_DELTA: tl.constexpr, STATS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """First sweep: what both normalisers, and c = lse_t - lse_s, are made of."""
-    row = tl.program_id(0).to(tl.int64)
-    start, stop = span(V, BLOCK)
-    if MASK is not None:
-        stop = tl.where(tl.load(MASK + row) != 0, stop, start)
-    S += row * stride_s
-    O += row * stride_o
-    scale = (inv_t_s, inv_t_t, softcap)
+def plain_sums(S, O, start, stop, scale, reference, d0, STATS: tl.constexpr, BLOCK: tl.constexpr):
+    """The first sweep where s and d are finite, all exponentials relative to `reference`: one a column, and no running
+    maximum. Largest s; largest d - d0; sums of w = exp(s - reference), w expm1(d - d0) and w (d - d0); with STATS the
+    columns of the largest s and t, and the largest t."""
+    lanes = tl.arange(0, BLOCK)
+    top_s = tl.full([BLOCK], LOWEST, tl.float32)
+    top_t, largest = top_s, top_s
+    a, b_e, b_d = (tl.zeros([BLOCK], tl.float32),) * 3
+    column_s, column_t = (tl.zeros([BLOCK], tl.int32),) * 2
+    for j in range(start, stop, BLOCK):
+        cols = j + lanes
+        s, t, d = load_pair(S, O, None, None, cols, cols < stop, scale, 1)
+        d -= d0
+        w = exp(s - reference)
+        a += w
+        b_e += w * expm1_parts(d)[0]
+        b_d += w * d
+        largest = tl.maximum(largest, d)
+        if STATS:
+            column_s = tl.where(s > top_s, cols, column_s)
+            column_t = tl.where(t > top_t, cols, column_t)
+            top_t = tl.maximum(top_t, t)
+        top_s = tl.maximum(top_s, s)
+    high_s, high_t = tl.max(top_s, 0), tl.max(top_t, 0)
+    if STATS:
+        column_s = tl.where(top_s == high_s, column_s, 2147483647)
+        column_t = tl.where(top_t == high_t, column_t, 2147483647)
+    sums = (tl.sum(a, 0), tl.sum(b_e, 0), tl.sum(b_d, 0))
+    return high_s, tl.max(largest, 0), sums[0], sums[1], sums[2], tl.min(column_s, 0), tl.min(column_t, 0), high_t
+
+
+@triton.jit
+def teacher_sum(S, O, start, stop, scale, BLOCK: tl.constexpr):
+    """Largest t, and the sum of exp(t - largest)."""
+    lanes = tl.arange(0, BLOCK)
+    m = tl.full([BLOCK], LOWEST, tl.float32)
+    a = tl.zeros([BLOCK], tl.float32)
+    for j in range(start, stop, BLOCK):
+        s, t, d = load_pair(S, O, None, None, j + lanes, j + lanes < stop, scale, 1)
+        m, shrink, w, up = grow(m, t)
+        a = a * shrink + w
+    top = tl.max(m, 0)
+    return top, tl.sum(a * exp(m - top), 0)
+
+
+@triton.jit
+def plain_first_sweep(S, O, start, stop, scale, STATS: tl.constexpr, BLOCK: tl.constexpr):
+    """`first_sweep` for a shared head without bias and softcap: in all but strange rows one exponential of s and one
+    of d for each column, and none of t."""
+    lanes = tl.arange(0, BLOCK)
+    s, t, d = load_pair(S, O, None, None, start + lanes, start + lanes < stop, scale, 1)
+    d0 = reference_difference(s, d)
+    reference = tl.maximum(tl.max(s, 0), LOWEST)
+    high_s, largest, a, b_e, b_d, column_s, column_t, high_t = plain_sums(
+        S, O, start, stop, scale, reference, d0, STATS, BLOCK
+    )
+    if high_s - reference > HIGH:  # sums may have overflowed
+        reference = high_s
+        high_s, largest, a, b_e, b_d, column_s, column_t, high_t = plain_sums(
+            S, O, start, stop, scale, reference, d0, STATS, BLOCK
+        )
+    # sum exp(t) = exp(reference + d0) sum w exp(d - d0), unless what is left of it is small or its terms are huge
+    m_t, a_t = reference + d0, a + b_e
+    if (largest >= FAR) | (b_e < -0.9 * a):
+        m_t, a_t = teacher_sum(S, O, start, stop, scale, BLOCK)
+    return reference, a, b_e, b_d, m_t, a_t, largest, d0, column_s, column_t, high_s, high_t
+
+
+@triton.jit
+def first_sweep(S, O, BIAS_S, BIAS_T, start, stop, V, scale, IS_DELTA: tl.constexpr, STATS: tl.constexpr,
+                BLOCK: tl.constexpr):  # fmt: skip
+    """What `normalise` stores, for any logits: an online softmax of both models."""
     lanes = tl.arange(0, BLOCK)
     s, t, d = load_pair(S, O, BIAS_S, BIAS_T, start + lanes, start + lanes < stop, scale, IS_DELTA)
     d0 = reference_difference(s, d)
@@ -138,35 +202,61 @@ def normalise(
         if STATS:
             top_t = tl.where(up, cols, top_t)
     max_s, max_t = tl.max(m_s, 0), tl.max(m_t, 0)
-    w = tl.exp(m_s - max_s)
-    w_t = tl.exp(m_t - max_t)
+    w = exp(m_s - max_s)
+    first_s = tl.min(tl.where(m_s == max_s, top_s, V), 0)
+    first_t = tl.min(tl.where(m_t == max_t, top_t, V), 0)
+    return (
+        max_s, tl.sum(a_s * w, 0), tl.sum(b_e * w, 0), tl.sum(b_d * w, 0), max_t, tl.sum(a_t * exp(m_t - max_t), 0),
+        tl.max(largest, 0), d0, first_s, first_t, max_s, max_t,
+    )  # fmt: skip
+
+
+@triton.jit
+def normalise(
+    S, O, BIAS_S, BIAS_T, MASK, TARGETS, PARTS, stride_s, stride_o, V, inv_t_s, inv_t_t, softcap,
+    IS_DELTA: tl.constexpr, STATS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """First sweep: what both normalisers, and c = lse_t - lse_s, are made of."""
+    row = tl.program_id(0).to(tl.int64)
+    start, stop = span(V, BLOCK)
+    if MASK is not None:
+        stop = tl.where(tl.load(MASK + row) != 0, stop, start)
+    S += row * stride_s
+    O += row * stride_o
+    scale = (inv_t_s, inv_t_t, softcap)
+    if IS_DELTA and BIAS_S is None and softcap is None:
+        m_s, a_s, b_e, b_d, m_t, a_t, largest, d0, column_s, column_t, top_s, top_t = plain_first_sweep(
+            S, O, start, stop, scale, STATS, BLOCK
+        )
+    else:
+        m_s, a_s, b_e, b_d, m_t, a_t, largest, d0, column_s, column_t, top_s, top_t = first_sweep(
+            S, O, BIAS_S, BIAS_T, start, stop, V, scale, IS_DELTA, STATS, BLOCK
+        )
     PARTS += (row * tl.num_programs(1) + tl.program_id(1)) * NUM_PARTS
-    put(PARTS, (max_s, tl.sum(a_s * w, 0), tl.sum(b_e * w, 0), tl.sum(b_d * w, 0)), True)
-    put(PARTS + 4, (max_t, tl.sum(a_t * w_t, 0), tl.max(largest, 0), d0), True)
+    put(PARTS, (m_s, a_s, b_e, b_d, m_t, a_t, largest, d0), True)
     if STATS:
         if TARGETS is not None:
             target = tl.load(TARGETS + row)
             here = (target >= start) & (target < stop)
             s, t, d = load_pair(S, O, BIAS_S, BIAS_T, target, here, scale, IS_DELTA)
             put(PARTS + 8, (tl.where(here, s, 0.0), tl.where(here, t, 0.0)), True)
-        first_s = tl.min(tl.where(m_s == max_s, top_s, V), 0)
-        first_t = tl.min(tl.where(m_t == max_t, top_t, V), 0)
-        put((PARTS + 10).to(tl.pointer_type(tl.int32), bitcast=True), (first_s, first_t), True)
+        put((PARTS + 10).to(tl.pointer_type(tl.int32), bitcast=True), (column_s, column_t), True)
+        put(PARTS + 12, (top_s, top_t), True)
 
 
 @triton.jit
 def merged(P, AXIS: tl.constexpr):
-    """lse_s, lse_t, c = lse_t - lse_s and the mean of d under q, from the first sweep's partial sums.
+    """lse_s, lse_t, c = lse_t - lse_s, the mean of d under q and the largest d - c, from the first sweep's sums.
 
     P points at the parts of a row's programs, which lie along AXIS. Each has its own d0; D0 is their mean under q.
     """
     m_s, m_t = tl.load(P), tl.load(P + 4)
     max_s, max_t = tl.max(m_s, AXIS), tl.max(m_t, AXIS)
-    w = tl.exp(m_s - tl.max(m_s, AXIS, keep_dims=True))
+    w = exp(m_s - tl.max(m_s, AXIS, keep_dims=True))
     a = tl.load(P + 1) * w
     d0 = tl.load(P + 7)
     a_s = tl.sum(a, AXIS)
-    a_t = tl.sum(tl.load(P + 5) * tl.exp(m_t - tl.max(m_t, AXIS, keep_dims=True)), AXIS)
+    a_t = tl.sum(tl.load(P + 5) * exp(m_t - tl.max(m_t, AXIS, keep_dims=True)), AXIS)
     shift = tl.sum(a * d0, AXIS, keep_dims=True) / tl.sum(a, AXIS, keep_dims=True)
     delta = d0 - shift
     # sum w expm1(d - D0) = sum w expm1(d - d0) + expm1(d0 - D0) sum w exp(d - d0)
@@ -180,23 +270,31 @@ def merged(P, AXIS: tl.constexpr):
         small, log1p_parts(tl.where(small, excess, 0.0))[0], tl.log(1 + tl.where(is_near, excess, 0.0))
     )
     c = tl.where(is_near, tl.sum(a * d0, AXIS) / a_s + log_ratio, lse_t - lse_s)
-    return lse_s, tl.where(is_near, lse_s + c, lse_t), c, mean
+    largest_x = tl.max(tl.load(P + 6) + d0, AXIS) - c
+    return lse_s, tl.where(is_near, lse_s + c, lse_t), c, mean, largest_x
 
 
 @triton.jit
-def evaluate(s, t, d, lse_s, lse_t, c, exists, entry_clip, slope, TERM: tl.constexpr, BETA: tl.constexpr):
+def evaluate(
+    s, t, d, lse_s, lse_t, c, exists, entry_clip, slope, TERM: tl.constexpr, BETA: tl.constexpr, BOUNDED: tl.constexpr
+):  # fmt: skip
     """p, q, l', and under an entry clip: u' without the clipped entries, terms whose sum is that of the clipped
     textbook terms l' + k (p - q), what is clipped, and k q. As sum (p - q) = 0, the terms that stay may be l': it alone
-    is small where p and q nearly agree."""
+    is small where p and q nearly agree. BOUNDED: no x of the row exceeds FAR, and t is not looked at."""
     x = d - c
-    q = tl.exp(s - lse_s)
+    q = exp(s - lse_s)
     e, bend = expm1_parts(x)
-    p = tl.where(tl.abs(x) < 16, q * (e + 1), tl.exp(t - lse_t))
     near = tl.abs(x) < 0.5
+    if BOUNDED:
+        p = q * e + q
+        gap = q * e
+    else:
+        p = tl.where(tl.abs(x) < 16, q * (e + 1), exp(t - lse_t))
+        gap = tl.where(near, q * e, p - q)
     l, u = TERM(x, p, q, near, e, bend, BETA)
     bounded, clipped, k_q = l, exists, q
     if entry_clip is not None:
-        tilt = slope * tl.where(near, q * e, p - q)
+        tilt = slope * gap
         clipped = (l + tilt > entry_clip) & exists
         bounded = tl.where(clipped, entry_clip - tilt, l)
         u = tl.where(clipped, 0.0, u)
@@ -226,40 +324,77 @@ def settle(PARTS, MASK, TARGETS, STATS_OUT, SPLITS: tl.constexpr):
     if counted:
         lanes = tl.arange(0, SPLITS)
         P = PARTS + (row * SPLITS + lanes) * NUM_PARTS
-        lse_s, lse_t, _, _ = merged(P, 0)
-        m_s, m_t = tl.load(P), tl.load(P + 4)
+        lse_s, lse_t, _, _, _ = merged(P, 0)
+        m_s, m_t = tl.load(P + 12), tl.load(P + 13)
         best_s = tl.min(tl.where(m_s == tl.max(m_s, 0), lanes, SPLITS - 1), 0)
         best_t = tl.min(tl.where(m_t == tl.max(m_t, 0), lanes, SPLITS - 1), 0)
         tops = (PARTS + row * SPLITS * NUM_PARTS).to(tl.pointer_type(tl.int32), bitcast=True)
         top_s, top_t = tl.load(tops + best_s * NUM_PARTS + 10), tl.load(tops + best_t * NUM_PARTS + 11)
         STATS_OUT += row * NUM_ROW_STATS
-        put(STATS_OUT, (tl.exp(tl.max(m_s, 0) - lse_s), (top_s == top_t).to(tl.float32)), True)
+        put(STATS_OUT, (exp(tl.max(m_s, 0) - lse_s), (top_s == top_t).to(tl.float32)), True)
         if TARGETS is not None:
             put(STATS_OUT + 2, (tl.sum(tl.load(P + 8), 0) - lse_s, tl.sum(tl.load(P + 9), 0) - lse_t), True)
+
+
+@triton.jit
+def second_sweep(
+    S, O, G, BIAS_S, BIAS_T, start, stop, scale, normalisers, sum_u, lost, factor, entry_clip, slope,
+    TERM: tl.constexpr, BETA: tl.constexpr, PHASE: tl.constexpr, IS_DELTA: tl.constexpr, STATS: tl.constexpr,
+    BOUNDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`accumulate`'s loop: the row's sums l' clipped sum_u lost_q entropy_s entropy_t, and its gradient."""
+    lse_s, lse_t, c = normalisers
+    lanes = tl.arange(0, BLOCK)
+    zeros = tl.zeros([BLOCK], tl.float32)
+    loss, clipped_loss, total_u, lost_q, entropy_s, entropy_t = zeros, zeros, zeros, zeros, zeros, zeros
+    for j in range(start, stop, BLOCK):
+        cols = j + lanes
+        exists = cols < stop
+        s, t, d = load_pair(S, O, BIAS_S, BIAS_T, cols, exists, scale, IS_DELTA)
+        p, q, l, u, bounded, clipped, k_q = evaluate(
+            s, t, d, lse_s, lse_t, c, exists, entry_clip, slope, TERM, BETA, BOUNDED
+        )  # fmt: skip
+        if PHASE != "grad":
+            loss += l
+            if entry_clip is not None:
+                clipped_loss += bounded
+                lost_q += tl.where(clipped, q, 0.0)
+            if PHASE == "sum":
+                total_u += u
+            if STATS:
+                entropy_s += tl.where(q > 0, q * (lse_s - s), 0.0)
+                entropy_t += tl.where(p > 0, p * (lse_t - t), 0.0)
+        if PHASE != "sum":
+            g = gradient(s, q, u, k_q, clipped, sum_u, lost, entry_clip, scale[0], scale[2], exists)
+            tl.store(G + cols, (g * factor).to(G.dtype.element_ty), mask=exists)
+    total = tl.sum(loss, 0)
+    if entry_clip is not None:
+        clipped_total = tl.sum(clipped_loss, 0)
+    else:
+        clipped_total = total
+    return total, clipped_total, tl.sum(total_u, 0), tl.sum(lost_q, 0), tl.sum(entropy_s, 0), tl.sum(entropy_t, 0)
 
 
 @triton.jit
 def accumulate(
     S, O, G, BIAS_S, BIAS_T, MASK, WEIGHT, PARTS, SUMS, stride_s, stride_o, stride_g, V,
     inv_t_s, inv_t_t, softcap, entry_clip, token_clip, slope, grad_scale,
-    TERM: tl.constexpr, BETA: tl.constexpr, SUM_U: tl.constexpr, PHASE: tl.constexpr, IS_DELTA: tl.constexpr,
-    STATS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    TERM: tl.constexpr, BOUNDED_TERM: tl.constexpr, BETA: tl.constexpr, SUM_U: tl.constexpr, PHASE: tl.constexpr,
+    IS_DELTA: tl.constexpr, STATS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The sweeps after the first. PHASE "sum" adds up the row, "grad" writes its gradient (over O, if G is O), "both"
     does so at once, where sum u' is known in advance: SUM_U "zero" (sum q - p), or "mean" (-sum q x)."""
     row = tl.program_id(0).to(tl.int64)
     start, stop = span(V, BLOCK)
-    lanes = tl.arange(0, BLOCK)
     counted = True
     if MASK is not None:
         counted = tl.load(MASK + row) != 0
     S += row * stride_s
     O += row * stride_o
     G += row * stride_g
+    scale = (inv_t_s, inv_t_t, softcap)
     if counted:
-        lse_s, lse_t, c, mean_d = merged(PARTS + (row * SPLITS + tl.arange(0, SPLITS)) * NUM_PARTS, 0)
-        zeros = tl.zeros([BLOCK], tl.float32)
-        loss, clipped_loss, total_u, lost_q, entropy_s, entropy_t = zeros, zeros, zeros, zeros, zeros, zeros
+        lse_s, lse_t, c, mean_d, largest_x = merged(PARTS + (row * SPLITS + tl.arange(0, SPLITS)) * NUM_PARTS, 0)
         sum_u, lost, factor = 0.0, 0.0, 1.0
         if PHASE != "sum":
             factor = inv_t_s * grad_scale
@@ -274,31 +409,23 @@ def accumulate(
                 lost = tl.sum(tl.load(R + 3), 0)
             if token_clip is not None:
                 factor = tl.where(tl.sum(tl.load(R + 1), 0) <= token_clip, factor, 0.0)
-        for j in range(start, stop, BLOCK):
-            cols = j + lanes
-            exists = cols < stop
-            s, t, d = load_pair(S, O, BIAS_S, BIAS_T, cols, exists, (inv_t_s, inv_t_t, softcap), IS_DELTA)
-            p, q, l, u, bounded, clipped, k_q = evaluate(
-                s, t, d, lse_s, lse_t, c, exists, entry_clip, slope, TERM, BETA
+        plain = False
+        if IS_DELTA and BIAS_S is None and softcap is None:
+            plain = largest_x < FAR
+        if plain:
+            loss, clipped_loss, total_u, lost_q, entropy_s, entropy_t = second_sweep(
+                S, O, G, None, None, start, stop, scale, (lse_s, lse_t, c), sum_u, lost, factor, entry_clip, slope,
+                BOUNDED_TERM, BETA, PHASE, IS_DELTA, STATS, True, BLOCK,
             )  # fmt: skip
-            if PHASE != "grad":
-                loss += l
-            if entry_clip is not None:
-                clipped_loss += bounded
-                lost_q += tl.where(clipped, q, 0.0)
-            if PHASE == "sum":
-                total_u += u
-            if STATS and PHASE != "grad":
-                entropy_s += tl.where(q > 0, q * (lse_s - s), 0.0)
-                entropy_t += tl.where(p > 0, p * (lse_t - t), 0.0)
-            if PHASE != "sum":
-                g = gradient(s, q, u, k_q, clipped, sum_u, lost, entry_clip, inv_t_s, softcap, exists)
-                tl.store(G + cols, (g * factor).to(G.dtype.element_ty), mask=exists)
+        else:
+            loss, clipped_loss, total_u, lost_q, entropy_s, entropy_t = second_sweep(
+                S, O, G, BIAS_S, BIAS_T, start, stop, scale, (lse_s, lse_t, c), sum_u, lost, factor, entry_clip, slope,
+                TERM, BETA, PHASE, IS_DELTA, STATS, False, BLOCK,
+            )  # fmt: skip
         if PHASE != "grad":
             R = SUMS + (row * SPLITS + tl.program_id(1)) * NUM_SUMS
-            total = tl.sum(loss, 0)
-            put(R, (total, tl.sum(clipped_loss, 0) if entry_clip is not None else total), True)
-            put(R + 2, (tl.sum(total_u, 0), tl.sum(lost_q, 0), tl.sum(entropy_s, 0), tl.sum(entropy_t, 0)), True)
+            put(R, (loss, clipped_loss, total_u, lost_q, entropy_s, entropy_t), True)
     elif PHASE != "sum":
+        lanes = tl.arange(0, BLOCK)
         for j in range(start, stop, BLOCK):
             tl.store(G + j + lanes, tl.zeros([BLOCK], G.dtype.element_ty), mask=j + lanes < stop)

@@ -12,23 +12,38 @@ it is the textbook formula. A function may not produce NaN where p = q = 0, nor 
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp(x):
+    """e^x; 0 below 1e-38. Two instructions, where `tl.exp` takes three more for results as small as that."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x for x > 0, to rounding, in half of a division's instructions."""
+    r = tl.rsqrt(x)
+    r = r * r
+    return r * (2 - x * r)
+
 
 @triton.jit
 def expm1_parts(x):
     """expm1(x) and expm1(x) - x; to rounding, also where x is tiny."""
     small = tl.abs(x) < 0.5
-    y = tl.where(small, x, 0.0)
-    g = 1 / 5040 + y * (1 / 40320 + y * (1 / 362880))
-    g = 1 / 2 + y * (1 / 6 + y * (1 / 24 + y * (1 / 120 + y * (1 / 720 + y * g))))
-    bend = y * y * g
-    e = tl.exp(x) - 1
-    return tl.where(small, y + bend, e), tl.where(small, bend, e - x)
+    # (expm1(x) - x) / x^2 on |x| < 1/2: the polynomial of degree 5 with the least relative error, 2.4e-8
+    g = 0.008333452045917511 + x * (0.0013981997035443783 + x * 0.0001987562864087522)
+    bend = x * x * (0.5 + x * (0.1666666567325592 + x * (0.04166579619050026 + x * g)))
+    e = exp(x) - 1
+    return tl.where(small, x + bend, e), tl.where(small, bend, e - x)
 
 
 @triton.jit
 def log1p_parts(y):
     """log1p(y) and log1p(y) - y for |y| < 2/3, through 2 atanh(z) with z = y / (2 + y)."""
-    z = y / (2 + y)
+    z = y * reciprocal(2 + y)
     z2 = z * z
     tail = 2 * z * z2 * (1 / 3 + z2 * (1 / 5 + z2 * (1 / 7 + z2 * (1 / 9 + z2 * (1 / 11 + z2 * (1 / 13))))))
     return 2 * z + tail, tail - y * z
@@ -127,6 +142,6 @@ def alpha_divergence(x, p, q, near, e, bend, BETA: tl.constexpr):
         A: tl.constexpr = 1 - BETA
         e_a, bend_a = expm1_parts(A * tl.where(near, x, 0.0))  # (p / q)^a - 1
         # p^a q^(1-a), from the side on which the exponential cannot overflow
-        power = tl.where(x < 0, q * tl.exp(A * tl.minimum(x, 0.0)), p * tl.exp((A - 1) * tl.maximum(x, 0.0)))
+        power = tl.where(x < 0, q * exp(A * tl.minimum(x, 0.0)), p * exp((A - 1) * tl.maximum(x, 0.0)))
         l = tl.where(near, q * (bend_a - A * bend), power - A * p - (1 - A) * q) / (A * (A - 1))
         return l, tl.where(near, -q * e_a, q - power) / A

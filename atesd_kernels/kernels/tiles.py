@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .logprobs import NUM_LOGPROB_OUT, NUM_LOGPROB_PARTS, logprob_gradient, scaled
 from .rows import FAR, LOWEST, NUM_PARTS, NUM_SUMS, evaluate, gradient, load_bias, merged, prepare, put
-from .terms import expm1_parts
+from .terms import exp, expm1_parts
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def tile_pair(
 def rescale(m, z):
     """Online softmax over a tile's columns: new row maxima, factor on old sums, weights of z."""
     new = tl.maximum(m, tl.max(z, 1))
-    return new, tl.exp(m - new), tl.exp(z - new[:, None])
+    return new, exp(m - new), exp(z - new[:, None])
 
 
 @triton.jit
@@ -152,6 +152,7 @@ def tile_normalise(
     put(P, (m_s, a_s, b_e, b_d, m_t, a_t, largest, d0, at_s, at_t), there)
     if STATS:
         put((P + 10).to(tl.pointer_type(tl.int32), bitcast=True), (top_s, top_t), there)
+        put(P + 12, (m_s, m_t), there)
 
 
 @triton.jit(do_not_specialize=["sum_place"])  # it counts the blocks of a call, each else a kernel of its own
@@ -172,7 +173,7 @@ def tile_accumulate(
     row, there = tile_rows(ROWS, COUNT, BLOCK_M)
     start, stop = columns(V, first, BLOCK_N)
     own = tl.where(there, row, tl.load(ROWS).to(tl.int64))  # a row that is not there reads a counted one's parts
-    lse_s, lse_t, c, mean_d = merged(PARTS + (own[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]) * NUM_PARTS, 1)
+    lse_s, lse_t, c, mean_d, _ = merged(PARTS + (own[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]) * NUM_PARTS, 1)
     loss = tl.zeros([BLOCK_M], tl.float32)
     clipped_loss, total_u, lost_q, entropy_s, entropy_t, sum_u, lost = loss, loss, loss, loss, loss, loss, loss
     factor = loss + inv_t_s * grad_scale
@@ -200,7 +201,7 @@ def tile_accumulate(
                 H, H_T, (inv_t_s, inv_t_t, softcap), IS_DELTA, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
             )  # fmt: skip
             p, q, l, u, bounded, clipped, k_q = evaluate(
-                s, t, d, lse_s[:, None], lse_t[:, None], c[:, None], exists, entry_clip, slope, TERM, BETA
+                s, t, d, lse_s[:, None], lse_t[:, None], c[:, None], exists, entry_clip, slope, TERM, BETA, False
             )  # fmt: skip
             if PHASE != "sum":
                 g = gradient(

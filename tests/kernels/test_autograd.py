@@ -1,10 +1,13 @@
 """The losses in torch's machinery: what backward forms and refuses, torch.compile, operator registration, autocast."""
 
+import importlib.util
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import atesd_kernels as ak
-from atesd_kernels import linear_divergence, linear_logprobs, reference
+from atesd_kernels import exposure_logprobs, linear_divergence, linear_logprobs, planning, reference
 
 from .cases import DEVICE, make_pair, relative_l2
 
@@ -84,6 +87,55 @@ def test_torch_compile_traces_a_caller_without_a_graph_break():
         function(hidden, weight, pair.teacher_hidden, mask, targets).backward()
         gradients.append((hidden.grad, weight.grad))
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(*gradients, strict=True))
+
+
+def no_search(name, package=None):  # torch 2.13 can trace the real one, torch 2.11 cannot
+    raise AssertionError(f"searches for {name} while it is traced")
+
+
+@pytest.mark.parametrize("backend", ("auto", *planning.BACKENDS))
+def test_torch_compile_traces_a_caller_on_a_gpu_without_a_graph_break(backend, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", no_search)
+    calls, indexed = [], torch.backends.cuda.is_built()
+
+    def keep(graph, inputs):
+        calls.extend(node.args for node in graph.graph.nodes if str(node.target).startswith("atesd_kernels"))
+        return graph
+
+    def step(hidden, weight, teacher, bias, targets, lengths):
+        options = dict(mask=targets > 0, targets=targets, entry_clip=0.1, divergence="jsd", backend=backend)
+        loss = linear_divergence(hidden, weight, teacher, student_bias=bias, **options)
+        loss = loss + ak.divergence(hidden @ weight.T, teacher @ weight.T, **options)
+        values = linear_logprobs(hidden, weight, targets, mask=targets > 0, softcap=30.0, backend=backend)
+        if indexed:
+            loss = loss + exposure_logprobs(hidden, weight, targets, lengths, lengths // 2, backend=backend).sum()
+        return loss + values.sum()
+
+    # A GPU's tensors, without a GPU. A CPU build of torch can neither index them nor record gradients.
+    with FakeTensorMode(), torch.device("cuda"):
+        hidden, teacher = torch.zeros(2, 2, 4, 16, dtype=torch.bfloat16)
+        weight, bias = torch.zeros(50, 16, dtype=torch.bfloat16), torch.zeros(50, dtype=torch.bfloat16)
+        targets, lengths = torch.zeros(2, 4, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+        torch.compile(step, fullgraph=True, backend=keep)(hidden, weight, teacher, bias, targets, lengths)
+    chosen = [argument for arguments in calls for argument in arguments if argument in planning.BACKENDS]
+    assert len(chosen) >= 3  # the operator of `exposure_logprobs` has no choice
+    assert set(chosen) == {"triton" if backend == "auto" else backend}
+
+
+@pytest.mark.parametrize("backend", [b for b in planning.BACKENDS if planning.unavailable(b, DEVICE) is None])
+def test_torch_compile_traces_a_caller_that_names_its_backend(backend, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", no_search)
+    pair = make_pair(n=8, v=50)
+
+    def step(hidden):
+        return linear_divergence(hidden * 1.0, pair.student_weight, pair.teacher_hidden, backend=backend)
+
+    gradients = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        hidden = pair.student_hidden.clone().requires_grad_()
+        function(hidden).backward()
+        gradients.append(hidden.grad)
+    assert gradients[0].norm() > 0 and torch.allclose(*gradients, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="opcheck compares with the CPU implementation")

@@ -35,6 +35,6 @@ def test_the_other_passes_compile_too():
 
 
 def test_without_a_compiler_the_compiled_passes_are_refused_with_the_reason(monkeypatch):
-    monkeypatch.setattr(planning, "_no_compiler", lambda device: "torch.compile finds no C++ compiler")
+    monkeypatch.setattr(planning, "_no_compiler", lambda: "torch.compile finds no C++ compiler")
     with pytest.raises(ValueError, match=r"'torch_compiled' is not available: torch.compile finds no"):
         linear_divergence(*make_pair().tensors, backend="torch_compiled")

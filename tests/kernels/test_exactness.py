@@ -23,7 +23,9 @@ from .cases import (
 )
 
 SCALES = {1e-4: 0.007, 1e-2: 0.07, 1e-1: 0.22, 1.0: 0.75}  # mean forward KL -> make_pair's scale
-FP32_GRADIENT, FP32_LOSS, BF16_GRADIENT = 1e-5, 1e-6, 5e-3
+FP32_GRADIENT, BF16_GRADIENT = 1e-5, 5e-3
+# a GPU's exponential is exact to 2e-7; the three rows of an interpreted pair average out less of that than 67
+FP32_LOSS = {b: 2e-6 if INTERPRETED and b != "torch" else 1e-6 for b in BACKENDS}
 HEADS = {
     "shared": dict(shared=True),
     "separate": dict(shared=False),
@@ -33,9 +35,9 @@ HEADS = {
 ON_HEADS = [(b, h) for b in BACKENDS for h in HEADS if not (INTERPRETED and b == "triton_tiled" and h != "shared")]
 
 
-def assert_fp32(result):
+def assert_fp32(result, backend):
     assert result.hidden_error <= FP32_GRADIENT
-    assert result.loss_error <= FP32_LOSS
+    assert result.loss_error <= FP32_LOSS[backend]
     assert result.weight_error is None or result.weight_error <= FP32_GRADIENT
     assert result.bias_error is None or result.bias_error <= FP32_GRADIENT
 
@@ -51,7 +53,7 @@ def test_the_pairs_diverge_as_much_as_their_name_says(kl):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_fp32_gradients_are_exact_however_near_the_teacher(divergence, kl, heads, backend):
     pair = make_pair(**size(backend), scale=SCALES[kl], **HEADS[heads])
-    assert_fp32(compare(pair, divergence=divergence, beta=0.3, temperature=1.1, backend=backend))
+    assert_fp32(compare(pair, divergence=divergence, beta=0.3, temperature=1.1, backend=backend), backend)
 
 
 @pytest.mark.parametrize("backend", BF16_BACKENDS)
@@ -125,7 +127,7 @@ def option_cases():
 def test_every_option_is_exact_for_every_divergence(divergence, options, heads, backend):
     pair = make_pair(**size(backend), scale=0.07, **HEADS[heads])
     options = materialise(OPTIONS[options], len(pair.student_hidden), len(pair.student_weight))
-    assert_fp32(compare(pair, divergence=divergence, beta=0.7, backend=backend, **options))
+    assert_fp32(compare(pair, divergence=divergence, beta=0.7, backend=backend, **options), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -144,7 +146,7 @@ def test_entry_clip_bounds_terms_and_removes_their_gradient(divergence, kl, back
     # logit's error, which cancels in a divergence's first order, does not where some of the terms are cut: no fp32
     # logits make the sum surer than an ulp of what is added.
     ulp = 2**-24 * terms_of(pair, divergence, 0.3).clamp_max(clip).abs().sum().item()
-    assert clipped.loss_error * abs(clipped.loss) <= FP32_LOSS * whole.loss + ulp
+    assert clipped.loss_error * abs(clipped.loss) <= FP32_LOSS[backend] * whole.loss + ulp
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -154,7 +156,7 @@ def test_token_clip_bounds_tokens_and_removes_their_gradient(divergence, backend
     tokens = linear_divergence(*pair.tensors, divergence=divergence, beta=0.3, reduction="none")
     middle = 3 * len(tokens) // 5
     clip = tokens.double().sort().values[middle : middle + 2].mean().item()
-    assert_fp32(compare(pair, divergence=divergence, beta=0.3, token_clip=clip, backend=backend))
+    assert_fp32(compare(pair, divergence=divergence, beta=0.3, token_clip=clip, backend=backend), backend)
     hidden = pair.student_hidden.clone().requires_grad_()
     options = dict(divergence=divergence, beta=0.3, token_clip=clip, backend=backend)
     linear_divergence(hidden, *pair.tensors[1:], **options).backward()
@@ -170,7 +172,7 @@ def test_any_upstream_gradient_per_token_is_exact(divergence, trained_head, back
     result = compare(
         pair, divergence=divergence, trained_head=trained_head, reduction="none", upstream=upstream, backend=backend
     )
-    assert_fp32(result)
+    assert_fp32(result, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -181,7 +183,7 @@ def test_unrelated_teacher_and_student_are_exact_too(divergence, backend):
     s, t = (reference.logits(h, far.student_weight) for h in (far.student_hidden, far.teacher_hidden))
     assert (s - t).abs().max() > NEAR * (0.5 if INTERPRETED and backend != "torch" else 1)
     for p in (pair, far):
-        assert_fp32(compare(p, divergence=divergence, beta=0.3, backend=backend))
+        assert_fp32(compare(p, divergence=divergence, beta=0.3, backend=backend), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

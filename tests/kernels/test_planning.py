@@ -1,11 +1,14 @@
-"""How many rows a chunk of the Triton backend has on a GPU, of which only the memory is asked."""
+"""How many rows a chunk of the Triton backend has on a GPU, of which only the memory is asked; and who runs there."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from atesd_kernels.planning import ChunkPlan, gpu_chunk_bytes
+from atesd_kernels import planning
+from atesd_kernels.planning import ChunkPlan, choose_backend, gpu_chunk_bytes
 
 VOCAB = 151_936
 GIB = 1 << 30
@@ -55,3 +58,30 @@ def test_a_small_gpu_gives_an_eighth_of_its_memory(gpu):
 
 def test_a_cpu_keeps_to_its_own_budget():
     assert gpu_chunk_bytes(8192, VOCAB, 6, True, torch.device("cpu")) == 128 << 20
+
+
+@pytest.mark.parametrize(
+    "missing, reason",
+    (
+        ({"HAS_TRITON": False}, "pip install triton"),
+        ({"HAS_TWIN": dict.fromkeys(planning.HAS_TWIN, False)}, "this build of atesd_kernels has no Triton backends"),
+    ),
+    ids=("triton", "twins"),
+)
+def test_without_triton_a_gpu_runs_the_torch_backend_and_no_other(missing, reason, monkeypatch):
+    device = torch.device("cuda")
+    assert choose_backend("auto", device, torch.bfloat16, True) == "triton"
+    for name, value in missing.items():
+        monkeypatch.setattr(planning, name, value)
+    assert choose_backend("auto", device, torch.bfloat16, True) == "torch"
+    for backend in ("triton", "triton_tiled"):
+        with pytest.raises(ValueError, match=f"'{backend}' is not available: .*{reason}"):
+            choose_backend(backend, device, torch.bfloat16, True)
+
+
+def test_a_missing_triton_is_noticed_and_an_installed_one_is_not_imported():
+    told = "planning.HAS_TRITON, bool(sys.modules.get('triton'))"
+    code = f"import sys{{}}; from atesd_kernels import planning; print({told})"
+    for hidden, printed in (("", "True False"), ("; sys.modules['triton'] = None", "False False")):
+        done = subprocess.run([sys.executable, "-c", code.format(hidden)], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == printed

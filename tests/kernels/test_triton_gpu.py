@@ -258,6 +258,21 @@ def test_given_logits_with_rows_far_apart_in_memory(dtype):
     assert relative(leaf.grad, s64.grad) <= BOUND[dtype]
 
 
+@pytest.mark.skipif(SANITIZED, reason="its tensors lie on the CPU, where torch multiplies")
+@pytest.mark.parametrize("keep_graph", (False, True))
+def test_an_upstream_number_is_not_rounded_to_bf16(keep_graph):
+    student, weight, teacher, _ = pair(torch.bfloat16, n=64)
+    factor = 1.001 / 3  # bf16 would make it 0.1 % larger
+    grads = []
+    for upstream in (1.0, factor):
+        h, w = on_gpu(student).requires_grad_(), on_gpu(weight).requires_grad_()
+        loss = linear_divergence(h, w, on_gpu(teacher), backend="triton")
+        loss.backward(torch.tensor(upstream, device=DEVICE), retain_graph=keep_graph)
+        grads.append([g.double() for g in (h.grad, w.grad)])
+    for one, scaled in zip(*grads, strict=True):
+        assert ((one * scaled).sum() / (one * one).sum()).item() == pytest.approx(factor, rel=2e-4)
+
+
 def test_two_runs_give_the_same_bits():
     student, weight, teacher, _ = pair(torch.bfloat16)
     for backend in BACKENDS:

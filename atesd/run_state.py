@@ -20,6 +20,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import get_scheduler
 
+from atesd.adapters import adapter_layers, inputs_cast_by_autocast
 from atesd.batching import ProblemSampler
 from atesd.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from atesd.config import ATESDConfig
@@ -107,9 +108,7 @@ class RunState:
             shard(self.model, plugin, self.device)
             self.gather_head()
         # flash-attention has no float32 form
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=config.attn_implementation == "flash_attention_2"
-        ):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.attn_implementation != "sdpa"):
             check_head(self.model)
             check_packing(self.model)
         reshard(self.model)
@@ -129,6 +128,7 @@ class RunState:
         self.backbone, self.head = hidden_states_and_head(self.model)
         if self.zero:
             self.backbone, self.head = self.zero.backbone_and_head(self.head)
+        self.adapter_layers = adapter_layers(self.model) if config.bf16 else []
         self.teacher = Teacher(self.model, config.teacher, ema_decay=config.ema_decay, bf16=config.bf16)
         self.meter = OutcomeMeter(
             self.model,
@@ -178,6 +178,7 @@ class RunState:
         cached = not in_shards(self.model)
         with (
             fast_fp32_products(self.device),
+            inputs_cast_by_autocast(self.adapter_layers),
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16, cache_enabled=cached),
         ):
             yield

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from atesd.adapters import adapter_layers, adapter_off, has_plain_switch, with_attribute
 from atesd.batching import PackedBatch, hidden_rows
 from atesd.sharding import cut_like, held, in_shards, reshard, whole
 from atesd_kernels.integrations.head import HeadSpec, hidden_states_and_head, unwrap
@@ -51,6 +52,8 @@ class Teacher:
         backbone = getattr(base, base.base_model_prefix)  # the module: `self.backbone` may be a wrapper's forward
         reshard(model)
         self.disable_adapter = kind == "frozen" and hasattr(model, "disable_adapter")
+        self.adapter_layers = adapter_layers(model) if self.disable_adapter and has_plain_switch(model) else []
+        self.modules = list(model.modules())  # to walk them takes longer than to launch a layer
         self.sources: dict[str, Tensor] = {}  # trained parameters, by their name in the backbone or "head.*"
         if kind != "live" and not self.disable_adapter:
             self.sources = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
@@ -88,11 +91,17 @@ class Teacher:
     def backbone_call(self, **inputs: Any) -> Any:
         """The backbone under the teacher's weights, without gradient or dropout."""
         values = {name: value for name, value in self.values.items() if not name.startswith("head.")}
-        with evaluating(self.model), self.model.disable_adapter() if self.disable_adapter else contextlib.nullcontext():
+        with with_attribute(self.modules, "training", False), self.without_adapter():
             if values and in_shards(self.model):
                 with exchanged(self.model, self.sources, values):
                     return self.backbone(**inputs)
             return torch.func.functional_call(self.backbone, values, (), inputs) if values else self.backbone(**inputs)
+
+    def without_adapter(self) -> contextlib.AbstractContextManager[None]:
+        """Where the base model teaches: the adapter is off."""
+        if self.adapter_layers:
+            return adapter_off(self.adapter_layers)
+        return self.model.disable_adapter() if self.disable_adapter else contextlib.nullcontext()
 
     @torch.no_grad()
     def update(self) -> None:
@@ -146,12 +155,6 @@ def local(value: Any) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout or gradient checkpointing, and back to what it was."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+def evaluating(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Without dropout or gradient checkpointing, and back to what each module was."""
+    return with_attribute(model.modules(), "training", False)

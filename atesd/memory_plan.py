@@ -2,13 +2,17 @@
 
 Separate so that `--dry-run` and `atesd scaling` read the same formulas. Parameters are counted on a model without
 storage (torch's meta device), so the numbers for weights, gradients and optimizer are exact; activations are an
-estimate, whose constants are our own measurement of the tensors autograd keeps. Times are predicted from a device's
-data sheet and have not been compared with a GPU.
+estimate, whose constants are our own measurement of the tensors autograd keeps.
+
+Times are predicted from a device's data sheet: matrix products by their FLOPs, everything between them by the bytes it
+moves (`layer_traffic`). Left out are the host's launches, which the plan takes to run ahead of the GPU (small
+micro-batches, and layers as fast as Liger's, can wait for them), casts of weights, the adapter's products, which are
+too thin to reach a GPU's speed, and the embedding.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -267,8 +271,10 @@ class Accelerator:
         return self.of_link * (self.link if processes <= self.node else self.network)
 
 
-# NVIDIA's data sheets: H100 SXM (NVLink 900 GB/s, half of it each way), and DGX H100 (400 Gb/s of network for each GPU)
+# NVIDIA's data sheets: H100 and H200 SXM (NVLink 900 GB/s, half of it each way), and DGX H100 (400 Gb/s of network for
+# each GPU)
 H100 = Accelerator("H100 SXM 80 GB", memory=80e9, flops=989e12, bandwidth=3.35e12, link=450e9, network=50e9)
+H200 = replace(H100, name="H200 SXM 141 GB", memory=141e9, bandwidth=4.8e12)
 
 
 @dataclass(frozen=True)
@@ -331,6 +337,33 @@ def plan_products(shape: ModelShape, config: ATESDConfig, prompt_tokens: int) ->
     )
 
 
+# Bytes that the kernels between a layer's matrix products read and write for each of (hidden, query and key, the gated
+# MLP's width), in bf16. transformers: a norm goes to fp32 and back in six kernels, 32 bytes, and there are two of the
+# hidden states and one of query and key; two sums with the residual, 6 each; rotations 20; activation and gate 10.
+# Liger: one kernel for a norm and for a rotation, 4 each, and one for activation and gate, 6.
+KERNEL_BYTES = {"transformers": (76, 52, 10), "liger": (20, 8, 6)}
+ADAPTER_BYTES = 10  # of a linear layer's output: the adapter's part is scaled, and added
+
+
+@dataclass(frozen=True)
+class LayerTraffic:
+    """Bytes that the layers' kernels between matrix products read and write in one process's step."""
+
+    teacher: int
+    student: int  # forward and backward
+
+
+def layer_traffic(shape: ModelShape, config: ATESDConfig, prompt_tokens: int) -> LayerTraffic:
+    """Counted for a layer of Qwen3's kind, with bf16 weights; backward moves about twice what forward does."""
+    hidden, heads, mlp = KERNEL_BYTES["liger" if config.use_liger_kernel else "transformers"]
+    forward = hidden * shape.hidden + heads * (shape.query + shape.kv) + mlp * shape.intermediate
+    outputs = shape.query + 2 * shape.kv + 2 * shape.hidden + 2 * shape.intermediate
+    adapter = ADAPTER_BYTES * outputs if config.use_peft else 0
+    responses = config.per_device_train_batch_size * config.num_generations * config.gradient_accumulation_steps
+    in_layers = responses * (prompt_tokens + config.max_completion_length) * shape.layers
+    return LayerTraffic(in_layers * forward, in_layers * (forward + adapter) * (3 + config.gradient_checkpointing))
+
+
 @dataclass(frozen=True)
 class TimePlan:
     """Seconds of a distillation step; collectives run beside the training, so the longer of the two counts."""
@@ -349,12 +382,13 @@ class TimePlan:
 def plan_time(shape: ModelShape, config: ATESDConfig, prompt_tokens: int, gpu: Accelerator, layout: Layout) -> TimePlan:
     """The time of a step: all its responses decoded at once; checkpoints, probes and evaluations not counted."""
     products, speed = plan_products(shape, config, prompt_tokens), gpu.flops * gpu.of_flops
+    between, moved = layer_traffic(shape, config, prompt_tokens), gpu.bandwidth * gpu.of_bandwidth
     response = config.max_completion_length
     responses = config.per_device_train_batch_size * config.num_generations * config.gradient_accumulation_steps
     # decoding reads all matrices for every token, and what is in the cache: on average half of the response
     reading = (shape.matrices + shape.vocab * shape.hidden) * BF16 / layout.decoding
     reading += responses * (prompt_tokens + response / 2) * shape.layers * 2 * shape.kv * low_bytes(config)
-    a_token = max(reading / (gpu.bandwidth * gpu.of_bandwidth), products.decoding / speed)
+    a_token = max(reading / moved, products.decoding / speed)
     if layout.decoding > 1:  # two sums over the group in every layer
         summed = 2 * layout.decoding * responses * shape.hidden * BF16
         a_token += 2 * shape.layers * (gpu.latency + summed / gpu.wire(layout.decoding))
@@ -364,8 +398,8 @@ def plan_time(shape: ModelShape, config: ATESDConfig, prompt_tokens: int, gpu: A
     communication += 2 * ring(replicas) * traffic.reduced / gpu.wire(layout.processes)
     return TimePlan(
         rollout=products.prefill / speed + response * a_token,
-        teacher=products.teacher / speed,
-        student=products.student / speed,
+        teacher=products.teacher / speed + between.teacher / moved,
+        student=products.student / speed + between.student / moved,
         loss=products.loss / speed,
         communication=communication,
     )

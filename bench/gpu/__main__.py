@@ -27,11 +27,11 @@ from bench.gpu.stage import RESULT, Stage, read
 STAGES = {
     1: ("card", 15),
     2: ("correct", 115),
-    3: ("headline", 95),
-    4: ("kernels", 75),
-    5: ("model_shapes", 85),
-    6: ("step", 110),
-    7: ("rollouts", 45),
+    3: ("headline", 90),
+    4: ("kernels", 65),
+    5: ("model_shapes", 80),
+    6: ("step", 105),
+    7: ("rollouts", 50),
 }
 LEAST_SECONDS = 10  # a stage that has less is left out
 DRY_SECONDS = 240

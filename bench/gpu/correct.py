@@ -23,7 +23,7 @@ from bench.gpu.clock import first_line
 from bench.gpu.stage import Stage
 from bench.machine import ROOT
 
-# calls of pytest; the last one is long and may be cut short
+# calls of pytest, each with what the one before left of the time
 TESTS = {
     "kernels": (
         "tests/kernels/test_triton_gpu.py",
@@ -31,8 +31,8 @@ TESTS = {
         "tests/kernels/test_autograd.py",
         "tests/kernels/test_peers.py",
     ),
-    "loop": ("tests/loop/test_varlen_gpu.py", "tests/loop/test_waits_gpu.py", "--noconftest"),
     "exactness": ("tests/kernels/test_exactness.py",),
+    "loop": ("tests/loop/test_varlen_gpu.py", "tests/loop/test_waits_gpu.py", "--noconftest"),
 }
 DRY_TESTS = {"planning": ("tests/kernels/test_planning.py",)}
 MOST_FAILURES = 60  # named in the result

@@ -42,6 +42,7 @@ DIVERGENCES = (
     ("forward_kl", {"entry_clip": entrants.ENTRY_CLIP}),
 )
 PRODUCTS = timing.OWN_GEMMS
+BF16_LOGITS = f"{OURS}, logits_dtype=bf16"
 # in order of worth: what comes late is what the time limit costs first
 PEERS = (
     "Liger fused JSD", DENSE, entrants.LIGER_EAGER, "flash-linear-attention", "ORDA", TRL_CHUNKED,
@@ -56,6 +57,13 @@ def sizes(stage: Stage) -> tuple[Shape, int]:
 def backends(stage: Stage) -> dict[str, str]:
     """Names in tables, and what `backend=` is given."""
     return {OURS: "torch" if stage.dry else "triton"} | ({} if stage.dry else {f"{OURS}, triton_tiled": "triton_tiled"})
+
+
+def with_bf16_logits(x: Inputs, backend: str) -> Tensor:
+    """The student's logits rounded to bf16, as most peers round both models': fewer bytes, more error."""
+    return atesd_kernels.linear_divergence(
+        x.student, x.weight, x.teacher, logits_dtype=torch.bfloat16, backend=backend
+    )
 
 
 def gradients(function: Callable[[Inputs], Tensor], x: Inputs, trained: bool) -> list[Tensor]:
@@ -73,6 +81,7 @@ def run(stage: Stage) -> None:
     truth = entrants.oracle("forward_kl", checked)[1]
     stage.say("inputs and float64 are there")
     ours = {name: partial(entrants.ours, "forward_kl", backend=backend) for name, backend in backends(stage).items()}
+    ours[BF16_LOGITS] = partial(with_bf16_logits, backend=backends(stage)[OURS])
     for trained in (False, True):
         measure(stage, "trained" if trained else "frozen", ours, x, trained, truth)
     every_divergence(stage, x)
@@ -111,7 +120,7 @@ def measure(stage: Stage, key: str, functions: dict, x: Inputs, trained: bool, t
             rows.setdefault(name, {}).update(timing.summary(own))
         stage.keep(**{key: {"rows": rows, "failed": failed}})
 
-    timing.interleave(jobs, 7, budget=max(2.0, min(20.0, stage.left - 10)), after_round=keep)
+    timing.interleave(jobs, 11, budget=max(2.0, min(14.0, stage.left - 10)), after_round=keep)
     for name in (*functions, PRODUCTS):
         if "median" in rows.get(name, {}):
             stage.say(f"{key}: {name}: {1e3 * rows[name]['median']:.2f} ms")
@@ -162,7 +171,12 @@ def warm(shape: Shape = SHAPE, tokens: int = TOKENS) -> list[Callable[[], object
         loss.backward()
 
     found = [partial(call, name, options, "triton", ONE_PROGRAM_A_ROW) for name, options in DIVERGENCES]
-    return [*found, partial(call, "forward_kl", {}, "triton_tiled", tokens)]
+    low = dict(logits_dtype=torch.bfloat16)
+    return [
+        *found,
+        partial(call, "forward_kl", low, "triton", ONE_PROGRAM_A_ROW),
+        partial(call, "forward_kl", {}, "triton_tiled", tokens),
+    ]
 
 
 def table(result: dict) -> str:

@@ -24,12 +24,12 @@ def row_chunks(x: Inputs, trained: bool) -> list[slice]:
 def trained_products(x: Inputs) -> None:
     """S, D, dH and dW, the last added up in fp32."""
     difference = (x.teacher.float() - x.student.float()).to(x.student.dtype)
-    weight_grad = torch.zeros(x.weight.shape, device=x.weight.device)
+    weight_grad = torch.empty(x.weight.shape, device=x.weight.device)
     for rows in row_chunks(x, trained=True):
         matmul.logits(x.student[rows], x.weight, torch.float32)
         g = matmul.logits(difference[rows], x.weight, x.weight.dtype)
         matmul.hidden_grad(g, x.weight)
-        matmul.add_weight_grad(weight_grad, g, x.student[rows])
+        matmul.add_weight_grad(weight_grad, g, x.student[rows], overwrite=rows.start == 0)
 
 
 @torch.no_grad()

@@ -1,0 +1,206 @@
+"""bench/results/gpu/*.json -> README's tables, with the card's name on every row. `python -m bench.gpu` writes the files.
+
+Separate from report.py, which prints all of one run: here stands what a reader of the README looks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from bench import machine, timing
+from bench.entrants import OURS, TRL_CHUNKED
+from bench.gpu import headline, step_table
+from bench.gpu.step_variants import OURS as OUR_STEP
+from bench.machine import markdown
+
+NOT_MEASURED = "not yet measured on a GPU"
+HEADS = ("frozen", "trained")
+# of bf16: what rounds both models' logits loses the direction of a small gradient
+EXACT = 0.005
+
+
+def results() -> list[dict]:
+    """One for each card, complete or not."""
+    return [machine.load(name) for name in machine.names_of("gpu/*")]
+
+
+def card(result: dict) -> str:
+    return result["stages"]["card"]["card"]["name"]
+
+
+def heads(result: dict) -> Iterator[tuple[str, dict]]:
+    """The heads that were measured, with the rows of the run that had most entrants."""
+    found = result["stages"].get("headline", {})
+    for head in HEADS:
+        if rows := found.get(f"{head}, with peers") or found.get(head):
+            yield head, rows
+
+
+def head_rows() -> str:
+    """Forward KL at the published shape, every entrant."""
+    cells = []
+    for result in results():
+        shape, tokens = (result["stages"].get("headline", {}).get(key) for key in ("shape", "tokens"))
+        for head, found in heads(result):
+            units, rows = (3 if head == "frozen" else 4), found["rows"]
+            own = rows[OURS]["median"]
+            flops = units * 2 * tokens * shape["hidden"] * shape["vocab"]
+            for name, row in sorted(rows.items(), key=lambda item: item[1].get("median", float("inf"))):
+                if "median" in row:
+                    extra = f"{row['extra_bytes'] / 2**30:.1f}" if "extra_bytes" in row else ""
+                    cells.append([
+                        f"{name}, {head} head", card(result), timing.with_spread(row),
+                        f"{flops / row['median'] / 1e12:.0f}", f"{row['median'] / own:.2f}x", extra,
+                        machine.percent(row.get("gradient_error")),
+                    ])  # fmt: skip
+            cells += [[f"{name}, {head} head", card(result), why, *[""] * 4] for name, why in found["failed"].items()]
+    header = ["forward + backward, bf16", "GPU", "median (range)", "TFLOP/s", "of ours", "extra GiB", "gradient error"]
+    return markdown(header, cells)
+
+
+def divergence_rows() -> str:
+    """Each divergence beside what its products and its bytes allow."""
+    cells = []
+    for result in results():
+        for head in HEADS:
+            for name, row in result["stages"].get("headline", {}).get(f"divergences, {head}", {}).items():
+                allowed = row["allowed"]
+                cells.append([
+                    f"{name}, {head} head", card(result), f"{1e3 * row['seconds']:.1f} ms",
+                    f"{1e3 * allowed:.1f} ms" if allowed else "",
+                    f"{row['seconds'] / allowed:.2f}" if allowed else "",
+                ])  # fmt: skip
+    return markdown(["divergence", "GPU", "time", "products and bytes allow", "of that"], cells)
+
+
+def step_rows() -> str:
+    """A training step beside TRL's."""
+    cells = []
+    for result in results():
+        for row in result["stages"].get("step", {}).get("rows", {}).values():
+            group = [
+                r for r in result["stages"]["step"]["rows"].values()
+                if (r["setting"], r["workload"]) == (row["setting"], row["workload"])
+            ]  # fmt: skip
+            own = next((r for r in group if r["variant"] == OUR_STEP), None)
+            cells.append([
+                f"{row['variant']}; {row['setting']}, {row['workload']}", card(result),
+                *step_table.step_cells(row, own)[1:],
+            ])  # fmt: skip
+    return markdown(["step", "GPU", *step_table.COLUMNS], cells)
+
+
+def correct_rows() -> str:
+    """What ran on the GPU and held."""
+    cells = []
+    for result in results():
+        found = result["stages"].get("correct", {})
+        for name, tests in found.get("tests", {}).items():
+            counts = ", ".join(f"{tests[key]} {key}" for key in ("passed", "failed", "skipped") if key in tests)
+            cells.append([f"tests, {name}", card(result), counts or tests["why"]])
+        for name, check in found.get("checks", {}).items():
+            verdict = {True: "passed", False: "failed", None: "not run"}[check["passed"]]
+            cells.append([name.replace("_", " "), card(result), verdict])
+        if "sanitizer" in found:
+            cells.append(["compute-sanitizer", card(result), "no fault" if found["sanitizer"]["passed"] else "faults"])
+    return markdown(["check", "GPU", "outcome"], cells)
+
+
+Figure = tuple[float, str]
+
+
+def gradient_errors() -> Iterator[Figure]:
+    for result in results():
+        for head, found in heads(result):
+            if "gradient_error" in found["rows"].get(OURS, {}):
+                yield 100 * found["rows"][OURS]["gradient_error"], f"{card(result)}, {head} head"
+
+
+def over_allowed() -> Iterator[Figure]:
+    """Times over what products and bytes allow (the 3 % of slack are in it)."""
+    for result in results():
+        for head in HEADS:
+            for name, row in result["stages"].get("headline", {}).get(f"divergences, {head}", {}).items():
+                if row["allowed"]:
+                    yield row["seconds"] / row["allowed"], f"{card(result)}, {name}, {head} head"
+
+
+def peers(exact: bool) -> Iterator[Figure]:
+    """A peer's time over ours; with `exact`, of those whose gradient is as exact as ours is meant to be."""
+    for result in results():
+        for head, found in heads(result):
+            own = found["rows"][OURS]["median"]
+            for name, row in found["rows"].items():
+                is_peer = "median" in row and not name.startswith(OURS) and name != headline.PRODUCTS
+                if is_peer and (not exact or row.get("gradient_error", 1) < EXACT):
+                    yield row["median"] / own, f"{card(result)}, {name}, {head} head"
+
+
+def extra_memory() -> Iterator[Figure]:
+    for result in results():
+        for head, found in heads(result):
+            if "extra_bytes" in found["rows"][OURS]:
+                yield found["rows"][OURS]["extra_bytes"] / 2**30, f"{card(result)}, {head} head"
+
+
+def step_gains() -> Iterator[Figure]:
+    """Our tokens a second over those of TRL's chunked loss, in the same setting."""
+    for result in results():
+        rows = list(result["stages"].get("step", {}).get("rows", {}).values())
+        for own in (row for row in rows if row["variant"] == OUR_STEP):
+            for row in rows:
+                same = (row["setting"], row["workload"]) == (own["setting"], own["workload"])
+                if same and row["variant"].startswith(TRL_CHUNKED.split(" (")[0]):
+                    gain = own["tokens_per_second"] / row["tokens_per_second"]
+                    yield gain, f"{card(result)}, {own['setting']}, {own['workload']}"
+
+
+# what, the limit as it is said, the figures, which of them is the worst, whether that is within the limit
+TARGETS: list[tuple[str, str, Callable[[], Iterator[Figure]], Callable, Callable[[float], bool]]] = [
+    ("bf16 gradient error, %", "at most 0.5", gradient_errors, max, (0.5).__ge__),
+    ("time of a divergence over what products and bytes allow", "at most 1", over_allowed, max, (1.0).__ge__),
+    ("fastest peer as exact, over ours", "at least 1.15", lambda: peers(exact=True), min, (1.15).__le__),
+    ("fastest peer of any error, over ours", "at least 1.15", lambda: peers(exact=False), min, (1.15).__le__),
+    ("extra memory, GiB", "at most 1.5", extra_memory, max, (1.5).__ge__),
+    ("step, tokens/s over TRL's chunked loss", "at least 1.5", step_gains, min, (1.5).__le__),
+]
+
+
+def target_rows() -> str:
+    cells = []
+    for what, limit, figures, worst, within in TARGETS:
+        found = list(figures())
+        if not found:
+            cells.append([what, limit, NOT_MEASURED, "", ""])
+            continue
+        value, where = worst(found)
+        cells.append([what, limit, f"{value:.3g}", where, "yes" if within(value) else "**no**"])
+    return markdown(["target", "limit", "worst measured", "where", "reached"], cells)
+
+
+def sources() -> str:
+    lines = []
+    for result in results():
+        found = result["stages"]["card"]
+        software = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        c = found["card"]
+        lines.append(
+            f"\n<sub>{c['name']}, {c['memory_gib']} GiB, driver {c['driver']}, CUDA {c['cuda']}: copies "
+            f"{found['copy_bytes_per_second'] / 1e12:.2f} TB/s, an {found['product_cube']}-cube bf16 product "
+            f"{found['product_flops_per_second'] / 1e12:.0f} TFLOP/s; {software}; commit {found['commit']}</sub>"
+        )
+    return "".join(lines)
+
+
+def of(rows: Callable[[], str]) -> Callable[[], str]:
+    """A table of `bench.table`: its rows with their source, or one line where there is no result."""
+    return lambda: f"{rows()}\n{sources()}" if results() else f"{NOT_MEASURED.capitalize()}.\n"
+
+
+TABLES = {
+    "gpu_correct": of(correct_rows),
+    "gpu_losses": of(head_rows),
+    "gpu_divergences": of(divergence_rows),
+    "gpu_step": of(step_rows),
+    "gpu_targets": of(target_rows),
+}

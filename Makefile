@@ -2,6 +2,7 @@
 # make test    the same environment with the test extra, and the tests
 # make test-deepspeed   training under DeepSpeed's ZeRO-2 and ZeRO-3, in an environment on top of that one
 # make test-vllm   rollouts with the real vLLM, its CPU build, in an environment of its own
+# make test-oldest   the oldest torch, triton and transformers allowed, in an environment of its own
 #
 # PYTHON=python3.12 picks another interpreter, VENV=path another environment, ARGS="--max_steps 4" adds arguments.
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 INPUTS := setup.py pyproject.toml constraints.txt
 
-.PHONY: train test test-deepspeed test-vllm can-test-vllm sanitize can-sanitize compile-report lint bench gpu model clean
+.PHONY: train test test-deepspeed test-vllm can-test-vllm test-oldest can-test-oldest sanitize can-sanitize compile-report lint bench gpu model clean
 .DELETE_ON_ERROR:
 
 train: model
@@ -40,13 +41,28 @@ SANITIZE_VENV ?= .venv-sanitize
 sanitize: $(SANITIZE_VENV)/.installed
 	$(SANITIZE_VENV)/bin/python -m ttsem.sanitize pytest tests/kernels/test_triton_gpu.py --noconftest -q $(ARGS)
 
-can-sanitize:
-	@test -n "$(SANITIZE_PYTHON)" || { echo "make sanitize needs Python 3.12 and found none: install one" \
+can-sanitize can-test-oldest:
+	@test -n "$(SANITIZE_PYTHON)" || { echo "make $(@:can-%=%) needs Python 3.12 and found none: install one" \
 		"(pyenv install 3.12, apt install python3.12-venv) or name one, SANITIZE_PYTHON=/path/to/python3.12"; exit 1; } >&2
 
 $(SANITIZE_VENV)/.installed: requirements-sanitize.txt | can-sanitize
 	$(SANITIZE_PYTHON) -m venv $(SANITIZE_VENV)
 	$(SANITIZE_VENV)/bin/python -m pip install --quiet --requirement requirements-sanitize.txt
+	@touch $@
+
+# The oldest versions allowed, with Python 3.12: training, the losses' tests in Triton's interpreter, all that the GPU suite
+# would launch compiled for sm_90, and the GPU's benchmarks at toy sizes. atesd is not installed there: it is on the path.
+OLDEST_VENV ?= .venv-oldest
+OLDEST := $(OLDEST_VENV)/bin/python
+
+test-oldest: $(OLDEST_VENV)/.installed
+	$(OLDEST) -m pytest OLDEST_TESTS --numprocesses auto --dist worksteal $(ARGS)
+	$(OLDEST) -m pytest -p tests.kernels.compiled_only --noconftest tests/kernels/test_triton_gpu.py -q
+	$(OLDEST) -m bench.gpu --dry --out $(OLDEST_VENV)/gpu-results
+
+$(OLDEST_VENV)/.installed: requirements-oldest.txt | can-test-oldest
+	$(SANITIZE_PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST) -m pip install --quiet --requirement requirements-oldest.txt
 	@touch $@
 
 # DeepSpeed stays out of the other tests' environment, for accelerate and trl import it wherever they see it: this one has
@@ -92,7 +108,7 @@ compile-report: $(VENV)/.installed-test
 	$(BIN)/python -m atesd_kernels.compile_report --check
 
 # What this GPU does, in nine minutes. ARGS="--minutes 5 --stages 1-4" for a part, "--dry" without a GPU.
-gpu: $(VENV)/.installed-bench-gpu $(VENV)/.installed-test
+gpu: $(VENV)/.installed-bench-gpu,test
 	$(BIN)/python -m bench.gpu $(ARGS)
 
 bench: $(VENV)/.installed-bench
@@ -111,4 +127,4 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) $(SANITIZE_VENV) $(DEEPSPEED_VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SANITIZE_VENV) $(OLDEST_VENV) $(DEEPSPEED_VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,7 +1,8 @@
 """Packaging metadata of atesd and atesd_kernels. pyproject.toml holds the build system and tool settings only.
 
 Version ranges stop at the next major release. What the tests run on is the newest of each range; constraints.txt pins
-torch and triton, whose versions belong together. The extras resolve together, except flash: flash-attn is built, and
+torch and triton, whose versions belong together. `make test-oldest` runs on the lower bounds of torch, triton and
+transformers, pinned in requirements-oldest.txt. The extras resolve together, except flash: flash-attn is built, and
 looks for torch before pip has installed it (`--no-build-isolation`). vllm pins its own torch and transformers, within
 these ranges.
 """
@@ -12,8 +13,8 @@ from setuptools import find_packages, setup
 
 # What `atesd train quickstart` needs without a GPU: reasoning-gym writes the problems, gguf reads the model.
 BASE = [
-    "torch>=2.9",
-    "transformers>=5.0,<6",
+    "torch>=2.11",
+    "transformers>=5.17,<6",
     "accelerate>=1.10,<2",
     "peft>=0.18,<1",
     "datasets>=4.0,<6",
@@ -25,7 +26,7 @@ BASE = [
     "pyyaml>=6,<7",
     "tqdm>=4.66,<5",
 ]
-GPU = ["triton>=3.2; platform_system == 'Linux'", "liger-kernel>=0.6,<1; platform_system == 'Linux'"]
+GPU = ["triton>=3.6; platform_system == 'Linux'", "liger-kernel>=0.6,<1; platform_system == 'Linux'"]
 EVAL = ["math-verify>=0.8,<1"]
 TRL = ["trl>=1.0,<2"]
 LIGER = ["liger-kernel>=0.6,<1; platform_system == 'Linux'"]
@@ -40,7 +41,7 @@ TEST = [
     "hypothesis>=6.100,<7",
     "ruff>=0.9,<1",
     "mypy>=1.15,<3",
-    "triton>=3.2; platform_system == 'Linux'",
+    "triton>=3.6; platform_system == 'Linux'",
 ]
 TEST += [*EVAL, *TRL, *LIGER, "pytorch-lightning>=2.4,<3"]
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata, util
+from importlib import util
 
 from atesd import __version__
 from atesd.smollm import FOLDER, default_cache_dir, is_complete
+from atesd.versions import installed_version
 
 PACKAGES = (
     "torch triton transformers accelerate peft datasets reasoning-gym gguf safetensors "
@@ -36,11 +37,9 @@ def describe() -> str:
 
 
 def version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        extra = EXTRAS.get(package)
-        return f"not installed (pip install 'atesd[{extra}]')" if extra else "not installed"
+    extra = EXTRAS.get(package)
+    missing = f"not installed (pip install 'atesd[{extra}]')" if extra else "not installed"
+    return installed_version(package) or missing
 
 
 def devices(torch) -> list[str]:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import time
 from dataclasses import asdict, replace
-from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +31,7 @@ from atesd.problems import Problem
 from atesd.prompts import PromptBuilder
 from atesd.rollout import RolloutEngine, make_engine
 from atesd.templates import PromptTemplates
+from atesd.versions import installed_version
 
 # What OPSD's evaluation asks, to the letter.
 PROMPT = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -158,12 +158,7 @@ def build_prompts(config: EvalConfig, tokenizer: Any, problems: list[Problem]) -
 def record(config: EvalConfig, problems: list[Problem], adapter: Path | None, device: torch.device) -> dict[str, Any]:
     """All that decides the samples and verdicts, defaults included, for `eval_config.json`."""
     contents = json.dumps([asdict(problem) for problem in problems], sort_keys=True)
-    versions = {"atesd": __version__}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    versions = {name: version for name in PACKAGES if (version := installed_version(name))}
     return {
         "settings": asdict(config),
         "prompt": PROMPT
@@ -174,7 +169,7 @@ def record(config: EvalConfig, problems: list[Problem], adapter: Path | None, de
         "adapter": {"files": fingerprint(adapter) if adapter else None},
         "device": device.type,
         "threads": torch.get_num_threads(),
-        "versions": versions,
+        "versions": {"atesd": __version__, **versions},
     }
 
 

@@ -12,11 +12,12 @@ from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-# By name, as not every build of torch has all of them: products, with the place of the left factor, and attention.
+# By name, as not every build of torch has all of them: products, with the place of the left factor, and attention,
+# torch.nn.attention.varlen's included.
 LEFT = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
 ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
-    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
+    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention torch_attn::_varlen_attn"
 ).split()
 # A product whose sums are this many times shorter than its rows, such as a LoRA update's second, costs little to repeat
 # for what it would take to keep (our choice).

@@ -10,10 +10,10 @@ import math
 import os
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 
 from atesd.files import write_json
+from atesd.versions import installed_version
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -34,13 +34,8 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Installed versions of everything that takes part; what is not installed is not listed."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: version for name in PACKAGES if (version := installed_version(name))}
+    return {"python": platform.python_version(), **found}
 
 
 def machine() -> dict:
@@ -85,10 +80,12 @@ def commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
+    if "ATESD_COMMIT" in os.environ:  # a copy whose history stayed behind
+        return os.environ["ATESD_COMMIT"]
     try:
         return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "-s", "--", "atesd_kernels") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("ATESD_COMMIT", "unknown")  # of a copy without its history
+        return "unknown"
 
 
 def save(name: str, payload: dict) -> Path:

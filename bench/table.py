@@ -31,6 +31,7 @@ from bench import (
     targets,
 )
 from bench.entrants import DTYPES, LOSSES, OURS
+from bench.gpu.tables import TABLES as GPU_TABLES
 from bench.machine import load, markdown
 from bench.shapes import SHAPES, SMOLLM2, Shape
 from bench.timing import MM_GEMMS, OWN_GEMMS, with_spread
@@ -133,6 +134,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "predicted_scaling": predicted_scaling,
     "rollout_speed": of("rollout_speed", rollout_speed.speed_table),
     "weight_sync": of("weight_sync", rollout_speed.sync_table),
+    **GPU_TABLES,
 }
 for shape in SHAPES.values():
     TABLES[f"losses{shape.suffix}"] = lambda shape=shape: losses(shape)

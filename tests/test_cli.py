@@ -5,10 +5,12 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+import atesd
 from atesd import cli
 from atesd.config import load_config
 from atesd.metrics import RunLog
@@ -131,6 +133,28 @@ def test_an_unknown_command_or_a_stray_argument_is_a_usage_error(capsys):
         with pytest.raises(SystemExit) as ended:
             cli.main(arguments)
         assert ended.value.code == 2
+
+
+def test_versions_are_told_where_atesd_is_only_on_the_path_and_torch_names_its_build(capsys, monkeypatch):
+    import torch
+
+    from bench import machine
+
+    def hidden(name, distribution=metadata.distribution):
+        if name == "atesd":
+            raise metadata.PackageNotFoundError(name)
+        return distribution(name)
+
+    monkeypatch.setattr(metadata, "distribution", hidden)
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")  # the metadata of PyPI's torch says 2.11.0
+    assert cli.main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(rf"^ *atesd +{re.escape(atesd.__version__)}$", told, re.MULTILINE)
+    assert re.search(r"^ *torch +2\.11\.0\+cu130$", told, re.MULTILINE)
+    assert machine.versions()["torch"] == "2.11.0+cu130"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0 and atesd.__version__ in capsys.readouterr().out
 
 
 def test_doctor_names_versions_devices_and_why_a_backend_is_missing(capsys, monkeypatch):

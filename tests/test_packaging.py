@@ -18,6 +18,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+import atesd
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n# (\w+)\.py\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -124,7 +127,7 @@ def test_the_sdist_holds_the_tests_and_what_they_read(built):
         names = {name.partition("/")[2] for name in archive.getnames()}
     for name in ("README.md", "LICENSE", "CONTRIBUTING.md", "CHANGELOG.md", "constraints.txt", "tests/conftest.py"):
         assert name in names, name
-    for name in ("requirements-vllm.txt", "requirements-sanitize.txt", "bench/table.py"):
+    for name in ("requirements-vllm.txt", "requirements-sanitize.txt", "requirements-oldest.txt", "bench/table.py"):
         assert name in names, name
 
 
@@ -182,6 +185,20 @@ def test_the_ranges_of_all_extras_and_the_pins_have_a_version_in_common(built):
         assert any(both.contains(bound.version) for bound in both), f"{name}: {both}"
 
 
+def test_the_oldest_versions_allowed_are_those_that_make_test_oldest_runs_on(built):
+    allowed = {requirement.name: requirement.specifier for requirement in all_requirements(built)}
+    lines = (ROOT / "requirements-oldest.txt").read_text(encoding="utf-8").splitlines()
+    installed = [Requirement(line) for line in lines if line and line[0] != "#"]
+    pins = {r.name: next(iter(r.specifier)).version for r in installed if str(r.specifier).startswith("==")}
+    assert all(allowed[name].contains(pin) for name, pin in pins.items() if name in allowed), pins
+    for name in ("torch", "triton", "transformers"):
+        (oldest,) = (bound.version for bound in allowed[name] if bound.operator == ">=")
+        assert Version(oldest) == Version(pins[name]), name
+    for name in ("torch", "triton", "transformers"):
+        mentioned = f"{name} {'.'.join(pins[name].split('.')[:2])}"
+        assert mentioned in (ROOT / "README.md").read_text(encoding="utf-8"), mentioned
+
+
 def test_the_contributors_examples_are_short_and_run(tmp_path):
     blocks = dict(BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
     assert set(blocks) == {"my_divergence", "my_kernels", "my_policy", "my_engine"}
@@ -194,5 +211,6 @@ def test_the_contributors_examples_are_short_and_run(tmp_path):
 def test_one_version_everywhere():
     version = re.search(r'version="(.+?)"', (ROOT / "setup.py").read_text(encoding="utf-8"))[1]
     assert re.search(rf"^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text("utf-8"), re.MULTILINE)
+    assert atesd.__version__ == version
     first = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[1]
     assert first == version

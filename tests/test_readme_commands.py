@@ -4,8 +4,8 @@ training, evaluating and drawing behind it are left out. (README's Python blocks
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -63,10 +63,13 @@ def test_a_command_that_is_not_taken_would_be_seen(nothing_runs, capsys):
     assert not nothing_runs
 
 
-def test_the_other_commands_name_what_there_is():
+def test_the_other_commands_name_what_there_is(monkeypatch):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {c[1] for c in begins("make")} <= set(targets)
-    extras = metadata.metadata("atesd").get_all("Provides-Extra")
+    declared = {}
+    monkeypatch.setattr(pytest.importorskip("setuptools"), "setup", declared.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    extras = declared["extras_require"]
     asked = [re.fullmatch(r"atesd\[([\w-]+)\]", word) for c in begins("pip", "install") for word in c[2:]]
     assert asked and {match[1] for match in asked if match} <= set(extras)
     configs = ROOT / "atesd" / "recipes" / "accelerate"

@@ -5,6 +5,7 @@ Everything here passed with verl 0.9.1 itself; `test_the_whole_road_through_verl
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import re
 import sys
@@ -157,18 +158,25 @@ def test_the_readme_s_block_registers_its_loss(losses):
     assert losses.compute_topk_loss(*configs("my_jsd"), batch()[1], batch()[0], "thd")["distillation_losses"].min() > 0
 
 
+def found(versions, name):
+    if name not in versions:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return versions[name]
+
+
 def test_another_verl_is_refused_with_both_versions(losses, monkeypatch):
     def compute_topk_loss(config, data, student_logits):
         return {}
 
     monkeypatch.setattr(losses, "compute_topk_loss", compute_topk_loss)
     monkeypatch.delattr(losses, "compute_forward_kl_topk")
-    monkeypatch.setattr(adapter.importlib.metadata, "version", lambda name: "9.9")
-    with pytest.raises(
-        RuntimeError,
-        match=r"compute_topk_loss, compute_forward_kl_topk in the installed verl 9\.9 differ from verl 0\.9\.1",
-    ):
-        adapter.register("mine")
+    for versions, named in (({"verl": "9.9"}, r"9\.9"), ({}, r"\(of unknown version\)")):  # unpacked, without metadata
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, versions=versions: found(versions, name))
+        with pytest.raises(
+            RuntimeError,
+            match=rf"compute_topk_loss, compute_forward_kl_topk in the installed verl {named} differ from verl 0\.9\.1",
+        ):
+            adapter.register("mine")
     assert "mine" not in losses.DISTILLATION_LOSS_REGISTRY
 
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 from transformers.integrations import flash_attention
 
 from atesd import packed_attention
 from atesd.batching import hidden_rows, pack
+from atesd.models import load_model
 from atesd.packed_attention import (
     half_precision,
     packed_eager_forward,
@@ -25,6 +28,8 @@ from atesd.packed_attention import (
     use_packed_attention,
     varlen_serves,
 )
+from atesd.recompute import selective_policy
+from atesd.trainer import Trainer
 
 LENGTHS = (5, 1, 9, 3)
 SIZES = {
@@ -272,3 +277,47 @@ def test_the_flash_path_copies_the_layout_once_and_refuses_what_would_be_dropped
     else:
         with pytest.raises(ValueError, match="Qwen3Attention drops attention weights out in training"):
             packed_flash_forward(layer, *states(), ends, dropout=0.1)
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "flash_attention_2", "flash_attention_3"])
+def test_a_run_tries_its_attention_in_a_precision_that_the_kernel_has(tiny_config, monkeypatch, kind):
+    class Tried(Exception):
+        pass
+
+    def tried(model):
+        raise Tried(torch.is_autocast_enabled("cpu"))
+
+    model = load_model(tiny_config())
+    monkeypatch.setattr("atesd.config_checks.find_spec", lambda name: name)
+    monkeypatch.setattr("atesd.run_state.check_kernels", lambda config: None)
+    monkeypatch.setattr("atesd.run_state.load_model", lambda config: model)
+    monkeypatch.setattr("atesd.run_state.check_packing", tried)
+    with pytest.raises(Tried, match=str(kind != "sdpa")):
+        Trainer(tiny_config(attn_implementation=kind, bf16=True))
+
+
+def test_selective_checkpointing_keeps_what_the_kernel_returns():
+    """torch's operator, with kernels for the CPU in the place of the GPU's."""
+    pytest.importorskip("torch.nn.attention.varlen")
+    calls, ends = [], torch.tensor([0, 3, 5], dtype=torch.int32)
+
+    def forward(query, key, value, *arguments, **options):
+        calls.append("forward")
+        return query * 2, query.new_zeros(query.shape[1], len(query), dtype=torch.float32), query.new_zeros(2)
+
+    def backward(grad, query, key, value, *arguments, **options):
+        calls.append("backward")
+        return grad * 2, torch.zeros_like(key), torch.zeros_like(value)
+
+    def attend(states):
+        varlen = torch.ops.torch_attn._varlen_attn
+        return varlen(states, states, states, ends, ends, 3, 3)[0].square()
+
+    states = torch.arange(20.0).view(5, 2, 2).requires_grad_()
+    with torch.library._scoped_library("torch_attn", "IMPL") as library:
+        library.impl("_varlen_attn", forward, "CPU")
+        library.impl("_varlen_attn_backward", backward, "CPU")
+        contexts = partial(create_selective_checkpoint_contexts, selective_policy)
+        checkpoint(attend, states, use_reentrant=False, context_fn=contexts).sum().backward()
+    assert calls == ["forward", "backward"]
+    torch.testing.assert_close(states.grad, 8 * states)

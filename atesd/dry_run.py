@@ -16,6 +16,7 @@ from atesd.memory_plan import GIB, MemoryPlan, ModelShape, model_shape, plan_mem
 from atesd.models import context_length, load_model_config, load_tokenizer
 from atesd.precision import settle_precision
 from atesd.run_data import RunData, load_run_data
+from atesd_kernels.planning import gpu_memory
 
 PROMPTS_SHOWN = 2
 PROMPTS_MEASURED = 256
@@ -35,7 +36,8 @@ def dry_run(config: ATESDConfig) -> str:
     lengths = prompt_lengths(data)
     shape = model_shape(model_config, config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    plan = plan_memory(shape, config, max(max(pair) for pair in lengths), device)
+    memory = gpu_memory(torch.device(device))
+    plan = plan_memory(shape, config, max(max(pair) for pair in lengths), device, memory=memory)
     student, teacher = (sorted(column) for column in zip(*lengths, strict=True))
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     notes = {
@@ -47,7 +49,7 @@ def dry_run(config: ATESDConfig) -> str:
     }
     parts = ["memory plan of one process", describe(plan, shape, notes)]
     if device == "cuda":
-        parts.append(f"  this GPU has {torch.cuda.get_device_properties(0).total_memory / GIB:.1f} GiB")
+        parts.append(f"  this GPU has {memory / GIB:.1f} GiB")
     parts += ["", "problems", *(f"  {name:24} {count}" for name, count in data.counts().items())]
     for problem in data.problems.train[:PROMPTS_SHOWN]:
         reference = data.references[problem.id]
@@ -89,6 +91,7 @@ def describe(plan: MemoryPlan, shape: ModelShape, notes: dict[str, Any]) -> str:
         ("activations", plan.activations, "while training; estimated"),
         ("hidden states", plan.hidden_states, "while training"),
         ("loss chunk", plan.loss_chunk, f"while training; the only thing {shape.vocab:,} wide"),
+        ("head's gradient", plan.head_gradient, "while training, added up over the loss's chunks"),
         ("total", plan.total, "always there + the larger of generating and training"),
     ]
     rows = [row for row in rows if row[1] or row[0] == "teacher"]

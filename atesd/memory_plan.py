@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from atesd.config import ATESDConfig
-from atesd_kernels.planning import DEFAULT_CHUNK_BYTES
+from atesd_kernels.planning import DEFAULT_CHUNK_BYTES, gpu_chunk_bytes
 
 GIB = 1 << 30
 FP32, BF16 = 4, 2
@@ -109,7 +109,8 @@ class MemoryPlan:
 
     Always there: `weights`, `teacher` (0 where it is the base model), `gradients`, `optimizer`.
     While generating: `kv_cache` and `decoding_copies` of the weights, on a CPU or beside sharded ones. While training:
-    `autocast_copies`, `activations`, `hidden_states`, `loss_chunk`, `communication` (what other processes send).
+    `autocast_copies`, `activations`, `hidden_states`, `loss_chunk`, `head_gradient` (a trained head's, added up over
+    the loss's chunks), `communication` (what other processes send).
     """
 
     weights: int
@@ -122,6 +123,7 @@ class MemoryPlan:
     activations: int
     hidden_states: int
     loss_chunk: int
+    head_gradient: int
     communication: int
 
     @property
@@ -134,7 +136,8 @@ class MemoryPlan:
 
     @property
     def training(self) -> int:
-        return self.autocast_copies + self.activations + self.hidden_states + self.loss_chunk + self.communication
+        loss = self.hidden_states + self.loss_chunk + self.head_gradient
+        return self.autocast_copies + self.activations + loss + self.communication
 
     @property
     def total(self) -> int:
@@ -175,14 +178,29 @@ def low_bytes(config: ATESDConfig) -> int:
     return BF16 if config.bf16 or config.torch_dtype == "bfloat16" else FP32
 
 
+def logit_bytes(config: ATESDConfig) -> int:
+    """Of a logit in the loss's chunk on a GPU: S in fp32 and D in the products' dtype, which the gradient overwrites.
+    Where the teacher has a head of its own, S, T and the gradient; S and T of a run in fp32 are in float64."""
+    low = low_bytes(config)
+    if config.use_peft or config.teacher == "live":
+        return FP32 + low
+    return 2 * (2 * FP32 if low == FP32 else FP32) + low
+
+
 def plan_memory(
-    shape: ModelShape, config: ATESDConfig, prompt_tokens: int, device: str = "cuda", layout: Layout = Layout()
+    shape: ModelShape,
+    config: ATESDConfig,
+    prompt_tokens: int,
+    device: str = "cuda",
+    layout: Layout = Layout(),
+    memory: float | None = None,
 ) -> MemoryPlan:
     """The memory of a run as `config` says, its responses all of `max_completion_length`.
 
     Args:
         prompt_tokens: longest prompt of student or teacher.
         device: "cuda" or "cpu", for the loss's default chunk.
+        memory: bytes of the GPU, which bound that chunk (default: an 80 GB H100's).
     """
     residual, low, shards = weight_bytes(config), low_bytes(config), layout.shards
     gradients = trained_bytes(shape, config)
@@ -214,6 +232,14 @@ def plan_memory(
     in_step = responses * config.gradient_accumulation_steps
     cache = in_step * (min(prompt_tokens, config.max_prompt_length) + config.max_completion_length)
     head = shape.vocab * shape.hidden
+    rows, a_logit = responses * config.max_completion_length, logit_bytes(config)
+    loss_chunk = config.chunk_bytes or DEFAULT_CHUNK_BYTES[device]
+    if device == "cuda" and not config.chunk_bytes:
+        loss_chunk = gpu_chunk_bytes(rows, shape.vocab, a_logit, not config.use_peft, int(memory or H100.memory))
+    head_gradient = 0
+    if not config.use_peft:  # one chunk on a GPU gives it in the weights' dtype; a sum of several is in fp32
+        one_chunk = device == "cuda" and rows * shape.vocab * a_logit <= loss_chunk
+        head_gradient = head * (residual if one_chunk else FP32)
     decoding_copies = 0
     if device == "cpu":
         decoding_copies = (shape.matrices + head) * low
@@ -235,7 +261,8 @@ def plan_memory(
         autocast_copies=cast * BF16,
         activations=int(activations),
         hidden_states=hidden_states,
-        loss_chunk=config.chunk_bytes or DEFAULT_CHUNK_BYTES[device],
+        loss_chunk=loss_chunk,
+        head_gradient=head_gradient,
         communication=communication,
     )
 

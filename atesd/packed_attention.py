@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flash_attention import flash_attention_forward
@@ -32,11 +33,6 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from atesd.batching import hidden_rows, pack, to_device
 from atesd_kernels.integrations.head import hidden_states_and_head, unwrap
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch 2.9
-    varlen_attn = None
 
 PACKED_SDPA, PACKED_EAGER = "sdpa_packed", "eager_packed"
 FLASH = ("flash_attention_2", "flash_attention_3")
@@ -97,9 +93,7 @@ def takes(function: Any, argument: str) -> bool:
 def has_varlen_kernel(device: torch.device) -> bool:
     """Whether torch's variable-length attention runs on `device`: it is FlashAttention-2, which needs Ampere."""
     return (
-        varlen_attn is not None
-        and takes(varlen_attn, "window_size")  # torch 2.10's has another interface, and no windows
-        and device.type == "cuda"
+        device.type == "cuda"
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )

@@ -86,7 +86,7 @@ def predict(model: str, config: ATESDConfig, gpus: int, gpu: Accelerator = H100)
             )
             for decoding in (n for n in GPUS if n <= min(shards, gpu.node)):
                 layout = Layout(gpus, shards, decoding)
-                memory = plan_memory(shape, settings, PROMPT_TOKENS, "cuda", layout)
+                memory = plan_memory(shape, settings, PROMPT_TOKENS, "cuda", layout, gpu.memory)
                 if memory.total <= gpu.of_memory * gpu.memory:
                     time = plan_time(shape, settings, PROMPT_TOKENS, gpu, layout)
                     return Prediction(layout, micro_batch, memory, time)
@@ -131,7 +131,7 @@ def details(config: ATESDConfig) -> str:
 
 MEMORY = (
     "weights teacher gradients optimizer kv_cache decoding_copies autocast_copies activations hidden_states loss_chunk "
-    "communication total"
+    "head_gradient communication total"
 ).split()
 SECONDS = "rollout teacher student loss communication total".split()
 

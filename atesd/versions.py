@@ -6,7 +6,7 @@ from importlib import metadata
 
 
 def installed_version(package: str) -> str | None:
-    """None where `package` is not installed. torch names its build, as "2.11.0+cu130"; its metadata may leave that out."""
+    """None where `package` is not installed. torch names its build, "2.11.0+cu130"; its metadata may leave that out."""
     if package == "torch":
         import torch
 

@@ -103,11 +103,12 @@ def chunk_plan(spec, source, num_rows: int, buffers: int) -> ChunkPlan:
     return replace(plan, rows=source.shards.least(plan.rows, source.device))
 
 
-def gpu_chunk_bytes(num_rows: int, vocab: int, bytes_per_logit: int, trained_head: bool, device: torch.device) -> int:
+def gpu_chunk_bytes(num_rows: int, vocab: int, bytes_per_logit: int, trained_head: bool, memory: int | None) -> int:
     """The default budget of backend "triton": chunks of at least 1,024 rows, 4,096 with a trained head (each chunk
     reads and writes its gradient once), and fewer than twice that, where that is an eighth of the GPU's memory or less.
+
+    `memory` is `gpu_memory`'s, or that of a GPU planned for; None gives the CPU's budget.
     """
-    memory = gpu_memory(device)
     if memory is None:
         return DEFAULT_CHUNK_BYTES["cpu"]
     chunks = max(1, num_rows // (4096 if trained_head else 1024))

@@ -184,7 +184,8 @@ def centre(s: Tensor, h_o: Tensor, w: Tensor) -> Tensor:
 
 
 def row_chunks(num_rows: int, vocab: int, bytes_per_logit: int, spec, device) -> list[slice]:
-    budget = spec.chunk_bytes or planning.gpu_chunk_bytes(num_rows, vocab, bytes_per_logit, spec.weight_grad, device)
+    memory = planning.gpu_memory(device)
+    budget = spec.chunk_bytes or planning.gpu_chunk_bytes(num_rows, vocab, bytes_per_logit, spec.weight_grad, memory)
     plan = planning.ChunkPlan.make(num_rows, vocab, bytes_per_logit, device, budget)
     return list(plan.row_chunks(num_rows))
 
@@ -230,8 +231,8 @@ class Sweeps:
         self.scalars = (1 / spec.temperature, 1 / spec.teacher_temperature, spec.softcap)
         self.clips = (spec.entry_clip, spec.token_clip, term.slope(spec.beta))
         self.flags = dict(IS_DELTA=is_delta, STATS=spec.stats)
-        self.term_flags = dict(TERM=triton_term(term), BETA=spec.beta, SUM_U=self.known_sum or "sum")
-        self.bounded_term = bounded_term(term)
+        self.tile_flags = dict(TERM=triton_term(term), BETA=spec.beta, SUM_U=self.known_sum or "sum")
+        self.term_flags = dict(self.tile_flags, BOUNDED_TERM=bounded_term(term))
 
     def run(self, s, o, g, rows: slice, mask, row_weight, targets, grad_scale: float) -> None:
         """Value, statistics and, into `g` `[R, V]`, the gradient of the chunk's rows."""
@@ -253,8 +254,8 @@ class Sweeps:
         for phase in ("sum",) if g is None else ("both",) if self.one_pass else ("sum", "grad"):
             row_kernels.accumulate[grid](
                 s, o, g_or_o, *self.biases, mask_c, weight_c, parts, sums, s.stride(0), o.stride(0), g_or_o.stride(0),
-                self.vocab, *self.scalars, *self.clips, grad_scale, BOUNDED_TERM=self.bounded_term, PHASE=phase, SPLITS=splits,
-                **self.term_flags, **flags,
+                self.vocab, *self.scalars, *self.clips, grad_scale, PHASE=phase, SPLITS=splits, **self.term_flags,
+                **flags,
             )  # fmt: skip
         self.collect(rows, sums, parts, mask_c, target_c)
 
@@ -275,9 +276,7 @@ class Sweeps:
 class Gradients:
     """Carries a chunk's gradient to hidden states, head and bias; the head's in fp32 if there are several chunks."""
 
-    def __init__(
-        self, spec, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, chunks: int = 0
-    ):
+    def __init__(self, spec, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, chunks: int = 0):
         self.hidden, self.weight, self.bias, self.mask = hidden, weight, bias, mask
         # entries of q - p as small as 1e-6 carry the gradient's direction; fp16 ends there
         self.scale = 1024.0 if spec.compute_dtype == torch.float16 else 1.0

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 from atesd_kernels import matmul
-from atesd_kernels.planning import ChunkPlan, gpu_chunk_bytes
+from atesd_kernels.planning import ChunkPlan, gpu_chunk_bytes, gpu_memory
 from bench.entrants import Inputs
 
 T = TypeVar("T")
@@ -91,10 +91,9 @@ def own_gemms(x: Inputs, backward: bool) -> None:
         if device.type == "cpu":
             plan = ChunkPlan.make(len(x.student), vocab, 8, device, None, block_bytes=16)
         else:  # whole rows of fp32 S and of D in the inputs' dtype
-            width = 4 + x.student.dtype.itemsize
-            plan = ChunkPlan.make(
-                len(x.student), vocab, width, device, gpu_chunk_bytes(len(x.student), vocab, width, False, device)
-            )
+            tokens, width = len(x.student), 4 + x.student.dtype.itemsize
+            budget = gpu_chunk_bytes(tokens, vocab, width, False, gpu_memory(device))
+            plan = ChunkPlan.make(tokens, vocab, width, device, budget)
         dtype = matmul.product_dtype(x.student.dtype, device)
         difference = (x.teacher.float() - x.student.float()).to(dtype)
         for rows in plan.row_chunks(len(x.student)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -18,11 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from atesd import cli, scaling
 from atesd.config import load_config
 from atesd.memory_plan import (
+    GIB,
     H100,
     H200,
     KERNEL_BYTES,
     Layout,
     layer_traffic,
+    logit_bytes,
     model_shape,
     plan_memory,
     plan_products,
@@ -102,8 +105,52 @@ def test_the_planned_loss_chunk_is_what_a_call_takes(config, shape, monkeypatch,
         student = rows.requires_grad_()
         return linear_divergence(student, head, rows.detach(), chunk_bytes=config.chunk_bytes, backend="torch")
 
-    planned = plan_memory(shape, config, PROMPT, "cpu").loss_chunk
-    assert 0.7 * planned < peak_bytes(loss) - rows.nbytes < 1.3 * planned
+    plan = plan_memory(shape, config, PROMPT, "cpu")
+    frozen = peak_bytes(loss)
+    assert 0.7 * plan.loss_chunk < frozen - rows.nbytes < 1.3 * plan.loss_chunk
+    head.requires_grad_()
+    assert peak_bytes(loss) - frozen == pytest.approx(plan.head_gradient, rel=0.3)
+
+
+@pytest.mark.parametrize("own_head", [False, True], ids=["shared head", "teacher's own head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_planned_bytes_of_a_logit_are_those_of_the_backend_a_gpu_has(config, monkeypatch, dtype, own_head):
+    class Asked(Exception):
+        pass
+
+    def asked(num_rows, vocab, bytes_per_logit, spec, device):
+        raise Asked(bytes_per_logit)
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if planning.unavailable("triton", device) is not None:
+        pytest.skip("needs triton")
+    monkeypatch.setattr("atesd_kernels.triton_chunked.row_chunks", asked)
+    config.torch_dtype, config.teacher = str(dtype).removeprefix("torch."), "ema" if own_head else "live"
+    rows, head = (torch.zeros(n, 8, dtype=dtype, device=device, requires_grad=True) for n in (4, 50))
+    with pytest.raises(Asked, match=f"^{logit_bytes(config)}$"):
+        linear_divergence(rows, head, rows.detach(), head.detach().clone() if own_head else None, backend="triton")
+
+
+def test_the_planned_loss_of_a_trained_head_is_what_was_measured_on_a_gpu(config, shape):
+    """8,192 rows of 4,096 numbers and a vocabulary of 128,256 in bf16 took 4.99 GiB on a GPU: two chunks, and the
+    head's gradient in fp32."""
+    shape = replace(shape, hidden=4096, vocab=128_256)
+    config.torch_dtype, config.teacher, config.max_completion_length = "bfloat16", "live", 4096
+    plan = plan_memory(shape, config, PROMPT)
+    assert plan.loss_chunk + plan.head_gradient == pytest.approx(4.99 * GIB, rel=0.03)
+    config.max_completion_length = 1024  # one chunk, whose gradient needs no sum
+    assert plan_memory(shape, config, PROMPT).head_gradient == plan.head_gradient / 2
+    config.use_peft = True
+    assert plan_memory(shape, config, PROMPT).head_gradient == 0
+
+
+def test_the_planned_chunk_is_what_is_set_or_at_most_an_eighth_of_the_gpu(config, shape):
+    wide = replace(shape, vocab=151_936)
+    config.teacher, config.max_completion_length = "live", 4096
+    plans = [plan_memory(wide, config, PROMPT, memory=memory) for memory in (24e9, H100.memory, None)]
+    assert plans[0].loss_chunk == 3e9 < plans[1].loss_chunk == plans[2].loss_chunk < 10e9
+    config.chunk_bytes = 1 << 20
+    assert plan_memory(wide, config, PROMPT).loss_chunk == 1 << 20
 
 
 class Collectives(TorchDispatchMode):

@@ -237,8 +237,6 @@ def test_two_rows_do_not_share_a_layout(kernel):
 @pytest.mark.parametrize("window", [None, 3])
 def test_torchs_own_kernel_takes_the_arguments_forward_and_backward(monkeypatch, window):
     """Through its shape functions, which check the call; they compute nothing."""
-    if packed_attention.varlen_attn is None:
-        pytest.skip("this torch has no varlen_attn")
     monkeypatch.setattr(packed_attention, "has_varlen_kernel", lambda device: True)
     monkeypatch.setattr(packed_attention, "half_precision", lambda *states: torch.bfloat16)
     meta = [x.detach().to("meta").requires_grad_() for x in states()]
@@ -298,7 +296,6 @@ def test_a_run_tries_its_attention_in_a_precision_that_the_kernel_has(tiny_confi
 
 def test_selective_checkpointing_keeps_what_the_kernel_returns():
     """torch's operator, with kernels for the CPU in the place of the GPU's."""
-    pytest.importorskip("torch.nn.attention.varlen")
     calls, ends = [], torch.tensor([0, 3, 5], dtype=torch.int32)
 
     def forward(query, key, value, *arguments, **options):

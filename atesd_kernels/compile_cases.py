@@ -203,7 +203,7 @@ def path_table(gpus, out, faults: list[str]) -> None:
     """How a whole call's time is made up, at peak rates and at 70 % of the tensor cores' (what good GEMMs reach)."""
     N, H, V = (PATH_SHAPE[k] for k in "NHV")
     by_name = {case.name: case for case in CASES}
-    out(f"Roofline of backend triton at N={N:,}, H={H:,}, V={V:,} (computed; not yet measured on a GPU)")
+    out(f"Roofline of backend triton at N={N:,}, H={H:,}, V={V:,} (computed; python -m bench.gpu measures)")
     columns = ("path", "GPU", "GEMMs (U)", "B/logit pair, limit", "GEMMs ms (at 70 %)", "row kernels ms", "rest ms")
     out(f"| {' | '.join(columns)} | total ms at 70 % | limit ms |")
     out("|---" * 9 + "|")

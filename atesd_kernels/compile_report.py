@@ -5,8 +5,8 @@
 
 Every kernel is compiled for sm_80, sm_90, sm_100 and gfx942 with the arguments' types and divisibility of a real
 launch at V = 151,936 in bf16 (`compile_cases.py`), and the machine code is read: registers, spills, shared memory,
-tensor-core instructions, widths of the loads in loops. Times are rooflines, computed and not measured: no kernel of
-this package has been timed on a GPU yet.
+tensor-core instructions, widths of the loads in loops. Times are rooflines, computed and not measured; `python -m
+bench.gpu` measures.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def divergence_rows(
             *strides, g.stride(0),
             0 if top is None else top.stride(0), cols.start, sum_place, cols.stop, hidden, h_t.shape[1],
             *sweeps.scalars, *sweeps.clips, gradients.scale, spec.grad_filter, first.block_m, first.block_n,
-            PHASE=phase, SPLITS=parts.shape[1], SUM_SPLITS=sums.shape[1], **sweeps.term_flags, **flags,
+            PHASE=phase, SPLITS=parts.shape[1], SUM_SPLITS=sums.shape[1], **sweeps.tile_flags, **flags,
             **config.constants,
         )  # fmt: skip
 

@@ -183,7 +183,14 @@ def test_unrelated_teacher_and_student_are_exact_too(divergence, backend):
     s, t = (reference.logits(h, far.student_weight) for h in (far.student_hidden, far.teacher_hidden))
     assert (s - t).abs().max() > NEAR * (0.5 if INTERPRETED and backend != "torch" else 1)
     for p in (pair, far):
-        assert_fp32(compare(p, divergence=divergence, beta=0.3, backend=backend), backend)
+        result = compare(p, divergence=divergence, beta=0.3, backend=backend)
+        assert max(result.hidden_error, result.weight_error) <= FP32_GRADIENT
+        # A row's value contains the difference of two log-sum-exps, which are as large as logits (7 and 35 in the far
+        # interpreted pair) and rounded as such: an ulp of 35 is 4e-6. Every backend misses rows by two or three of
+        # those, and three rows need not average them out. Hence an ulp of the largest logit beside the relative bound.
+        largest = max(reference.logits(h, p.student_weight).abs().max() for h in (p.student_hidden, p.teacher_hidden))
+        rounding = 2 * 2**-24 * largest.item()
+        assert result.loss_error * abs(result.loss) <= FP32_LOSS[backend] * result.loss + rounding
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from atesd_kernels import planning
-from atesd_kernels.planning import ChunkPlan, choose_backend, gpu_chunk_bytes
+from atesd_kernels.planning import ChunkPlan, choose_backend, gpu_chunk_bytes, gpu_memory
 
 VOCAB = 151_936
 GIB = 1 << 30
@@ -26,7 +26,7 @@ def gpu(monkeypatch):
 
 
 def chunks_of(num_rows: int, bytes_per_logit: int, trained_head: bool, device: torch.device) -> list[int]:
-    budget = gpu_chunk_bytes(num_rows, VOCAB, bytes_per_logit, trained_head, device)
+    budget = gpu_chunk_bytes(num_rows, VOCAB, bytes_per_logit, trained_head, gpu_memory(device))
     plan = ChunkPlan.make(num_rows, VOCAB, bytes_per_logit, device, budget)
     sizes = [rows.stop - rows.start for rows in plan.row_chunks(num_rows)]
     assert sum(sizes) == num_rows and max(sizes) * VOCAB * bytes_per_logit <= budget
@@ -57,7 +57,7 @@ def test_a_small_gpu_gives_an_eighth_of_its_memory(gpu):
 
 
 def test_a_cpu_keeps_to_its_own_budget():
-    assert gpu_chunk_bytes(8192, VOCAB, 6, True, torch.device("cpu")) == 128 << 20
+    assert gpu_chunk_bytes(8192, VOCAB, 6, True, gpu_memory(torch.device("cpu"))) == 128 << 20
 
 
 @pytest.mark.parametrize(

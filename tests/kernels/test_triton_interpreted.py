@@ -265,16 +265,16 @@ def test_no_rows_and_no_counted_rows(backend):
     assert linear_logprobs(h[:0], pair.student_weight, mask[:0].long(), backend=backend).shape == (0,)
 
 
-def test_the_kernels_stay_under_700_lines():
+def test_the_kernels_stay_under_1000_lines():
     """Every line from a kernel's decorator to its end, comments and docstring included."""
     import triton
 
-    from atesd_kernels.kernels import logprobs, rows, terms, tiles
+    from atesd_kernels.kernels import bounded, elementwise, logprobs, rows, terms, tiles
 
     lines = 0
-    for module in (terms, rows, logprobs, tiles):
+    for module in (terms, bounded, elementwise, rows, logprobs, tiles):
         for function in ast.parse(inspect.getsource(module)).body:
             if isinstance(function, ast.FunctionDef):
                 assert isinstance(getattr(module, function.name), triton.runtime.jit.KernelInterface)
                 lines += function.end_lineno - function.decorator_list[0].lineno + 1
-    assert 300 < lines < 700, lines
+    assert 300 < lines < 1000, lines

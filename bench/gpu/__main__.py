@@ -11,6 +11,7 @@ that crashes or hangs costs only itself. What does not fit into the minutes is l
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import signal
@@ -38,7 +39,7 @@ DRY_SECONDS = 240
 
 
 def numbers(text: str) -> list[int]:
-    """"1-4" or "3,5-7" as a list."""
+    """ "1-4" or "3,5-7" as a list."""
     found: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
@@ -107,7 +108,7 @@ def run_all(options: argparse.Namespace) -> int:
 
 
 def run_stage(number: int, seconds: float, options: argparse.Namespace, log) -> str:
-    """"done", or what ended the stage early."""
+    """ "done", or what ended the stage early."""
     name = STAGES[number][0]
     say(log, f"=== stage {number}, {name}: up to {seconds:.0f} s")
     command = [sys.executable, "-m", "bench.gpu", "--one", str(number), "--seconds", str(seconds)]
@@ -133,10 +134,8 @@ def start(command: list[str]) -> subprocess.Popen:
 
 def stop(process: subprocess.Popen) -> None:
     """End a process and those it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -161,10 +160,8 @@ class Warming:
 
     def wait(self) -> None:
         for process in self.processes:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.1, self.deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                pass
             stop(process)
         self.processes = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import subprocess
+from functools import partial
 
 import torch
 
@@ -17,7 +18,7 @@ def run(stage: Stage) -> None:
     size, cube = (1 << 20, 256) if stage.dry else (2 << 30, 8192)
     source = torch.empty(size // 2, dtype=torch.bfloat16, device=stage.device).normal_()
     target = torch.empty_like(source)
-    copies = milliseconds(lambda: target.copy_(source), rounds=10)
+    copies = milliseconds(partial(target.copy_, source), rounds=10)
     moved = 2 * source.numel() * source.itemsize  # read and written
     stage.keep(copy_bytes_per_second=moved / statistics.median(copies) * 1e3, copy_bytes=moved)
     del source, target

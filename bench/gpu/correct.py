@@ -6,12 +6,14 @@ The sanitizer and the tests run beside one another; the large logits come first,
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -59,40 +61,40 @@ def run(stage: Stage) -> None:
 
 
 def run_tests(stage: Stage, paths: tuple[str, ...]) -> dict:
-    """Counts, and what failed. A run that the time limit ends reports what it got to."""
+    """Counts, and what failed. A run that the time limit ends counts what it got to."""
     workers = 1 if stage.dry else max(2, (os.cpu_count() or 2) - 2)
-    report = Path(tempfile.mkdtemp()) / "report.xml"
-    command = [sys.executable, "-m", "pytest", *paths, "-q", "-n", str(workers), "--dist", "worksteal", "--tb=line"]
+    folder = Path(tempfile.mkdtemp())
+    log, report = folder / "log.txt", folder / "report.xml"
+    command = [sys.executable, "-m", "pytest", *paths, "-v", "-n", str(workers), "--dist", "worksteal", "--tb=line"]
     command += ["-p", "no:cacheprovider", "--no-header", f"--junitxml={report}", "-W", "ignore"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    limit, ended = max(10.0, stage.left - 12), True
-    try:
-        output = process.communicate(timeout=limit)[0]
-    except subprocess.TimeoutExpired:
-        ended = False
-        process.send_signal(signal.SIGINT)  # pytest then writes the report it has
+    limit = max(10.0, stage.left - 6)
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            output = process.communicate(timeout=8)[0]
+            process.wait(limit)
+            ended = True
         except subprocess.TimeoutExpired:
-            process.kill()
-            output = process.communicate()[0]
-    tail = output.strip().splitlines()[-3:]
-    stage.say(f"{paths[0]}: {tail}")
-    if not report.exists():
-        return {"ended": ended, "why": f"pytest wrote no report in {limit:.0f} s", "tail": tail}
-    cases = list(ElementTree.parse(report).iter("testcase"))
-    failures = {}
-    for case in cases:
-        for problem in (*case.findall("failure"), *case.findall("error")):
-            failures[f"{case.get('classname')}::{case.get('name')}"] = (problem.get("message") or "")[:400]
-    skipped = sum(case.find("skipped") is not None for case in cases)
+            ended = False
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    output = log.read_text(errors="replace")
+    outcomes = Counter(
+        re.findall(r"\b(PASSED|FAILED|SKIPPED|ERROR) tests/", output.partition("= short test summary")[0])
+    )
+    failures = dict.fromkeys(re.findall(r"\b(?:FAILED|ERROR) (tests/\S+)", output), "")
+    if report.exists():
+        for case in ElementTree.parse(report).iter("testcase"):
+            for problem in (*case.findall("failure"), *case.findall("error")):
+                name = f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}"
+                failures[name] = (problem.get("message") or "")[:400]
+    stage.say(f"{paths[0]}: {dict(outcomes)}" + ("" if ended else f", cut short after {limit:.0f} s"))
     for name, why in list(failures.items())[:MOST_FAILURES]:
         stage.say(f"FAILED {name}: {why[:250]!r}")
     return {
         "ended": ended,
-        "passed": len(cases) - len(failures) - skipped,
-        "failed": len(failures),
-        "skipped": skipped,
+        "passed": outcomes["PASSED"],
+        "failed": outcomes["FAILED"] + outcomes["ERROR"],
+        "skipped": outcomes["SKIPPED"],
         "failures": dict(list(failures.items())[:MOST_FAILURES]),
     }
 
@@ -142,9 +144,7 @@ class TinyStep:
         self.mask = torch.arange(96, device=device) % 3 > 0
 
     def loss(self, x: torch.Tensor) -> torch.Tensor:
-        return atesd_kernels.linear_divergence(
-            self.layer(x), self.weight, self.teacher, mask=self.mask, num_tokens=64
-        )
+        return atesd_kernels.linear_divergence(self.layer(x), self.weight, self.teacher, mask=self.mask, num_tokens=64)
 
     def step(self) -> torch.Tensor:
         loss = self.loss(self.x)

@@ -124,7 +124,7 @@ def chunk_rows(stage: Stage, x: Inputs) -> None:
             took = statistics.median(milliseconds(partial(headline.gradients, call, x, trained), rounds=5, warm_up=1))
             found[f"{'trained' if trained else 'frozen'} head, {rows:,} rows"] = took
     stage.keep(chunk_rows=found)
-    stage.say(f"rows of a chunk: {({k: round(v, 2) for k, v in found.items()})}")
+    stage.say("rows of a chunk: " + ", ".join(f"{name} {took:.1f} ms" for name, took in found.items()))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ def row_chunks(x: Inputs, trained: bool) -> list[slice]:
     """Those of backend "triton": fp32 S and D in the inputs' dtype."""
     tokens, vocab, device = len(x.student), len(x.weight), x.student.device
     width = 4 + x.student.itemsize
-    budget = planning.gpu_chunk_bytes(tokens, vocab, width, trained, device)
+    budget = planning.gpu_chunk_bytes(tokens, vocab, width, trained, planning.gpu_memory(device))
     return list(planning.ChunkPlan.make(tokens, vocab, width, device, budget).row_chunks(tokens))
 
 

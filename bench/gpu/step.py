@@ -306,7 +306,7 @@ def predictions(model_config: PreTrainedConfig, settings: ATESDConfig, sizes: Si
                 per_device_train_batch_size=size,
                 gradient_accumulation_steps=sizes.problems // size,
             )
-            plans = [plan_memory(shape, changed, p, "cuda") for p in prompts]
+            plans = [plan_memory(shape, changed, p, "cuda", memory=gpu.memory) for p in prompts]
             times = [plan_time(shape, changed, p, gpu, Layout()) for p in prompts]
             found[f"{size}, {setting.name}"] = {
                 "memory": asdict(plans[0]),

@@ -1,4 +1,4 @@
-"""bench/results/gpu/*.json -> README's tables, with the card's name on every row. `python -m bench.gpu` writes the files.
+"""bench/results/gpu/*.json -> README's tables, with the card's name on every row. `python -m bench.gpu` makes them.
 
 Separate from report.py, which prints all of one run: here stands what a reader of the README looks for.
 """
@@ -58,18 +58,23 @@ def head_rows() -> str:
     return markdown(header, cells)
 
 
+def divergences() -> Iterator[tuple[str, str, str, float, float]]:
+    """Card, head, divergence, seconds, and the seconds that its products and bytes allow."""
+    for result in results():
+        found = result["stages"].get("headline", {})
+        copy = result["stages"]["card"]["copy_bytes_per_second"]
+        for head in HEADS:
+            for name, row in found.get(f"divergences, {head}", {}).items():
+                if name != headline.PRODUCTS:
+                    yield card(result), head, name, row["seconds"], headline.allowed_seconds(found, head, name, copy)
+
+
 def divergence_rows() -> str:
     """Each divergence beside what its products and its bytes allow."""
-    cells = []
-    for result in results():
-        for head in HEADS:
-            for name, row in result["stages"].get("headline", {}).get(f"divergences, {head}", {}).items():
-                allowed = row["allowed"]
-                cells.append([
-                    f"{name}, {head} head", card(result), f"{1e3 * row['seconds']:.1f} ms",
-                    f"{1e3 * allowed:.1f} ms" if allowed else "",
-                    f"{row['seconds'] / allowed:.2f}" if allowed else "",
-                ])  # fmt: skip
+    cells = [
+        [f"{name}, {head} head", gpu, f"{1e3 * seconds:.1f} ms", f"{1e3 * allowed:.1f} ms", f"{seconds / allowed:.2f}"]
+        for gpu, head, name, seconds, allowed in divergences()
+    ]
     return markdown(["divergence", "GPU", "time", "products and bytes allow", "of that"], cells)
 
 
@@ -97,12 +102,15 @@ def correct_rows() -> str:
         found = result["stages"].get("correct", {})
         for name, tests in found.get("tests", {}).items():
             counts = ", ".join(f"{tests[key]} {key}" for key in ("passed", "failed", "skipped") if key in tests)
-            cells.append([f"tests, {name}", card(result), counts or tests["why"]])
+            commit = f", at commit {tests['commit']}" if "commit" in tests else ""
+            cells.append([f"tests, {name}", card(result), (counts or tests["why"]) + commit])
         for name, check in found.get("checks", {}).items():
             verdict = {True: "passed", False: "failed", None: "not run"}[check["passed"]]
             cells.append([name.replace("_", " "), card(result), verdict])
         if "sanitizer" in found:
-            cells.append(["compute-sanitizer", card(result), "no fault" if found["sanitizer"]["passed"] else "faults"])
+            outcome = "no fault" if found["sanitizer"]["passed"] else "faults"
+            commit = f", at commit {found['sanitizer']['commit']}" if "commit" in found["sanitizer"] else ""
+            cells.append(["compute-sanitizer", card(result), outcome + commit])
     return markdown(["check", "GPU", "outcome"], cells)
 
 
@@ -117,12 +125,9 @@ def gradient_errors() -> Iterator[Figure]:
 
 
 def over_allowed() -> Iterator[Figure]:
-    """Times over what products and bytes allow (the 3 % of slack are in it)."""
-    for result in results():
-        for head in HEADS:
-            for name, row in result["stages"].get("headline", {}).get(f"divergences, {head}", {}).items():
-                if row["allowed"]:
-                    yield row["seconds"] / row["allowed"], f"{card(result)}, {name}, {head} head"
+    """Times over what products and bytes allow, the 3 % of slack included."""
+    for gpu, head, name, seconds, allowed in divergences():
+        yield seconds / allowed, f"{gpu}, {name}, {head} head"
 
 
 def peers(exact: bool) -> Iterator[Figure]:
@@ -194,7 +199,7 @@ def sources() -> str:
 
 def of(rows: Callable[[], str]) -> Callable[[], str]:
     """A table of `bench.table`: its rows with their source, or one line where there is no result."""
-    return lambda: f"{rows()}\n{sources()}" if results() else f"{NOT_MEASURED.capitalize()}.\n"
+    return lambda: f"{rows()}\n{sources()}" if results() else f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}.\n"
 
 
 TABLES = {

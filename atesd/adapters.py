@@ -60,7 +60,7 @@ def adapter_off(layers: list[nn.Module]) -> contextlib.AbstractContextManager[No
 
 def inputs_cast_by_autocast(layers: list[nn.Module]) -> contextlib.AbstractContextManager[None]:
     """peft hands a layer's input to its adapter in the adapter's dtype, float32, and autocast rounds it back: with this
-    the bfloat16 input goes straight into the product, which gives the same numbers.
+    the bfloat16 input goes straight into the product, which gives the same numbers. With LoRA dropout it would not.
 
     Saves, for each linear layer, two passes over its input in forward and in backward, and the rounded copy that
     autograd keeps. Only under autocast: without it the product would meet two dtypes. `layers` are `adapter_layers`.

@@ -55,17 +55,16 @@ def pack(prompts: Sequence[list[int]], responses: Sequence[list[int]], device: t
         raise ValueError("a prompt is empty: there is no position to predict its first response token from.")
     ids: list[int] = []
     answers: list[int] = []
-    after_rows: list[int] = []
+    before_answers: list[int] = []  # the rows
     ends, lengths = [], tuple(map(len, responses))
     for prompt, response in zip(prompts, responses, strict=True):
         ids += prompt
         ids += response
         answers += response
         ends.append(len(ids))
-        after_rows += ids[len(ids) - len(response) :]
+        before_answers += range(len(ids) - len(response) - 1, len(ids) - 1)
     starts = [0, *ends[:-1]]
-    inputs, targets = as_tensor(ids), as_tensor(answers)
-    rows = torch.cat([torch.arange(end - n - 1, end - 1) for end, n in zip(ends, lengths, strict=True)])
+    inputs, targets, rows = as_tensor(ids), as_tensor(answers), as_tensor(before_answers)
     positions = torch.cat([torch.arange(end - start) for start, end in zip(starts, ends, strict=True)])
     # one copy for all four; the targets come first, because Triton compiles a second kernel for an unaligned pointer
     parts = (targets, rows, inputs, positions)
@@ -79,7 +78,7 @@ def pack(prompts: Sequence[list[int]], responses: Sequence[list[int]], device: t
         targets=targets_there,
         lengths=lengths,
         response_ids=tuple(answers),
-        ids_after_rows=tuple(after_rows),
+        ids_after_rows=tuple(ids[row + 1] for row in before_answers),
     )
 
 

@@ -128,7 +128,7 @@ class RunState:
         self.backbone, self.head = hidden_states_and_head(self.model)
         if self.zero:
             self.backbone, self.head = self.zero.backbone_and_head(self.head)
-        self.adapter_layers = adapter_layers(self.model) if config.bf16 else []
+        self.adapter_layers = adapter_layers(self.model) if config.bf16 and not config.lora_dropout else []
         self.teacher = Teacher(self.model, config.teacher, ema_decay=config.ema_decay, bf16=config.bf16)
         self.meter = OutcomeMeter(
             self.model,

@@ -16,7 +16,8 @@ def on(device: torch.device):
 
 
 def filled_rows(values: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """`[R, columns]` with `values[i]` in row i. On a GPU 3.5 times as fast as torch's copy of an expanded tensor."""
+    """`[R, columns]` with `values[i]` in row i. On an H200 0.06 ms for 1,024 rows of 128,256, where torch's
+    copy of an expanded tensor takes 0.22."""
     from .kernels.elementwise import fill_rows
 
     out = torch.empty(len(values), columns, dtype=dtype, device=values.device)

@@ -229,9 +229,13 @@ def last_use() -> bool:
 
 
 def times(grad: Tensor, scale: Tensor) -> Tensor:
-    """`grad * scale` in the dtype of `grad`, with `scale` one number or one for each row; in the place of `grad` where
-    the graph is freed."""
-    if not last_use():
+    """`grad * scale`, with `scale` one number or one for each row; in the place of `grad` where the graph is freed.
+
+    Batched gradients (functorch's) are one tensor for several backward passes: nothing is overwritten for those.
+    """
+    functorch = torch._C._functorch
+    batched = functorch.is_functorch_wrapped_tensor(scale) or functorch.is_legacy_batchedtensor(scale)
+    if batched or not last_use():
         if scale.dim() == 0 and grad.is_cuda:  # a GPU would round a number without dimensions to grad's dtype
             return (grad * scale.reshape([1] * grad.dim())).to(grad.dtype)
         return grad * scale

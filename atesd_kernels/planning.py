@@ -71,7 +71,8 @@ class ChunkPlan:
         if num_rows:
             # equal chunks: a last chunk of three rows would run its GEMMs at a tenth of the speed
             most, rows = rows, -(-num_rows // -(-num_rows // rows))
-            rows = rows if device.type == "cpu" else aligned_rows(rows, most, num_rows)
+            if device.type != "cpu" and rows < num_rows:
+                rows = aligned_rows(rows, most, num_rows)
         return ChunkPlan(rows, columns, rows if whole_blocks or device.type != "cpu" else CPU_TILE_ROWS)
 
     def row_chunks(self, num_rows: int):
@@ -86,11 +87,13 @@ class ChunkPlan:
 
 def aligned_rows(rows: int, most: int, num_rows: int) -> int:
     """`rows` of a GPU's chunk, rounded to what its GEMM works on (128), or at least to what keeps the alignment of
-    per-row tensors (16): Triton compiles a kernel anew for each alignment."""
-    for unit in (128, 16):
-        up, down = -(-rows // unit) * unit, rows // unit * unit
-        if rows >= 4 * unit or unit == 16:
-            return min(up, num_rows) if up <= most or up >= num_rows else down or rows
+    per-row tensors (16): Triton compiles a kernel anew for each alignment. Unrounded if there is no room for either, or
+    if that left a last chunk of less than a quarter of the others' rows."""
+    for unit, least in ((128, 512), (16, 16)):
+        for rounded in (-(-rows // unit) * unit, rows // unit * unit):
+            last = num_rows % rounded if rounded else 0
+            if least <= rounded <= most and (last == 0 or 4 * last >= rounded):
+                return rounded
     return rows
 
 

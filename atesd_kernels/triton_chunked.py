@@ -27,7 +27,7 @@ from .elementwise import on
 from .kernels import bounded, terms
 from .kernels import logprobs as logprob_kernels
 from .kernels import rows as row_kernels
-from .spec import DivergenceSpec, LogprobSpec, RowResult
+from .spec import DivergenceSpec, LogprobSpec, RowResult, gradient_dtype
 from .stats import TokenStats
 
 CENTRE_COLUMNS = 1024
@@ -93,7 +93,7 @@ def divergence_logits(
 ) -> RowResult:
     """The same sweeps over logits the caller holds; `hidden_grad` is then the gradient of `student_logits`."""
     s, t = (z if z.stride(1) == 1 else z.contiguous() for z in (student_logits, teacher_logits))
-    grad = torch.empty(s.shape, dtype=s.dtype, device=s.device) if spec.any_grad else None
+    grad = torch.empty(s.shape, dtype=gradient_dtype(s.dtype), device=s.device) if spec.any_grad else None
     sweeps = Sweeps(spec, *s.shape, 0, (None, None), s.device)
     with on(s.device):
         sweeps.run(s, t, grad, slice(0, s.shape[0]), mask, row_weight, targets, 1.0)
@@ -211,7 +211,7 @@ def triton_term(term: DivergenceTerm):
 
 
 def bounded_term(term: DivergenceTerm):
-    """The shorter twin for rows of bounded differences, which the built-in divergences have."""
+    """The shorter form for rows of bounded differences, which the built-in divergences have."""
     module, function = term.triton.split(":")
     return getattr(bounded, function) if module == terms.__name__ else triton_term(term)
 
@@ -280,7 +280,7 @@ class Gradients:
         self.hidden, self.weight, self.bias, self.mask = hidden, weight, bias, mask
         # entries of q - p as small as 1e-6 carry the gradient's direction; fp16 ends there
         self.scale = 1024.0 if spec.compute_dtype == torch.float16 else 1.0
-        self.hidden_grad = torch.empty_like(hidden) if spec.hidden_grad else None
+        self.hidden_grad = torch.empty_like(hidden, dtype=gradient_dtype(hidden.dtype)) if spec.hidden_grad else None
         fp32 = dict(dtype=torch.float32, device=hidden.device)
         # one product is rounded once, by the GEMM; a sum of several when it is complete
         once = chunks == 1 and self.scale == 1 and spec.compute_dtype == weight.dtype
@@ -306,6 +306,10 @@ class Gradients:
             self.weight_grad.zero_()
 
         def finished(grad, like):
-            return None if grad is None else (grad if self.scale == 1 else grad.div_(self.scale)).to(like.dtype)
+            return (
+                None
+                if grad is None
+                else (grad if self.scale == 1 else grad.div_(self.scale)).to(gradient_dtype(like.dtype))
+            )
 
         return self.hidden_grad, finished(self.weight_grad, self.weight), finished(self.bias_grad, self.bias)

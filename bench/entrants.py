@@ -133,7 +133,7 @@ def orda(loss: str, x: Inputs, backend: str) -> Tensor:
 def fla(loss: str, x: Inputs) -> Tensor:
     from fla.modules.fused_kl_div import fused_kl_div_loss
 
-    return fused_kl_div_loss(x.student, x.teacher, x.weight, x.weight)
+    return fused_kl_div_loss(x.student, x.teacher, x.weight, x.weight.detach())
 
 
 def cce(loss: str, x: Inputs, implementation: str) -> Tensor:

@@ -204,10 +204,11 @@ class HFEngine:
 def masks_built_unread(config: Any) -> Iterator[None]:
     """Within it, transformers builds the mask of a padded batch without first asking the GPU whether all of it is ones.
 
-    `decode` gives no mask for a batch without padding, so the answer would always be no. flash_attention_2 still asks.
+    `decode` gives no mask for a batch without padding, so the answer would always be no. flash-attn's mask still asks.
     """
     name = config._attn_implementation
     build = ALL_MASK_ATTENTION_FUNCTIONS[name]
+    local = ALL_MASK_ATTENTION_FUNCTIONS._local_mapping.get(name)
 
     def build_unread(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if attention_mask is not None:
@@ -218,7 +219,10 @@ def masks_built_unread(config: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        del ALL_MASK_ATTENTION_FUNCTIONS[name]
+        if local is None:
+            del ALL_MASK_ATTENTION_FUNCTIONS[name]
+        else:
+            ALL_MASK_ATTENTION_FUNCTIONS[name] = local
 
 
 def cache_argument(model: nn.Module) -> str:

@@ -1,7 +1,9 @@
-"""The terms of `terms.py` in rows where no x = log p - log q is large: fewer instructions, same values.
+"""The terms of `terms.py` in rows where no x = log p - log q is large: fewer instructions, and the same values to
+rounding.
 
-There p = q (1 + e) exactly enough, q e never overflows, and most near forms hold for every x. `rows.py` takes a term's
-twin here if the row allows it; a term without one is used as it is.
+There p = q (1 + e), q e never overflows, and most near forms hold for every x: far below 0 they cancel terms as large
+as x, which costs |x| ulps of an entry the teacher excludes. `rows.py` takes a term's form here if the row allows it; a
+term without one is used as it is.
 """
 
 import triton

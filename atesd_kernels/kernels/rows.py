@@ -5,8 +5,9 @@ Programs write their partial sums side by side and the next kernel adds them up 
 depend on scheduling. Accumulators are vectors, one slot per lane, reduced once at the end. An option that is not used
 (bias, mask, weight, softcap, clip) is None, and its code is not compiled.
 
-Arithmetic counts as much as bytes here: with 67 instructions an entry the first sweep reached 45 % of an H200's copy
-rate, with 29 it reaches 82 %. Hence the plain case (shared head, no bias, no softcap), its bounded rows, and `exp`.
+Arithmetic counts as much as bytes here: with 67 instructions an entry in the first sweep and 70 in the second, a
+forward KL's kernels moved 2.3 TB/s on an H200. With 29 and 37 they move 3.35, and a copy 4.2. Hence the plain case
+(shared head, no bias, no softcap), its bounded rows, and `exp`.
 """
 
 import triton
@@ -283,7 +284,7 @@ def evaluate(
 ):  # fmt: skip
     """p, q, l', and under an entry clip: u' without the clipped entries, terms whose sum is that of the clipped
     textbook terms l' + k (p - q), what is clipped, and k q. As sum (p - q) = 0, the terms that stay may be l': it alone
-    is small where p and q nearly agree. BOUNDED: no x of the row exceeds FAR, and t is not looked at."""
+    is small where p and q nearly agree. BOUNDED: no x of the row exceeds FAR, and t is not needed."""
     x = d - c
     q = exp(s - lse_s)
     e, bend = expm1_parts(x)

@@ -34,7 +34,7 @@ def trained_products(x: Inputs) -> None:
 
 @torch.no_grad()
 def one_by_one(x: Inputs, rows: int) -> dict[str, Callable[[], Tensor | None]]:
-    """Each product over `rows` rows, and the roads not taken."""
+    """Each product over `rows` rows, and alternatives that this library does not use."""
     h, w, narrow = x.student[:rows], x.weight, x.weight.dtype
     offset = torch.zeros(rows, device=h.device)
     g = torch.empty(rows, len(w), dtype=narrow, device=h.device).normal_()

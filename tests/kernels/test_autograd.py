@@ -36,6 +36,16 @@ def test_a_second_derivative_is_refused_rather_than_wrong(reduction, trained_hea
         (gradient**2).sum().backward()
 
 
+def test_several_upstream_gradients_go_through_one_graph_at_once():
+    pair = make_pair(n=7)
+    hidden = pair.student_hidden.clone().requires_grad_()
+    loss = linear_divergence(hidden, *pair.tensors[1:], reduction="none")
+    (one_by_one,) = torch.autograd.grad(loss.sum(), hidden, retain_graph=True)
+    rows = torch.eye(7, device=DEVICE)
+    (batched,) = torch.autograd.grad(loss, hidden, rows, is_grads_batched=True)
+    assert batched.shape == (7, *hidden.shape) and torch.allclose(batched.sum(0), one_by_one, rtol=1e-6)
+
+
 def test_only_required_gradients_are_formed():
     pair = make_pair()
     for wanted in ((True, False), (False, True), (False, False)):

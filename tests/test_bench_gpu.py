@@ -75,7 +75,7 @@ def test_every_row_of_a_gpu_s_table_names_the_card(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "RESULTS", tmp_path)
     for name in ("gpu_losses", "gpu_divergences", "gpu_step", "gpu_correct"):
         rows = tables.TABLES[name]().split("<sub>")[0].strip().splitlines()[2:]
-        assert len(rows) > 5 and all("| Another GPU |" in row for row in rows), name
+        assert len(rows) >= 5 and all("| Another GPU |" in row for row in rows), name
 
 
 def test_a_target_is_judged_by_its_worst_figure(monkeypatch):

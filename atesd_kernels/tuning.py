@@ -62,6 +62,8 @@ class TileConfig:
 # First pass: two products and running statistics. Second pass: two products and a divergence's term, whose registers
 # leave room for smaller tiles only. The limit was spilling, as `compile_report` shows it. TMA where it takes no more
 # registers than computing addresses does: fewer in the passes over two models (the report has both), more over one.
+# On an H200 a forward KL without gradient took 39 ms with sm_90's tiles and 22 ms with (64, 128, 64), which spill with
+# a JSD. Backend "triton" took 7.4 ms.
 TILES = {
     "sm_80": TileConfig(128, 32, 64, 8, 3),
     "sm_90": TileConfig(128, 32, 64, 8, 3, tma=True),

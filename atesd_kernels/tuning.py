@@ -73,11 +73,12 @@ TILES = {
 SECOND_PASS_TILES = {
     "sm_80": TileConfig(64, 16, 64, 4, 3),
     "sm_90": TileConfig(64, 32, 64, 8, 3, tma=True),
-    "sm_100": TileConfig(64, 32, 64, 8, 3, tma=True),
+    "sm_100": TileConfig(64, 32, 64, 8, 2, tma=True),
     "gfx942": TileConfig(128, 64, 32, 8, 1),
 }
 ONE_MODEL_TILES = {
-    **dict.fromkeys(("sm_80", "sm_90", "sm_100"), TileConfig(128, 64, 64, 8, 3)),
+    **dict.fromkeys(("sm_80", "sm_90"), TileConfig(128, 64, 64, 8, 3)),
+    "sm_100": TileConfig(128, 64, 64, 8, 2),
     "gfx942": TILES["gfx942"],
 }
 INTERPRETED_TILE = TileConfig(16, 256, 64, 4, 1)

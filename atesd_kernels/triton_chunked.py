@@ -285,8 +285,9 @@ class Gradients:
         # one product is rounded once, by the GEMM; a sum of several when it is complete
         once = chunks == 1 and self.scale == 1 and spec.compute_dtype == weight.dtype
         head = fp32 | (dict(dtype=weight.dtype) if once else {})
-        self.weight_grad = torch.empty(weight.shape, **head) if spec.weight_grad else None
-        self.is_first = True
+        # the first chunk overwrites it; without a row there is none
+        new = torch.empty if len(hidden) else torch.zeros
+        self.weight_grad = new(weight.shape, **head) if spec.weight_grad else None
         self.bias_grad = torch.zeros(weight.shape[0], **fp32) if spec.bias_grad else None
 
     def take(self, rows: slice, h: Tensor, g: Tensor, w: Tensor) -> None:
@@ -296,15 +297,11 @@ class Gradients:
         if self.weight_grad is not None:
             if self.mask is not None:
                 h = torch.where(self.mask[rows, None], h, 0)  # whatever a masked row holds, NaN included
-            matmul.add_weight_grad(self.weight_grad, g, h, overwrite=self.is_first)
-            self.is_first = False
+            matmul.add_weight_grad(self.weight_grad, g, h, overwrite=rows.start == 0)
         if self.bias_grad is not None:
             self.bias_grad += g.sum(0, dtype=torch.float32)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if self.weight_grad is not None and self.is_first:  # there was no row
-            self.weight_grad.zero_()
-
         def finished(grad, like):
             return (
                 None

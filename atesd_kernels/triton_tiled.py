@@ -304,7 +304,6 @@ class ColumnGradients:
             matmul.add_weight_grad(self.hidden_grad, g.T, self.w[cols])
         if self.gradients.weight_grad is not None:
             matmul.add_weight_grad(self.gradients.weight_grad[cols], g, self.h, overwrite=True)
-            self.gradients.is_first = False
         if self.gradients.bias_grad is not None:
             self.gradients.bias_grad[cols] = g.sum(0, dtype=torch.float32)
 

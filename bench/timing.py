@@ -84,16 +84,22 @@ OWN_GEMMS = "its GEMMs alone"
 MM_GEMMS = "the same GEMMs in torch.mm"
 
 
+def gpu_plan(x: Inputs, trained: bool) -> ChunkPlan:
+    """Backend "triton"'s chunks: whole rows of fp32 S and of D in the inputs' dtype."""
+    tokens, vocab, device, width = len(x.student), len(x.weight), x.student.device, 4 + x.student.dtype.itemsize
+    return ChunkPlan.make(
+        tokens, vocab, width, device, gpu_chunk_bytes(tokens, vocab, width, trained, gpu_memory(device))
+    )
+
+
 def own_gemms(x: Inputs, backward: bool) -> None:
     """The products of `linear_divergence` with a shared head, in the shapes and on the road it takes for them."""
     with torch.no_grad():
         device, vocab = x.student.device, len(x.weight)
         if device.type == "cpu":
             plan = ChunkPlan.make(len(x.student), vocab, 8, device, None, block_bytes=16)
-        else:  # whole rows of fp32 S and of D in the inputs' dtype
-            tokens, width = len(x.student), 4 + x.student.dtype.itemsize
-            budget = gpu_chunk_bytes(tokens, vocab, width, False, gpu_memory(device))
-            plan = ChunkPlan.make(tokens, vocab, width, device, budget)
+        else:
+            plan = gpu_plan(x, trained=False)
         dtype = matmul.product_dtype(x.student.dtype, device)
         difference = (x.teacher.float() - x.student.float()).to(dtype)
         for rows in plan.row_chunks(len(x.student)):

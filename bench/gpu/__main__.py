@@ -21,8 +21,7 @@ import threading
 import time
 from pathlib import Path
 
-from atesd.files import write_json
-from bench.gpu.stage import RESULT, Stage, read
+from bench.gpu.stage import Stage, leave_out, read
 
 # number, module, seconds. The first four take five minutes together, the others four.
 STAGES = {
@@ -39,7 +38,7 @@ DRY_SECONDS = 240
 
 
 def numbers(text: str) -> list[int]:
-    """ "1-4" or "3,5-7" as a list."""
+    """The stages that a text such as 1-4 or 3,5-7 names."""
     found: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
@@ -92,7 +91,7 @@ def run_all(options: argparse.Namespace) -> int:
             name, seconds = STAGES[number]
             seconds = DRY_SECONDS if options.dry else min(seconds * stretch, end - time.monotonic())
             if seconds < LEAST_SECONDS:
-                note(options.out, name, "the minutes were used up")
+                leave_out(options.out, name, "the minutes were used up")
                 continue
             if number > 1 and warming is None and not options.dry:
                 warming = Warming(log, min(seconds, 90))
@@ -102,13 +101,13 @@ def run_all(options: argparse.Namespace) -> int:
             status = run_stage(number, seconds, options, log)
             if status != "done":
                 failed.append(name)
-                note(options.out, f"{name} (its later parts)", status)
+                leave_out(options.out, f"{name} (its later parts)", status)
         print_tables(options.out, log)
     return 1 if failed else 0
 
 
 def run_stage(number: int, seconds: float, options: argparse.Namespace, log) -> str:
-    """ "done", or what ended the stage early."""
+    """What ended the stage: the word done, or why it ended early."""
     name = STAGES[number][0]
     say(log, f"=== stage {number}, {name}: up to {seconds:.0f} s")
     command = [sys.executable, "-m", "bench.gpu", "--one", str(number), "--seconds", str(seconds)]
@@ -164,12 +163,6 @@ class Warming:
                 process.wait(max(0.1, self.deadline - time.monotonic()))
             stop(process)
         self.processes = []
-
-
-def note(out: Path, what: str, why: str) -> None:
-    whole = read(out)
-    whole.setdefault("left_out", {})[what] = why
-    write_json(out / RESULT, whole)
 
 
 def say(log, line: str) -> None:

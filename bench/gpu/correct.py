@@ -48,7 +48,7 @@ def run(stage: Stage) -> None:
     for name, check in checks.items():
         try:
             found[name] = check(stage)
-        except Exception as error:
+        except Exception as error:  # a check that crashes has failed, and the others run
             found[name] = {"passed": False, "why": first_line(error)}
         stage.keep(checks=found)
         stage.say(f"{name}: {found[name]}")

@@ -7,6 +7,7 @@ every divergence of this library at the same shape, beside the time its products
 
 from __future__ import annotations
 
+import gc
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -82,13 +83,21 @@ def run(stage: Stage) -> None:
     ours = {name: partial(entrants.ours, "forward_kl", backend=backend) for name, backend in backends(stage).items()}
     ours[BF16_LOGITS] = partial(with_bf16_logits, backend=backends(stage)[OURS])
     for trained in (False, True):
-        measure(stage, "trained" if trained else "frozen", ours, x, trained, truth)
+        measure(stage, head_name(trained), ours, x, trained, truth)
     every_divergence(stage, x)
     peers = {name: entrants.entrant(name, "forward_kl") for name in PEERS if name in entrants.present("forward_kl")}
     for name in [name for name in PEERS if name not in peers and not stage.dry]:
         stage.leave_out(name, entrants.missing(name) or "not there")
     for trained in (False, True):
-        measure(stage, f"{'trained' if trained else 'frozen'}, with peers", {**ours, **peers}, x, trained, truth)
+        measure(stage, f"{head_name(trained)}, with peers", {**ours, **peers}, x, trained, truth)
+
+
+def head_name(trained: bool) -> str:
+    return "trained" if trained else "frozen"
+
+
+def products_of(x: Inputs, trained: bool) -> Callable[[], object]:
+    return partial(trained_products, x) if trained else partial(timing.own_gemms, x, True)
 
 
 def measure(stage: Stage, key: str, functions: dict, x: Inputs, trained: bool, truth: Tensor) -> None:
@@ -102,6 +111,7 @@ def measure(stage: Stage, key: str, functions: dict, x: Inputs, trained: bool, t
             gradient = gradients(function, x, trained)[0]
             error = entrants.relative_error(gradient[:ORACLE_ROWS].double() * (tokens / len(truth)), truth)
             del gradient
+            gc.collect()  # what lies in cycles would leave during the call
             extra = extra_bytes(partial(gradients, function, x, trained))
         except Exception as problem:  # a peer that fails here is named, and the others are measured
             failed[name] = first_line(problem)
@@ -110,9 +120,8 @@ def measure(stage: Stage, key: str, functions: dict, x: Inputs, trained: bool, t
         rows[name] = {"gradient_error": error, "extra_bytes": extra}
         jobs[name] = partial(gradients, function, x, trained)
         stage.say(f"{key}: {name}, first call, error {100 * error:.3g} %, extra {extra / 2**30:.2f} GiB")
-    products = partial(trained_products, x) if trained else partial(timing.own_gemms, x, True)
-    jobs[PRODUCTS] = products
-    products()
+    jobs[PRODUCTS] = products_of(x, trained)
+    jobs[PRODUCTS]()
 
     def keep(seconds: dict) -> None:
         for name, own in seconds.items():
@@ -129,7 +138,7 @@ def every_divergence(stage: Stage, x: Inputs) -> None:
     """Ours alone, frozen and trained head, and the products in the same rounds."""
     backend = backends(stage)[OURS]
     for trained in (False, True):
-        jobs: dict = {PRODUCTS: partial(trained_products, x) if trained else partial(timing.own_gemms, x, True)}
+        jobs: dict = {PRODUCTS: products_of(x, trained)}
         for name, options in DIVERGENCES:
 
             def call(x, name=name, options=options):
@@ -144,8 +153,8 @@ def every_divergence(stage: Stage, x: Inputs) -> None:
         medians = {name: statistics.median(wall for wall, _ in own) for name, own in seconds.items()}
         rows = {name: {"seconds": seconds} for name, seconds in medians.items()}
         for name in jobs:
-            stage.say(f"{'trained' if trained else 'frozen'} {name}: {1e3 * medians[name]:.2f} ms")
-        stage.keep(**{f"divergences, {'trained' if trained else 'frozen'}": rows})
+            stage.say(f"{head_name(trained)} {name}: {1e3 * medians[name]:.2f} ms")
+        stage.keep(**{f"divergences, {head_name(trained)}": rows})
 
 
 def allowed_seconds(result: dict, head: str, name: str, copy: float) -> float:

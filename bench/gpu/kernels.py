@@ -128,14 +128,14 @@ def chunk_rows(stage: Stage, x: Inputs) -> None:
 
 
 @contextmanager
-def launch_config(config: tuple[int, int, int]):
-    """Every row kernel launched with these."""
-    kept = tuning.row_config
-    tuning.row_config = lambda device, vocab: tuning.RowConfig(*config)
+def launch_config(table: str, config: object):
+    """Every kernel of a table of `tuning`, "row_config" or "tile_config", launched with `config`."""
+    kept = getattr(tuning, table)
+    setattr(tuning, table, lambda *_: config)
     try:
         yield
     finally:
-        tuning.row_config = kept
+        setattr(tuning, table, kept)
 
 
 def sweep_of(name: str, options: dict, vocab: int, rows: int, device: str) -> Callable[[], None]:
@@ -163,10 +163,10 @@ def row_sweep(stage: Stage, x: Inputs, rows: int) -> None:
         for name, options in SWEEPS:
             label = name + ("+entry_clip" if options else "")
             try:
-                with launch_config(config):
+                with launch_config("row_config", tuning.RowConfig(*config)):
                     job = sweep_of(name, options, vocab, rows, stage.device)
                     took = statistics.median(milliseconds(job, rounds=7))
-            except Exception as error:
+            except Exception as error:  # a configuration that does not fit this GPU is named
                 stage.say(f"{label} {config}: {first_line(error)}")
                 continue
             moved = headline.BYTES.get(label, headline.OTHER_BYTES) * rows * vocab
@@ -180,7 +180,7 @@ def row_sweep(stage: Stage, x: Inputs, rows: int) -> None:
 def tile_sweep(stage: Stage, x: Inputs) -> None:
     """Loss-only work and the whole, at fewer tokens; each of both passes with each configuration."""
     some = x.rows(slice(TILE_TOKENS))
-    kept, found = tuning.tile_config, []
+    found = []
     chunked = {
         "loss only": partial(loss_only, some, "triton"),
         "with gradient": partial(headline.gradients, partial(entrants.ours, "forward_kl", backend="triton"), some,
@@ -195,18 +195,14 @@ def tile_sweep(stage: Stage, x: Inputs) -> None:
             stage.leave_out(f"tile kernels from {values} on", "no time was left")
             break
         config = tuning.TileConfig(*values)
-        tuning.tile_config = lambda device, dtype, table=None, config=config: config
         try:
-            row = {"config": asdict(config)}
-            row["loss only"] = statistics.median(
-                milliseconds(partial(loss_only, some, "triton_tiled"), rounds=3, warm_up=1)
-            )
-            found.append(row)
-            stage.say(f"tiles: {values}: {row['loss only']:.2f} ms")
-        except Exception as error:
+            with launch_config("tile_config", config):
+                took = statistics.median(milliseconds(partial(loss_only, some, "triton_tiled"), rounds=3, warm_up=1))
+        except Exception as error:  # a configuration that does not fit this GPU is named
             stage.say(f"tiles: {values}: {first_line(error)}")
-        finally:
-            tuning.tile_config = kept
+            continue
+        found.append({"config": asdict(config), "loss only": took})
+        stage.say(f"tiles: {values}: {took:.2f} ms")
         stage.keep(tile_kernels=found)
 
 
@@ -220,18 +216,14 @@ def warm(shape: Shape = headline.SHAPE) -> list[Callable[[], object]]:
     device = entrants.DEVICE
 
     def rows_of(config: tuple, name: str, options: dict) -> None:
-        with launch_config(config):
+        with launch_config("row_config", tuning.RowConfig(*config)):
             sweep_of(name, options, shape.vocab, headline.ONE_PROGRAM_A_ROW, device)()
 
     def tiles_of(values: tuple) -> None:
-        kept = tuning.tile_config
-        tuning.tile_config = lambda device, dtype, table=None: tuning.TileConfig(*values)
-        try:
-            zeros = torch.zeros(TILE_TOKENS, 64, dtype=torch.bfloat16, device=device)
-            weight = torch.zeros(shape.vocab, 64, dtype=torch.bfloat16, device=device)
+        zeros = torch.zeros(TILE_TOKENS, 64, dtype=torch.bfloat16, device=device)
+        weight = torch.zeros(shape.vocab, 64, dtype=torch.bfloat16, device=device)
+        with launch_config("tile_config", tuning.TileConfig(*values)):
             loss_only(Inputs(zeros, weight, zeros, zeros[:, 0].long()), "triton_tiled")
-        finally:
-            tuning.tile_config = kept
 
     def logprobs() -> None:
         h = torch.zeros(headline.ONE_PROGRAM_A_ROW, 16, dtype=torch.bfloat16, device=device, requires_grad=True)

@@ -17,7 +17,7 @@ import torch
 
 from bench import entrants, machine, timing
 from bench.entrants import DTYPES, OURS, Inputs
-from bench.gpu.clock import first_line
+from bench.gpu.clock import extra_bytes, first_line
 from bench.gpu.stage import Stage
 from bench.shapes import QWEN3, Shape, synthetic
 
@@ -112,14 +112,9 @@ def measure(stage: Stage, part: dict, x: Inputs, keep: Callable[[], None]) -> No
 
 def second_call(job: Callable[[], object]) -> dict:
     """Time and extra memory of a call whose kernels are compiled."""
-    gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if gpu else 0
-    seconds = timing.timed(job)
-    extra = torch.cuda.max_memory_allocated() - before if gpu else 0
-    return {**timing.summary([seconds]), "extra_bytes": extra}
+    seconds: list[timing.Seconds] = []
+    extra = extra_bytes(lambda: seconds.append(timing.timed(job)))
+    return {**timing.summary(seconds), "extra_bytes": extra}
 
 
 def difference(gradient: torch.Tensor, ours: torch.Tensor) -> float:
@@ -141,20 +136,6 @@ def flops(part: dict) -> int:
 def summary(part: dict) -> str:
     times = ", ".join(f"{name} {1e3 * row['median']:.1f} ms" for name, row in part["rows"].items())
     return times + "".join(f"; {name} failed: {why}" for name, why in part["failed"].items())
-
-
-def warm(vocab: int = QWEN3[0].vocab) -> list[Callable[[], object]]:
-    """Calls that compile what `run` launches of ours, at a hidden size of 16: kernels do not depend on it."""
-
-    def call(loss: str, tokens: int) -> None:
-        generator = torch.Generator(entrants.DEVICE).manual_seed(0)
-        rows = torch.randn(tokens, 16, device=entrants.DEVICE, generator=generator).bfloat16()
-        weight = torch.zeros(vocab, 16, dtype=torch.bfloat16, device=entrants.DEVICE)
-        targets = torch.zeros(tokens, dtype=torch.long, device=entrants.DEVICE)
-        x = Inputs(rows, weight, torch.zeros_like(rows), targets)
-        entrants.value_and_grad(partial(entrants.ours, loss, backend="triton"), x)
-
-    return [partial(call, loss, tokens) for loss in LOSSES for tokens in (TOKENS, FEWER_TOKENS)]
 
 
 def table(result: dict) -> str:

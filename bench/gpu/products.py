@@ -8,16 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from atesd_kernels import matmul, planning
+from atesd_kernels import matmul
 from bench.entrants import Inputs
-
-
-def row_chunks(x: Inputs, trained: bool) -> list[slice]:
-    """Those of backend "triton": fp32 S and D in the inputs' dtype."""
-    tokens, vocab, device = len(x.student), len(x.weight), x.student.device
-    width = 4 + x.student.itemsize
-    budget = planning.gpu_chunk_bytes(tokens, vocab, width, trained, planning.gpu_memory(device))
-    return list(planning.ChunkPlan.make(tokens, vocab, width, device, budget).row_chunks(tokens))
+from bench.timing import gpu_plan
 
 
 @torch.no_grad()
@@ -25,7 +18,7 @@ def trained_products(x: Inputs) -> None:
     """S, D, dH and dW, the last added up in fp32."""
     difference = (x.teacher.float() - x.student.float()).to(x.student.dtype)
     weight_grad = torch.empty(x.weight.shape, device=x.weight.device)
-    for rows in row_chunks(x, trained=True):
+    for rows in gpu_plan(x, trained=True).row_chunks(len(x.student)):
         matmul.logits(x.student[rows], x.weight, torch.float32)
         g = matmul.logits(difference[rows], x.weight, x.weight.dtype)
         matmul.hidden_grad(g, x.weight)

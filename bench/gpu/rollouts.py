@@ -21,7 +21,7 @@ from atesd.memory_plan import H100, Layout, model_shape, plan_time
 from atesd.rollout import Sampling
 from atesd.rollout.hf import HFEngine
 from bench import timing
-from bench.gpu.clock import first_line
+from bench.gpu.clock import extra_bytes, first_line
 from bench.gpu.stage import Stage
 from bench.gpu.step import FULL, TOY, add_trained_lora, qwen, random_model, step_settings
 from bench.machine import markdown
@@ -68,7 +68,7 @@ def run(stage: Stage) -> None:
                     break
                 model = add_trained_lora(model, settings, stage.device).eval()
             measure(stage, kind, model, prompts, settings, sizes, rows, failed)
-        except Exception as error:
+        except Exception as error:  # what was measured before stays
             failed[kind] = first_line(error)
         stage.keep(rows=rows, failed=failed)
 
@@ -92,7 +92,7 @@ def measure(
             job = make(model, prompts, settings)
             job(sizes.warm_up)  # the first call, which loads what is used
             seconds, _ = timing.timed(partial(job, sizes.warm_up))
-        except Exception as error:
+        except Exception as error:  # an engine that fails is named, and the other is measured
             failed[key] = first_line(error)
             stage.say(f"{key}: {failed[key]}")
             continue
@@ -117,13 +117,7 @@ def measure(
 
 
 def with_peak(job: Callable[[int], object], new: int, row: dict) -> None:
-    if not torch.cuda.is_available():
-        job(new)
-        return
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    job(new)
-    row["extra_bytes"] = torch.cuda.max_memory_allocated() - before
+    row["extra_bytes"] = extra_bytes(partial(job, new))
 
 
 def our_engine(model: Any, prompts: list[list[int]], settings: ATESDConfig) -> Callable[[int], object]:

@@ -52,12 +52,16 @@ class Stage:
 
     def leave_out(self, what: str, why: str) -> None:
         """Name what was not measured. It is listed in the last table."""
-        whole = read(self.out)
-        whole.setdefault("left_out", {})[f"{self.name}: {what}"] = why
-        write_json(self.out / RESULT, whole)
+        leave_out(self.out, f"{self.name}: {what}", why)
 
     def say(self, text: str) -> None:
         print(f"[{self.name} {time.monotonic() - self.started:5.1f} s] {text}", flush=True)
+
+
+def leave_out(out: Path, what: str, why: str) -> None:
+    whole = read(out)
+    whole.setdefault("left_out", {})[what] = why
+    write_json(out / RESULT, whole)
 
 
 def read(out: Path) -> dict[str, Any]:

@@ -213,17 +213,11 @@ def trl_dense(step: Step, micro_batch: int, phases: Phases, as_its_trainer: bool
         out = out.float() if as_its_trainer else out
         return out[:, :-1, :][:, -keep:, :] / step.settings.scoring_temperature
 
-    def part_loss(batch: PaddedBatch) -> Tensor:
-        keep = batch.response_mask.shape[1]
-        with phases.phase("student"):
-            student = logits(*batch.student, keep)
-        with phases.phase("teacher"), torch.no_grad(), step.model.disable_adapter():
-            teacher = logits(*batch.teacher, keep)
-        with phases.phase("loss"):
-            per_token = compute_full_logit_self_distillation_loss(student, teacher, distillation_alpha=0.0)
-            return (per_token * batch.response_mask).sum() / step.sizes.tokens
+    def total(student: Tensor, teacher: Tensor, response_mask: Tensor) -> Tensor:
+        per_token = compute_full_logit_self_distillation_loss(student, teacher, distillation_alpha=0.0)
+        return (per_token * response_mask).sum()
 
-    return over_parts(step, micro_batch, phases, part_loss)
+    return over_parts(step, micro_batch, phases, logits, total)
 
 
 def trl_chunked(step: Step, micro_batch: int, phases: Phases) -> Tensor:
@@ -238,28 +232,39 @@ def trl_chunked(step: Step, micro_batch: int, phases: Phases) -> Tensor:
             out = backbone(input_ids=ids, attention_mask=mask, use_cache=False)
         return out.last_hidden_state[:, :-1, :][:, -keep:, :].flatten(0, 1)
 
-    def part_loss(batch: PaddedBatch) -> Tensor:
-        keep = batch.response_mask.shape[1]
-        with phases.phase("student"):
-            student = hidden(*batch.student, keep)
-        with phases.phase("teacher"), torch.no_grad(), step.model.disable_adapter():
-            teacher = hidden(*batch.teacher, keep)
-        with phases.phase("loss"), step.autocast():
-            valid = batch.response_mask.flatten().bool()  # it leaves padding out
+    def total(student: Tensor, teacher: Tensor, response_mask: Tensor) -> Tensor:
+        with step.autocast():
+            valid = response_mask.flatten().bool()  # it leaves padding out
             rows = (student[valid], head, None, teacher[valid], head, None)
             per_token, _ = divergence(*rows, 0.0, temperature)
-            return per_token.sum() / step.sizes.tokens
+            return per_token.sum()
 
-    return over_parts(step, micro_batch, phases, part_loss)
+    return over_parts(step, micro_batch, phases, hidden, total)
 
 
-def over_parts(step: Step, micro_batch: int, phases: Phases, part_loss: Callable[[PaddedBatch], Tensor]) -> Tensor:
-    """TRL's loop: one loss a micro-batch, one backward through all of it."""
+def over_parts(
+    step: Step,
+    micro_batch: int,
+    phases: Phases,
+    forward: Callable[[Tensor, Tensor, int], Tensor],
+    total: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """TRL's loop: one loss a micro-batch, one backward through all of it.
+
+    `forward` gives what a loss reads of ids, mask and the longest response; `total` is the loss's sum over tokens.
+    """
     loss = torch.zeros((), device=step.device)
     for part in chunks(len(step.responses), micro_batch):
         with phases.phase("layout"):
             batch = step.padded(part)
-        value = part_loss(batch)
+        keep = batch.response_mask.shape[1]
+        with phases.phase("student"):
+            student = forward(*batch.student, keep)
+        with phases.phase("teacher"), torch.no_grad(), step.model.disable_adapter():
+            teacher = forward(*batch.teacher, keep)
+        with phases.phase("loss"):
+            value = total(student, teacher, batch.response_mask) / step.sizes.tokens
+        del student, teacher  # autograd keeps what backward needs
         with phases.phase("backward"):
             value.backward()
         loss += value.detach()

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from bench import machine, timing
-from bench.entrants import OURS, TRL_CHUNKED
+from bench.entrants import OURS
 from bench.gpu import headline, step_table
+from bench.gpu.step_variants import CHUNKED as CHUNKED_STEP
 from bench.gpu.step_variants import OURS as OUR_STEP
 from bench.machine import markdown
 
@@ -112,19 +113,20 @@ def prediction_rows() -> str:
 
 def step_rows() -> str:
     """A training step beside TRL's."""
-    cells = []
-    for result in results():
-        for row in result["stages"].get("step", {}).get("rows", {}).values():
-            group = [
-                r for r in result["stages"]["step"]["rows"].values()
-                if (r["setting"], r["workload"]) == (row["setting"], row["workload"])
-            ]  # fmt: skip
-            own = next((r for r in group if r["variant"] == OUR_STEP), None)
-            cells.append([
-                f"{row['variant']}; {row['setting']}, {row['workload']}", card(result),
-                *step_table.step_cells(row, own)[1:],
-            ])  # fmt: skip
+    cells = [
+        [f"{row['variant']}; {row['setting']}, {row['workload']}", gpu, *step_table.step_cells(row, own)[1:]]
+        for gpu, row, own in steps()
+    ]
     return markdown(["step", "GPU", *step_table.COLUMNS], cells)
+
+
+def steps() -> Iterator[tuple[str, dict, dict | None]]:
+    """Card, a step's row, and our row in the same setting and workload."""
+    for result in results():
+        rows = list(result["stages"].get("step", {}).get("rows", {}).values())
+        ours = {(row["setting"], row["workload"]): row for row in rows if row["variant"] == OUR_STEP}
+        for row in rows:
+            yield card(result), row, ours.get((row["setting"], row["workload"]))
 
 
 def correct_rows() -> str:
@@ -134,15 +136,13 @@ def correct_rows() -> str:
         found = result["stages"].get("correct", {})
         for name, tests in found.get("tests", {}).items():
             counts = ", ".join(f"{tests[key]} {key}" for key in ("passed", "failed", "skipped") if key in tests)
-            commit = f", at commit {tests['commit']}" if "commit" in tests else ""
-            cells.append([f"tests, {name}", card(result), (counts or tests["why"]) + commit])
+            cells.append([f"tests, {name}", card(result), counts or tests["why"]])
         for name, check in found.get("checks", {}).items():
             verdict = {True: "passed", False: "failed", None: "not run"}[check["passed"]]
             cells.append([name.replace("_", " "), card(result), verdict])
         if "sanitizer" in found:
             outcome = "no fault" if found["sanitizer"]["passed"] else "faults"
-            commit = f", at commit {found['sanitizer']['commit']}" if "commit" in found["sanitizer"] else ""
-            cells.append(["compute-sanitizer", card(result), outcome + commit])
+            cells.append(["compute-sanitizer", card(result), outcome])
     return markdown(["check", "GPU", "outcome"], cells)
 
 
@@ -182,14 +182,10 @@ def extra_memory() -> Iterator[Figure]:
 
 def step_gains() -> Iterator[Figure]:
     """Our tokens a second over those of TRL's chunked loss, in the same setting."""
-    for result in results():
-        rows = list(result["stages"].get("step", {}).get("rows", {}).values())
-        for own in (row for row in rows if row["variant"] == OUR_STEP):
-            for row in rows:
-                same = (row["setting"], row["workload"]) == (own["setting"], own["workload"])
-                if same and row["variant"].startswith(TRL_CHUNKED.split(" (")[0]):
-                    gain = own["tokens_per_second"] / row["tokens_per_second"]
-                    yield gain, f"{card(result)}, {own['setting']}, {own['workload']}"
+    for gpu, row, own in steps():
+        if own and row["variant"] == CHUNKED_STEP:
+            gain = own["tokens_per_second"] / row["tokens_per_second"]
+            yield gain, f"{gpu}, {own['setting']}, {own['workload']}"
 
 
 # what, the limit as it is said, the figures, which of them is the worst, whether that is within the limit

@@ -14,6 +14,15 @@ from atesd_kernels import exposure_logprobs, linear_divergence, linear_logprobs,
 from .cases import DEVICE, make_pair, relative_l2
 
 
+def assert_compiled_gives_the_same_gradient(step, hidden):
+    gradients = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaf = hidden.clone().requires_grad_()
+        function(leaf).backward()
+        gradients.append(leaf.grad)
+    assert gradients[0].norm() > 0 and torch.allclose(*gradients, rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 def test_backward_can_run_twice_and_gives_the_same_again(reduction):
     pair = make_pair()
@@ -150,12 +159,7 @@ def test_torch_compile_traces_a_caller_that_names_its_backend(backend, no_search
     def step(hidden):
         return linear_divergence(hidden * 1.0, pair.student_weight, pair.teacher_hidden, backend=backend)
 
-    gradients = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        hidden = pair.student_hidden.clone().requires_grad_()
-        function(hidden).backward()
-        gradients.append(hidden.grad)
-    assert gradients[0].norm() > 0 and torch.allclose(*gradients, rtol=1e-5, atol=1e-9)
+    assert_compiled_gives_the_same_gradient(step, pair.student_hidden)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="opcheck compares with the CPU implementation")
@@ -227,9 +231,4 @@ def test_torch_compile_takes_a_divergence_that_nobody_registered():
     def step(hidden):
         return linear_divergence(hidden * 1.0, pair.student_weight, pair.teacher_hidden, divergence=term)
 
-    gradients = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        hidden = pair.student_hidden.clone().requires_grad_()
-        function(hidden).backward()
-        gradients.append(hidden.grad)
-    assert gradients[0].norm() > 0 and torch.allclose(*gradients, rtol=1e-5, atol=1e-9)
+    assert_compiled_gives_the_same_gradient(step, pair.student_hidden)

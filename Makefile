@@ -21,7 +21,7 @@ train: model
 
 # Fetched and converted by a process of its own, once for this user.
 model: $(VENV)/.installed
-	$(BIN)/python -m atesd.smollm
+	$(BIN)/python -m atesd.models.smollm
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests --numprocesses auto --dist worksteal $(ARGS)
@@ -54,7 +54,7 @@ $(SANITIZE_VENV)/.installed: requirements-sanitize.txt | can-sanitize
 # would launch compiled for sm_90, and the GPU's benchmarks at toy sizes. atesd is not installed there: it is on the path.
 OLDEST_VENV ?= .venv-oldest
 OLDEST := $(OLDEST_VENV)/bin/python
-OLDEST_TESTS := tests/loop/test_trainer.py tests/loop/test_varlen.py tests/kernels/test_triton_interpreted.py \
+OLDEST_TESTS := tests/test_trainer.py tests/models/test_varlen.py tests/kernels/test_triton_interpreted.py \
 	tests/kernels/test_contract.py tests/kernels/test_exactness.py tests/kernels/test_autograd.py \
 	tests/kernels/test_planning.py
 
@@ -74,7 +74,7 @@ $(OLDEST_VENV)/.installed: requirements-oldest.txt | can-test-oldest
 DEEPSPEED_VENV ?= .venv-deepspeed
 
 test-deepspeed: $(DEEPSPEED_VENV)/.installed
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(DEEPSPEED_VENV)/bin/python -m pytest tests/loop/test_processes.py -k ZeRO $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(DEEPSPEED_VENV)/bin/python -m pytest tests/parallel/test_processes.py -k ZeRO $(ARGS)
 
 $(DEEPSPEED_VENV)/.installed: $(INPUTS) | $(VENV)/.installed-test
 	$(BIN)/python -m venv $(DEEPSPEED_VENV)
@@ -92,7 +92,7 @@ $(DEEPSPEED_VENV)/.installed: $(INPUTS) | $(VENV)/.installed-test
 VLLM_VENV ?= .venv-vllm
 
 test-vllm: $(VLLM_VENV)/.installed
-	$(VLLM_VENV)/bin/python -m atesd.smollm
+	$(VLLM_VENV)/bin/python -m atesd.models.smollm
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VLLM_VENV)/bin/python -m pytest tests/vllm_rollouts $(ARGS)
 
 can-test-vllm:

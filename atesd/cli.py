@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 from atesd import __version__
-from atesd.config_checks import ConfigError
+from atesd.config.checks import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,7 +72,7 @@ def train(argv: list[str]) -> int:
     recipe, flags = (None, argv) if argv[0].startswith("-") else (argv[0], argv[1:])
     config = load_config(recipe, flags)
     if config.dry_run:
-        from atesd.dry_run import dry_run
+        from atesd.planning.dry_run import dry_run
 
         print(dry_run(config))
         return 0
@@ -98,7 +98,7 @@ def train(argv: list[str]) -> int:
 
 
 def evaluation(argv: list[str]) -> int:
-    from atesd.eval_config import eval_parser, load_eval_config
+    from atesd.config.eval_config import eval_parser, load_eval_config
 
     if not argv or {"-h", "--help"} & set(argv):
         eval_parser().print_help()
@@ -107,7 +107,7 @@ def evaluation(argv: list[str]) -> int:
         return comparison(argv)
     config = load_eval_config(argv)
 
-    from atesd.evaluate import evaluate
+    from atesd.evaluation.command import evaluate
 
     print(f"evaluation: {config.output_dir}", flush=True)
     folder = evaluate(config)
@@ -122,7 +122,7 @@ def comparison(argv: list[str]) -> int:
     parser.add_argument("--output_dir", metavar="FOLDER", help="default: evals/compare-A-B")
     arguments = parser.parse_args(argv)
 
-    from atesd.eval_compare import compare
+    from atesd.evaluation.compare import compare
 
     folder = compare(arguments.compare, arguments.output_dir)
     print(summary(folder / "comparison.md"))
@@ -155,7 +155,7 @@ def sweep(argv: list[str]) -> int:
     except ValueError as error:
         raise ConfigError(f"--alphas and --seeds are numbers with commas between: {error}") from error
 
-    from atesd import sweep as study
+    from atesd.studies import sweep as study
 
     folder = own.output_dir or f"runs/sweep-{Path(recipe or 'run').stem}"
     print(f"figure: {study.sweep(recipe, rest, folder, alphas, seeds) / 'study.png'}")
@@ -163,7 +163,7 @@ def sweep(argv: list[str]) -> int:
 
 
 def scaling(argv: list[str]) -> int:
-    from atesd.scaling import main as tables
+    from atesd.planning.scaling import main as tables
 
     if {"-h", "--help"} & set(argv):
         print("atesd scaling [--flag value ...]: the flags of `atesd train`, on top of its recipe")
@@ -173,14 +173,14 @@ def scaling(argv: list[str]) -> int:
 
 
 def report(run_dir: Path) -> int:
-    from atesd.report import write_report
+    from atesd.reports.report import write_report
 
     print(write_report(run_dir))
     return 0
 
 
 def doctor() -> int:
-    from atesd.doctor import describe
+    from atesd.planning.doctor import describe
 
     print(describe())
     return 0

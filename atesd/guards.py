@@ -17,9 +17,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from atesd.config import ATESDConfig
+from atesd.exposure.signals import finite
 from atesd.objectives import TokenTotals
 from atesd.rollout import Rollout
-from atesd.signals import finite
 
 NGRAM = 4
 START_STEPS = 5  # steps whose mean is "the start"

@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from atesd.batching import PackedBatch, hidden_rows, to_device
 from atesd.config import ATESDConfig
-from atesd.processes import Processes
+from atesd.models.batching import PackedBatch, hidden_rows, to_device
+from atesd.parallel.processes import Processes
 from atesd_kernels import TokenStats, linear_divergence, linear_logprobs
 from atesd_kernels.integrations.head import HeadSpec
 

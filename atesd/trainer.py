@@ -21,17 +21,17 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from atesd.batching import assert_same_responses, chunks, hidden_rows, pack
 from atesd.config import ATESDConfig
+from atesd.data.problems import Problem
 from atesd.guards import clip_fraction, response_metrics
-from atesd.metrics import RunLog, peak_memory_bytes
+from atesd.models.batching import assert_same_responses, chunks, hidden_rows, pack
+from atesd.models.precision import settle_precision
 from atesd.objectives import ResponseTokens, TokenTotals
-from atesd.precision import settle_precision
-from atesd.problems import Problem
-from atesd.processes import Processes, on_cpu
+from atesd.parallel.processes import Processes, on_cpu
+from atesd.parallel.sharding import check_launcher
+from atesd.reports.metrics import RunLog, peak_memory_bytes
 from atesd.rollout import Rollout, RolloutError
-from atesd.run_state import RunState
-from atesd.sharding import check_launcher
+from atesd.run import RunState
 
 
 class NonFiniteLoss(RuntimeError):
@@ -113,7 +113,7 @@ class Trainer(RunState):
             summary = {"steps": done, **self.data.counts(), **self.guards.summary(), **self.policy.finish()}
             (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
             self.log.close()
-            from atesd.report import write_report  # here: while the run trains it does without matplotlib
+            from atesd.reports.report import write_report  # here: while the run trains it does without matplotlib
 
             write_report(self.run_dir)
         return self.run_dir

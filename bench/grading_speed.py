@@ -2,7 +2,7 @@
 
     python -m bench.grading_speed
 
-The answers are the hard cases of tests/data/grading_cases.jsonl, whose verdicts were stated by hand, in turn with
+The answers are the hard cases of tests/evaluation/grading_cases.jsonl, whose verdicts were stated by hand, in turn with
 fractions that all differ; then the same with ten answers among them that hang a parser, each of which may cost its time
 limit and no more. Every verdict is checked: a fast wrong grader would not count.
 """
@@ -13,10 +13,10 @@ import json
 import time
 from pathlib import Path
 
-from atesd.grading import Grader
+from atesd.evaluation.grading.grader import Grader
 from bench.machine import markdown, save
 
-CASES = Path(__file__).parent.parent / "tests" / "data" / "grading_cases.jsonl"
+CASES = Path(__file__).parent.parent / "tests" / "evaluation" / "grading_cases.jsonl"
 HANGS = r"\boxed{9^{9^{9^{9}}}}"
 COUNT, HOSTILE, TIME_LIMIT = 1000, 10, 1.0
 

@@ -41,8 +41,8 @@ def run_one(run: str, flags: list[str], work: Path) -> Path:
     """Train one run (or go on with it) and write its result."""
     from atesd.checkpoint import latest_checkpoint
     from atesd.config import load_config
-    from atesd.held_out import measure
-    from atesd.metrics import METRICS, read_jsonl
+    from atesd.reports.metrics import METRICS, read_jsonl
+    from atesd.studies.held_out import measure
     from atesd.trainer import Trainer
 
     method, seed = run.rsplit("-", 1)

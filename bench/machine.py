@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 
 from atesd.files import write_json
-from atesd.versions import installed_version
+from atesd.planning.versions import installed_version
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -59,7 +59,7 @@ def machine() -> dict:
 
 def native_precision() -> str:
     """The precision one would train in on this machine."""
-    from atesd.precision import has_fast_bf16
+    from atesd.models.precision import has_fast_bf16
 
     return "bf16" if has_fast_bf16() else "fp32"
 

@@ -23,10 +23,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from atesd.config import ATESDConfig
-from atesd.models import load_model_and_tokenizer, model_path
-from atesd.precision import has_fast_bf16
-from atesd.problems import load_problems
-from atesd.prompts import PromptBuilder
+from atesd.data.problems import load_problems
+from atesd.data.prompts import PromptBuilder
+from atesd.models.loading import load_model_and_tokenizer, model_path
+from atesd.models.precision import has_fast_bf16
 from atesd.rollout.hf import HFEngine
 from atesd.rollout.vllm import VLLMEngine
 from bench.machine import markdown, save

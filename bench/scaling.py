@@ -62,7 +62,7 @@ def losses(dtype: torch.dtype, tokens: int, vocab: int) -> dict[str, Callable]:
 def models(dtype: torch.dtype):
     from transformers import AutoModelForCausalLM
 
-    from atesd.smollm import smollm2_path
+    from atesd.models.smollm import smollm2_path
 
     student = AutoModelForCausalLM.from_pretrained(str(smollm2_path()), dtype=dtype).to(DEVICE)
     return student, copy.deepcopy(student).eval().requires_grad_(False)

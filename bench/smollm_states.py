@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import atesd_kernels
-from atesd.problems import load_problems
-from atesd.prompts import PromptBuilder
-from atesd.segmentation import split_reference
+from atesd.data.problems import load_problems
+from atesd.data.prompts import PromptBuilder
+from atesd.data.segmentation import split_reference
 from bench.entrants import Inputs
 
 MAX_COMPLETION = 512
@@ -23,7 +23,7 @@ class SmolLM2:
     def __init__(self, num_problems: int, seed: int = 0):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from atesd.smollm import smollm2_path
+        from atesd.models.smollm import smollm2_path
 
         path = str(smollm2_path())
         self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")

@@ -103,10 +103,10 @@ def run_trl(args: argparse.Namespace) -> dict:
     import torch
     from transformers import TrainerCallback
 
-    from atesd.models import load_model_and_tokenizer
-    from atesd.problems import load_problems
-    from atesd.prompts import PromptBuilder
-    from atesd.segmentation import split_reference
+    from atesd.data.problems import load_problems
+    from atesd.data.prompts import PromptBuilder
+    from atesd.data.segmentation import split_reference
+    from atesd.models.loading import load_model_and_tokenizer
 
     config = settings(args)
     torch.manual_seed(config.seed)

@@ -116,8 +116,8 @@ def learning() -> str:
 
 def predicted_scaling() -> str:
     """Formulas, no result file. Imported late: it builds models, without weights, from transformers' classes."""
-    from atesd import scaling as predictions
     from atesd.config import load_config
+    from atesd.planning import scaling as predictions
 
     config = load_config(predictions.RECIPE, [])
     return f"{predictions.overview(config)}\n\n<sub>{predictions.LABEL}: {predictions.assumptions(config)}</sub>"

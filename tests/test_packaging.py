@@ -27,7 +27,7 @@ BLOCK = re.compile(r"^```python\n# (\w+)\.py\n(.*?)^```", re.MULTILINE | re.DOTA
 USE_THEM = """
 import torch
 import my_divergence, my_policy, my_engine
-from atesd.policies import make_policy
+from atesd.exposure.policies import make_policy
 from atesd_kernels import linear_divergence
 
 torch.manual_seed(0)

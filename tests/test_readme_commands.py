@@ -41,12 +41,12 @@ def nothing_runs(monkeypatch, tmp_path):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text("")
     monkeypatch.setattr("atesd.trainer.train", record("train", Path("runs/my_run")))
-    monkeypatch.setattr("atesd.dry_run.dry_run", record("dry run", ""))
-    monkeypatch.setattr("atesd.sweep.sweep", record("sweep", Path("runs")))
-    monkeypatch.setattr("atesd.evaluate.evaluate", record("eval", Path("evals")))
-    monkeypatch.setattr("atesd.eval_compare.compare", record("compare", Path("evals")))
-    monkeypatch.setattr("atesd.report.write_report", record("report", Path("report.html")))
-    monkeypatch.setattr("atesd.scaling.main", record("scaling", ""))
+    monkeypatch.setattr("atesd.planning.dry_run.dry_run", record("dry run", ""))
+    monkeypatch.setattr("atesd.studies.sweep.sweep", record("sweep", Path("runs")))
+    monkeypatch.setattr("atesd.evaluation.command.evaluate", record("eval", Path("evals")))
+    monkeypatch.setattr("atesd.evaluation.compare.compare", record("compare", Path("evals")))
+    monkeypatch.setattr("atesd.reports.report.write_report", record("report", Path("report.html")))
+    monkeypatch.setattr("atesd.planning.scaling.main", record("scaling", ""))
     return done
 
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from atesd.exposure import exposed_text, is_full, num_exposed
-from atesd.outcomes import GROUNDING_PROBLEMS
-from atesd.policies import ExposurePolicy
-from atesd.prompts import PromptBuilder, PromptTooLong
-from atesd.segmentation import final_answer, segment, split_reference
-from atesd.teachers import evaluating
+from atesd.data.context import exposed_text, is_full, num_exposed
+from atesd.data.prompts import PromptBuilder, PromptTooLong
+from atesd.data.segmentation import final_answer, segment, split_reference
+from atesd.exposure.outcomes import GROUNDING_PROBLEMS
+from atesd.exposure.policies import ExposurePolicy
+from atesd.models.teachers import evaluating
 from atesd_kernels import exposure_logprobs
 from atesd_kernels.integrations.source import is_as_expected
 from atesd_kernels.integrations.trl import WRITTEN_FOR, Hidden, hidden_states
@@ -62,7 +62,7 @@ def use_exposure(
 
     Args:
         trainer: an `SDFTTrainer` or `SDPOTrainer` that is about to train.
-        policy: see `atesd.policies`. Its hold window must cover the steps that one generation serves.
+        policy: see `atesd.exposure.policies`. Its hold window must cover the steps that one generation serves.
         probe: held-out rows with `prompt` and `privileged_context` (a worked solution): the student's NLL of those
             solutions is the progress signal `probe_nll`. Without them use `progress_signal="distill_loss"`.
         probe_every: steps between two measurements of it.

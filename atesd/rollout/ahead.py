@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
 from typing import Any
 
-from atesd.rollout import Rollout, RolloutEngine, Sampling
+from atesd.rollout.engine import Rollout, RolloutEngine, Sampling
 
 
 class AheadEngine:

@@ -22,11 +22,11 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from atesd.batching import to_device
-from atesd.rollout import Rollout, Sampling
+from atesd.models.batching import to_device
+from atesd.parallel.sharding import unsharded
+from atesd.rollout.engine import Rollout, Sampling
 from atesd.rollout.packed import decoding_model
 from atesd.rollout.seeds import ResponseSeeds
-from atesd.sharding import unsharded
 from atesd_kernels.integrations.head import unwrap
 
 # Tokens a GPU decodes between two looks at which responses have ended (our choice): at most this many, less one, are

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from atesd.batching import to_device
-from atesd.rollout import Rollout
+from atesd.models.batching import to_device
+from atesd.rollout.engine import Rollout
 from atesd_kernels import linear_logprobs
 from atesd_kernels.integrations.head import HeadSpec
 

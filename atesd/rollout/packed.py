@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from atesd.sharding import in_shards
+from atesd.parallel.sharding import in_shards
 from atesd_kernels.integrations.head import unwrap
 
 

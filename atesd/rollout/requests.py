@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from atesd.rollout import Rollout, RolloutError, Sampling
+from atesd.rollout.engine import Rollout, RolloutError, Sampling
 from atesd.rollout.seeds import ResponseSeeds
 
 STOPPED = "the engine was stopped while it was generating."

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from atesd.config import ATESDConfig
-from atesd.memory_plan import cached_numbers
-from atesd.models import context_length, model_path
-from atesd.rollout import RolloutError, require_vllm
+from atesd.models.loading import context_length, model_path
+from atesd.planning.memory_plan import cached_numbers
+from atesd.rollout.engine import RolloutError, require_vllm
 from atesd.rollout.hf import stop_token_ids
 from atesd.rollout.requests import Completion, RequestEngine
 from atesd.rollout.seeds import ResponseSeeds

@@ -25,15 +25,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from atesd.config import ATESDConfig
-from atesd.processes import Processes
-from atesd.rollout import RolloutError
+from atesd.parallel.processes import Processes
+from atesd.parallel.sharding import in_shards, reshard, writer
 from atesd.rollout.connections import Connections
+from atesd.rollout.engine import RolloutError
 from atesd.rollout.requests import STOPPED, Completion, RequestEngine
 from atesd.rollout.seeds import ResponseSeeds
 from atesd.rollout.vllm import request_settings
 from atesd.rollout.vllm_worker import WORKER_EXTENSION
 from atesd.rollout.weights import merged_weights
-from atesd.sharding import in_shards, reshard, writer
 from atesd_kernels.integrations.head import unwrap
 
 MAX_CONNECTIONS = 256

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from atesd.sharding import lent, on_main, whole
+from atesd.parallel.sharding import lent, on_main, whole
 from atesd_kernels.integrations.head import unwrap
 
 

@@ -34,7 +34,7 @@ TESTS = {
         "tests/kernels/test_peers.py",
     ),
     "exactness": ("tests/kernels/test_exactness.py",),
-    "loop": ("tests/loop/test_varlen_gpu.py", "tests/loop/test_waits_gpu.py", "--noconftest"),
+    "loop": ("tests/models/test_varlen_gpu.py", "tests/test_waits_gpu.py", "--noconftest"),
 }
 DRY_TESTS = {"planning": ("tests/kernels/test_planning.py",)}
 MOST_FAILURES = 60  # named in the result

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from atesd.config import ATESDConfig
-from atesd.memory_plan import H100, Layout, model_shape, plan_time
+from atesd.planning.memory_plan import H100, Layout, model_shape, plan_time
 from atesd.rollout import Sampling
 from atesd.rollout.hf import HFEngine
 from bench import timing

@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from atesd import packed_attention, scaling
 from atesd.config import ATESDConfig, load_config
-from atesd.memory_plan import GIB, H100, H200, Layout, model_shape, plan_memory, plan_time
-from atesd.models import add_lora
+from atesd.models import packed_attention
+from atesd.models.loading import add_lora
+from atesd.planning import scaling
+from atesd.planning.memory_plan import GIB, H100, H200, Layout, model_shape, plan_memory, plan_time
 from atesd_kernels.integrations.head import unwrap
 from bench import entrants
 from bench.gpu.clock import first_line

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from atesd.memory_plan import GIB
+from atesd.planning.memory_plan import GIB
 from bench.gpu.step_variants import OURS
 from bench.machine import markdown
 

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from atesd import packed_attention
-from atesd.adapters import adapter_layers, inputs_cast_by_autocast
-from atesd.batching import assert_same_responses, chunks, hidden_rows, pack
 from atesd.config import ATESDConfig
-from atesd.models import use_liger_kernels
+from atesd.models import packed_attention
+from atesd.models.adapters import adapter_layers, inputs_cast_by_autocast
+from atesd.models.batching import assert_same_responses, chunks, hidden_rows, pack
+from atesd.models.loading import use_liger_kernels
+from atesd.models.recompute import recompute_activations
+from atesd.models.teachers import Teacher
 from atesd.objectives import ResponseTokens, TokenTotals, make_objective
-from atesd.recompute import recompute_activations
-from atesd.teachers import Teacher
 from atesd_kernels.integrations.head import hidden_states_and_head, unwrap
 from bench import entrants
 

@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("trl", reason="trl is not installed")
 
+from atesd.data.prompts import PromptTooLong
+from atesd.exposure.policies import make_policy
 from atesd.integrations.trl import exposed_context, use_exposure
-from atesd.policies import make_policy
-from atesd.prompts import PromptTooLong
 from atesd_kernels.integrations.trl import use_linear_divergence
 
 from .trl_trainers import SOLUTION, SDFTTrainer, make_trainer, user

@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 import torch
 
-from atesd.eval_config import EvalConfig
-from atesd.evaluate import evaluate
-from atesd.models import load_model_and_tokenizer
+from atesd.config.eval_config import EvalConfig
+from atesd.evaluation.command import evaluate
+from atesd.models.loading import load_model_and_tokenizer
 from atesd.rollout import RolloutError, Sampling
 from atesd.rollout.hf import HFEngine, candidates
 from atesd.trainer import train

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from atesd.checkpoint import latest_checkpoint, load_checkpoint
-from atesd.eval_config import EvalConfig
-from atesd.evaluate import evaluate
-from atesd.metrics import read_jsonl
-from atesd.models import load_model_and_tokenizer
+from atesd.config.eval_config import EvalConfig
+from atesd.evaluation.command import evaluate
+from atesd.models.loading import load_model_and_tokenizer
+from atesd.reports.metrics import read_jsonl
 from atesd.rollout import RolloutError
 from atesd.rollout.vllm_server import VLLMServerEngine
 from atesd.rollout.vllm_worker import WORKER_EXTENSION

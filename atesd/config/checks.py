@@ -1,0 +1,259 @@
+"""What a configuration may not say: each refusal names the field, the value seen and what to do instead.
+
+Nothing here loads a model, a dataset or torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from atesd.config.fields import MAY_CHANGE, Settings
+
+SPECIAL_MODEL = "smollm2-135m-instruct"
+TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab", "trackio")
+# the names atesd_kernels knows (a test compares them), without the seconds that importing torch takes
+DIVERGENCES = tuple("forward_kl reverse_kl jsd jeffreys skew_kl skew_reverse_kl total_variation alpha".split())
+LEARNED_POLICIES = ("atesd", "one_step")
+# the module that attn_implementation needs, and how to get it
+FLASH_PACKAGES = {
+    "flash_attention_2": (
+        "flash_attn",
+        "flash-attn, which is built against the installed torch: pip install --no-build-isolation 'atesd[flash]'",
+    ),
+    "flash_attention_3": (
+        "flash_attn_interface",
+        "FlashAttention-3, which is built from the folder hopper of https://github.com/Dao-AILab/flash-attention",
+    ),
+}
+AT_LEAST_ONE = (
+    "lora_r lora_alpha max_prompt_length num_generations max_completion_length hold_window lookahead policy_batch_size "
+    "policy_hidden_size probe_every max_steps per_device_train_batch_size gradient_accumulation_steps "
+    "max_nonfinite_steps logging_steps save_steps save_total_limit eval_k"
+).split()
+AT_LEAST_ZERO = (
+    "num_probe_problems num_eval_problems rollout_retries top_k warmup_steps weight_decay lambda_gt entropy_coef seed "
+    "eval_steps"
+).split()
+POSITIVE = (
+    "rollout_timeout learning_rate temperature scoring_temperature eval_temperature adam_epsilon max_grad_norm "
+    "policy_learning_rate reward_weight"
+).split()
+POSITIVE_OR_ABSENT = (
+    "entry_clip token_clip chunk_bytes num_train_problems eval_max_completion_length importance_clip "
+    "vllm_kv_cache_bytes position_halflife early_stopping_patience"
+).split()
+FRACTIONS = "beta ema_decay alpha_min alpha_max reward_gamma".split()
+BELOW_ONE = "lora_dropout adam_beta1 adam_beta2".split()
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: the message names it, the value seen and what to do."""
+
+
+def check(config: Settings) -> None:
+    """Raises ConfigError for the first setting that cannot be used."""
+    for name, value in asdict(config).items():
+        require(config, name, not isinstance(value, float) or math.isfinite(value), "a finite number")
+    check_ranges(config)
+    check_combinations(config)
+    check_places(config)
+
+
+def require(config: Settings, name: str, holds: bool, what: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {getattr(config, name)!r}; it must be {what}")
+
+
+def check_ranges(config: Settings) -> None:
+    for name in AT_LEAST_ONE:
+        require(config, name, getattr(config, name) >= 1, "at least 1")
+    for name in AT_LEAST_ZERO:
+        require(config, name, getattr(config, name) >= 0, "at least 0")
+    for name in POSITIVE:
+        require(config, name, getattr(config, name) > 0, "a positive number")
+    for name in POSITIVE_OR_ABSENT:
+        value = getattr(config, name)
+        require(config, name, value is None or value > 0, "positive, or 0 for off")
+    for name in FRACTIONS:
+        require(config, name, 0 <= getattr(config, name) <= 1, "between 0 and 1")
+    for name in BELOW_ONE:
+        require(config, name, 0 <= getattr(config, name) < 1, "at least 0 and below 1")
+    require(config, "top_p", 0 < config.top_p <= 1, "above 0 and at most 1")
+    for name in ("student_chat_template_kwargs", "teacher_chat_template_kwargs"):
+        require(config, name, isinstance(parse_json(getattr(config, name)), dict), 'a JSON object like {"key": true}')
+
+
+def check_combinations(config: Settings) -> None:
+    if config.entry_clip is not None and config.token_clip is not None:
+        raise ConfigError(
+            f"entry_clip ({config.entry_clip}) and token_clip ({config.token_clip}) exclude each other: "
+            f"set one of them to 0"
+        )
+    if config.torch_dtype == "bfloat16" and not config.use_peft:
+        raise ConfigError(
+            "torch_dtype is 'bfloat16' and use_peft is false: AdamW's updates are smaller than the spacing of bfloat16 "
+            "weights, so most would be lost. Keep the weights in float32 (bf16: true makes the forward passes bfloat16)"
+        )
+    check_divergence(config)
+    check_objective(config)
+    if config.attn_implementation in FLASH_PACKAGES:
+        module, package = FLASH_PACKAGES[config.attn_implementation]
+        if find_spec(module) is None:
+            raise ConfigError(f"attn_implementation {config.attn_implementation!r} needs {package}")
+        if not config.bf16 and config.torch_dtype != "bfloat16":
+            raise ConfigError(
+                f"attn_implementation {config.attn_implementation!r} has no float32 form: set bf16 to true"
+            )
+    if config.dataset_name == "gsm_symbolic" and config.num_train_problems is None:
+        raise ConfigError(
+            "num_train_problems is not set, and gsm_symbolic makes as many as are asked for: set it, to 400 say"
+        )
+    if config.alpha_min > config.alpha_max:
+        raise ConfigError(f"alpha_min ({config.alpha_min}) is above alpha_max ({config.alpha_max}): swap them")
+    if config.exposure_policy == "fixed":
+        given = config.fixed_alpha is not None and 0 <= config.fixed_alpha <= 1
+        require(config, "fixed_alpha", given, "between 0 and 1, for exposure_policy is 'fixed'")
+    elif config.fixed_alpha is not None:
+        raise ConfigError(
+            f"fixed_alpha ({config.fixed_alpha}) would be ignored, for exposure_policy is {config.exposure_policy!r}: "
+            f"leave it out, or set exposure_policy to 'fixed'"
+        )
+    learned = config.exposure_policy in LEARNED_POLICIES
+    if learned and config.policy_batch_size == 1:
+        raise ConfigError(
+            "policy_batch_size is 1: a decision is judged against the others of its batch, so a policy would learn "
+            "nothing from one alone. Set it to 2 or more"
+        )
+    if learned and config.progress_signal == "probe_nll" and config.num_probe_problems == 0:
+        raise ConfigError(
+            "progress_signal is 'probe_nll' but num_probe_problems is 0, so there is nothing to measure it on: "
+            "set num_probe_problems to 8 or more, or progress_signal to 'distill_loss'"
+        )
+    if config.eval_steps and config.num_eval_problems == 0:
+        raise ConfigError(
+            f"eval_steps is {config.eval_steps} but num_eval_problems is 0, so there is nothing to evaluate on: "
+            f"set num_eval_problems to 32 or more, or eval_steps to 0"
+        )
+    if config.eval_steps and find_spec("math_verify") is None:
+        raise ConfigError(
+            f"eval_steps is {config.eval_steps}, and an evaluation grades answers with math-verify, which is not "
+            f"installed: pip install 'atesd[eval]', or set eval_steps to 0"
+        )
+    trackers = config.report_to.replace(" ", "").split(",")
+    for tracker in trackers:
+        what = f"made of {', '.join(TRACKERS)}{suggest(tracker, TRACKERS)}"
+        require(config, "report_to", tracker in TRACKERS, what)
+    alone = trackers == ["none"] or "none" not in trackers
+    require(config, "report_to", alone, "none, or trackers without none")
+    if config.importance_clip is not None and config.rollout_engine == "hf":
+        raise ConfigError(
+            f"importance_clip ({config.importance_clip}) would be ignored, for rollout_engine is 'hf', which samples "
+            f"from the student itself: leave it out"
+        )
+    check_staleness(config)
+
+
+def check_staleness(config: Settings) -> None:
+    require(config, "max_staleness", config.max_staleness in (0, 1), "0 or 1")
+    if config.max_staleness == 0:
+        return
+    if config.objective == "sft":
+        raise ConfigError("max_staleness is 1, and objective 'sft' trains on references, not rollouts: leave it out")
+    why = {
+        "hf": "which samples from the very weights that are being updated",
+        "vllm": "which shares process and device with the update: nothing would run beside it",
+    }
+    if config.rollout_engine in why:
+        raise ConfigError(
+            f"max_staleness is 1, but rollout_engine is {config.rollout_engine!r}, {why[config.rollout_engine]}: set "
+            "rollout_engine to 'vllm_server', or max_staleness to 0"
+        )
+
+
+def check_objective(config: Settings) -> None:
+    objective, learned = config.objective, config.exposure_policy in LEARNED_POLICIES
+    if objective in ("sft", "grpo") and config.exposure_policy != "full":
+        raise ConfigError(
+            f"objective {objective!r} has no teacher, so exposure_policy {config.exposure_policy!r} has nothing to "
+            "choose: set exposure_policy to 'full'"
+        )
+    if "grpo" in objective:
+        require(config, "num_generations", config.num_generations >= 2, f"at least 2, for objective is {objective!r}")
+        if find_spec("math_verify") is None:
+            raise ConfigError(f"objective {objective!r} grades answers with math-verify: pip install 'atesd[eval]'")
+    if config.per_example_exposure and not learned:
+        raise ConfigError(
+            f"per_example_exposure is on, and exposure_policy {config.exposure_policy!r} gives every problem the same "
+            f"exposure: choose one of {', '.join(LEARNED_POLICIES)}, or leave it off"
+        )
+    for name in ("early_stopping_patience", "save_best"):
+        if getattr(config, name) and config.num_probe_problems == 0:
+            raise ConfigError(f"{name} goes by the probe NLL, but num_probe_problems is 0: set it to 8 or more")
+
+
+def check_divergence(config: Settings) -> None:
+    require(
+        config, "divergence", config.divergence in DIVERGENCES, f"one of {', '.join(DIVERGENCES)}"
+        + suggest(config.divergence, DIVERGENCES)
+    )  # fmt: skip
+    if (config.divergence, config.beta) in (("skew_kl", 1), ("skew_reverse_kl", 0)):
+        raise ConfigError(f"divergence {config.divergence!r} with beta {config.beta} is always zero: change beta")
+
+
+def check_places(config: Settings) -> None:
+    if config.prompt_templates is not None:
+        require(config, "prompt_templates", Path(config.prompt_templates).is_file(), "a file that exists")
+    model, data = config.model_name_or_path, config.dataset_name
+    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).expanduser().is_dir():
+        raise ConfigError(
+            f"model_name_or_path is {model!r}, and there is no such folder: give a model's folder or its Hub id"
+        )
+    if data.endswith((".json", ".jsonl", ".parquet")) and not Path(data).expanduser().is_file():
+        raise ConfigError(f"dataset_name is {data!r}, and there is no such file: give a file, a folder or a Hub name")
+    out = config.resume or config.output_dir
+    require(config, "output_dir", out is not None, "a folder for the run")
+    if not config.resume and (Path(out) / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"output_dir {out!r} already holds a run: go on with it by --resume {out}, choose another output_dir, "
+            f"or delete it"
+        )
+
+
+def check_resumable(saved: Settings, given: Settings, output_dir: str | None) -> None:
+    """Raises ConfigError where the flags beside `--resume` would make another run of it."""
+    if output_dir not in (None, given.resume):
+        raise ConfigError(f"output_dir is {output_dir!r}, but resume goes on in {given.resume!r}: leave output_dir out")
+    may_change = (*MAY_CHANGE, "resume", "output_dir", "dry_run")
+    advice = f"or start a new run. What --resume may change: {', '.join(MAY_CHANGE)}"
+    check_same_settings(saved, given, may_change, f"the run in {given.resume!r}", advice)
+
+
+def check_same_settings(
+    saved: Settings, given: Settings, may_change: Collection[str], what: str, advice: str
+) -> None:
+    """Raises ConfigError for a setting outside `may_change` that is not what `what` was started with."""
+    for name, value in asdict(given).items():
+        before = getattr(saved, name)
+        if value != before and name not in may_change:
+            raise ConfigError(
+                f"{name} is {value!r}, but {what} was started with {before!r}: leave the flag out, {advice}"
+            )
+
+
+def parse_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""

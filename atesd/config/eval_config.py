@@ -1,0 +1,175 @@
+"""The settings of an evaluation: every one with its default, what it does and where the default comes from.
+
+Separate from config_fields.py because an evaluation has a protocol of its own: the papers', as OPSD published it
+(arXiv 2601.18734, evaluation settings of its code release). Rollout settings are those of training, with other
+defaults, so that one factory makes the engine of both.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from atesd.config.checks import ConfigError, parse_json, require
+from atesd.config.fields import RolloutFields, option
+from atesd.config.load import config_parser, parse
+
+# Settings that neither samples nor verdicts depend on: they may differ when an evaluation goes on.
+FREE = ("output_dir", "confidence", "num_bootstrap", "grading_processes", "rollout_timeout", "rollout_retries")
+FREE += ("vllm_server_base_url", "vllm_kv_cache_bytes", "vllm_enable_sleep_mode")
+
+
+@dataclass
+class EvalModelFields:
+    _argument_group_name = "model"
+
+    model_name_or_path: str | None = option(
+        None,
+        "our choice",
+        "A folder, a Hub id, or smollm2-135m-instruct. Absent, the model the adapter was trained on.",
+        "--model",
+    )
+    adapter: str | None = option(
+        None,
+        "our choice",
+        "LoRA adapter: a run directory (its last adapter), one of its checkpoints, or peft's folder.",
+    )
+    torch_dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "our choice", "Type of the weights; auto is bfloat16 on a GPU and float32 on a CPU."
+    )
+    bf16: bool = option(False, "HF", "Decode under bfloat16 autocast.")
+
+
+@dataclass
+class EvalDataFields:
+    _argument_group_name = "problems and prompts"
+
+    dataset_name: str | None = option(
+        None,
+        "our choice",
+        "aime24, aime25, hmmt25, gsm_symbolic, a file with problems and answers (JSONL, JSON, parquet, csv), a saved "
+        "dataset, or a Hub name.",
+        "--data",
+    )
+    dataset_split: str | None = option(None, "our choice", "Split to read; absent, the benchmark's, else train.")
+    problem_column: str | None = option(None, "our choice", "Column with the problem; absent, the benchmark's.")
+    answer_column: str | None = option(None, "our choice", "Column with the answer; absent, the benchmark's.")
+    num_problems: int | None = option(None, "our choice", "Problems to draw; absent, all. gsm_symbolic needs a number.")
+    data_seed: int = option(
+        1000, "our choice", "Draws the problems; gsm_symbolic's are then others than a training run's with its seed."
+    )
+    prompt_templates: str | None = option(None, "our choice", "YAML or JSON file with another student prompt.")
+    chat_template_kwargs: str = option(
+        '{"enable_thinking": true}', "OPSD", "JSON passed to the chat template: thinking on, where the model has it."
+    )
+
+
+@dataclass
+class EvalRolloutFields(RolloutFields):
+    _argument_group_name = "samples"
+
+    num_generations: int = option(12, "paper", "k: samples of each problem.", "--k")
+    max_completion_length: int = option(38912, "OPSD", "Longest response in tokens.", "--max_new_tokens")
+    temperature: float = option(1.0, "OPSD", "Sampling temperature.")
+    top_p: float = option(1.0, "OPSD", "Nucleus sampling; 1 is off, as OPSD states (its script falls back to 0.95).")
+    top_k: int = option(0, "OPSD", "Top-k sampling; 0 is off.")
+    batch_size: int | None = option(
+        None, "our choice", "Responses asked of the engine at a time; absent, 16 of hf and 512 of vllm."
+    )
+    seed: int = option(0, "our choice", "Seed of the samples; each has one of its own, drawn from this.")
+
+
+@dataclass
+class EvalGradingFields:
+    _argument_group_name = "grading and statistics"
+
+    box_only: bool = option(
+        True, "OPSD", "Count the last \\boxed{} only; off, a #### line or the last expression is an answer as well."
+    )
+    grading_time_limit: float = option(5.0, "OPSD", "Seconds math-verify may take for one answer; then it is wrong.")
+    grading_processes: int = option(2, "our choice", "Processes that grade.")
+    confidence: float = option(0.95, "our choice", "Level of the bootstrap intervals.")
+    num_bootstrap: int = option(10_000, "our choice", "Resamples of the problems.")
+
+
+@dataclass
+class EvalRunFields:
+    _argument_group_name = "output"
+
+    output_dir: str | None = option(
+        None, "our choice", "Folder of the results; absent, evals/DATA-MODEL. An evaluation found there goes on."
+    )
+
+
+GROUPS = (EvalModelFields, EvalDataFields, EvalRolloutFields, EvalGradingFields, EvalRunFields)
+
+
+@dataclass
+class EvalConfig(EvalRunFields, EvalGradingFields, EvalRolloutFields, EvalDataFields, EvalModelFields):
+    """Everything an evaluation needs to know.
+
+    Example:
+        >>> config = load_eval_config(["--model", "smollm2-135m-instruct", "--data", "aime24"])
+        >>> config.num_generations, config.max_completion_length, config.output_dir
+        (12, 38912, 'evals/aime24-smollm2-135m-instruct')
+    """
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the first field that cannot be used, before anything loads."""
+        if self.model_name_or_path is None and self.adapter is None:
+            raise ConfigError("there is nothing to evaluate: give --model PATH, or --adapter RUN")
+        if self.dataset_name is None:
+            raise ConfigError("there is nothing to evaluate on: give --data, e.g. aime24, gsm_symbolic or a JSONL file")
+        if self.dataset_name == "gsm_symbolic" and self.num_problems is None:
+            raise ConfigError("gsm_symbolic makes as many problems as are asked for: give --num_problems, 100 say")
+        for name in ("num_generations", "max_completion_length", "grading_processes", "num_bootstrap"):
+            require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("num_problems", "batch_size"):
+            require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1, or left out")
+        for name in ("temperature", "grading_time_limit"):
+            require(self, name, 0 < getattr(self, name) < float("inf"), "a positive number")
+        for name in ("seed", "data_seed", "top_k"):
+            require(self, name, getattr(self, name) >= 0, "at least 0")
+        require(self, "top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        for name in ("importance_clip", "max_staleness"):
+            require(self, name, not getattr(self, name), "left out: it is a setting of training")
+        require(self, "confidence", 0 < self.confidence < 1, "between 0 and 1")
+        kwargs = isinstance(parse_json(self.chat_template_kwargs), dict)
+        require(self, "chat_template_kwargs", kwargs, 'a JSON object like {"enable_thinking": true}')
+        for name in ("adapter", "prompt_templates"):
+            path = getattr(self, name)
+            require(self, name, path is None or Path(path).exists(), "a path that exists")
+
+
+def eval_parser() -> Any:
+    usage = "atesd eval --model PATH [--adapter RUN] --data NAME_OR_FILE [--flag value ...]"
+    usage += "\n       atesd eval --compare RUN_A RUN_B [...] [--output_dir FOLDER]"
+    return config_parser(GROUPS, "atesd eval", usage)
+
+
+def load_eval_config(flags: list[str]) -> EvalConfig:
+    """A validated configuration from command-line flags.
+
+    Raises:
+        ConfigError: an unknown flag, a value of the wrong type, or settings that cannot be used.
+    """
+    config = parse(eval_parser(), flags, EvalConfig)
+    config.validate()
+    if config.batch_size is None:
+        config.batch_size = 16 if config.rollout_engine == "hf" else 512
+    if config.output_dir is None:
+        evaluated = config.adapter or config.model_name_or_path
+        config.output_dir = f"evals/{short_name(config.dataset_name)}-{short_name(evaluated)}"
+    return config
+
+
+def short_name(path: str) -> str:
+    """The last telling part of a path or Hub name: runs/mine/checkpoints/step-000010 -> mine-step-000010."""
+    parts = [part for part in Path(path).expanduser().parts if part not in ("/", "..", ".", "checkpoints", "adapter")]
+    last = parts[-1] if parts else "model"
+    if last.startswith("step-") and len(parts) > 1:
+        last = f"{parts[-2]}-{last}"
+    stem = Path(last).stem if Path(path).suffix in (".jsonl", ".json", ".parquet", ".csv") else last
+    return re.sub(r"[^\w.+-]+", "-", stem)

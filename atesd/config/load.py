@@ -1,0 +1,190 @@
+"""The configuration of a run: one flat dataclass, and how it is read from a recipe or YAML file and then from flags.
+
+The fields themselves, with defaults and sources, are in fields.py; what they may not say is in
+checks.py. Nothing here imports torch: a mistyped key is refused before anything heavy loads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from argparse import ArgumentDefaultsHelpFormatter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from atesd.config import fields as groups
+from atesd.config.checks import ConfigError, check, check_resumable, suggest
+from atesd.files import write_whole
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass
+class ATESDConfig(groups.Settings):
+    """Everything a run needs to know, under Hugging Face and TRL names; the fields are in `fields.py`.
+
+    Example:
+        >>> from atesd.config import load_config
+        >>> load_config("quickstart", ["--max_steps", "2"]).max_steps
+        2
+    """
+
+    def validate(self) -> None:
+        """Raises ConfigError (a ValueError) naming the first field that cannot be used, before anything loads."""
+        check(self)
+
+    def save(self, run_dir: str | os.PathLike[str]) -> Path:
+        """Writes the resolved settings as RUN_DIR/config.yaml, atomically; `load_config` reads them back."""
+        path = Path(run_dir) / CONFIG_FILE
+        write_whole(path, yaml.safe_dump(asdict(self) | {"resume": None}, sort_keys=False))
+        return path
+
+
+def load_config(recipe_or_yaml: str | None, flags: list[str]) -> ATESDConfig:
+    """A validated configuration: defaults, then the recipe or YAML file, then flags; the later wins.
+
+    Args:
+        recipe_or_yaml: a recipe that ships with the package (`quickstart`), a YAML file, or None for the defaults.
+        flags: command-line flags such as ["--max_steps", "2"]. With `--resume RUN_DIR` the settings come from
+            RUN_DIR/config.yaml, and flags may change those in `fields.MAY_CHANGE`.
+
+    Raises:
+        ConfigError: an unknown key or flag, a value of the wrong type, or settings that cannot go together.
+    """
+    parser = config_parser()
+    given = parse(parser, flags)
+    file = settings_file(recipe_or_yaml, given.resume)
+    settings = read_yaml(file) if file else {}
+    # A flag cannot say "absent"; YAML's null can.
+    parser.set_defaults(**{name: None for name, value in settings.items() if value is None})
+    config = parse(parser, [*as_flags(settings), *flags])
+    if config.resume:
+        check_resumable(saved=parse(parser, as_flags(settings)), given=config, output_dir=given.output_dir)
+        config.output_dir = config.resume
+    elif config.output_dir is None:
+        config.output_dir = f"runs/{file.stem if file else 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    config.validate()
+    return config
+
+
+def settings_file(recipe_or_yaml: str | None, resume: str | None) -> Path | None:
+    if resume:
+        if recipe_or_yaml:
+            raise ConfigError(
+                f"resume is {resume!r}, which brings its own settings, so the recipe {recipe_or_yaml!r} has no place: "
+                f"leave one of them out"
+            )
+        path = Path(resume) / CONFIG_FILE
+        if not path.is_file():
+            raise ConfigError(f"resume is {resume!r}, which is no run directory: it has no {CONFIG_FILE}")
+        return path
+    return find_recipe(recipe_or_yaml) if recipe_or_yaml else None
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that ship with the package, by name."""
+    folder = Path(str(resources.files("atesd"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    known = recipes()
+    if name in known:
+        return known[name]
+    if name.endswith((".yaml", ".yml")) or os.sep in name:
+        if not Path(name).is_file():
+            raise ConfigError(f"there is no file {name!r}; recipes that ship with atesd: {', '.join(known)}")
+        return Path(name)
+    raise ConfigError(
+        f"there is no recipe {name!r}{suggest(name, known)}; those that ship with atesd: {', '.join(known)}. "
+        f"For a file of yours, give its path, ending in .yaml"
+    )
+
+
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            settings = yaml.load(file, Loader=UniqueKeys) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{path} holds {type(settings).__name__}; it must hold lines of `field: value`")
+    settings = dict(settings)
+    # `extends: NAME` (a recipe that ships, or a file beside this one) gives the settings this file does not name
+    inherited = {}
+    if parent := settings.pop("extends", None):
+        beside = path.parent / str(parent)
+        source = beside if beside.is_file() and beside != path else find_recipe(str(parent))
+        if source.resolve() in (path.resolve(), *seen):
+            raise ConfigError(f"extends is {parent!r} in {path}, which leads back to itself")
+        inherited = read_yaml(source, (*seen, path.resolve()))
+    hints = get_type_hints(ATESDConfig)
+    for name, value in settings.items():
+        if name not in hints:
+            raise ConfigError(f"unknown key {name!r} in {path}{suggest(str(name), hints)}")
+        if value is None and type(None) not in get_args(hints[name]):
+            raise ConfigError(f"{name} is null in {path}; it must have a value, or leave the line out")
+    return inherited | settings
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML whose mappings name each key once; the plain loader silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [(key.value, key.start_mark) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, (key, mark) in enumerate(keys):
+            if key in [other for other, _ in keys[:index]]:
+                raise ConfigError(f"{key!r} is set a second time, {str(mark).strip()}: leave one of them out")
+        return super().construct_mapping(node, deep)
+
+
+def as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """YAML settings as flags, so that files and flags share one parser with its types and choices."""
+    values = {name: value for name, value in settings.items() if value is not None}
+    return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()]
+
+
+USAGE = "atesd train RECIPE_OR_YAML [--flag value ...]\n       atesd train --resume RUN_DIR"
+
+
+def config_parser(field_groups: tuple[type, ...] = groups.GROUPS, prog: str = "atesd train", usage: str = USAGE) -> Any:
+    """The HfArgumentParser of a command; it raises ConfigError instead of ending the process."""
+    from transformers.hf_argparser import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> None:
+            raise ConfigError(message)
+
+    return Parser(field_groups, prog=prog, usage=usage, allow_abbrev=False, formatter_class=HelpFormatter)
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """Shows --learning_rate once, without its spelling --learning-rate, which works as well."""
+
+    def _format_action_invocation(self, action: Any) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = [name for name in action.option_strings if "-" not in name.lstrip("-")]
+        value = self._format_args(action, self._get_default_metavar_for_optional(action)) if action.nargs != 0 else ""
+        return f"{', '.join(names)} {value}".rstrip()
+
+
+def parse(parser: Any, flags: list[str], kind: type = ATESDConfig) -> Any:
+    """The settings `flags` make, as a `kind`: the dataclass that holds all fields of the parser's groups."""
+    *parts, rest = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
+    if rest:
+        known = [field.name for field in fields(kind)]
+        word = rest[0].lstrip("-").split("=")[0].replace("-", "_")
+        if not rest[0].startswith("-"):
+            raise ConfigError(f"unexpected {rest[0]!r}: usage: {parser.usage}")
+        raise ConfigError(f"unknown flag {rest[0]!r}{suggest(word, known)}; `{parser.prog} --help` lists them all")
+    values: dict[str, Any] = {}
+    for part in parts:
+        values.update(vars(part))
+    return kind(**values)

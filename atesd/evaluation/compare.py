@@ -1,0 +1,146 @@
+"""`atesd eval --compare`: finished evaluations in one table, and the paired difference of those on the same problems.
+
+Separate from eval_report.py because here something is computed: problem by problem the second run less the first, so
+that how hard a problem is falls out of the interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atesd.evaluation import plots
+from atesd.evaluation.files import EvalError, flat
+from atesd.evaluation.report import CELL, EvalRun, interval, load_run, overview, shown
+from atesd.evaluation.statistics import estimate
+from atesd.files import write_json
+from atesd.reports.markup import card, html_table, markdown_table, page, text
+
+# what two runs are meant to differ in
+EXPECTED = (
+    "model_name_or_path",
+    "adapter",
+    "output_dir",
+    "model files",
+    "adapter files",
+    "confidence",
+    "num_bootstrap",
+)
+
+
+def compare(folders: Sequence[str | Path], output_dir: str | Path | None = None) -> Path:
+    """Writes `comparison.md`, `comparison.html` and `comparison.json`, and returns their folder.
+
+    Runs on the same problems are compared with the first of them.
+
+    Args:
+        folders: finished evaluations, two or more.
+        output_dir: where to write; None for evals/compare-A-B.
+
+    Raises:
+        EvalError: fewer than two runs, an unfinished one, or no two on the same problems.
+    """
+    runs = [load_run(folder) for folder in folders]
+    if len(runs) < 2:
+        raise EvalError("--compare needs two evaluations or more: atesd eval --compare RUN_A RUN_B")
+    first_on: dict[str, EvalRun] = {}
+    pairs = []
+    for run in runs:
+        first = first_on.setdefault(run.record["problems"]["digest"], run)
+        if first is not run:
+            pairs.append(paired(first, run))
+    if not pairs:
+        told = ", ".join(f"{r.name}: {r.record['problems']['count']} of {r.settings['dataset_name']}" for r in runs)
+        raise EvalError(
+            f"no two of these evaluations answered the same problems ({told}): evaluate with the same --data, "
+            f"--num_problems and --data_seed"
+        )
+    folder = Path(output_dir or f"evals/compare-{'-'.join(run.name for run in runs[:2])}")
+    folder.mkdir(parents=True, exist_ok=True)
+    header, rows = overview(runs)
+    (folder / "comparison.md").write_text(markdown(header, rows, pairs), encoding="utf-8")
+    (folder / "comparison.html").write_text(html(header, rows, pairs), encoding="utf-8")
+    write_json(folder / "comparison.json", {"pairs": pairs})
+    return folder
+
+
+def paired(a: EvalRun, b: EvalRun) -> dict[str, Any]:
+    """B less A over their problems: `{"a", "b", "metrics", "by_problem", "better", "worse", "equal", "settings"}`.
+
+    Averages are compared whatever k is; the other metrics where both runs have them.
+    """
+    tables = [{canonical(run, name): name for name in run.metrics} for run in (a, b)]
+    names = [name for name in tables[0] if name in tables[1]]
+    ids = list(a.results["problems"])
+    values = [
+        np.array([[run.results["problems"][i][table[name]] for name in names] for i in ids])
+        for run, table in zip((a, b), tables, strict=True)
+    ]
+    difference = values[1] - values[0]
+    estimates = estimate(difference, a.settings["confidence"], a.settings["num_bootstrap"])
+    average = difference[:, names.index("average")]
+    before, now = flat(a.record, EXPECTED), flat(b.record, EXPECTED)
+    return {
+        "a": a.name,
+        "b": b.name,
+        "confidence": a.settings["confidence"],
+        "metrics": {
+            name: {"a": float(means[0]), "b": float(means[1]), **asdict(e)}
+            for name, means, e in zip(
+                names, zip(values[0].mean(0), values[1].mean(0), strict=True), estimates, strict=True
+            )
+        },
+        "by_problem": dict(zip(ids, average.tolist(), strict=True)),
+        "better": int((average > 0).sum()),
+        "worse": int((average < 0).sum()),
+        "equal": int((average == 0).sum()),
+        "settings": {name: [before.get(name), now.get(name)] for name in before if before[name] != now.get(name)},
+    }
+
+
+def canonical(run: EvalRun, metric: str) -> str:
+    """average@12 -> average: it means the same at any k."""
+    return "average" if metric.startswith("average@") else metric
+
+
+def rows_of(pair: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for name, m in pair["metrics"].items():
+        unit, scale = (" tokens", 1) if name == "response_length" else (" points", 100)
+        value = f"{scale * m['value']:+,.{0 if scale == 1 else 1}f}{unit}"
+        rows.append([name, shown(name, m["a"]), shown(name, m["b"]), value, interval(name, m, "+")])
+    level = f"{100 * pair['confidence']:g} % interval"
+    return ["metric", pair["a"], pair["b"], f"{pair['b']} - {pair['a']}", level], rows
+
+
+def notes(pair: dict[str, Any]) -> list[str]:
+    told = [f"Better on {pair['better']} problems, worse on {pair['worse']}, equal on {pair['equal']}."]
+    if pair["settings"]:
+        listed = "; ".join(f"{name}: {a!r} and {b!r}" for name, (a, b) in pair["settings"].items())
+        told.append(f"Beside model and adapter they differ in: {listed}.")
+    return told
+
+
+def markdown(header: list[str], rows: list[list[str]], pairs: list[dict[str, Any]]) -> str:
+    parts = ["# Comparison", markdown_table(header, rows)]
+    for pair in pairs:
+        parts += [f"## {pair['b']} - {pair['a']}", markdown_table(*rows_of(pair)), *notes(pair)]
+    return "\n\n".join(parts) + "\n"
+
+
+def html(header: list[str], rows: list[list[str]], pairs: list[dict[str, Any]]) -> str:
+    body = f'<h1>Comparison</h1><div class="card">{html_table(header, rows)}</div>'
+    for pair in pairs:
+        name = f"{pair['b']} - {pair['a']}"
+        rates = {key: m for key, m in pair["metrics"].items() if key != "response_length"}
+        picture = plots.difference_plot(rates, pair["by_problem"], "difference")
+        told = "Left: each rate with its interval, grey where that holds 0. Right: average by problem."
+        body += (
+            f'<h2>{text(name)}</h2><div class="card">{html_table(*rows_of(pair))}'
+            f"{''.join(f'<p>{text(note)}</p>' for note in notes(pair))}</div>{card(name, told, picture)}"
+        )
+    return page("Comparison", body, CELL)

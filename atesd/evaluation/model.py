@@ -1,0 +1,75 @@
+"""Which weights an evaluation reads: the model, the adapter of a run, and how long a text they take.
+
+Separate from models.py, which makes the model a run trains: here everything is found from paths, and checked before the
+weights are loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from atesd.checkpoint import latest_checkpoint
+from atesd.config import CONFIG_FILE
+from atesd.config.eval_config import EvalConfig
+from atesd.evaluation.files import EvalError
+from atesd.models.loading import ModelLoadError, first_line, load_base
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+def find_adapter(path: str) -> Path:
+    """The folder with the adapter: `path` itself, a checkpoint's, a run's last one."""
+    given = Path(path).expanduser()
+    newest = latest_checkpoint(given)
+    for folder in (given, given / "adapter", *([newest / "adapter"] if newest else [])):
+        if (folder / ADAPTER_FILE).is_file():
+            return folder
+    if (given / "model" / "config.json").is_file():
+        raise EvalError(f"adapter is {path!r}, a run without LoRA: give --model {given / 'model'} instead")
+    raise EvalError(f"adapter is {path!r}, which holds no {ADAPTER_FILE}: give a run directory or an adapter's folder")
+
+
+def find_run(folder: Path) -> Path | None:
+    """The run directory a folder lies in, or is."""
+    return next((p for p in (folder, *folder.resolve().parents[:3]) if trained_model(p) is not None), None)
+
+
+def trained_model(run: Path) -> str | None:
+    """What the run in `run` trained; None for any other folder."""
+    file = run / CONFIG_FILE
+    settings = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return settings.get("model_name_or_path") if isinstance(settings, dict) else None
+
+
+def base_model(config: EvalConfig, adapter: Path | None) -> str:
+    """The model's name: as given, else what the adapter's run trained, else what the adapter says."""
+    if config.model_name_or_path is not None:
+        return config.model_name_or_path
+    run = find_run(adapter)
+    if run is not None:
+        return trained_model(run)
+    named = json.loads((adapter / ADAPTER_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not named:
+        raise EvalError(f"the adapter in {adapter} does not name its base model: give --model")
+    return named
+
+
+def load_student(config: EvalConfig, adapter: Path | None, device: torch.device) -> nn.Module:
+    """The model to evaluate, under peft where there is an adapter."""
+    model: Any = load_base(config)
+    if adapter is not None:
+        from peft import PeftModel
+
+        try:
+            model = PeftModel.from_pretrained(model, str(adapter))
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ModelLoadError(
+                f"the adapter in {adapter} does not fit the model {config.model_name_or_path!r}: {first_line(error)}"
+            ) from error
+    return model.to(device).eval()

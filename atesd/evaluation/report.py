@@ -1,0 +1,177 @@
+"""What evaluations came to, as markdown and as one HTML page that needs no other file: one evaluation, or several.
+
+Separate from evaluate.py so that the pages can be drawn again, and changed, without a model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atesd.evaluation import plots
+from atesd.evaluation.files import RESULTS, SETTINGS, EvalError
+from atesd.reports.markup import card, html_table, markdown_table, page, sample_cards, text
+from atesd.reports.metrics import read_jsonl
+
+CELL = "td:nth-child(2){font-family:inherit}td,th{white-space:nowrap}"
+TOLD = {
+    "average": "share of right samples, mean over problems",
+    "pass": "chance that j samples hold a right one, unbiased",
+    "maj": "share of problems whose most frequent answer is right",
+    "response_length": "tokens, mean over samples",
+    "truncated": "share of samples cut off at max_completion_length",
+    "no_answer": "share of samples without an answer",
+}
+
+
+@dataclass(frozen=True)
+class EvalRun:
+    """A finished evaluation: its folder's name, `eval_config.json` and `results.json`."""
+
+    name: str
+    folder: Path
+    record: dict[str, Any]
+    results: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.record["settings"]
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float | None]]:
+        return self.results["metrics"]
+
+
+def load_run(folder: str | Path) -> EvalRun:
+    """Reads a finished evaluation.
+
+    Raises:
+        EvalError: there is none in `folder`, or it has not come to its end.
+    """
+    folder = Path(folder)
+    if not (folder / SETTINGS).is_file():
+        raise EvalError(f"{folder} is no evaluation: it has no {SETTINGS}. Give a folder that atesd eval made")
+    if not (folder / RESULTS).is_file():
+        raise EvalError(f"the evaluation in {folder} is not finished: run its atesd eval command again, and it goes on")
+    record, results = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (SETTINGS, RESULTS))
+    return EvalRun(folder.resolve().name, folder, record, results)
+
+
+def write_reports(folder: Path) -> Path:
+    """Draws `results.md` and `results.html` of a finished evaluation, and returns its folder."""
+    run = load_run(folder)
+    (folder / "results.md").write_text(markdown_report(run), encoding="utf-8")
+    (folder / "results.html").write_text(html_report(run), encoding="utf-8")
+    return folder
+
+
+def markdown_report(run: EvalRun) -> str:
+    header, rows = metric_table(run)
+    parts = [f"# {run.name}", headline(run), markdown_table(header, rows)]
+    parts += [f"**{warning}**" for warning in warnings(run)]
+    settings = [[name, f"`{json.dumps(value)}`"] for name, value in run.settings.items()]
+    parts += ["## Settings", markdown_table(["setting", "value"], settings)]
+    parts += [f"Prompt: `{json.dumps(run.record['prompt'])}`", f"Versions: {versions(run)}"]
+    return "\n\n".join(parts) + "\n"
+
+
+def html_report(run: EvalRun) -> str:
+    header, rows = metric_table(run)
+    settings = [[name, json.dumps(value)] for name, value in run.settings.items()]
+    average = next(iter(run.metrics))
+    by_problem = {name: row[average] for name, row in run.results["problems"].items()}
+    told = f"{average} of each problem, best first: at 0 and 1 there is nothing left to tell models apart by."
+    warned = "".join(f"<p><b>{text(warning)}</b></p>" for warning in warnings(run))
+    body = (
+        f"<h1>{text(run.name)}</h1><p>{text(headline(run))}</p>{warned}"
+        f'<h2>Results</h2><div class="card">{html_table(header, rows)}</div>'
+        f"{card('By problem', told, plots.problems_plot(by_problem))}"
+        f'<h2>Samples</h2><div class="samples">{"".join(sample_cards(read_jsonl(run.folder / "samples.jsonl")))}</div>'
+        f'<h2>Settings</h2><div class="card">{html_table(["setting", "value"], settings)}'
+        f"<p>Prompt</p><pre>{text(run.record['prompt'])}</pre><p>{text(versions(run))}</p></div>"
+    )
+    return page(run.name, body, CELL)
+
+
+def metric_table(run: EvalRun) -> tuple[list[str], list[list[str]]]:
+    level = f"{100 * run.settings['confidence']:g} % interval"
+    rows = [
+        [name, shown(name, m["value"]), interval(name, m), TOLD[name.partition("@")[0]]]
+        for name, m in run.metrics.items()
+    ]
+    return ["metric", "value", level, ""], rows
+
+
+def overview(runs: Sequence[EvalRun]) -> tuple[list[str], list[list[str]]]:
+    """Several evaluations, one a row. Average@k comes with its interval."""
+    header = [
+        "run",
+        "model",
+        "adapter",
+        "data",
+        "k",
+        "Average@k",
+        "pass@k",
+        "maj@k",
+        "tokens",
+        "truncated",
+        "no answer",
+    ]
+    rows = []
+    for run in runs:
+        s, m, k = run.settings, run.metrics, run.settings["num_generations"]
+        average = m[f"average@{k}"]
+        rest = [(name, m.get(name, average)) for name in (f"pass@{k}", f"maj@{k}")]
+        rest += [(name, m[name]) for name in ("response_length", "truncated", "no_answer")]
+        rows.append(
+            [run.name, s["model_name_or_path"], s["adapter"] or "none", s["dataset_name"], str(k)]
+            + [f"{shown('average', average['value'])} {interval('average', average)}"]
+            + [shown(name, metric["value"]) for name, metric in rest]
+        )
+    return header, rows
+
+
+def headline(run: EvalRun) -> str:
+    s = run.settings
+    adapter = f" with {s['adapter']}" if s["adapter"] else ""
+    return (
+        f"{s['model_name_or_path']}{adapter} on {run.record['problems']['count']} problems of {s['dataset_name']}, "
+        f"{s['num_generations']} samples each at temperature {s['temperature']:g}, up to {s['max_completion_length']} "
+        f"new tokens, {s['rollout_engine']} in {s['torch_dtype']} on {run.record['device']}"
+    )
+
+
+def warnings(run: EvalRun) -> list[str]:
+    """What a reader must know before the numbers mean anything."""
+    told = []
+    if run.results.get("seen_in_training"):
+        told.append(
+            f"{len(run.results['seen_in_training'])} of these problems were trained on or probed with by the run of "
+            f"this adapter: they say nothing about problems it has not seen."
+        )
+    silent = run.metrics["no_answer"]["value"]
+    if silent > 0.5 and run.settings["box_only"]:
+        told.append(
+            f"{shown('no_answer', silent)} of the samples hold no \\boxed{{}}, and nothing else counts here. For a "
+            f"model that does not write one, give --no_box_only."
+        )
+    return told
+
+
+def versions(run: EvalRun) -> str:
+    return ", ".join(f"{name} {version}" for name, version in run.record["versions"].items())
+
+
+def shown(metric: str, value: float) -> str:
+    return f"{value:,.0f}" if metric == "response_length" else f"{100 * value:.1f} %"
+
+
+def interval(metric: str, estimate: dict[str, float | None], sign: str = "") -> str:
+    """[low, high] in the unit of the metric: tokens, or percent."""
+    if estimate["low"] is None:
+        return "[one problem has none]"
+    scale, form = (1, f"{sign},.0f") if metric == "response_length" else (100, f"{sign}.1f")
+    return f"[{scale * estimate['low']:{form}}, {scale * estimate['high']:{form}}]"

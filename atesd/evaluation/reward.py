@@ -1,0 +1,73 @@
+"""A verifier's reward for rollouts, and the group-relative advantages GRPO makes of it.
+
+Separate from the objectives because this is about text and answers, not about hidden states. The verdicts are those of
+evaluation (`grading.py`): a response is worth 1 if its final answer is right, 0 otherwise.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from atesd.data.problems import Problem
+from atesd.evaluation.grading.grader import Grader
+from atesd.rollout import Rollout
+
+
+class VerifierReward:
+    """Grades responses with math-verify (`pip install 'atesd[eval]'`).
+
+    Args:
+        tokenizer: decodes the responses.
+        num_generations: responses of each problem, which stand together: a group.
+
+    Raises ImportError without math-verify.
+    """
+
+    def __init__(self, tokenizer: Any, num_generations: int):
+        self.tokenizer, self.num_generations = tokenizer, num_generations
+        self.grader = Grader()
+
+    def rewards(self, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> list[float]:
+        """1.0 for a right final answer, 0.0 for any other response. One that was cut off has no final answer: the
+        grader, which may take the last expression of a text for it, would find whatever stands at the cut."""
+        texts = [
+            "" if r.truncated else self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts
+        ]
+        return [float(verdict.correct) for verdict in self.grader.grade_many(texts, [p.answer for p in problems])]
+
+    def advantages(
+        self, problems: Sequence[Problem], rollouts: Sequence[Rollout]
+    ) -> tuple[list[float], dict[str, float]]:
+        """The advantage of each response within its group, and what there is to log."""
+        rewards = self.rewards(problems, rollouts)
+        advantages = group_advantages(rewards, self.num_generations)
+        silent = sum(not any(advantages[i : i + self.num_generations]) for i in self.groups(rewards))
+        metrics = {
+            "verifier_reward": statistics.fmean(rewards),
+            "groups_without_signal": silent * self.num_generations / len(rewards),
+        }
+        return advantages, metrics
+
+    def groups(self, rewards: Sequence[float]) -> range:
+        return range(0, len(rewards), self.num_generations)
+
+
+def group_advantages(rewards: Sequence[float], group: int, eps: float = 1e-4) -> list[float]:
+    """`A_i = (r_i - mean) / (std + eps)` within each group of `group` consecutive rewards (GRPO, arXiv 2402.03300).
+
+    `std` is the sample standard deviation, and eps = 1e-4, as in TRL. A group whose responses are all right, or all
+    wrong, has no advantage and teaches nothing.
+
+    >>> [round(a, 2) for a in group_advantages([1.0, 0.0, 1.0, 1.0], group=2)]
+    [0.71, -0.71, 0.0, 0.0]
+    """
+    if group < 2 or len(rewards) % group:
+        raise ValueError(f"{len(rewards)} rewards do not make groups of {group}; a group needs 2 responses at least")
+    out: list[float] = []
+    for start in range(0, len(rewards), group):
+        part = rewards[start : start + group]
+        mean, std = statistics.fmean(part), statistics.stdev(part)
+        out += [(r - mean) / (std + eps) for r in part]
+    return out

@@ -1,0 +1,96 @@
+"""The small evaluation that runs every `eval_steps` of training, on held-out problems and with the run's own prompts.
+
+Separate from the trainer because it only looks: the samples have seeds of their own and no global random state is
+touched, so a run with evaluations trains exactly as one without.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from atesd.config import ATESDConfig
+from atesd.data.problems import Problem
+from atesd.data.prompts import PromptBuilder
+from atesd.evaluation.answers import Protocol, Sample, answers, summarise
+from atesd.evaluation.grading.grader import Grader
+from atesd.models.memory import FreedMemory
+from atesd.parallel.processes import Processes
+from atesd.rollout import RolloutEngine, RolloutError
+
+CONFIDENCE, NUM_BOOTSTRAP = 0.95, 2_000
+ANSWERS_AT_ONCE = 16
+
+
+class TrainingEvaluation:
+    """Evaluates the student as it stands; each process answers its share of the problems.
+
+    Args:
+        config: `eval_steps` 0 switches it off.
+        problems: held out, from the run's own data, which has checked that their answers fit.
+        prompts, engine, tokenizer, processes, freed_memory: the run's.
+
+    Raises:
+        ImportError: math-verify is not installed.
+    """
+
+    def __init__(
+        self,
+        config: ATESDConfig,
+        problems: list[Problem],
+        prompts: PromptBuilder,
+        engine: RolloutEngine,
+        tokenizer: Any,
+        processes: Processes,
+        freed_memory: FreedMemory,
+    ):
+        self.every, self.last, self.on_start = config.eval_steps, config.max_steps, config.eval_on_start
+        self.failure: str | None = None  # why the last evaluation has no result; the trainer saves the run, and ends it
+        if not self.every:
+            return
+        self.engine, self.tokenizer, self.processes = engine, tokenizer, processes
+        self.freed_memory = freed_memory
+        length = config.eval_completion_length
+        self.protocol = Protocol(
+            config.eval_k, length, config.eval_temperature, 1.0, 0, config.seed, batch_size=ANSWERS_AT_ONCE
+        )
+        self.problems = problems[processes.rank :: processes.count]
+        self.prompts = [prompts.student(problem) for problem in self.problems]
+        self.grader = Grader(box_only=config.eval_box_only)
+
+    def close(self) -> None:
+        if self.every:
+            self.grader.close()
+
+    def measure(self, step: int) -> dict[str, Any]:
+        """Metrics after `step` updates, none where no evaluation is due. Every process calls it; the first one gets
+        the metrics of all: `eval_average` (Average@k), `eval_pass`, `eval_maj`, `eval_response_length`, ... Where the
+        engine fails there are none, on any process, and `failure` says why.
+        """
+        if not self.every or not (step % self.every == 0 or step == self.last) or (step == 0 and not self.on_start):
+            return {}
+        started = time.perf_counter()
+        mine: list[Sample] = []
+        try:
+            self.engine.sync()
+            for batch in answers(self.problems, self.prompts, self.engine, self.tokenizer, self.grader, self.protocol):
+                mine += batch
+        except RolloutError as error:
+            self.failure = str(error)
+        if self.processes.any(self.failure is not None):
+            self.failure = self.failure or "the evaluation of another process failed"
+            return {}
+        samples: list[Sample] = gather_object(mine)
+        self.engine.release()
+        self.freed_memory.release()
+        if not self.processes.is_main:
+            return {}
+        found = summarise(samples, self.protocol.k, self.grader, CONFIDENCE, NUM_BOOTSTRAP)["metrics"]
+        average = found[f"average@{self.protocol.k}"]
+        named = {"eval_average": average["value"], "eval_average_low": average["low"]}
+        named |= {"eval_average_high": average["high"], "eval_maj": found[f"maj@{self.protocol.k}"]["value"]}
+        named["eval_pass"] = found.get(f"pass@{self.protocol.k}", average)["value"]
+        named |= {f"eval_{name}": found[name]["value"] for name in ("response_length", "truncated", "no_answer")}
+        return {**named, "seconds_eval": time.perf_counter() - started}

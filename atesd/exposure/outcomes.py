@@ -1,0 +1,119 @@
+"""What the exposure policy is told of a step beyond the loss: the probe NLL and the teacher-grounded score.
+
+Separate from the trainer because these are measurements on reference solutions, without gradient, taken before the
+step's update; the loop only passes them on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from atesd.data.context import num_exposed
+from atesd.data.problems import Problem
+from atesd.data.prompts import PromptBuilder
+from atesd.data.segmentation import Reference
+from atesd.models.batching import chunks, pack
+from atesd.models.teachers import Teacher, evaluating
+from atesd.objectives import token_logprobs
+from atesd.parallel.processes import Processes
+from atesd_kernels.integrations.head import hidden_states_and_head
+
+GROUNDING_PROBLEMS = 2  # problems of a step the grounded score is taken on (our choice: 2 % of a step's time)
+
+
+class OutcomeMeter:
+    """Measures with the model as it stands.
+
+    Args:
+        model, teacher: the student and its teacher.
+        prompts, references: how problems and their reference solutions (by problem id) become tokens.
+        probe: held-out problems; none switches the probe NLL off.
+        probe_every: steps between probe measurements.
+        grounding: "reference" scores all reference tokens the teacher was not shown, "answer" the final answer only,
+            "none" nothing.
+        batch_size: problems in one forward.
+        chunk_bytes: as in `atesd_kernels.linear_logprobs`.
+        processes: those that train together; each takes its turn at the problems.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: Teacher,
+        prompts: PromptBuilder,
+        references: Mapping[str, Reference],
+        probe: list[Problem],
+        *,
+        probe_every: int,
+        grounding: str,
+        batch_size: int,
+        chunk_bytes: int | None,
+        processes: Processes,
+    ):
+        self.model, self.teacher, self.prompts, self.references = model, teacher, prompts, references
+        self.backbone, self.head = hidden_states_and_head(model)
+        self.device = self.head.weight.device
+        self.probe, self.probe_every, self.grounding, self.batch_size = probe, probe_every, grounding, batch_size
+        self.chunk_bytes, self.processes = chunk_bytes, processes
+
+    @torch.no_grad()
+    def measure(self, step: int, alphas: Sequence[float], problems: list[Problem]) -> dict[str, float | None]:
+        """`{"probe_nll": ..., "grounded": ...}` of step `step`, None for what is not due.
+
+        Args:
+            alphas, problems: of the whole step, whichever process answers them: each problem once, with its exposure.
+        """
+        due = bool(self.probe) and step % self.probe_every == 0
+        with evaluating(self.model):
+            return {
+                "probe_nll": self.probe_nll() if due else None,
+                "grounded": None if self.grounding == "none" else self.grounded(alphas, problems[:GROUNDING_PROBLEMS]),
+            }
+
+    def probe_nll(self) -> float:
+        """Mean over tokens of `-log p_S(y*|x)`: how well the student alone predicts the held-out references."""
+        mine, counted = self.processes.turns(self.probe)
+        logprobs = self.reference_logprobs(mine)[:counted]
+        total, tokens = self.processes.total(
+            sum(float(part.sum()) for part in logprobs), sum(len(part) for part in logprobs)
+        )
+        return -total / tokens
+
+    @torch.no_grad()
+    def reference_nll(self, problems: Sequence[Problem]) -> list[float]:
+        """Of each problem, the mean over its tokens of `-log p_S(y*|x)`: how hard the student finds it."""
+        with evaluating(self.model):
+            return [-float(logprobs.mean()) for logprobs in self.reference_logprobs(problems)]
+
+    def reference_logprobs(self, problems: Sequence[Problem]) -> list[torch.Tensor]:
+        """Of each problem, `log p_S` of its reference's tokens, float64."""
+        parts: list[torch.Tensor] = []
+        for part in chunks(len(problems), self.batch_size):
+            replies = [self.prompts.reference_completion(self.references[p.id])[0] for p in problems[part]]
+            batch = pack([self.prompts.student(p) for p in problems[part]], replies, self.device)
+            logprobs = token_logprobs(self.backbone, self.head, batch, self.chunk_bytes)
+            parts += logprobs.double().split(batch.lengths)
+        return parts
+
+    def grounded(self, alphas: Sequence[float], problems: list[Problem]) -> float:
+        """Mean over problems of the mean `log p_T^alpha` of the reference tokens the teacher was not shown.
+
+        What it was shown it could copy, so that part of the reply is context here, and costs nothing in the head. The
+        answer, which it is given at every alpha, is always scored: otherwise nothing would be left at alpha = 1.
+        """
+        contexts, scored = [], []
+        mine, counted = self.processes.turns(list(zip(problems, alphas, strict=False)))
+        for problem, alpha in mine:
+            reference = self.references[problem.id]
+            ids, ends = self.prompts.reference_completion(reference)
+            shown = num_exposed(alpha, len(ends)) if self.grounding == "reference" else len(ends)
+            cut = ends[shown - 1] if shown else 0
+            contexts.append(self.prompts.teacher(problem, reference, alpha) + ids[:cut])
+            scored.append(ids[cut:])
+        batch = pack(contexts, scored, self.device)
+        logprobs = token_logprobs(self.teacher.backbone_call, self.teacher.head, batch, self.chunk_bytes)
+        scores = [float(part.double().mean()) for part in logprobs.split(batch.lengths)]
+        return self.processes.total(sum(scores[:counted]))[0] / len(problems)

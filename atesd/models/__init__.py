@@ -1,0 +1,1 @@
+"""Loading a model, its adapters, teachers, packed batches and attention, precision and memory."""

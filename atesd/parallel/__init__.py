@@ -1,0 +1,1 @@
+"""Processes and sharded weights: one process, DDP, FSDP2 and DeepSpeed."""

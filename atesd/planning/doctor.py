@@ -1,0 +1,78 @@
+"""`atesd doctor`: versions, devices, and which backends work here and why the others do not.
+
+Separate from the command line because it is the text people paste into a report of a problem.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import util
+
+from atesd import __version__
+from atesd.models.smollm import FOLDER, default_cache_dir, is_complete
+from atesd.planning.versions import installed_version
+
+PACKAGES = (
+    "torch triton transformers accelerate peft datasets reasoning-gym gguf safetensors "
+    "liger-kernel flash-attn vllm trl math-verify"
+).split()
+EXTRAS = {"triton": "gpu", "liger-kernel": "gpu", "flash-attn": "flash", "vllm": "vllm", "math-verify": "eval"}
+EXTRAS |= {"trl": "bench"}
+
+
+def describe() -> str:
+    """Everything about this machine that decides how a run goes, a line each."""
+    import torch
+
+    sections = {
+        "atesd": [f"{'atesd':15} {__version__}", f"{'python':15} {platform.python_version()}, {platform.platform()}"],
+        "packages": [f"{name:15} {version(name)}" for name in PACKAGES],
+        "devices": devices(torch),
+        "loss backends": [f"{name:15} {state}" for name, state in loss_backends(torch).items()],
+        "rollout engines": [f"{'hf':15} available", f"{'vllm':15} {available('vllm', 'vllm')}"],
+        "quickstart model": [f"{'smollm2':15} {quickstart_model()}"],
+    }
+    return "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections.items())
+
+
+def version(package: str) -> str:
+    extra = EXTRAS.get(package)
+    missing = f"not installed (pip install 'atesd[{extra}]')" if extra else "not installed"
+    return installed_version(package) or missing
+
+
+def devices(torch) -> list[str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    lines = [f"{'cpu':15} {cores} cores, torch uses {torch.get_num_threads()} threads, {cpu_capability(torch)}"]
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        bf16 = "with bfloat16" if torch.cuda.is_bf16_supported() else "without bfloat16"
+        lines.append(f"{f'cuda:{index}':15} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {bf16}")
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        lines.append(f"{'gpu':15} none: " + ("no usable device or driver" if built else "this torch is a CPU build"))
+    return lines
+
+
+def cpu_capability(torch) -> str:
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def loss_backends(torch) -> dict[str, str]:
+    """Name of each atesd_kernels backend -> available, or why not."""
+    from atesd_kernels.planning import BACKENDS, unavailable
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reasons = {name: unavailable(name, device) for name in BACKENDS}
+    return {name: f"not available: {reason}" if reason else "available" for name, reason in reasons.items()}
+
+
+def available(package: str, extra: str) -> str:
+    missing = util.find_spec(package) is None
+    return f"not available: not installed (pip install 'atesd[{extra}]')" if missing else "available"
+
+
+def quickstart_model() -> str:
+    folder = default_cache_dir() / FOLDER
+    return f"ready in {folder}" if is_complete(folder) else f"not fetched yet; the quickstart puts it in {folder}"

@@ -1,0 +1,99 @@
+"""`atesd train RECIPE --dry-run`: what a run would read and need, without its weights.
+
+Separate from the trainer because nothing here trains, loads a model's weights or writes a file: a model's configuration
+and tokenizer are enough.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+
+from atesd.config import ATESDConfig
+from atesd.data.run_data import RunData, load_run_data
+from atesd.models.loading import context_length, load_model_config, load_tokenizer
+from atesd.models.precision import settle_precision
+from atesd.planning.memory_plan import GIB, MemoryPlan, ModelShape, model_shape, plan_memory
+from atesd_kernels.planning import gpu_memory
+
+PROMPTS_SHOWN = 2
+PROMPTS_MEASURED = 256
+
+
+def dry_run(config: ATESDConfig) -> str:
+    """The report: problems, memory plan and first prompts.
+
+    Raises:
+        ValueError, ModelLoadError: whatever would stop the run before its first step, except for its weights and what
+            this machine lacks: a plan may be for another one.
+    """
+    config.validate()
+    settle_precision(config)
+    tokenizer, model_config = load_tokenizer(config), load_model_config(config)
+    data = load_run_data(config, tokenizer, context_length(model_config))
+    lengths = prompt_lengths(data)
+    shape = model_shape(model_config, config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    memory = gpu_memory(torch.device(device))
+    plan = plan_memory(shape, config, max(max(pair) for pair in lengths), device, memory=memory)
+    student, teacher = (sorted(column) for column in zip(*lengths, strict=True))
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    notes = {
+        "model": f"{config.model_name_or_path}, held in {config.torch_dtype}" + (", bf16 autocast" * config.bf16),
+        "batch": f"{batch} problems a step and process, {config.num_generations} responses each",
+        "prompt tokens": f"student {statistics.median(student):g}, at most {student[-1]}; "
+        f"teacher at alpha = 1 {statistics.median(teacher):g}, at most {teacher[-1]} (of {len(lengths)} problems)",
+        "planned for": f"{device}, responses of {config.max_completion_length} tokens, the longest of these prompts",
+    }
+    parts = ["memory plan of one process", describe(plan, shape, notes)]
+    if device == "cuda":
+        parts.append(f"  this GPU has {memory / GIB:.1f} GiB")
+    parts += ["", "problems", *(f"  {name:24} {count}" for name, count in data.counts().items())]
+    for problem in data.problems.train[:PROMPTS_SHOWN]:
+        reference = data.references[problem.id]
+        alpha = data.alpha(problem, exposure_shown(config))
+        ids = {
+            "student": data.prompts.student(problem),
+            f"teacher, alpha = {alpha:g}": data.prompts.teacher(problem, reference, alpha),
+            "reference reply": data.prompts.reference_completion(reference)[0],
+        }
+        for name, tokens in ids.items():
+            parts += ["", f"--- {problem.id}, {name} ({len(tokens)} tokens)", tokenizer.decode(tokens)]
+    return "\n".join(parts)
+
+
+def exposure_shown(config: ATESDConfig) -> float:
+    """The run's only exposure, or the middle of those it may choose from."""
+    only = {"full": 1.0, "fixed": config.fixed_alpha}
+    return only.get(config.exposure_policy, (config.alpha_min + config.alpha_max) / 2)
+
+
+def prompt_lengths(data: RunData) -> list[tuple[int, int]]:
+    """(student, teacher at the largest alpha) in tokens, of the first problems."""
+    return [
+        (len(data.prompts.student(p)), len(data.prompts.teacher(p, data.references[p.id], data.alpha(p, 1.0))))
+        for p in data.problems.train[:PROMPTS_MEASURED]
+    ]
+
+
+def describe(plan: MemoryPlan, shape: ModelShape, notes: dict[str, Any]) -> str:
+    """The plan as a table for people; `notes` are lines above it."""
+    rows = [
+        ("weights", plan.weights, f"{shape.parameters:,} parameters, and {shape.lora_parameters:,} of the adapter"),
+        ("teacher", plan.teacher, "a copy beside the student's weights" if plan.teacher else "the base: no copy"),
+        ("gradients", plan.gradients, ""),
+        ("optimizer", plan.optimizer, "AdamW: two moments"),
+        ("KV cache", plan.kv_cache, "while generating, all rollouts of a step at once"),
+        ("decoding copies", plan.decoding_copies, "while generating: matrices in the processor's layout"),
+        ("autocast copies", plan.autocast_copies, "while training"),
+        ("activations", plan.activations, "while training; estimated"),
+        ("hidden states", plan.hidden_states, "while training"),
+        ("loss chunk", plan.loss_chunk, f"while training; the only thing {shape.vocab:,} wide"),
+        ("head's gradient", plan.head_gradient, "while training, added up over the loss's chunks"),
+        ("total", plan.total, "always there + the larger of generating and training"),
+    ]
+    rows = [row for row in rows if row[1] or row[0] == "teacher"]
+    lines = [f"  {name:16} {value}" for name, value in notes.items()]
+    return "\n".join([*lines, *(f"  {name:16} {size / GIB:8.2f} GiB  {note}".rstrip() for name, size, note in rows)])

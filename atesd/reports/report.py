@@ -1,0 +1,146 @@
+"""report.html: what happened in a run, on one page that needs no other file. Works on a run that is still going.
+
+Separate from the trainer so that `atesd report RUN_DIR` draws it for any run, at any time.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from atesd.config import CONFIG_FILE, ATESDConfig
+from atesd.files import write_whole
+from atesd.reports import markup, plots
+from atesd.reports.markup import card, sample_cards, text
+from atesd.reports.metrics import METRICS, SAMPLES, read_jsonl
+
+REPORT = "report.html"
+# title, {metric: label}, unit of the axis, what it tells
+LINES = (
+    ("Loss", {"loss": "loss"}, "nats", "Mean divergence of the student from the teacher, clipped as configured."),
+    (
+        "Mismatch",
+        {"mismatch": "mean", "mismatch_p95": "95th percentile"},
+        "nats",
+        "Divergence of a token before any clip: how far what the teacher read has moved it from the student.",
+    ),
+    ("Probe NLL", {"probe_nll": "probe NLL"}, "nats a token", "The student alone, on references it never trains on."),
+    (
+        "Evaluation",
+        {"eval_average": "Average@k", "eval_pass": "pass@k", "eval_maj": "maj@k"},
+        "share of problems",
+        "On held-out problems, k samples each; step 0 is before training.",
+    ),
+    ("Reward", {"reward": "reward"}, "", "Of the exposure decisions that were paid at that step."),
+    (
+        "Teacher-grounded score",
+        {"grounded_score": "score"},
+        "log-prob a token",
+        "How likely the teacher finds the part of the reference that it was not shown.",
+    ),
+    (
+        "Repetition and clip",
+        {"repetition": "repeated 4-grams", "clip_fraction": "taken by the clip"},
+        "share",
+        "Of the responses' 4-grams, those that came before; of the divergence, what the clip takes away.",
+    ),
+    ("Right answers", {"verifier_reward": "right"}, "share", "Of the step's rollouts, as the verifier sees them."),
+    ("Response length", {"response_length": "tokens"}, "tokens", "Mean over the step's rollouts."),
+    (
+        "Entropy",
+        {"student_entropy": "student", "teacher_entropy": "teacher"},
+        "nats",
+        "Of the next token, on the rollouts. A student's that falls to 0 is a collapse.",
+    ),
+)
+
+
+class ReportError(ValueError):
+    """A folder that no report can be drawn for."""
+
+
+def write_report(run_dir: str | os.PathLike[str]) -> Path:
+    """Draws RUN_DIR/report.html from config.yaml, metrics.jsonl and samples.jsonl, as far as the run has come.
+
+    Raises:
+        ReportError: `run_dir` is not the directory of a run.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / METRICS).is_file():
+        raise ReportError(f"{run_dir} is no run directory: it has no {METRICS}. Give a folder that a run made")
+    rows = read_jsonl(run_dir / METRICS)
+    samples = read_jsonl(run_dir / SAMPLES)
+    config_file = run_dir / CONFIG_FILE
+    config = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    path = run_dir / REPORT
+    write_whole(path, run_page(run_dir.resolve().name, rows, samples, config))
+    return path
+
+
+def run_page(name: str, rows: list[dict[str, Any]], samples: list[dict[str, Any]], config: dict[str, Any]) -> str:
+    total = config.get("max_steps")
+    done = rows[-1]["step"] if rows else 0
+    state = "no step is finished yet" if not rows else f"step {done}" + (f" of {total}" if total else "")
+    model, data, policy = (config.get(key, "") for key in ("model_name_or_path", "dataset_name", "exposure_policy"))
+    charts = [
+        card(title, told, plots.line_plot(rows, keys, unit))
+        for title, keys, unit, told in LINES
+        if any(key in row for row in rows for key in keys)
+    ]
+    charts.append(card("Seconds by phase", "Where a step's time goes.", plots.phases_plot(rows)))
+    exposure = card(
+        "Exposure",
+        "How much of the reference the teacher reads: each step's alpha, on the distribution it was drawn from.",
+        plots.exposure_plot(rows),
+    )
+    body = (
+        f"<h1>{text(name)}</h1><p>{text(state)} · {text(model)} · {text(data)} · exposure policy: {text(policy)}</p>"
+        f'<div class="tiles">{"".join(tiles(rows))}</div>'
+        f"<h2>Training</h2>{exposure}"
+        f'<div class="grid">{"".join(charts)}</div>'
+        f'<h2>Samples</h2><div class="samples">{"".join(sample_cards(samples))}</div>'
+        f"<h2>Configuration</h2>{config_table(config)}"
+    )
+    return markup.page(name, body)
+
+
+def tiles(rows: list[dict[str, Any]]) -> list[str]:
+    """The run in a few numbers: first to last value of what should change, and the cost of a step."""
+    facts: list[tuple[str, str]] = []
+    for key, label in (("loss", "loss"), ("probe_nll", "probe NLL"), ("alpha", "alpha")):
+        _, values = plots.series(rows, key)
+        if len(values):
+            facts.append((f"{values[0]:.3g} → {values[-1]:.3g}", f"{label}, first → last"))
+    if rows and rows[-1].get("beta_a") and rows[-1].get("beta_b"):
+        facts.append((f"Beta({rows[-1]['beta_a']:.2f}, {rows[-1]['beta_b']:.2f})", "policy at the last step"))
+    middle = {key: sorted(plots.series(rows, key)[1]) for key in ("seconds_step", "tokens_per_second")}
+    for key, label in (("seconds_step", "seconds a step, median"), ("tokens_per_second", "tokens a second, median")):
+        if middle[key]:
+            facts.append((f"{middle[key][len(middle[key]) // 2]:.3g}", label))
+    _, peaks = plots.series(rows, "peak_memory_bytes")
+    if len(peaks):
+        facts.append((f"{peaks.max() / 2**30:.2f} GiB", "peak memory"))
+    _, skipped = plots.series(rows, "skipped")
+    if skipped.any():
+        facts.append((f"{int((skipped > 0).sum())}", "skipped steps (non-finite)"))
+    return [f'<div class="card tile"><b>{text(value)}</b><span>{text(label)}</span></div>' for value, label in facts]
+
+
+def config_table(config: dict[str, Any]) -> str:
+    """Every setting; those that differ from the default stand out, and stand first."""
+    known = {field.name: field for field in fields(ATESDConfig)}
+    changed = [key for key, value in config.items() if key not in known or known[key].default != value]
+    rows = [
+        f'<tr class="{"changed" if key in changed else ""}"><td>{text(key)}</td><td>{text(config[key])}</td>'
+        f"<td>{text(known[key].metadata['help'] if key in known else '')}</td></tr>"
+        for key in [*changed, *(key for key in config if key not in changed)]
+    ]
+    if not rows:
+        return f"<p>There is no {CONFIG_FILE}.</p>"
+    shown = f"<table>{''.join(rows[: len(changed)])}</table>"
+    rest = f"<details><summary>{len(rows) - len(changed)} settings at their defaults</summary>"
+    return f'<div class="card">{shown}{rest}<table>{"".join(rows[len(changed) :])}</table></details></div>'

@@ -1,0 +1,85 @@
+"""What a rollout engine is: it samples responses to prompts.
+
+Prompts and responses are token ids, so no text is tokenised a second time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response.
+
+    Attributes:
+        prompt_ids: the student's prompt.
+        response_ids: what was sampled, its end-of-sequence token included where one came.
+        truncated: True when `max_completion_length` ended it.
+        finite: False when the student's logits were not: the response ends there, and the trainer skips the step.
+        logprobs: what the engine says the log-probability of each response token was, at temperature 1 and before
+            top-k and top-p; None from an engine that is the trained model itself.
+        staleness: steps of training that lie between the weights it was sampled from and the student it trains.
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    truncated: bool
+    finite: bool = True
+    logprobs: list[float] | None = None
+    staleness: int = 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one call samples, where it is not to be the engine's own way: evaluation beside training.
+
+    Attributes:
+        max_completion_length: most new tokens of a response.
+        temperature, top_p, top_k: `top_k=0` and `top_p=1.0` switch the filters off.
+        seeds: one for each prompt, each below 2^53; the same seed draws the same response to the same prompt. The
+            engine's own random state is neither used nor moved.
+    """
+
+    max_completion_length: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seeds: tuple[int, ...]
+
+
+class RolloutError(RuntimeError):
+    """An engine gave no usable responses, or cannot be used: the message says why and what to do."""
+
+
+class RolloutEngine(Protocol):
+    """Samples one response for each prompt, from the student as it was at the last `sync`.
+
+    Every process calls `sync` and `release`, since each may be a message; `generate` is each one's own affair.
+    """
+
+    def sync(self) -> None:
+        """Take over the student's weights as they are now. Comes before the first `generate`."""
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling | None = None) -> list[Rollout]:
+        """One response for each prompt, in their order, or RolloutError: never fewer."""
+
+    def release(self) -> None:
+        """Give up memory until the next `sync`, where the engine holds any on the trainer's device."""
+
+    def close(self) -> None:
+        """The engine is not needed any more."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def require_vllm() -> None:
+    if find_spec("vllm") is None:
+        raise RolloutError(
+            "rollout_engine is 'vllm', which is not installed here: pip install 'atesd[vllm]' (without a GPU: see "
+            "requirements-vllm.txt), or set rollout_engine to 'hf'."
+        )

@@ -1,0 +1,63 @@
+"""The engine that `rollout_engine` names, and what can be refused before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from atesd.config import ATESDConfig
+from atesd.parallel.processes import Processes
+from atesd.rollout.engine import RolloutEngine, RolloutError, require_vllm
+from atesd.rollout.seeds import ResponseSeeds
+
+
+def check_processes(config: ATESDConfig, processes: Processes) -> None:
+    """Raises RolloutError, before anything is loaded, for an engine that is not installed, and for what one training
+    process alone can do."""
+    if config.rollout_engine == "vllm":
+        require_vllm()
+    if processes.count == 1:
+        return
+    if config.rollout_engine == "vllm":
+        raise RolloutError(
+            f"rollout_engine is 'vllm' and {processes.count} processes train: vLLM inside the training process works "
+            "with one. Start a server with `vllm serve` on other GPUs and set rollout_engine to 'vllm_server', or to "
+            "'hf'."
+        )
+    if config.max_staleness:
+        raise RolloutError(
+            f"max_staleness is {config.max_staleness} and {processes.count} processes train: a checkpoint holds the "
+            "rollouts that one process has under way. Set max_staleness to 0, or start one process."
+        )
+
+
+def make_engine(config: ATESDConfig, model: Any, tokenizer: Any, processes: Processes | None = None) -> RolloutEngine:
+    """The engine `config.rollout_engine` names, for this one of `processes`; each draws other responses.
+
+    Raises:
+        RolloutError: vLLM is not installed, its server does not answer or cannot hold the run's prompts, or several
+            processes would each hold a vLLM.
+    """
+    processes = Processes() if processes is None else processes
+    check_processes(config, processes)
+    seeds = ResponseSeeds(config.seed, processes.rank, processes.count)
+    if config.rollout_engine == "vllm":
+        from atesd.rollout.vllm import VLLMEngine
+
+        return VLLMEngine.from_config(config, model, tokenizer, seeds)
+    if config.rollout_engine == "vllm_server":
+        from atesd.rollout.vllm_server import VLLMServerEngine
+
+        return VLLMServerEngine.from_config(config, model, tokenizer, seeds, processes)
+
+    from atesd.rollout.hf import HFEngine
+
+    return HFEngine(
+        model,
+        tokenizer,
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        seeds=seeds,
+        bf16=config.bf16,
+    )

@@ -1,0 +1,158 @@
+"""`atesd sweep`: the paper's fixed-exposure study, a run for each alpha and seed, and its figure.
+
+Separate from the trainer because it only starts runs, one after the other, and compares them on the same held-out
+problems before and after. A sweep that was stopped goes on where it stopped: finished runs are not run again, and one
+under way is resumed from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import statistics
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from atesd.checkpoint import latest_checkpoint
+from atesd.config import ATESDConfig, load_config
+from atesd.config.checks import ConfigError, check_same_settings
+from atesd.files import write_json
+from atesd.models.precision import settle_precision
+from atesd.studies.held_out import measure
+from atesd.studies.sweep_plot import study_figure
+from atesd.trainer import Trainer
+
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # [paper]
+SEEDS = (0, 1, 2)  # our choice
+NUM_PROBLEMS = 24  # our choice, where the recipe holds out none for evaluation
+GROUPS = ("easy", "middle", "hard")
+STUDY, BEFORE = "study.json", "before.json"
+
+
+def sweep(
+    recipe: str | None,
+    flags: list[str],
+    output_dir: str,
+    alphas: Sequence[float] = ALPHAS,
+    seeds: Sequence[int] = SEEDS,
+) -> Path:
+    """Run the study and return the folder with its runs, `study.json` (every number) and `study.png` (the figure).
+
+    Args:
+        recipe, flags: as for `atesd train`; exposure policy, seed and output directory are the sweep's.
+        output_dir: the folder; one run in it is `alpha-0.25-seed-1`.
+
+    Raises:
+        ConfigError: settings that cannot be used, before the first run.
+    """
+    folder = Path(output_dir)
+    configs = {(alpha, seed): run_config(recipe, flags, folder, alpha, seed) for seed in seeds for alpha in alphas}
+    if any(config.rollout_engine != "hf" for config in configs.values()):
+        raise ConfigError(
+            "rollout_engine is not 'hf': a sweep measures the student before and after each run in its own process"
+        )
+    if not configs:
+        raise ConfigError("a sweep needs an alpha and a seed at least")
+    rows: list[dict[str, Any]] = []
+    for (alpha, seed), config in configs.items():
+        run_dir = Path(config.output_dir)
+        if not (run_dir / STUDY).exists():
+            print(f"alpha {alpha:g}, seed {seed}: {run_dir}", flush=True)
+            run_one(config, alpha, seed)
+        rows += json.loads((run_dir / STUDY).read_text(encoding="utf-8"))
+    write_json(folder / STUDY, {"rows": rows, "summary": summarise(rows)})
+    study_figure(summarise(rows), folder / "study.png")
+    return folder
+
+
+def run_config(recipe: str | None, flags: list[str], folder: Path, alpha: float, seed: int) -> ATESDConfig:
+    """The settings of one run. A folder with a checkpoint is resumed; one that died before its first is begun anew.
+
+    Raises:
+        ConfigError: the run there is was started with other settings: one study compares alphas and seeds only.
+    """
+    run_dir = folder / f"alpha-{alpha:g}-seed-{seed}"
+    fixed = {"exposure_policy": "fixed", "fixed_alpha": alpha, "seed": seed}
+    of_the_sweep = [flag for name, value in fixed.items() for flag in (f"--{name}", str(value))]
+    goes_on = (run_dir / STUDY).exists() or latest_checkpoint(run_dir)
+    if run_dir.exists() and not goes_on:  # its measurement from before may be of other settings
+        shutil.rmtree(run_dir)
+    new_dir = run_dir / "new" if goes_on else run_dir  # a folder with a run in it would be refused
+    config = load_config(recipe, [*flags, *of_the_sweep, "--output_dir", str(new_dir)])
+    config.num_eval_problems = config.num_eval_problems or NUM_PROBLEMS
+    if not goes_on:
+        return config
+    saved = load_config(None, ["--resume", str(run_dir)])
+    settled = ["resume", "output_dir", *(["bf16"] if config.bf16 is None else [])]
+    check_same_settings(saved, config, settled, f"the sweep in {str(folder)!r}", "or choose another output_dir")
+    return saved
+
+
+def run_one(config: ATESDConfig, alpha: float, seed: int) -> None:
+    """Train one run and write what it did to each held-out problem into its study.json."""
+    config.validate()
+    settle_precision(config)
+    config.save(config.output_dir)  # what a checkpoint is resumed with
+    with closing(Trainer(config)) as trainer:
+        problems, run_dir = trainer.problems.eval, Path(config.output_dir)
+        before_file = run_dir / BEFORE
+        if not before_file.exists():
+            write_json(before_file, [asdict(m) for m in measure(trainer, problems, alpha)])
+        before = json.loads(before_file.read_text(encoding="utf-8"))
+        trainer.run()
+        after = [asdict(m) for m in measure(trainer, problems, alpha)]
+    of_the_run = {"alpha": alpha, "seed": seed}
+    rows = [{**of_the_run, "id": b["id"], "before": b, "after": a} for b, a in zip(before, after, strict=True)]
+    write_json(run_dir / STUDY, rows)
+    del trainer
+    gc.collect()  # a trainer's parts refer to each other, and the next run needs the memory
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each alpha and group of problems, the mean over seeds of what is in the figure, and its spread over seeds.
+
+    A problem's difficulty is the untrained student's NLL of its reference; each seed's problems are cut into thirds.
+
+        outcome            how far that NLL fell through training, in nats a token (positive is better)
+        accuracy           right final answers after training; None without math-verify
+        mismatch_p95       the mismatch tail after training
+        top1_disagreement  after training
+    """
+    out = []
+    groups = {(row["seed"], row["id"]): group for row, group in grouped(rows)}
+    for alpha in sorted({row["alpha"] for row in rows}):
+        for group in ("all", *GROUPS):
+            by_seed = {}
+            for row in rows:
+                if row["alpha"] == alpha and group in ("all", groups[row["seed"], row["id"]]):
+                    by_seed.setdefault(row["seed"], []).append(row)
+            if by_seed:
+                out.append({"alpha": alpha, "group": group, **means_over(by_seed.values())})
+    return out
+
+
+def grouped(rows: list[dict[str, Any]]) -> Iterable[tuple[dict[str, Any], str]]:
+    """Each problem of each seed with its third, by the difficulty measured in that seed's first run."""
+    for seed in dict.fromkeys(row["seed"] for row in rows):
+        first = {row["id"]: row for row in reversed(rows) if row["seed"] == seed}
+        ordered = sorted(first.values(), key=lambda row: row["before"]["reference_nll"])
+        for rank, row in enumerate(ordered):
+            yield row, GROUPS[rank * len(GROUPS) // len(ordered)]
+
+
+def means_over(seeds: Iterable[list[dict[str, Any]]]) -> dict[str, Any]:
+    values: dict[str, list[float]] = {}
+    for rows in seeds:
+        befores, afters = [row["before"] for row in rows], [row["after"] for row in rows]
+        fall = [b["reference_nll"] - a["reference_nll"] for b, a in zip(befores, afters, strict=True)]
+        values.setdefault("outcome", []).append(statistics.fmean(fall))
+        for name in ("mismatch_p95", "top1_disagreement"):
+            values.setdefault(name, []).append(statistics.fmean(a[name] for a in afters))
+        if all(a["correct"] is not None for a in afters):
+            values.setdefault("accuracy", []).append(statistics.fmean(a["correct"] for a in afters))
+    means = {name: statistics.fmean(v) for name, v in values.items()}
+    return means | {f"{name}_std": statistics.stdev(v) if len(v) > 1 else 0.0 for name, v in values.items()}

@@ -1,0 +1,226 @@
+"""The configuration: what it reads, what it refuses, and that it says why."""
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+from typing import get_args, get_type_hints
+
+import pytest
+import yaml
+
+from atesd.config import ATESDConfig, config_parser, load_config, recipes
+from atesd.config.checks import ConfigError
+from atesd.config.fields import MAY_CHANGE
+
+
+def write_yaml(path, **settings):
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    file = write_yaml(tmp_path / "mine.yaml", max_steps=7, learning_rate="3e-5", seed=4, num_train_problems=50)
+    config = load_config(file, ["--max_steps", "9", "--output-dir", "out"])
+    assert (config.max_steps, config.learning_rate, config.seed, config.lora_r) == (9, 3e-5, 4, 64)
+    assert config.output_dir == "out"
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_every_recipe_that_ships_is_valid_and_its_run_directory_carries_its_name(name):
+    assert load_config(name, []).output_dir.startswith(f"runs/{name}-")
+
+
+def test_the_quickstart_updates_its_policy_several_times():
+    config = load_config("quickstart", [])
+    assert config.max_steps >= 12
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps * config.num_generations == 8
+    assert config.max_completion_length <= 96
+    # a decision of step t, one every hold_window, is paid when step t + lookahead is measured
+    paid_decisions = (config.max_steps - 1 - config.lookahead) // config.hold_window + 1
+    assert paid_decisions // config.policy_batch_size >= 3
+
+
+def test_a_saved_configuration_reads_back_as_it_was_absent_values_and_switched_off_clips_included(tmp_path):
+    config = load_config("quickstart", ["--entry_clip", "0", "--num_train_problems", "5", "--no_use_peft"])
+    assert config.entry_clip is None
+    file = config.save(tmp_path)
+    again = load_config(str(file), [])
+    assert again == config
+
+
+def test_a_resumed_run_takes_its_settings_from_its_own_directory(tmp_path):
+    load_config("quickstart", ["--max_steps", "5", "--output_dir", str(tmp_path)]).save(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    config = load_config(None, ["--resume", str(tmp_path)])
+    assert (config.max_steps, config.output_dir, config.resume) == (5, str(tmp_path), str(tmp_path))
+    with pytest.raises(ConfigError, match=r"resume is .* the recipe 'quickstart' has no place"):
+        load_config("quickstart", ["--resume", str(tmp_path)])
+    with pytest.raises(ConfigError, match="no run directory"):
+        load_config(None, ["--resume", str(tmp_path / "elsewhere")])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "told"),
+    [
+        ("quikstart", [], "did you mean quickstart"),
+        ("no/such.yaml", [], "no file 'no/such.yaml'"),
+        ("quickstart", ["--max_step", "3"], "unknown flag '--max_step'; did you mean max_steps"),
+        ("quickstart", ["--max_steps", "many"], "max_steps.*invalid int value: 'many'"),
+        ("quickstart", ["--max_steps", "0"], "max_steps is 0; it must be at least 1"),
+        ("quickstart", ["--teacher", "emma"], "teacher.*'emma'.*frozen"),
+        ("quickstart", ["--learning_rate", "nan"], "learning_rate is nan"),
+        ("quickstart", ["--top_p", "1.5"], "top_p is 1.5"),
+        ("quickstart", ["--alpha_min", "0.8", "--alpha_max", "0.2"], "alpha_min .0.8. is above alpha_max .0.2."),
+        ("quickstart", ["--entry_clip", "0.05", "--token_clip", "0.1"], "entry_clip .0.05. and token_clip .0.1. excl"),
+        ("quickstart", ["--exposure_policy", "fixed"], "fixed_alpha is None"),
+        ("quickstart", ["--fixed_alpha", "0.5"], "fixed_alpha .0.5. would be ignored"),
+        ("quickstart", ["--num_probe_problems", "0"], "progress_signal is 'probe_nll' but num_probe_problems is 0"),
+        ("quickstart", ["--policy_batch_size", "1"], "policy_batch_size is 1: .* 2 or more"),
+        ("quickstart", ["--report_to", "wandbb"], "did you mean wandb"),
+        ("quickstart", ["--report_to", "none,wandb"], "report_to is 'none,wandb'"),
+        ("quickstart", ["--student_chat_template_kwargs", "[1]"], "student_chat_template_kwargs is .* a JSON object"),
+        ("quickstart", ["--model_name_or_path", "/no/such/model"], "model_name_or_path is '/no/such/model'"),
+        ("quickstart", ["--dataset_name", "missing.jsonl"], "dataset_name is 'missing.jsonl'"),
+        ("quickstart", ["--prompt_templates", "missing.yaml"], "prompt_templates is 'missing.yaml'"),
+        (None, ["quickstart"], "usage: atesd train RECIPE_OR_YAML"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_by_name_with_the_value_seen(recipe, flags, told):
+    with pytest.raises(ConfigError, match=told):
+        load_config(recipe, flags)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_no_field_takes_a_number_that_is_not_finite(value):
+    config = ATESDConfig(output_dir="unused", num_train_problems=8, exposure_policy="fixed", fixed_alpha=0.5)
+    config.validate()
+    floats = [name for name, hint in get_type_hints(ATESDConfig).items() if float in (hint, *get_args(hint))]
+    assert {"weight_decay", "entropy_target", "token_clip", "fixed_alpha", "adam_epsilon"} <= set(floats)
+    for name in floats:
+        with pytest.raises(ConfigError, match=f"{name} is {value}; it must be a finite number"):
+            dataclasses.replace(config, **{name: float(value)}).validate()
+
+
+def test_bfloat16_master_weights_are_refused_and_allowed_under_an_adapter():
+    flags = ["--torch_dtype", "bfloat16"]
+    assert load_config("quickstart", flags).torch_dtype == "bfloat16"
+    with pytest.raises(ConfigError, match=r"torch_dtype is 'bfloat16' and use_peft is false: .* float32"):
+        load_config("quickstart", [*flags, "--no_use_peft"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "told"),
+    [
+        ("lora_r", "8", "lora_r is 8, but the run in .* was started with 64"),
+        ("use_peft", "false", "use_peft is False, .* was started with True"),
+        ("model_name_or_path", "other/model", "model_name_or_path is 'other/model'"),
+        ("max_completion_length", "64", "max_completion_length is 64, .* with 96"),
+        ("teacher", "ema", "teacher is 'ema', .* with 'frozen'"),
+        ("seed", "7", "seed is 7"),
+        ("output_dir", "elsewhere", "output_dir is 'elsewhere', but resume goes on in"),
+    ],
+)
+def test_a_resumed_run_refuses_by_name_what_would_make_it_another_run(tmp_path, flag, value, told):
+    load_config("quickstart", ["--output_dir", str(tmp_path)]).save(tmp_path)
+    with pytest.raises(ConfigError, match=told):
+        load_config(None, ["--resume", str(tmp_path), f"--{flag}", value])
+
+
+def test_a_resumed_run_takes_the_settings_that_may_change_and_help_names_them(tmp_path):
+    load_config("quickstart", ["--output_dir", str(tmp_path)]).save(tmp_path)
+    changes = {"max_steps": 40, "learning_rate": 1e-5, "save_steps": 2, "gradient_checkpointing": True}
+    flags = [f"--{name}={value}" for name, value in changes.items()]
+    config = load_config(None, ["--resume", str(tmp_path), *flags])
+    assert {name: getattr(config, name) for name in changes} == changes
+    assert all(name in {field.name for field in dataclasses.fields(ATESDConfig)} for name in MAY_CHANGE)
+    text = " ".join(config_parser().format_help().split())
+    assert f"Flags may change {', '.join(MAY_CHANGE)}." in text
+    # what it resumes is not what it would resume the next time
+    assert yaml.safe_load(config.save(tmp_path).read_text())["resume"] is None
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("lern_rate: 1", "unknown key 'lern_rate'.*"),
+        ("learning_rte: 1", "did you mean learning_rate"),
+        ("max_steps: null", "max_steps is null"),
+        ("- a\n- b", "holds list"),
+        ("a: [", "not valid YAML"),
+        ("max_steps: 2\nseed: 1\nmax_steps: 3", "'max_steps' is set a second time, in .*mine.yaml\", line 3"),
+        ("max_steps: 2.5", "max_steps.*invalid int value: '2.5'"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_its_name(tmp_path, content, told):
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=told) as refusal:
+        load_config(str(tmp_path / "mine.yaml"), [])
+    assert "mine.yaml" in str(refusal.value) or "2.5" in content
+
+
+def test_a_run_is_not_written_over_another(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="already holds a run: go on with it by --resume"):
+        load_config("quickstart", ["--output_dir", str(tmp_path)])
+
+
+def test_help_shows_every_field_in_a_group_with_its_source_and_default():
+    text = " ".join(config_parser().format_help().split())
+    for field in dataclasses.fields(ATESDConfig):
+        assert f"--{field.name} " in text
+        source = field.metadata["help"].split("]")[0] + "]"
+        assert source in ("[paper]", "[OPSD]", "[HF]", "[our choice]")
+    assert text.count("(default: ") >= len(dataclasses.fields(ATESDConfig))
+    assert "teacher exposure (alpha) and its policy:" in text
+
+
+def test_the_defaults_of_the_controller_are_those_help_shows_with_their_source():
+    from atesd.exposure.controller import ExposureController
+
+    parameters = inspect.signature(ExposureController).parameters
+    shown = {field.name: field.default for field in dataclasses.fields(ATESDConfig)} | {"per_example": False}
+    given = {name: p.default for name, p in parameters.items() if p.default is not p.empty and name != "name"}
+    assert given == {name: shown[name] for name in given} and len(given) >= 14
+
+
+def test_reading_a_configuration_does_not_import_torch():
+    code = (
+        "import sys; from atesd.config import load_config; load_config('quickstart', []); print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    (
+        (["--divergence", "foward_kl"], "did you mean forward_kl"),
+        (["--divergence", "skew_kl", "--beta", "1"], "always zero"),
+        (["--importance_clip", "2"], "importance_clip .* would be ignored"),
+    ),
+)
+def test_settings_no_run_could_use_are_refused_before_anything_loads(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config("quickstart", [*flags, "--output_dir", "unused"]).validate()
+
+
+def test_the_divergences_a_configuration_may_name_are_those_of_the_kernels():
+    from atesd.config.checks import DIVERGENCES
+    from atesd_kernels.divergences import get_divergence
+
+    assert {get_divergence(name, 0.5).name for name in DIVERGENCES} == set(DIVERGENCES)
+    with pytest.raises(ValueError) as error:
+        get_divergence("unknown", 0.5)
+    assert all(name in str(error.value) for name in DIVERGENCES)
+
+
+def test_a_file_may_extend_a_recipe_or_a_file_beside_it(tmp_path):
+    write_yaml(tmp_path / "base.yaml", extends="quickstart", max_steps=5, seed=3)
+    config = load_config(write_yaml(tmp_path / "mine.yaml", extends="base.yaml", seed=4), [])
+    assert (config.max_steps, config.seed, config.num_train_problems) == (5, 4, 400)
+    with pytest.raises(ConfigError, match="leads back to itself"):
+        write_yaml(tmp_path / "base.yaml", extends="mine.yaml")
+        load_config(str(tmp_path / "mine.yaml"), [])
+    with pytest.raises(ConfigError, match="there is no recipe 'quikstart'"):
+        load_config(write_yaml(tmp_path / "lost.yaml", extends="quikstart"), [])

@@ -1,0 +1,220 @@
+"""The dry run, the memory plan against bytes that are really there, the presets, and problems that do not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoTokenizer
+
+from atesd import cli
+from atesd.config import load_config, recipes
+from atesd.data.run_data import load_run_data
+from atesd.models.batching import hidden_rows, pack
+from atesd.models.loading import context_length, load_tokenizer
+from atesd.models.recompute import is_kept
+from atesd.planning.dry_run import dry_run
+from atesd.planning.memory_plan import GIB, Layout, model_shape, plan_memory
+from atesd.planning.scaling import MODELS
+from atesd.trainer import Trainer, train
+
+PARAMETERS = {"1.7b": 1_720_574_976, "4b": 4_022_468_096, "8b": 8_190_735_360}  # of the models' cards
+GLOBAL_BATCH = {"1.7b": 64, "4b": 32, "8b": 32}
+
+
+def without_weights(folder: Path, tokenizer_from: Path, config) -> str:
+    config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+@pytest.mark.parametrize("method", ["opsd", "atesd"])
+def test_a_preset_plans_the_published_batch_within_80_gb_without_weights(
+    method, size, tiny_model_path, sums, tmp_path, capsys
+):
+    config = MODELS[f"Qwen3-{size.upper()}"]()
+    model = without_weights(tmp_path / "model", tiny_model_path, config)
+    flags = ["--model_name_or_path", model, "--dataset_name", str(sums), "--num_probe_problems", "2"]
+    assert cli.main(["train", f"{method}-qwen3-{size}", *flags, "--dry-run", "--output_dir", str(tmp_path / "r")]) == 0
+    text = capsys.readouterr().out
+    assert f"{PARAMETERS[size]:,} parameters" in text
+    preset = load_config(f"{method}-qwen3-{size}", flags)
+    assert plan_memory(model_shape(config, preset), preset, 2048).total < 80e9
+    assert preset.per_device_train_batch_size * preset.gradient_accumulation_steps == GLOBAL_BATCH[size]
+    assert preset.gradient_accumulation_steps % 8 == 0, "eight GPUs must be able to share a step"
+    assert not (tmp_path / "r").exists(), "a dry run writes nothing"
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_the_presets_are_the_published_base_recipe(size):
+    for method in ("opsd", "atesd"):
+        config = load_config(f"{method}-qwen3-{size}", [])
+        assert config.model_name_or_path.lower() == f"qwen/qwen3-{size}"
+        assert (config.lora_r, config.lora_alpha, config.lora_target_modules) == (64, 128, "all-linear")
+        assert (config.teacher, config.divergence, config.learning_rate) == ("frozen", "forward_kl", 5e-6)
+        assert (config.max_grad_norm, config.max_completion_length) == (0.1, 1024)
+        assert (config.temperature, config.top_p, config.top_k, config.scoring_temperature) == (1.1, 0.95, 20, 1.1)
+        assert config.entry_clip == (0.06 if size == "8b" else 0.05)
+        assert json.loads(config.student_chat_template_kwargs) == {"enable_thinking": False}
+        assert json.loads(config.teacher_chat_template_kwargs) == {"enable_thinking": True}
+        assert config.exposure_policy == ("full" if method == "opsd" else "atesd")
+        text = recipes()[f"{method}-qwen3-{size}"].read_text()
+        assert f"--num_processes 8 -m atesd train {method}-qwen3-{size} --gradient_accumulation_steps 1" in text
+
+
+def test_a_dry_run_shows_the_prompts_and_loads_no_weights(tiny_config, tiny_model_path, tmp_path, monkeypatch):
+    folder = without_weights(tmp_path / "bare", tiny_model_path, AutoConfig.from_pretrained(tiny_model_path))
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    text = dry_run(tiny_config(model_name_or_path=folder))
+    assert "student (" in text and "teacher, alpha = 0.5" in text and "First she has" in text
+    assert "problems_used            14" in text
+    assert "loss chunk" in text and "KV cache" in text and "activations" in text
+    with pytest.raises(ValueError, match="student prompt of problem"):
+        dry_run(tiny_config(model_name_or_path=folder, max_prompt_length=8))
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"exposure_policy": "full"}, "1"),
+        ({"exposure_policy": "fixed", "fixed_alpha": 0.34}, "0.34"),
+        ({"exposure_policy": "random", "alpha_min": 0.6}, "0.8"),
+    ],
+)
+def test_a_dry_run_shows_the_teacher_at_an_exposure_of_the_run(tiny_config, settings, shown):
+    text = dry_run(tiny_config(**settings))
+    assert text.count("teacher, alpha = ") == text.count(f"teacher, alpha = {shown} (") == 2
+
+
+def bytes_of(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"torch_dtype": "bfloat16", "bf16": True},
+        {"use_peft": False},
+        {"use_peft": False, "bf16": True, "teacher": "ema"},
+        {"lora_target_modules": "q_proj,v_proj", "teacher": "ema"},
+    ],
+)
+def test_planned_weights_gradients_and_optimizer_are_those_of_a_real_step(tiny_config, tiny_model_path, settings):
+    config = tiny_config(**settings)
+    plan = plan_memory(model_shape(AutoConfig.from_pretrained(tiny_model_path), config), config, 100, "cpu")
+    trainer = Trainer(config)
+    gradients = []
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda: gradients.append(bytes_of(p.grad for p in trainer.trained.values())) or step()
+    trainer.train_step(0)
+    moments = [v for state in trainer.optimizer.state.values() for v in (state["exp_avg"], state["exp_avg_sq"])]
+    assert plan.weights == bytes_of(trainer.model.parameters())
+    assert plan.gradients == gradients[0]
+    assert plan.optimizer == bytes_of(moments)
+    assert plan.teacher == bytes_of(trainer.teacher.values.values())
+
+
+class Products(TorchDispatchMode):
+    """Bytes of what the operators that `selective` keeps return while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if is_kept(function, *args):
+            first = out[0] if isinstance(out, tuple) else out
+            self.sizes[first.untyped_storage().data_ptr()] = first.untyped_storage().nbytes()
+        return out
+
+
+@pytest.mark.parametrize("mode", [None, "full", "selective"])
+def test_planned_activations_are_about_what_autograd_keeps(tiny_config, tiny_model_path, mode):
+    """An estimate, so a loose bound: a wrong factor of 1.5 would be noticed."""
+    settings = {} if mode is None else {"gradient_checkpointing": True, "gradient_checkpointing_mode": mode}
+    config = tiny_config(max_completion_length=64, **settings)
+    shape = model_shape(AutoConfig.from_pretrained(tiny_model_path), config)
+    plan = plan_memory(shape, config, 64, "cpu")
+    trainer = Trainer(config)
+    weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    ids = list(range(10, 74))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Products() as products:
+        hidden_rows(trainer.backbone, pack([ids] * 2, [ids] * 2, "cpu"))
+    measured = sum(size for size, _ in kept.values())
+    if mode is not None:  # while one layer is computed again, its own activations are there too
+        measured += 2 * 128 * shape.elements * 4
+    if mode == "selective":
+        measured += sum(products.sizes.values())
+    assert plan.activations == pytest.approx(measured, rel=0.3)
+
+
+def test_the_plan_adds_up_and_shards_what_is_always_there(tiny_config, tiny_model_path):
+    config = tiny_config()
+    shape = model_shape(AutoConfig.from_pretrained(tiny_model_path), config)
+    plan, half = (plan_memory(shape, config, 100, "cpu", Layout(shards=n, processes=n)) for n in (1, 2))
+    assert plan.total == plan.always + max(plan.generating, plan.training)
+    assert half.always == pytest.approx(plan.always / 2, rel=0.01)
+    assert half.training - half.communication == plan.training > 0 and plan.total < GIB
+
+
+def long_problem(sums: Path, folder: Path) -> str:
+    """The sums, one of them with a solution of many steps and one with a problem no prompt can hold."""
+    rows = [json.loads(line) for line in sums.read_text().splitlines()]
+    rows[3]["solution"] = "".join(f"Step {i} adds {i}.\n\n" for i in range(80)) + "#### 6"
+    rows[5]["problem"] = "How many? " * 800
+    path = folder / "long.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_problems_that_do_not_fit_are_refused_skipped_or_cut_and_counted(tiny_config, sums, tmp_path):
+    dataset = long_problem(sums, tmp_path)
+    config = tiny_config(dataset_name=dataset, num_probe_problems=1)
+    tokenizer = load_tokenizer(config)
+    length = context_length(AutoConfig.from_pretrained(config.model_name_or_path))
+    with pytest.raises(ValueError, match="overlong_problems: skip leaves such problems out"):
+        load_run_data(config, tokenizer, length)
+
+    config.overlong_problems = "skip"
+    with pytest.warns(UserWarning, match="skipped 2 of 16 problems that do not fit"):
+        data = load_run_data(config, tokenizer, length)
+    assert {p.id for p in data.problems.train}.isdisjoint({"long-3", "long-5"})
+    assert data.counts()["problems_too_long"] == 2
+
+    config.overlong_problems = "cut"
+    with pytest.warns(UserWarning, match="the teacher's context is cut for 1 of 16 problems"):
+        data = load_run_data(config, tokenizer, length)
+    assert list(data.exposure_limit) == ["long-3"] and data.counts()["teacher_contexts_cut"] == 1
+    cut = next(p for p in [*data.problems.train, *data.problems.probe] if p.id == "long-3")
+    reference, alpha = data.references["long-3"], data.alpha(cut, 1.0)
+    fits = len(data.prompts.teacher(cut, reference, alpha)) + len(data.prompts.reference_completion(reference)[0])
+    assert 0 < alpha < 1 and fits <= length
+    one_more = len(data.prompts.teacher(cut, reference, alpha + 1 / len(reference.segments)))
+    assert one_more + len(data.prompts.reference_completion(reference)[0]) > length
+
+
+def test_a_run_with_a_cut_teacher_goes_through_and_counts_at_the_end(tiny_config, sums, tmp_path):
+    config = tiny_config(
+        dataset_name=long_problem(sums, tmp_path), overlong_problems="cut", exposure_policy="full", max_steps=1,
+        per_device_train_batch_size=14, gradient_accumulation_steps=1, num_probe_problems=1,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="context is cut"):
+        run_dir = train(config)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["teacher_contexts_cut"] == 1 and summary["problems_too_long"] == 1
+    assert summary["problems_without_answer"] == 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,8 @@ from tqdm.auto import tqdm
 
 from atesd.config import ATESDConfig
 from atesd.exposure.signals import finite
-from atesd.objectives import TokenTotals
-from atesd.rollout import Rollout
+from atesd.step_metrics import NGRAM
 
-NGRAM = 4
 START_STEPS = 5  # steps whose mean is "the start"
 IN_A_ROW = 3  # steps a sign must last
 # metric -> (low, high): a collapse is below low or above high times its start
@@ -31,27 +29,6 @@ REPETITION_BOUND = 0.5
 # longer pulls back.
 RISES = {"clip_fraction": 0.5}
 BEST = "best"
-
-
-def repetition(token_ids: Sequence[int], n: int = NGRAM) -> float:
-    """The share of a response's n-grams that occurred in it before: 0 for none, towards 1 for a loop.
-
-    >>> repetition([1, 2, 3, 4, 5, 6]), round(repetition([7, 8] * 50), 2)
-    (0.0, 0.98)
-    """
-    grams = [tuple(token_ids[i : i + n]) for i in range(len(token_ids) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Means over the responses of a step: length in tokens, share cut at the limit, repetition, and staleness."""
-    values = {
-        "response_length": [len(r.response_ids) for r in rollouts],
-        "truncated_fraction": [r.truncated for r in rollouts],
-        "repetition": [repetition(r.response_ids) for r in rollouts],
-        "staleness": [r.staleness for r in rollouts],
-    }
-    return {name: sum(column) / len(rollouts) for name, column in values.items()}
 
 
 class Guards:
@@ -155,19 +132,3 @@ class Guards:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
-
-
-def clip_fraction(config: ATESDConfig, loss: float, totals: TokenTotals, mismatch: float | None) -> dict[str, float]:
-    """`{"clip_fraction": ...}`, how much the clip takes away; nothing where there is none to tell.
-
-    With `token_clip` c the share of tokens whose divergence exceeds c. With `entry_clip` the share of the step's mean
-    divergence that is missing from the loss, 1 - loss / mismatch, since no one holds a token's entries side by side;
-    told only where the loss is that divergence and nothing else.
-    """
-    if config.token_clip is not None and mismatch is not None:
-        return {"clip_fraction": totals.share_above(config.token_clip)}
-    weighted = config.position_halflife is not None or config.importance_clip is not None
-    plain = config.objective == "distill" and not weighted
-    if config.entry_clip is not None and plain and mismatch:
-        return {"clip_fraction": 1 - loss / mismatch}
-    return {}

@@ -260,8 +260,9 @@ class TokenTotals:
         return torch.stack(self.sums).sum(0)
 
     def over(self, processes: Processes) -> None:
-        """From here on these are the totals of the tokens of all processes."""
-        self.sums, self.divergences = [processes.sum(self.sum())], [processes.gather(torch.cat(self.divergences))]
+        """All-reduce the sums and gather the divergences: from here on they are those of all processes."""
+        self.sums = [processes.all_reduce(self.sum())]
+        self.divergences = [processes.gather(torch.cat(self.divergences))]
 
     def means(self, num_tokens: int) -> dict[str, float]:
         """The metrics of a step; without a teacher those that need none."""

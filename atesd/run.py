@@ -1,65 +1,51 @@
 """Everything a run holds: built from its settings, saved into a checkpoint, and built again from one.
 
-Separate from the trainer so that the loop reads as the method. What is listed here is what resume brings back: trained
-weights, optimizer, schedule, sampler position, the count of rollouts, exposure policy with its pending decisions, and
-teacher averages. No random state is saved, since every step begins with seeds of its own. A checkpoint holds whole
-tensors and nothing of how many processes there were: it is resumed on any number, with the same batch.
+A resume brings back the trained weights, optimizer, schedule, sampler position, count of rollouts, exposure policy with
+its pending decisions, and teacher averages. No random state is saved: every step begins with seeds of its own. A
+checkpoint holds full tensors and nothing of the number of processes, so any number can resume it, with the same batch.
 """
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
-from transformers import get_scheduler
+from tqdm.auto import tqdm
 
 from atesd.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from atesd.config import ATESDConfig
-from atesd.data.context import exposed_text
 from atesd.data.problems import Problem
 from atesd.data.run_data import load_run_data
 from atesd.evaluation.reward import VerifierReward
 from atesd.evaluation.training import TrainingEvaluation
+from atesd.exposure.decisions import ExposureDecisions
 from atesd.exposure.difficulty import Difficulty
 from atesd.exposure.outcomes import OutcomeMeter
 from atesd.exposure.policies import make_policy
 from atesd.guards import Guards
-from atesd.models.adapters import adapter_layers, inputs_cast_by_autocast
 from atesd.models.batching import ProblemSampler
 from atesd.models.loading import check_kernels, context_length, load_model, load_model_config, load_tokenizer
 from atesd.models.memory import FreedMemory, bound_product_caches
-from atesd.models.packed_attention import check_packing, use_packed_attention
-from atesd.models.precision import fast_fp32_products, settle_precision
+from atesd.models.precision import settle_precision
+from atesd.models.student import Student
 from atesd.models.teachers import Teacher
 from atesd.objectives import make_objective
+from atesd.parallel.parallelism import check_launcher, make_parallelism
 from atesd.parallel.processes import Processes, on_cpu
-from atesd.parallel.sharding import (
-    ShardingError,
-    asked_for,
-    check_launcher,
-    cut_like,
-    fsdp_plugin,
-    in_shards,
-    optimizer_state_like,
-    reshard,
-    shard,
-    whole,
-    writer,
-)
+from atesd.parallel.sharding import ShardingError, gather_tensors
 from atesd.reports.metrics import PhaseTimer
 from atesd.rollout import Rollout, check_processes, make_engine
 from atesd.rollout.ahead import AheadEngine
+from atesd.rollout.batches import RolloutBatches
 from atesd.rollout.mismatch import EngineMismatch
 from atesd.rollout.seeds import seed_of
-from atesd_kernels.integrations.head import check_head, hidden_states_and_head, unwrap
-from atesd_kernels.integrations.sharded_head import gather_head, reduce_head_gradient
 
 POLICY_FIELDS = (
     "max_steps hold_window lookahead policy_batch_size reward_gamma lambda_gt progress_signal alpha_min alpha_max "
@@ -67,234 +53,221 @@ POLICY_FIELDS = (
 ).split()
 
 
-class RunState:
-    """The parts of a run, by the names the loop uses. With `config.resume`, as its last checkpoint left them."""
+class Run:
+    """The parts of a run. `Run.build(config)` makes one; with `config.resume`, as its last checkpoint left it.
+
+    Attributes:
+        run_dir, config, accelerator, processes, device: where and how it runs.
+        tokenizer, data: problems, references and prompts.
+        student, teacher, objective: the models and the loss.
+        rollout, reward, engine_mismatch: batches of rollouts, their verifier, and the engine's log-probs against ours.
+        exposure: the exposure policy and what it hears.
+        evaluation, guards: held-out evaluations, signs of a collapse.
+        step: updates made so far.
+        nonfinite_in_a_row: skipped updates since the last one that was made.
+    """
 
     def __init__(self, config: ATESDConfig):
-        with ExitStack() as opened:  # what has been started is ended where something after it cannot be made
-            self.build(config, opened)
-            self.opened = opened.pop_all()
-
-    def build(self, config: ATESDConfig, opened: ExitStack) -> None:
         settle_precision(config)
         check_launcher()
-        self.config = config
         bound_product_caches()
-        self.freed_memory = FreedMemory(keep=config.keep_freed_memory)
-        self.run_dir = Path(config.resume or config.output_dir)
+        self.config = config
+        self.step, self.nonfinite_in_a_row = 0, 0
         trackers = None if config.report_to == "none" else config.report_to.replace(" ", "").split(",")
-        self.accelerator = Accelerator(cpu=on_cpu(), log_with=trackers, project_dir=str(self.run_dir))
+        self.accelerator = Accelerator(cpu=on_cpu(), log_with=trackers, project_dir=config.resume or config.output_dir)
         self.device, self.processes = self.accelerator.device, Processes(self.accelerator)
-        check_processes(config, self.processes)
-        check_kernels(config)
-        plugin = fsdp_plugin(self.accelerator)
-        self.sharded, self.zero = plugin is not None, None
-        set_seed(config.seed)
+        # The main process's: the default folder is named after the time, and precision follows the machine
+        config.output_dir, config.bf16 = self.processes.broadcast_from_main(lambda: (config.output_dir, config.bf16))
+        self.run_dir = Path(config.resume or config.output_dir)
+        self.freed_memory, self.timer = FreedMemory(keep=config.keep_freed_memory), PhaseTimer()
+        self.opened = ExitStack()
 
-        # Problems and prompts, checked before anything long is loaded or run
-        with self.accelerator.local_main_process_first():  # which may have to fetch them
+    @classmethod
+    def build(cls, config: ATESDConfig) -> Run:
+        """Make all parts. What can be refused is refused before the model is loaded.
+
+        Raises:
+            ValueError: settings, problems, prompts or a launcher's settings that cannot be used.
+        """
+        run = cls(config)
+        if run.processes.is_main:  # before anything long: whatever ends the run, it can be resumed
+            config.save(run.run_dir)
+        check_processes(config, run.processes)
+        check_kernels(config)
+        with ExitStack() as opened:  # if a later part cannot be made, what runs beside this process is ended
+            run.build_data()
+            run.build_models()
+            run.build_rollout(opened)
+            run.build_exposure()
+            run.build_evaluation(opened)
+            if config.resume and (checkpoint := run.processes.broadcast_from_main(latest_checkpoint, run.run_dir)):
+                run.load_state_dict(load_checkpoint(checkpoint))
+            run.opened = opened.pop_all()
+        return run
+
+    def build_data(self) -> None:
+        """Problems and prompts, all checked here: nothing long has been loaded yet."""
+        config = self.config
+        self.parallelism = make_parallelism(self.accelerator, self.processes)
+        set_seed(config.seed)
+        with self.accelerator.local_main_process_first():  # it may have to fetch them
             self.tokenizer = load_tokenizer(config)
             self.data = load_run_data(config, self.tokenizer, context_length(load_model_config(config)))
-        self.problems, self.references, self.prompts = self.data.problems, self.data.references, self.data.prompts
-        self.sampler = ProblemSampler(len(self.problems.train), config.seed)
-        own = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        self.problems_per_step = own * self.processes.count
 
-        # The student, its rollouts, the teacher and the objective
-        model = load_model(config)
-        use_packed_attention(unwrap(model))
-        self.model = model if self.sharded else model.to(self.device)
-        if self.sharded:
-            shard(self.model, plugin, self.device)
-            self.gather_head()
-        # flash-attention has no float32 form
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.attn_implementation != "sdpa"):
-            check_head(self.model)
-            check_packing(self.model)
-        reshard(self.model)
-        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.trained.values(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),  # no temporary the size of the model
+    def build_models(self) -> None:
+        config = self.config
+        self.student = Student(config, load_model(config), self.tokenizer, self.parallelism)
+        self.teacher = Teacher(self.student.model, config.teacher, ema_decay=config.ema_decay, bf16=config.bf16)
+        self.objective = make_objective(config)
+
+    def build_rollout(self, opened: ExitStack) -> None:
+        config = self.config
+        engine = make_engine(config, self.student.model, self.tokenizer, self.processes)
+        local = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.rollout = RolloutBatches(
+            self.data,
+            ProblemSampler(len(self.data.problems.train), config.seed),
+            AheadEngine(engine) if config.max_staleness else engine,
+            self.processes,
+            problems_per_step=local * self.processes.count,
+            num_generations=config.num_generations,
+            from_references=not self.objective.needs_rollouts,
+            phase=self.phase,
         )
-        if asked_for("ACCELERATE_USE_DEEPSPEED") and self.processes.count > 1:
-            from atesd.parallel.zero import Zero
+        opened.callback(self.rollout.engine.close)  # closed last: it may take longest
+        self.reward = VerifierReward(self.tokenizer, config.num_generations) if self.objective.needs_reward else None
+        if self.reward:
+            opened.callback(self.reward.grader.close)
+        self.engine_mismatch = EngineMismatch(config.importance_clip, config.chunk_bytes)
 
-            self.zero = Zero(self.model, self.optimizer, config.max_grad_norm, self.device)
-        self.backbone, self.head = hidden_states_and_head(self.model)
-        if self.zero:
-            self.backbone, self.head = self.zero.backbone_and_head(self.head)
-        self.adapter_layers = adapter_layers(self.model) if config.bf16 and not config.lora_dropout else []
-        self.teacher = Teacher(self.model, config.teacher, ema_decay=config.ema_decay, bf16=config.bf16)
-        self.meter = OutcomeMeter(
-            self.model,
+    def build_exposure(self) -> None:
+        config = self.config
+        settings = {name: getattr(config, name) for name in POLICY_FIELDS}
+        if config.grounding == "none":
+            settings["lambda_gt"] = 0.0
+        meter = OutcomeMeter(
+            self.student.model,
             self.teacher,
-            self.prompts,
-            self.references,
-            self.problems.probe,
+            self.data.prompts,
+            self.data.references,
+            self.data.problems.probe,
             probe_every=config.probe_every,
             grounding=config.grounding,
             batch_size=config.per_device_train_batch_size,
             chunk_bytes=config.chunk_bytes,
             processes=self.processes,
         )
-        self.objective = make_objective(config)
-        engine = make_engine(config, self.model, self.tokenizer, self.processes)
-        self.engine = AheadEngine(engine) if config.max_staleness else engine
-        opened.callback(self.engine.close)  # ended last: it may take longest
-        self.reward = VerifierReward(self.tokenizer, config.num_generations) if self.objective.needs_reward else None
-        if self.reward:
-            opened.callback(self.reward.grader.close)
-        self.engine_mismatch = EngineMismatch(config.importance_clip, config.chunk_bytes)
+        self.exposure = ExposureDecisions(
+            make_policy(config.exposure_policy, per_example=config.per_example_exposure, **settings),
+            meter,
+            Difficulty() if config.per_example_exposure else None,
+            self.data,
+            self.processes,
+            num_generations=config.num_generations,
+            phase=self.phase,
+            autocast=self.student.autocast,
+        )
+
+    def build_evaluation(self, opened: ExitStack) -> None:
+        config, data = self.config, self.data
         self.evaluation = TrainingEvaluation(
-            config, self.problems.eval, self.prompts, self.engine, self.tokenizer, self.processes, self.freed_memory
+            config,
+            data.problems.eval,
+            data.prompts,
+            self.rollout.engine,
+            self.tokenizer,
+            self.processes,
+            self.freed_memory,
         )
         opened.callback(self.evaluation.close)
-
-        # The schedule; and what the main process decides, of which the others' own is idle
-        self.scheduler = get_scheduler(
-            config.lr_scheduler_type, self.optimizer, config.warmup_steps, num_training_steps=config.max_steps
-        )
-        settings = {name: getattr(config, name) for name in POLICY_FIELDS}
-        if config.grounding == "none":
-            settings["lambda_gt"] = 0.0
-        self.policy = make_policy(config.exposure_policy, per_example=config.per_example_exposure, **settings)
-        self.difficulty = Difficulty() if config.per_example_exposure else None
         self.guards = Guards(config, self.run_dir)
-        self.timer = PhaseTimer()
-        self.start, self.nonfinite_in_a_row = 0, 0
-        checkpoint = self.processes.told(lambda: latest_checkpoint(self.run_dir) if config.resume else None)
-        if checkpoint is not None:
-            self.load_state_dict(load_checkpoint(checkpoint))
 
     @contextmanager
-    def autocast(self) -> Iterator[None]:
-        """The precision of every forward. A new context each time: weights cast in it live as long as it does, unless
-        they are sharded: then they do not live longer than they are lent."""
-        cached = not in_shards(self.model)
-        with (
-            fast_fp32_products(self.device),
-            inputs_cast_by_autocast(self.adapter_layers),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16, cache_enabled=cached),
-        ):
+    def phase(self, name: str) -> Iterator[None]:
+        """Times a named part of a step, and gives freed memory back around the parts that allocate most."""
+        if name == "optimizer":  # its state comes on top of what the activations have left
+            self.freed_memory.release()
+        with self.timer.phase(name):
             yield
+        if name in ("rollout", "loss_backward", "optimizer"):
+            self.freed_memory.release()
 
     def seed_step(self, t: int) -> None:
-        """Global random numbers (dropout's) of step `t`: other ones on each process, the same ones after a resume."""
-        set_seed(seed_of(self.config.seed, -1 - t * self.processes.count - self.processes.rank) % 2**32)
-
-    def scaled(self, part_loss: Tensor, so_far: Tensor) -> Tensor:
-        """A micro-batch's loss as its backward needs it, after losses of the sum `so_far`."""
-        return self.zero.scaled(part_loss, so_far) if self.zero else part_loss
-
-    def optimizer_step(self, loss: float) -> float | None:
-        """Clip and step; the gradient's norm, or None and no step where it or the loss is not finite."""
-        if self.zero:
-            return self.zero.step()
-        norm = self.gradient_norm()
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if not finite:  # without gradients a step changes nothing; the schedule follows the count of all steps
-            self.optimizer.zero_grad(set_to_none=True)
-        self.optimizer.step()
-        return norm if finite else None
-
-    def gradient_norm(self) -> float:
-        """Of the gradients of one large batch, which are there then, and clipped. Each process has those of its share
-        before; where FSDP2 shards the weights it has summed them in backward, but for the head's."""
-        if self.sharded:
-            if unwrap(self.model).get_output_embeddings().weight.requires_grad:
-                reduce_head_gradient(self.model)
-        elif self.processes.count > 1:
-            for p in self.trained.values():
-                p.grad = self.processes.sum(torch.zeros_like(p) if p.grad is None else p.grad)
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm)
-        return float(norm.full_tensor() if self.sharded else norm)
-
-    def gather_head(self) -> None:
-        """The head's weight whole, as its shards are now, where it is trained and sharded."""
-        if self.zero:
-            self.zero.gather_head()
-        elif self.sharded and unwrap(self.model).get_output_embeddings().weight.requires_grad:
-            gather_head(self.model)
+        """Seed the global random numbers (dropout's) of step `t`: others on each process, the same on resume."""
+        number = -1 - t * self.processes.count - self.processes.rank
+        set_seed(seed_of(self.config.seed, number) % 2**32)
 
     def stateful(self) -> dict[str, Any]:
-        """All that a continued run needs besides the trained weights and the random states."""
-        names = ("optimizer", "scheduler", "sampler", "engine", "policy", "difficulty", "guards", "teacher")
-        parts = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return parts | ({"optimizer": self.zero} if self.zero else {})  # which knows what the shards are of
+        """The parts whose state a checkpoint holds, beside the student's."""
+        parts = {
+            "sampler": self.rollout.sampler,
+            "engine": self.rollout.engine,
+            "policy": self.exposure.policy,
+            "difficulty": self.exposure.difficulty,
+            "guards": self.guards,
+            "teacher": self.teacher,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
 
-    def model_writer(self) -> Callable[..., None]:
-        """Writes the adapter, or the model with its tokenizer, into a folder. All processes make one, the main one
-        calls it."""
-        write = writer(self.model, self.trained)
-        if self.config.use_peft:
-            return write
-
-        def write_whole(folder: Path) -> None:  # a folder that loads by itself
-            write(folder)
-            self.tokenizer.save_pretrained(folder)
-
-        return write_whole
-
-    def step_problems(self, draw: Callable[[int], list[int]]) -> list[Problem]:
-        """A step's problems, of all processes, each as often as it is answered."""
-        return [
-            self.problems.train[i] for i in draw(self.problems_per_step) for _ in range(self.config.num_generations)
-        ]
-
-    def how_to_go_on(self, step: int) -> str:
-        return f"The run is saved as it was after step {step}: go on with atesd train --resume {self.run_dir}"
-
-    def describe(self, problem: Problem, rollout: Rollout, alpha: float) -> dict[str, Any]:
-        """A line of samples.jsonl."""
-        text = self.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
-        exposed = exposed_text(self.references[problem.id], alpha)
-        sample = {"problem_id": problem.id, "problem": problem.problem, "answer": problem.answer, "response": text}
-        return sample | {"truncated": rollout.truncated, "alpha": alpha, "exposed": exposed}
-
-    def state_dict(self, step: int) -> dict[str, Any]:
-        """All processes make one, for sharded tensors are gathered in it; the main one's is saved."""
+    def state_dict(self) -> dict[str, Any]:
+        """Every process makes one, since sharded tensors are gathered for it; the main process's is saved."""
+        counters = {"step": self.step, "nonfinite_in_a_row": self.nonfinite_in_a_row}
+        counters["problems_per_step"] = self.rollout.problems_per_step
         parts = {name: part.state_dict() for name, part in self.stateful().items()}
-        counters = {"step": step, "nonfinite_in_a_row": self.nonfinite_in_a_row}
-        return whole({**counters, "problems_per_step": self.problems_per_step, "trained": self.trained, **parts})
-
-    def save(self, step: int) -> None:
-        """The checkpoint of the run after `step` steps: gathered by all processes, written by the main one."""
-        state, adapter = self.state_dict(step), self.model_writer() if self.config.use_peft else None
-        if self.processes.is_main:
-            save_checkpoint(self.run_dir, step, state, adapter, self.config.save_total_limit)
-        self.processes.wait()
-
-    def close(self) -> None:
-        """End what has processes of its own: the graders and the engine."""
-        self.opened.close()
+        return gather_tensors({**counters, **self.student.state_dict(), **parts})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.start, self.nonfinite_in_a_row = state["step"], state["nonfinite_in_a_row"]
-        self.problems_per_step = state["problems_per_step"]
-        if self.problems_per_step % self.processes.count:
+        self.step, self.nonfinite_in_a_row = state["step"], state["nonfinite_in_a_row"]
+        self.rollout.problems_per_step = state["problems_per_step"]
+        if self.rollout.problems_per_step % self.processes.count:
             raise ShardingError(
-                f"the run takes {self.problems_per_step} problems a step, which {self.processes.count} processes "
-                "cannot share equally: resume it with a number of processes that divides them."
+                f"the run takes {self.rollout.problems_per_step} problems a step, which {self.processes.count} "
+                "processes cannot share equally: resume it with a number of processes that divides them."
             )
-        with torch.no_grad():
-            for name, p in self.trained.items():
-                if self.zero:
-                    self.zero.load_weight(p, state["trained"][name])
-                else:
-                    p.copy_(cut_like(state["trained"][name], p))
-        self.gather_head()
-        if not self.zero:
-            state["optimizer"] = optimizer_state_like(state["optimizer"], self.optimizer)
+        self.student.load_state_dict(state)
         for name, part in self.stateful().items():
             part.load_state_dict(state[name])
-        # the settings that `--resume` may change, over what optimizer and schedule have saved of them
-        self.scheduler.base_lrs = [self.config.learning_rate] * len(self.scheduler.base_lrs)
-        for group, rate, shape in zip(
-            self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
-        ):
-            group["lr"] = rate * shape(self.scheduler.last_epoch)
+
+    def save(self) -> None:
+        """Write the checkpoint of the run as it stands. Every process calls it."""
+        state, adapter = self.state_dict(), self.student.writer() if self.config.use_peft else None
+        if self.processes.is_main:
+            save_checkpoint(self.run_dir, self.step, state, adapter, self.config.save_total_limit)
+        self.processes.barrier()
+
+    def how_to_go_on(self) -> str:
+        return f"The run is saved as it was after step {self.step}: go on with atesd train --resume {self.run_dir}"
+
+    def save_nonfinite_batch(self, problems: list[Problem], rollouts: list[Rollout], **numbers: float) -> None:
+        """Keep the batch of a skipped update, and say where it is."""
+        step = self.step + 1
+        rank = f"-process-{self.processes.rank}" if self.processes.rank else ""
+        path = self.run_dir / "nonfinite" / f"step-{step}{rank}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        batch = {"problem_ids": [p.id for p in problems], "rollouts": [asdict(r) for r in rollouts]}
+        torch.save({"step": step, **numbers, **batch}, path)
+        tqdm.write(
+            f"step {step} skipped: its rollouts, loss or gradient are not finite ({numbers}); the batch is in {path}"
+        )
+
+    def write_best(self) -> None:
+        """Keep these weights as the best so far. Every process calls it."""
+        write = self.student.writer()
+        if self.processes.is_main:
+            self.guards.write_best(write)
+
+    def finish(self) -> None:
+        """Write the trained adapter (or model), summary.json and report.html. Every process calls it."""
+        write: Callable[..., None] = self.student.writer()
+        if not self.processes.is_main:
+            return
+        write(self.run_dir / ("adapter" if self.config.use_peft else "model"))
+        summary = {"steps": self.step, **self.data.counts(), **self.guards.summary(), **self.exposure.policy.finish()}
+        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        from atesd.reports.report import write_report  # here: training itself does without matplotlib
+
+        write_report(self.run_dir)
+
+    def close(self) -> None:
+        """End the processes that the graders and the engine have started."""
+        self.opened.close()

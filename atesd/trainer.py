@@ -1,37 +1,33 @@
 """The method, top to bottom: on-policy self-distillation whose teacher reads part of the reference solution.
 
-    alpha_t        how much of the reference the teacher reads, chosen by the exposure policy and held for H steps
     y ~ p_S(.|x)   the student answers each problem x, seeing the problem only
+    alpha_t        how much of the reference the teacher reads, chosen by the exposure policy and held for H steps
     L = mean over tokens of y of D( p_T(.|x, r_1..r_floor(alpha m), answer, y_<n) || p_S(.|x, y_<n) )
-    the student follows the gradient of L; the policy is told what came of its alpha.
+    the student follows the gradient of L; the policy hears what came of its alpha.
 
-Teacher and student each make one forward a micro-batch, which stops at the hidden states; the loss, its gradient and
+Teacher and student each make one forward a micro-batch, which stops at the hidden states. The loss, its gradient and
 every statistic come from one call of `atesd_kernels.linear_divergence`. Run it with `atesd train quickstart`.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from atesd.config import ATESDConfig
 from atesd.data.problems import Problem
-from atesd.guards import clip_fraction, response_metrics
-from atesd.models.batching import assert_same_responses, chunks, hidden_rows, pack
-from atesd.models.precision import settle_precision
+from atesd.models.batching import PackedBatch, assert_same_responses, chunks, hidden_rows, pack
 from atesd.objectives import ResponseTokens, TokenTotals
-from atesd.parallel.processes import Processes, on_cpu
-from atesd.parallel.sharding import check_launcher
-from atesd.reports.metrics import RunLog, peak_memory_bytes
+from atesd.reports.metrics import peak_memory_bytes
+from atesd.reports.step_log import StepLog
 from atesd.rollout import Rollout, RolloutError
-from atesd.run import RunState
+from atesd.run import Run
+from atesd.step_metrics import clip_fraction, outcome_metrics, response_metrics, sample_line
 
 
 class NonFiniteLoss(RuntimeError):
@@ -50,179 +46,106 @@ def train(config: ATESDConfig) -> Path:
         NonFiniteLoss: after `max_nonfinite_steps` such steps in a row.
     """
     config.validate()
-    settle_precision(config)
-    check_launcher()
-    processes = Processes(PartialState(cpu=on_cpu()))
-    config.output_dir, config.bf16 = processes.told(lambda: (config.output_dir, config.bf16))  # its time and machine
-    if processes.is_main:  # before anything long: whatever ends the run, it can be resumed
-        config.save(config.resume or config.output_dir)
-    trainer = Trainer(config)
+    run = Run.build(config)
     try:
-        run_dir = trainer.run()
+        Trainer(run).train()
     finally:
-        trainer.close()
-    trainer.accelerator.end_training()  # after closing: vLLM in this process has process groups of its own
-    return run_dir
+        run.close()
+    run.accelerator.end_training()  # after closing: vLLM in this process has process groups of its own
+    return run.run_dir
 
 
-class Trainer(RunState):
-    """The loop: `run` -> `train_step` -> `distill` -> `update`."""
+class Trainer:
+    """The loop: `train` -> `train_step` -> `distill` -> `update`."""
 
-    def run(self) -> Path:
-        """All steps from where the run stands, then the adapter, a summary and the report."""
-        config, main = self.config, self.processes.is_main
-        if main:
-            self.log = RunLog(self.run_dir, self.start or None)
-        self.accelerator.init_trackers("atesd", config=asdict(config))
-        if self.start == 0 and (measured := self.evaluation.measure(0)):
-            self.log.log(0, measured)
-            self.accelerator.log(measured, step=0)
-        if self.evaluation.failure:
-            raise RolloutError(self.evaluation.failure)
-        bar = tqdm(range(self.start, config.max_steps), initial=self.start, total=config.max_steps, disable=not main)
-        done = self.start
-        for t in bar:
+    def __init__(self, run: Run):
+        self.run = run
+
+    def train(self) -> Path:
+        """All steps from where the run stands, then the adapter, a summary and the report. Returns the run's folder."""
+        run, config = self.run, self.run.config
+        log = StepLog(run.run_dir, run.accelerator, asdict(config), run.step, config.logging_steps)
+        if run.step == 0 and (measured := run.evaluation.measure(0)):
+            log.before_training(measured)
+        if run.evaluation.failure:
+            raise RolloutError(run.evaluation.failure)
+        for t in log.steps(config.max_steps):
             metrics, sample = self.train_step(t)
-            metrics |= self.evaluation.measure(t + 1)
-            done = t + 1
-            stop = self.processes.told(self.guards.after_step, done, metrics)
-            if main:
-                self.log.log(t + 1, metrics)
-                self.log.sample(t + 1, sample)
-                if (t + 1) % config.logging_steps == 0:
-                    self.accelerator.log(metrics, step=t + 1)
-                shown = {"loss": metrics["loss"], "alpha": metrics["alpha"], "tok/s": metrics["tokens_per_second"]}
-                bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
-            if done % config.save_steps == 0 or done == config.max_steps or stop or self.evaluation.failure:
-                self.save(done)
-            if self.evaluation.failure:
-                raise RolloutError(f"{self.evaluation.failure}\n{self.how_to_go_on(done)}")
-            if self.nonfinite_in_a_row >= config.max_nonfinite_steps:
-                raise NonFiniteLoss(
-                    f"the rollouts, the loss or its gradient were not finite in {self.nonfinite_in_a_row} steps in a "
-                    f"row (the last is step {t + 1}). The batches are in {self.run_dir / 'nonfinite'}. Lower "
-                    "learning_rate or max_grad_norm, or run without bf16."
-                )
+            run.step = t + 1
+            metrics |= run.evaluation.measure(run.step)
+            stop = run.processes.broadcast_from_main(run.guards.after_step, run.step, metrics)
+            log.step(run.step, metrics, sample)
+            failure = run.evaluation.failure
+            if run.step % config.save_steps == 0 or run.step == config.max_steps or stop or failure:
+                run.save()
+            if failure:
+                raise RolloutError(f"{failure}\n{run.how_to_go_on()}")
+            self.check_finite()
             if stop:
-                if main:
-                    tqdm.write(f"stopped after step {done}: {stop}")
+                log.note(f"stopped after step {run.step}: {stop}")
                 break
-        write_model = self.model_writer()
-        if main:
-            write_model(self.run_dir / ("adapter" if config.use_peft else "model"))
-            summary = {"steps": done, **self.data.counts(), **self.guards.summary(), **self.policy.finish()}
-            (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-            self.log.close()
-            from atesd.reports.report import write_report  # here: while the run trains it does without matplotlib
-
-            write_report(self.run_dir)
-        return self.run_dir
+        run.finish()
+        log.close()
+        return run.run_dir
 
     def train_step(self, t: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """One optimizer step: exposure, rollouts, distillation, update, outcome. Returns metrics and a sample."""
-        config, started = self.config, time.perf_counter()
-        self.seed_step(t)
-        # y ~ p_S(.|x): every process takes its share of the step's problems
-        if config.max_staleness:
-            with self.timer.phase("rollout"):
-                self.engine.wait()  # for what was begun a step ago
-        before = [part.state_dict() for part in (self.sampler, self.engine)]
-        batch = self.step_problems(self.sampler.draw)
-        problems = self.processes.share(batch)
-        try:
-            rollouts, failure = self.roll_out(problems), None
-        except RolloutError as error:
-            rollouts, failure = [], error
-        if self.processes.any(failure is not None):
-            for part, state in zip((self.sampler, self.engine), before, strict=True):
-                part.load_state_dict(state)  # the batch is still to come, and nothing else has moved
-            self.save(t)
-            raise RolloutError(
-                f"{failure or 'the rollouts of another process failed'}\n{self.how_to_go_on(t)}"
-            ) from failure
-        if config.max_staleness and t + 1 < config.max_steps:  # the next y, from the student before this update
-            self.engine.begin([self.prompts.student(problem) for problem in self.step_problems(self.sampler.peek)])
-        with self.timer.phase("reward"):
-            advantages, rewards = self.reward.advantages(problems, rollouts) if self.reward else (None, {})
-        everyones = self.exposures(t, batch)
-        alphas = self.processes.share(everyones)
+        """One optimizer step. Returns its metrics and a sample.
 
-        # What the update has to show for itself is measured before it is made
-        with self.timer.phase("probe"), self.autocast():
-            repeats = config.num_generations  # a problem with several responses is one problem
-            outcome = self.meter.measure(t, everyones[::repeats], batch[::repeats])
-        if self.processes.told(self.guards.before_update, t, outcome["probe_nll"]):
-            write_model = self.model_writer()
-            if self.processes.is_main:
-                self.guards.write_best(write_model)
-        loss, totals, num_tokens = self.distill(problems, rollouts, alphas, advantages)
-        with self.timer.phase("optimizer"):
-            grad_norm = self.update(loss)
+        Rollouts come first: they do not depend on alpha, and if they fail, nothing has been decided yet.
+        """
+        run, started = self.run, time.perf_counter()
+        run.seed_step(t)
+        batch, rollouts = self.roll_out(t)  # `batch`: the problems of all processes; `rollouts`: this one's
+        problems = run.processes.local_block(batch)
+        with run.phase("reward"):
+            advantages, rewards = run.reward.advantages(problems, rollouts) if run.reward else (None, {})
+
+        alphas = run.exposure.alphas(t, batch)
+        outcome = run.exposure.measure(t, alphas, batch)  # before the update: it is what the last one came to
+        if run.processes.broadcast_from_main(run.guards.before_update, t, outcome["probe_nll"]):
+            run.write_best()
+
+        local_alphas = run.processes.local_block(alphas)
+        loss, totals, num_tokens = self.distill(problems, rollouts, local_alphas, advantages)
+        grad_norm = self.update(loss)
         skipped = grad_norm is None
         if skipped:
-            self.save_nonfinite(t, problems, rollouts, alpha=alphas[0], loss=loss)
-        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if skipped else 0
+            run.save_nonfinite_batch(problems, rollouts, alpha=local_alphas[0], loss=loss)
+        run.nonfinite_in_a_row = run.nonfinite_in_a_row + 1 if skipped else 0
 
-        totals.over(self.processes)
+        totals.over(run.processes)
         stats = totals.means(num_tokens)
-        # a reward in the loss would be none of the teacher's: the policy then hears the divergence alone, without clips
-        heard = stats.get("mismatch", loss) if self.objective.needs_reward else loss
-        measured = {"loss": heard, "mismatch": stats.get("mismatch"), "confidence": stats["student_confidence"]}
-        with self.timer.phase("policy"):
-            seen = (dict.fromkeys(measured) if skipped else measured) | outcome
-            learned = self.policy.observe(t, **seen) if self.processes.is_main else {}
+        learned = run.exposure.tell(t, self.measured(loss, stats, skipped) | outcome)
         seconds = time.perf_counter() - started
         metrics = {
             "loss": loss,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": run.student.optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm,
             **stats,
-            **clip_fraction(config, loss, totals, stats.get("mismatch")),
-            **self.processes.mean(rewards | response_metrics(rollouts)),
+            **clip_fraction(run.config, loss, totals, stats.get("mismatch")),
+            **run.processes.all_reduce_mean(rewards | response_metrics(rollouts)),
             "num_tokens": num_tokens,
-            **self.engine_mismatch.take(self.processes.gather),
-            **{("grounded_score" if name == "grounded" else name): v for name, v in outcome.items() if v is not None},
+            **run.engine_mismatch.take(run.processes.gather),
+            **outcome_metrics(outcome),
             **learned,
             "skipped": int(skipped),
             "tokens_per_second": num_tokens / seconds,
             "peak_memory_bytes": peak_memory_bytes(),
-            **self.timer.take(),
+            **run.timer.take(),
             "seconds_step": seconds,
         }
-        self.scheduler.step()
-        return metrics, self.describe(problems[0], rollouts[0], alphas[0])
+        run.student.scheduler.step()
+        reference = run.data.references[problems[0].id]
+        return metrics, sample_line(run.tokenizer, problems[0], reference, rollouts[0], local_alphas[0])
 
-    def roll_out(self, problems: list[Problem]) -> list[Rollout]:
-        """A response to each problem from the student as it is now (one update ago, with `max_staleness`), whoever
-        generates it: y ~ p_S(.|x). Where the objective is to imitate, the reference solutions in their place."""
-        prompts = [self.prompts.student(problem) for problem in problems]
-        if not self.objective.needs_rollouts:
-            replies = [self.prompts.reference_completion(self.references[problem.id])[0] for problem in problems]
-            return [Rollout(prompt, reply, truncated=False) for prompt, reply in zip(prompts, replies, strict=True)]
-        with self.timer.phase("weight_sync"):
-            self.engine.sync()
-        with self.timer.phase("rollout"):
-            rollouts = self.engine.generate(prompts)
-            self.engine.release()
-        self.freed_memory.release()
-        return rollouts
-
-    def exposures(self, t: int, batch: list[Problem]) -> list[float]:
-        """How much of its reference the teacher of each problem of the step reads: what the policy of the main process
-        says, as far as it fits."""
-        difficulty = self.difficulty
-        if difficulty is None:
-            with self.timer.phase("policy"):
-                alphas = [self.processes.told(self.policy.alpha, t)] * len(batch)
-        else:
-            repeats = self.config.num_generations
-            with self.timer.phase("probe"), self.autocast():
-                nll = self.meter.reference_nll(self.processes.share(batch[::repeats]))
-                nll = self.processes.gather(torch.tensor(nll, dtype=torch.float64, device=self.device)).tolist()
-            with self.timer.phase("policy"):
-                chosen = self.processes.told(lambda: self.policy.alphas(t, difficulty.normalise(nll)))
-            alphas = [alpha for alpha in chosen for _ in range(repeats)]
-        return [self.data.alpha(problem, alpha) for problem, alpha in zip(batch, alphas, strict=True)]
+    def roll_out(self, t: int) -> tuple[list[Problem], list[Rollout]]:
+        """The step's problems and responses, y ~ p_S(.|x). If they fail, the run is saved as it was before the step."""
+        run = self.run
+        try:
+            return run.rollout.next(last=t + 1 == run.config.max_steps)
+        except RolloutError as error:
+            run.save()
+            raise RolloutError(f"{error}\n{run.how_to_go_on()}") from error
 
     def distill(
         self,
@@ -231,62 +154,93 @@ class Trainer(RunState):
         alphas: list[float],
         advantages: list[float] | None = None,
     ) -> tuple[float, TokenTotals, int]:
-        """Accumulate the gradient of the objective, a mean over all response tokens of the step."""
-        num_tokens = int(self.processes.total(sum(len(r.response_ids) for r in rollouts))[0])
-        loss, totals = torch.zeros((), device=self.device), TokenTotals()
+        """Accumulate the gradient of the objective, a mean over all response tokens of the step.
+
+        Returns the loss and the number of response tokens, both of all processes, and this one's token statistics.
+        """
+        run, config = self.run, self.run.config
+        num_tokens = int(run.processes.all_reduce_sum(sum(len(r.response_ids) for r in rollouts))[0])
+        loss, totals = torch.zeros((), device=run.device), TokenTotals()
         if not all(r.finite for r in rollouts):
-            loss += torch.nan  # a rollout the student could not sample makes no step, whatever is computed on it
-        with self.autocast():  # one context for all micro-batches: each weight is cast once a step
-            for part in chunks(len(rollouts), self.config.per_device_train_batch_size * self.config.num_generations):
-                responses = [r.response_ids for r in rollouts[part]]
-                student_batch = pack([r.prompt_ids for r in rollouts[part]], responses, self.device)
-                chosen = None if advantages is None else tuple(advantages[part])
+            loss += torch.nan  # the student could not be sampled: skip the step, whatever the loss comes to
+        with run.student.autocast():  # one context for all micro-batches: each weight is cast once a step
+            for part in chunks(len(rollouts), config.per_device_train_batch_size * config.num_generations):
+                student_batch = pack(
+                    [r.prompt_ids for r in rollouts[part]], [r.response_ids for r in rollouts[part]], run.device
+                )
                 teacher_hidden = None
-                if self.objective.needs_teacher:
-                    exposed = zip(problems[part], alphas[part], strict=True)
-                    read = [self.prompts.teacher(p, self.references[p.id], alpha) for p, alpha in exposed]
-                    teacher_batch = pack(read, responses, self.device)
-                    assert_same_responses(student_batch, teacher_batch)
-                    with self.timer.phase("teacher"):
-                        teacher_hidden = self.teacher.hidden(teacher_batch)
-                with self.timer.phase("student"):
-                    student_hidden = hidden_rows(self.backbone, student_batch)
-                with self.timer.phase("loss_backward"):
-                    targets = student_batch.targets
-                    teacher_head = None if self.teacher.shares_head else self.teacher.head
-                    weight = self.engine_mismatch.measure(rollouts[part], student_hidden, self.head, targets)
-                    tokens = ResponseTokens(targets, student_batch.lengths, chosen, weight)
-                    # backward in two parts: the head's gradient is added up before the layers' backward begins
-                    states = student_hidden.detach().requires_grad_()
-                    part_loss, stats = self.objective(
-                        states, self.head, teacher_hidden, teacher_head, tokens, num_tokens
+                if run.objective.needs_teacher:
+                    teacher_hidden = self.teacher_hidden(problems[part], alphas[part], student_batch, rollouts[part])
+                with run.phase("student"):
+                    student_hidden = hidden_rows(run.student.backbone, student_batch)
+                with run.phase("loss_backward"):
+                    part_advantages = None if advantages is None else tuple(advantages[part])
+                    weight = run.engine_mismatch.measure(
+                        rollouts[part], student_hidden, run.student.head, student_batch.targets
                     )
-                    with torch.autocast(self.device.type, enabled=False):
-                        self.scaled(part_loss, loss).backward()
-                        student_hidden.backward(states.grad)
-                loss += part_loss.detach()
-                totals.add(stats)
-                self.freed_memory.release()  # of the activations: the next part's have other sizes
-        return float(self.processes.sum(loss)), totals, num_tokens
+                    tokens = ResponseTokens(student_batch.targets, student_batch.lengths, part_advantages, weight)
+                    loss += self.backward(student_hidden, teacher_hidden, tokens, num_tokens, totals, loss)
+        return float(run.processes.all_reduce(loss)), totals, num_tokens
+
+    def teacher_hidden(
+        self, problems: list[Problem], alphas: list[float], student_batch: PackedBatch, rollouts: list[Rollout]
+    ) -> Tensor:
+        """`(N, hidden)`: the teacher's hidden states at the student's response tokens, its prompt exposed by alpha."""
+        run = self.run
+        exposed = zip(problems, alphas, strict=True)
+        prompts = [run.data.prompts.teacher(p, run.data.references[p.id], alpha) for p, alpha in exposed]
+        batch = pack(prompts, [r.response_ids for r in rollouts], run.device)
+        assert_same_responses(student_batch, batch)
+        with run.phase("teacher"):
+            return run.teacher.hidden(batch)
+
+    def backward(
+        self,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor | None,
+        tokens: ResponseTokens,
+        num_tokens: int,
+        totals: TokenTotals,
+        loss_so_far: Tensor,
+    ) -> Tensor:
+        """Add a micro-batch's gradient and statistics; returns its share of the loss.
+
+        Backward runs in two parts: the head's gradient is accumulated before the layers' backward begins.
+        """
+        run = self.run
+        teacher_head = None if run.teacher.shares_head else run.teacher.head
+        states = student_hidden.detach().requires_grad_()
+        loss, stats = run.objective(states, run.student.head, teacher_hidden, teacher_head, tokens, num_tokens)
+        with torch.autocast(run.device.type, enabled=False):
+            run.parallelism.loss_for_backward(loss, loss_so_far).backward()
+            student_hidden.backward(states.grad)
+        totals.add(stats)
+        return loss.detach()
 
     def update(self, loss: float) -> float | None:
-        """Clip and step; None, and no step, where the loss or the gradient is not finite."""
-        self.freed_memory.release()  # of the activations: the first step allocates the optimizer's state
-        norm = self.optimizer_step(loss)
-        if norm is not None:
-            self.gather_head()
-            self.teacher.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.freed_memory.release()
+        """Clip and step. Returns the gradient's norm; None, and no step, if it or the loss is not finite."""
+        run = self.run
+        with run.phase("optimizer"):
+            norm = run.student.step(loss)
+            if norm is not None:
+                run.teacher.update()
         return norm
 
-    def save_nonfinite(self, t: int, problems: list[Problem], rollouts: list[Rollout], **numbers: float) -> None:
-        """Keep the batch of a skipped step for inspection, and say where it is."""
-        rank = f"-process-{self.processes.rank}" if self.processes.rank else ""
-        path = self.run_dir / "nonfinite" / f"step-{t + 1}{rank}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        batch = {"problem_ids": [p.id for p in problems], "rollouts": [asdict(r) for r in rollouts]}
-        torch.save({"step": t + 1, **numbers, **batch}, path)
-        tqdm.write(
-            f"step {t + 1} skipped: its rollouts, loss or gradient are not finite ({numbers}); the batch is in {path}"
-        )
+    def measured(self, loss: float, stats: dict[str, float], skipped: bool) -> dict[str, float | None]:
+        """What the policy hears of a step beside the outcome; nothing of a skipped one.
+
+        With a reward in the loss it hears the divergence alone, without clips: the reward is not the teacher's doing.
+        """
+        heard = stats.get("mismatch", loss) if self.run.objective.needs_reward else loss
+        values = {"loss": heard, "mismatch": stats.get("mismatch"), "confidence": stats["student_confidence"]}
+        return dict.fromkeys(values) if skipped else values
+
+    def check_finite(self) -> None:
+        """Raises NonFiniteLoss after `max_nonfinite_steps` skipped steps in a row."""
+        run = self.run
+        if run.nonfinite_in_a_row >= run.config.max_nonfinite_steps:
+            raise NonFiniteLoss(
+                f"the rollouts, the loss or its gradient were not finite in {run.nonfinite_in_a_row} steps in a row "
+                f"(the last is step {run.step}). The batches are in {run.run_dir / 'nonfinite'}. Lower learning_rate "
+                "or max_grad_norm, or run without bf16."
+            )

@@ -42,6 +42,7 @@ def run_one(run: str, flags: list[str], work: Path) -> Path:
     from atesd.checkpoint import latest_checkpoint
     from atesd.config import load_config
     from atesd.reports.metrics import METRICS, read_jsonl
+    from atesd.run import Run
     from atesd.studies.held_out import measure
     from atesd.trainer import Trainer
 
@@ -53,15 +54,14 @@ def run_one(run: str, flags: list[str], work: Path) -> Path:
     else:
         (run_dir / METRICS).unlink(missing_ok=True)
         config = load_config("quickstart", [*METHODS[method], *own, *flags])
-    config.save(run_dir)  # what a checkpoint is resumed with
     start_file = work / f"start-{seed}.json"  # no method has done anything yet: both start from the same numbers
-    with closing(Trainer(config)) as trainer:
+    with closing(Trainer(Run.build(config))) as trainer:
         if not start_file.exists():
             run_dir.mkdir(parents=True, exist_ok=True)
-            start = [asdict(m) for m in measure(trainer, trainer.problems.eval, 1.0)]
+            start = [asdict(m) for m in measure(trainer, trainer.run.data.problems.eval, 1.0)]
             start_file.write_text(json.dumps(start), encoding="utf-8")
-        trainer.run()
-        end = [asdict(m) for m in measure(trainer, trainer.problems.eval, 1.0)]
+        trainer.train()
+        end = [asdict(m) for m in measure(trainer, trainer.run.data.problems.eval, 1.0)]
     rows = [{name: row[name] for name in KEPT if name in row} for row in read_jsonl(run_dir / METRICS)]
     shares = [row["seconds_policy"] / row["seconds_step"] for row in rows if "seconds_policy" in row]
     return save(

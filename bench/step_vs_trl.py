@@ -79,10 +79,11 @@ def settings(args: argparse.Namespace):
 
 
 def run_atesd(args: argparse.Namespace) -> dict:
+    from atesd.run import Run
     from atesd.trainer import Trainer
 
-    trainer = Trainer(settings(args))
-    trainer.engine.stop_ids = [-1]  # no token ends a response: both sides write the same number
+    trainer = Trainer(Run.build(settings(args)))
+    trainer.run.rollout.engine.stop_ids = [-1]  # no token ends a response: both sides write the same number
     rows, cpu = [], []
     for t in range(args.steps + 1):
         start = time.process_time()
@@ -174,7 +175,7 @@ def run_trl(args: argparse.Namespace) -> dict:
 
     time_calls(trainer, "_generate", "rollout")
     time_calls(trainer, "compute_loss", "loss_forward")  # teacher, student and loss
-    time_calls(trainer.accelerator, "backward", "backward")
+    time_calls(trainer.run.accelerator, "backward", "backward")
     trainer.train()
     wall, cpu = zip(
         *((b[0] - a[0], b[1] - a[1]) for a, b in zip(clock.ends, clock.ends[1:], strict=False)), strict=True

@@ -13,9 +13,11 @@ import torch
 from atesd.config.checks import ConfigError
 from atesd.evaluation.reward import VerifierReward
 from atesd.exposure.difficulty import Difficulty
-from atesd.guards import Guards, repetition
+from atesd.guards import Guards
 from atesd.objectives import make_objective
 from atesd.rollout import Rollout
+from atesd.run import Run
+from atesd.step_metrics import repetition
 from atesd.trainer import Trainer, train
 from atesd_kernels.integrations.head import unwrap
 
@@ -31,22 +33,22 @@ def without_notice(make):
 
 
 def batch_of(trainer):
-    problems = [trainer.problems.train[i] for i in trainer.sampler.draw(4)]
-    return problems, trainer.engine.generate([trainer.prompts.student(p) for p in problems])
+    problems = [trainer.run.data.problems.train[i] for i in trainer.run.rollout.sampler.draw(4)]
+    return problems, trainer.run.rollout.engine.generate([trainer.run.data.prompts.student(p) for p in problems])
 
 
 def chat(trainer, content, thinking):
     messages = [{"role": "user", "content": content}]
-    text = trainer.tokenizer.apply_chat_template(
+    text = trainer.run.tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
     )
-    return trainer.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return trainer.run.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def dense_opsd(trainer, problems, rollouts):
     """OPSD from the problem's text on, written out: whole solution in the teacher's prompt, base weights without the
     adapter, dense logits, entry-clipped forward KL at T = 1.1, mean over all response tokens."""
-    config, templates = trainer.config, trainer.prompts.templates
+    config, templates = trainer.run.config, trainer.run.data.prompts.templates
     total, count = 0.0, 0
     for problem, rollout in zip(problems, rollouts, strict=True):
         asked = templates.student.replace("{problem}", problem.problem)
@@ -54,9 +56,9 @@ def dense_opsd(trainer, problems, rollouts):
         read = read.replace("{problem}", problem.problem).replace("{reference}", problem.solution)
         response, T = rollout.response_ids, config.scoring_temperature
         student_ids, teacher_ids = chat(trainer, asked, False) + response, chat(trainer, read, True) + response
-        s = trainer.model(torch.tensor([student_ids])).logits[0, -len(response) - 1 : -1] / T
-        with torch.no_grad(), trainer.model.disable_adapter():
-            t = trainer.model(torch.tensor([teacher_ids])).logits[0, -len(response) - 1 : -1] / T
+        s = trainer.run.student.model(torch.tensor([student_ids])).logits[0, -len(response) - 1 : -1] / T
+        with torch.no_grad(), trainer.run.student.model.disable_adapter():
+            t = trainer.run.student.model(torch.tensor([teacher_ids])).logits[0, -len(response) - 1 : -1] / T
         log_q, log_p = s.log_softmax(-1), t.log_softmax(-1)
         total = total + (log_p.exp() * (log_p - log_q)).clamp(max=config.entry_clip).sum()
         count += len(response)
@@ -66,39 +68,39 @@ def dense_opsd(trainer, problems, rollouts):
 def move_adapter(trainer):
     """Weights at which student and frozen teacher really differ, in float64 (the model's norms stay in float32)."""
     torch.manual_seed(1)
-    trainer.model.double()
+    trainer.run.student.model.double()
     with torch.no_grad():
-        for name, p in unwrap(trainer.model).named_parameters():
+        for name, p in unwrap(trainer.run.student.model).named_parameters():
             if "lora_B" in name:
                 p.normal_(std=0.2)
 
 
 def test_full_exposure_with_a_frozen_teacher_is_opsd_to_rounding(tiny_config):
-    trainer = without_notice(lambda: Trainer(tiny_config(exposure_policy="full", entry_clip=0.01)))
+    trainer = without_notice(lambda: Trainer(Run.build(tiny_config(exposure_policy="full", entry_clip=0.01))))
     problems, rollouts = batch_of(trainer)
     move_adapter(trainer)
     loss, _, _ = trainer.distill(problems, rollouts, [1.0] * 4)
-    got = {name: p.grad.clone() for name, p in trainer.trained.items()}
-    trainer.model.zero_grad()
+    got = {name: p.grad.clone() for name, p in trainer.run.student.trained.items()}
+    trainer.run.student.model.zero_grad()
     expected = dense_opsd(trainer, problems, rollouts)
     expected.backward()
     assert abs(expected.item()) > 1e-4
     assert loss == pytest.approx(expected.item(), rel=1e-6)
-    size = sum(p.grad.square().sum() for p in trainer.trained.values())
+    size = sum(p.grad.square().sum() for p in trainer.run.student.trained.values())
     assert size > 1e-8
-    error = sum((got[name] - p.grad).square().sum() for name, p in trainer.trained.items())
+    error = sum((got[name] - p.grad).square().sum() for name, p in trainer.run.student.trained.items())
     assert float((error / size).sqrt()) < 1e-5
     other, _, _ = trainer.distill(problems, rollouts, [0.0] * 4)
     assert other != pytest.approx(loss, rel=1e-3), "the check must be able to fail"
 
 
 def test_no_exposure_shows_the_teacher_the_answer_and_nothing_else_of_the_reference(tiny_config, monkeypatch):
-    trainer = without_notice(lambda: Trainer(tiny_config(exposure_policy="fixed", fixed_alpha=0.0)))
-    read, build = [], trainer.prompts.teacher
-    monkeypatch.setattr(trainer.prompts, "teacher", lambda *args: read.append(build(*args)) or read[-1])
+    trainer = without_notice(lambda: Trainer(Run.build(tiny_config(exposure_policy="fixed", fixed_alpha=0.0))))
+    read, build = [], trainer.run.data.prompts.teacher
+    monkeypatch.setattr(trainer.run.data.prompts, "teacher", lambda *args: read.append(build(*args)) or read[-1])
     trainer.train_step(0)
     for ids in read:
-        text = trainer.tokenizer.decode(ids)
+        text = trainer.run.tokenizer.decode(ids)
         assert "The final answer to this problem is: " in text
         assert not any(shown in text for shown in ("First she has", "Then she has", "####", "reference"))
 
@@ -128,11 +130,11 @@ def test_what_the_policy_hears_of_a_step_with_groups_and_a_reward_is_of_distinct
     pytest.importorskip("math_verify")
     monkeypatch.setattr(VerifierReward, "advantages", lambda self, problems, rollouts: ([1.0] * len(rollouts), {}))
     settings = {"objective": "distill+grpo", "num_generations": 2, "reward_weight": 50.0, "entry_clip": None}
-    trainer = without_notice(lambda: Trainer(tiny_config(**settings)))
+    trainer = without_notice(lambda: Trainer(Run.build(tiny_config(**settings))))
     scored, heard = [], {}
-    grounded, observe = trainer.meter.grounded, trainer.policy.observe
-    trainer.meter.grounded = lambda alphas, problems: scored.extend(problems) or grounded(alphas, problems)
-    trainer.policy.observe = lambda t, **measured: heard.update(measured) or observe(t, **measured)
+    grounded, observe = trainer.run.exposure.meter.grounded, trainer.run.exposure.policy.observe
+    trainer.run.exposure.meter.grounded = lambda alphas, problems: scored.extend(problems) or grounded(alphas, problems)
+    trainer.run.exposure.policy.observe = lambda t, **measured: heard.update(measured) or observe(t, **measured)
     metrics, _ = trainer.train_step(0)
     assert len({problem.id for problem in scored}) == len(scored) == 2
     assert heard["loss"] == heard["mismatch"] == metrics["mismatch"]
@@ -149,14 +151,14 @@ def test_sft_learns_the_references(tiny_config):
 
 def test_the_verifier_rewards_right_answers_only(tiny_config):
     pytest.importorskip("math_verify")
-    trainer = without_notice(lambda: Trainer(tiny_config()))
-    problem = trainer.problems.train[0]
+    trainer = without_notice(lambda: Trainer(Run.build(tiny_config())))
+    problem = trainer.run.data.problems.train[0]
 
     def rollout(text, truncated=False):
-        return Rollout([1], trainer.tokenizer(text, add_special_tokens=False)["input_ids"], truncated)
+        return Rollout([1], trainer.run.tokenizer(text, add_special_tokens=False)["input_ids"], truncated)
 
     texts = [f"so \\boxed{{{problem.answer}}}", "so \\boxed{-1}", "no answer", f"\\boxed{{{problem.answer}.0}}"]
-    reward = VerifierReward(trainer.tokenizer, num_generations=4)
+    reward = VerifierReward(trainer.run.tokenizer, num_generations=4)
     advantages, metrics = reward.advantages([problem] * 4, [rollout(text) for text in texts])
     assert metrics == {"verifier_reward": 0.5, "groups_without_signal": 0.0}
     assert advantages[0] == advantages[3] > 0 > advantages[1] == advantages[2]
@@ -186,7 +188,7 @@ def test_recipes_that_contradict_themselves_are_refused(tiny_config, settings, m
 
 def test_per_example_exposure_gives_each_problem_its_own_alpha_and_resumes(tiny_config, tmp_path, monkeypatch):
     settings = {"per_example_exposure": True, "num_generations": 2, "max_steps": 4, "save_steps": 2}
-    trainer = without_notice(lambda: Trainer(tiny_config(**settings)))
+    trainer = without_notice(lambda: Trainer(Run.build(tiny_config(**settings))))
     seen, distill = [], trainer.distill
     trainer.distill = lambda *args: seen.append(args[2]) or distill(*args)
     metrics, _ = trainer.train_step(0)
@@ -278,27 +280,27 @@ def test_a_run_stops_early_keeps_its_best_adapter_and_says_why(tiny_config):
     assert json.loads((run_dir / "best" / "best.json").read_text())["step"] == summary["best_step"]
     assert (run_dir / "checkpoints" / f"step-{summary['steps']:06d}").is_dir()
     # the adapter kept is the one that was measured
-    trainer = without_notice(lambda: Trainer(tiny_config(output_dir=str(run_dir.parent / "again"))))
-    trainer.model.load_adapter(str(run_dir / "best" / "adapter"), "best", is_trainable=False)
-    trainer.model.set_adapter("best")
-    assert trainer.meter.measure(0, [0.5] * 2, trainer.problems.train)["probe_nll"] == pytest.approx(
-        best["probe_nll"], rel=1e-5
-    )
+    trainer = without_notice(lambda: Trainer(Run.build(tiny_config(output_dir=str(run_dir.parent / "again")))))
+    trainer.run.student.model.load_adapter(str(run_dir / "best" / "adapter"), "best", is_trainable=False)
+    trainer.run.student.model.set_adapter("best")
+    assert trainer.run.exposure.meter.measure(0, [0.5] * 2, trainer.run.data.problems.train)[
+        "probe_nll"
+    ] == pytest.approx(best["probe_nll"], rel=1e-5)
 
 
 def test_the_best_whole_model_loads_by_itself(tiny_config):
     run_dir = without_notice(lambda: train(tiny_config(use_peft=False, save_best=True, max_steps=1)))
-    best = without_notice(lambda: Trainer(tiny_config(model_name_or_path=str(run_dir / "best" / "model"),
-                                                      output_dir="unused")))  # fmt: skip
-    assert best.tokenizer.chat_template
+    best = without_notice(lambda: Trainer(Run.build(tiny_config(model_name_or_path=str(run_dir / "best" / "model"),
+                                                      output_dir="unused"))))  # fmt: skip
+    assert best.run.tokenizer.chat_template
 
 
 def test_the_clip_fraction_is_the_share_of_the_divergence_the_clip_takes(tiny_config):
-    trainer = without_notice(lambda: Trainer(tiny_config(entry_clip=1e-5)))
+    trainer = without_notice(lambda: Trainer(Run.build(tiny_config(entry_clip=1e-5))))
     metrics, _ = trainer.train_step(0)
     assert metrics["clip_fraction"] == pytest.approx(1 - metrics["loss"] / metrics["mismatch"]) and metrics["loss"] > -1
     assert metrics["clip_fraction"] > 0.01
-    trainer = without_notice(lambda: Trainer(tiny_config(entry_clip=None, token_clip=1e-9, output_dir="unused")))
+    trainer = without_notice(lambda: Trainer(Run.build(tiny_config(entry_clip=None, token_clip=1e-9))))
     assert trainer.train_step(0)[0]["clip_fraction"] == pytest.approx(1.0, abs=0.05)
 
 
@@ -307,25 +309,27 @@ def test_the_signals_need_no_forward_beyond_student_teacher_and_a_due_probe(tiny
     """Two micro-batches: two forwards of each model; a due probe adds its own, the grounded score one of the teacher.
     Rows are packed: no forward sees a padding token."""
     config = tiny_config(probe_every=2, grounding=grounding, exposure_policy="full")
-    trainer = without_notice(lambda: Trainer(config))
+    trainer = without_notice(lambda: Trainer(Run.build(config)))
     widths = []
-    base = unwrap(trainer.model)
+    base = unwrap(trainer.run.student.model)
     base.model.register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    generate = trainer.engine.generate
+    generate = trainer.run.rollout.engine.generate
     rollouts = []
-    trainer.engine.generate = lambda prompts: rollouts.extend(out := generate(prompts)) or widths.clear() or out
+    trainer.run.rollout.engine.generate = lambda prompts: (
+        rollouts.extend(out := generate(prompts)) or widths.clear() or out
+    )
     forwards = []
     for t in range(2):
         rollouts.clear()
-        problems = trainer.step_problems(trainer.sampler.peek)
+        problems = trainer.run.rollout.problems_of(trainer.run.rollout.sampler.peek)
         trainer.train_step(t)
         forwards.append(len(widths))
         if t == 1:
             student = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
             assert sum(widths[-3::2]) == student, "the student's rows hold prompts and responses, and nothing else"
-            read = [trainer.prompts.teacher(p, trainer.references[p.id], 1.0) for p in problems]
+            read = [trainer.run.data.prompts.teacher(p, trainer.run.data.references[p.id], 1.0) for p in problems]
             teacher = sum(map(len, read)) + sum(len(r.response_ids) for r in rollouts)
             assert sum(widths[-4::2]) == teacher, "nor do the teacher's"
     assert forwards == expected
@@ -346,14 +350,14 @@ def test_nothing_vocabulary_sized_is_allocated_outside_the_loss_chunk(tiny_confi
     AutoTokenizer.from_pretrained(tiny_model_path).save_pretrained(tmp_path / "wide")
     config = tiny_config(model_name_or_path=str(tmp_path / "wide"), chunk_bytes=chunk, max_completion_length=40,
                          exposure_policy="full", importance_clip=2.0)  # fmt: skip
-    trainer = without_notice(lambda: Trainer(config))
+    trainer = without_notice(lambda: Trainer(Run.build(config)))
     problems, rollouts = batch_of(trainer)
     rollouts = [replace(r, logprobs=[-9.0] * len(r.response_ids)) for r in rollouts]  # as from an engine of its own
     assert chunk < 4 * vocab * sum(len(r.response_ids) for r in rollouts[:2]) / 4
     for objective in ("distill", "sft", "grpo", "distill+grpo"):
-        trainer.objective = make_objective(replace(config, objective=objective))
+        trainer.run.objective = make_objective(replace(config, objective=objective))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            trainer.meter.measure(0, [1.0] * 4, problems)
+            trainer.run.exposure.meter.measure(0, [1.0] * 4, problems)
             trainer.distill(problems, rollouts, [1.0] * 4, [1.0, -1.0, 0.5, -0.5])
         events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
         changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.nbytes() % vocab == 0]

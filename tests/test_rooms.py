@@ -22,6 +22,7 @@ ROOMS = (
     ("run",),
     ("integrations",),
     ("guards",),
+    ("step_metrics",),
     ("evaluation",),
     ("exposure", "rollout"),
     ("objectives", "planning"),

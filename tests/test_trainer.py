@@ -12,6 +12,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from atesd.run import Run
 from atesd.trainer import NonFiniteLoss, Trainer, train
 from atesd_kernels.integrations.head import unwrap
 
@@ -29,7 +30,7 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def trained_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.trained.items()}
+    return {name: p.detach().clone() for name, p in trainer.run.student.trained.items()}
 
 
 def test_a_run_leaves_everything_it_promises(tiny_config, tiny_model_path):
@@ -56,30 +57,32 @@ def test_a_run_leaves_everything_it_promises(tiny_config, tiny_model_path):
 @pytest.mark.parametrize("teacher", ["frozen", "ema", "live"])
 @pytest.mark.parametrize(("use_peft", "bf16"), [(True, False), (False, True)])
 def test_every_teacher_trains_an_adapter_and_a_whole_model(tiny_config, teacher, use_peft, bf16):
-    trainer = Trainer(tiny_config(teacher=teacher, use_peft=use_peft, bf16=bf16, gradient_checkpointing=bf16))
-    frozen = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    trainer = Trainer(
+        Run.build(tiny_config(teacher=teacher, use_peft=use_peft, bf16=bf16, gradient_checkpointing=bf16))
+    )
+    frozen = {name: p.clone() for name, p in trainer.run.student.model.named_parameters() if not p.requires_grad}
     before = trained_weights(trainer)
     metrics, _ = trainer.train_step(0)
     assert metrics["grad_norm"] > 0 and metrics["skipped"] == 0
-    assert any(not torch.equal(p, before[name]) for name, p in trainer.trained.items())
-    for name, p in trainer.model.named_parameters():
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.run.student.trained.items())
+    for name, p in trainer.run.student.model.named_parameters():
         assert name not in frozen or torch.equal(p, frozen[name])
 
 
 def test_accumulated_micro_batches_make_the_step_of_the_large_batch(tiny_config, tmp_path):
     def one_step(size, accumulation):
         """Metrics, the gradient and the weights after one step of four problems, whose responses differ in length."""
-        trainer = Trainer(tiny_config(
+        trainer = Trainer(Run.build(tiny_config(
             per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, output_dir=str(tmp_path / "x"),
             exposure_policy="fixed", fixed_alpha=0.5, max_grad_norm=1e6, temperature=2.0, top_p=1.0, top_k=0,
-        ))  # fmt: skip
-        generate, update, kept = trainer.engine.generate, trainer.update, {}
-        trainer.engine.generate = lambda prompts: [
+        )))  # fmt: skip
+        generate, update, kept = trainer.run.rollout.engine.generate, trainer.update, {}
+        trainer.run.rollout.engine.generate = lambda prompts: [
             replace(r, response_ids=r.response_ids[: 3 * i + 1]) for i, r in enumerate(generate(prompts))
         ]
 
         def update_keeping_gradients(loss):
-            kept.update({name: p.grad.clone() for name, p in trainer.trained.items()})
+            kept.update({name: p.grad.clone() for name, p in trainer.run.student.trained.items()})
             return update(loss)
 
         trainer.update = update_keeping_gradients
@@ -100,43 +103,43 @@ def test_accumulated_micro_batches_make_the_step_of_the_large_batch(tiny_config,
 
 
 def test_a_step_runs_one_forward_of_each_model_a_micro_batch_and_never_the_head(tiny_config):
-    trainer = Trainer(tiny_config(num_probe_problems=0, progress_signal="distill_loss", grounding="none"))
+    trainer = Trainer(Run.build(tiny_config(num_probe_problems=0, progress_signal="distill_loss", grounding="none")))
     calls = {"backbone": 0, "head": 0}
-    base = unwrap(trainer.model)
+    base = unwrap(trainer.run.student.model)
     base.model.register_forward_hook(lambda *_: calls.update(backbone=calls["backbone"] + 1))
     base.lm_head.register_forward_hook(lambda *_: calls.update(head=calls["head"] + 1))
-    problems = [trainer.problems.train[i] for i in trainer.sampler.draw(4)]
-    rollouts = trainer.engine.generate([trainer.prompts.student(p) for p in problems])
+    problems = [trainer.run.data.problems.train[i] for i in trainer.run.rollout.sampler.draw(4)]
+    rollouts = trainer.run.rollout.engine.generate([trainer.run.data.prompts.student(p) for p in problems])
     calls.update(backbone=0, head=0)
     trainer.distill(problems, rollouts, [1.0] * 4)
     assert calls == {"backbone": 2 * 2, "head": 0}
 
 
 def test_the_exposure_reaches_the_teacher_and_only_the_teacher(tiny_config, monkeypatch):
-    trainer = Trainer(tiny_config(exposure_policy="fixed", fixed_alpha=0.67))
+    trainer = Trainer(Run.build(tiny_config(exposure_policy="fixed", fixed_alpha=0.67)))
     read = []
-    build = trainer.prompts.teacher
-    monkeypatch.setattr(trainer.prompts, "teacher", lambda *args: read.append(build(*args)) or read[-1])
+    build = trainer.run.data.prompts.teacher
+    monkeypatch.setattr(trainer.run.data.prompts, "teacher", lambda *args: read.append(build(*args)) or read[-1])
     _, sample = trainer.train_step(0)
     for ids in read:
-        text = trainer.tokenizer.decode(ids)
+        text = trainer.run.tokenizer.decode(ids)
         assert "First she has" in text and "Then she has" in text and "She gives" in text.split("?")[0]
         assert text.count("She gives") == 1, "the third of three segments must stay hidden at alpha = 0.67"
-    assert sample["exposed"].count("\n\n") == 2 and "First" not in trainer.tokenizer.decode(
-        trainer.prompts.student(trainer.problems.train[0])
+    assert sample["exposed"].count("\n\n") == 2 and "First" not in trainer.run.tokenizer.decode(
+        trainer.run.data.prompts.student(trainer.run.data.problems.train[0])
     )
 
 
 def test_one_alpha_holds_for_a_window_and_the_next_is_another(tiny_config):
-    trainer = Trainer(tiny_config(hold_window=2, max_steps=4))
+    trainer = Trainer(Run.build(tiny_config(hold_window=2, max_steps=4)))
     alphas = [trainer.train_step(t)[0]["alpha"] for t in range(4)]
     assert alphas[0] == alphas[1] != alphas[2] == alphas[3]
 
 
 def test_the_probe_is_measured_when_due_before_the_update(tiny_config):
-    trainer = Trainer(tiny_config(probe_every=2, learning_rate=0.05))
-    with trainer.autocast():  # the same products, to the last bit
-        untouched = trainer.meter.measure(0, [0.5] * 2, trainer.problems.train)["probe_nll"]
+    trainer = Trainer(Run.build(tiny_config(probe_every=2, learning_rate=0.05)))
+    with trainer.run.student.autocast():  # the same products, to the last bit
+        untouched = trainer.run.exposure.meter.measure(0, [0.5] * 2, trainer.run.data.problems.train)["probe_nll"]
     first, second, third = (trainer.train_step(t)[0] for t in range(3))
     assert first["probe_nll"] == untouched
     assert "probe_nll" not in second
@@ -145,7 +148,7 @@ def test_the_probe_is_measured_when_due_before_the_update(tiny_config):
 
 def broken_objective(trainer, steps):
     """Make the loss NaN in the given steps (two micro-batches each)."""
-    calls, objective = [0], trainer.objective
+    calls, objective = [0], trainer.run.objective
 
     def maybe_nan(*args):
         loss, stats = objective(*args)
@@ -154,66 +157,68 @@ def broken_objective(trainer, steps):
 
     for name in ("needs_teacher", "needs_rollouts", "needs_reward"):
         setattr(maybe_nan, name, getattr(objective, name))
-    trainer.objective = maybe_nan
+    trainer.run.objective = maybe_nan
 
 
 def test_a_step_with_a_nan_loss_is_skipped_and_its_batch_kept(tiny_config):
-    trainer = Trainer(tiny_config())
+    trainer = Trainer(Run.build(tiny_config()))
     broken_objective(trainer, {0})
     before = trained_weights(trainer)
     metrics, _ = trainer.train_step(0)
     assert metrics["skipped"] == 1 and metrics["grad_norm"] is None
-    assert all(torch.equal(p, before[name]) for name, p in trainer.trained.items())
-    kept = torch.load(trainer.run_dir / "nonfinite" / "step-1.pt")
+    assert all(torch.equal(p, before[name]) for name, p in trainer.run.student.trained.items())
+    kept = torch.load(trainer.run.run_dir / "nonfinite" / "step-1.pt")
     assert len(kept["rollouts"]) == 4 and kept["rollouts"][0]["response_ids"]
     metrics, _ = trainer.train_step(1)
-    assert metrics["skipped"] == 0 and trainer.nonfinite_in_a_row == 0
-    assert any(not torch.equal(p, before[name]) for name, p in trainer.trained.items())
+    assert metrics["skipped"] == 0 and trainer.run.nonfinite_in_a_row == 0
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.run.student.trained.items())
 
 
 def test_a_student_whose_logits_are_not_finite_skips_its_steps_and_the_run_stops_with_a_message(tiny_config):
-    trainer = Trainer(tiny_config(max_steps=6, max_nonfinite_steps=2, weight_decay=0.1))
+    trainer = Trainer(Run.build(tiny_config(max_steps=6, max_nonfinite_steps=2, weight_decay=0.1)))
     with torch.no_grad():
-        next(iter(trainer.trained.values())).fill_(torch.nan)
+        next(iter(trainer.run.student.trained.values())).fill_(torch.nan)
     before = trained_weights(trainer)
     with pytest.raises(NonFiniteLoss, match="2 steps in a row"):
-        trainer.run()
-    rows = rows_of(trainer.run_dir / "metrics.jsonl")
+        trainer.train()
+    rows = rows_of(trainer.run.run_dir / "metrics.jsonl")
     assert [row["skipped"] for row in rows] == [1, 1] and rows[0]["loss"] is None
-    kept = torch.load(trainer.run_dir / "nonfinite" / "step-2.pt")
+    kept = torch.load(trainer.run.run_dir / "nonfinite" / "step-2.pt")
     assert not any(r["finite"] for r in kept["rollouts"]) and len(kept["problem_ids"]) == 4
-    assert all(torch.equal(p, before[name]) for name, p in list(trainer.trained.items())[1:])
+    assert all(torch.equal(p, before[name]) for name, p in list(trainer.run.student.trained.items())[1:])
 
 
 def test_one_rollout_without_finite_logits_skips_the_step_though_its_loss_is_finite(tiny_config, monkeypatch):
-    trainer = Trainer(tiny_config())
-    generate = trainer.engine.generate
+    trainer = Trainer(Run.build(tiny_config()))
+    generate = trainer.run.rollout.engine.generate
     monkeypatch.setattr(
-        trainer.engine, "generate", lambda prompts: [replace(r, finite=i != 1) for i, r in enumerate(generate(prompts))]
+        trainer.run.rollout.engine,
+        "generate",
+        lambda prompts: [replace(r, finite=i != 1) for i, r in enumerate(generate(prompts))],
     )
     before = trained_weights(trainer)
     assert trainer.train_step(0)[0]["skipped"] == 1
-    assert all(torch.equal(p, before[name]) for name, p in trainer.trained.items())
+    assert all(torch.equal(p, before[name]) for name, p in trainer.run.student.trained.items())
 
 
 @pytest.mark.filterwarnings("error:Detected call of")
 def test_the_schedule_follows_the_count_of_steps_skipped_ones_included(tiny_config):
-    trainer = Trainer(tiny_config(max_steps=4, lr_scheduler_type="linear", learning_rate=1e-3))
+    trainer = Trainer(Run.build(tiny_config(max_steps=4, lr_scheduler_type="linear", learning_rate=1e-3)))
     broken_objective(trainer, {0, 2})
     rates = [trainer.train_step(t)[0]["learning_rate"] for t in range(4)]
     assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
 
 
 def test_the_run_stops_after_several_non_finite_steps_in_a_row(tiny_config):
-    trainer = Trainer(tiny_config(max_steps=6, max_nonfinite_steps=2))
+    trainer = Trainer(Run.build(tiny_config(max_steps=6, max_nonfinite_steps=2)))
     broken_objective(trainer, {0, 2, 3})
     with pytest.raises(NonFiniteLoss, match="2 steps in a row"):
-        trainer.run()
-    rows = rows_of(trainer.run_dir / "metrics.jsonl")
+        trainer.train()
+    rows = rows_of(trainer.run.run_dir / "metrics.jsonl")
     assert [row["skipped"] for row in rows] == [1, 0, 1, 1]
     assert rows[0]["loss"] is None
 
 
 def test_a_prompt_too_long_for_the_model_is_refused_by_name_before_training(tiny_config):
     with pytest.raises(ValueError, match="student prompt of problem"):
-        Trainer(tiny_config(max_prompt_length=8))
+        Trainer(Run.build(tiny_config(max_prompt_length=8)))

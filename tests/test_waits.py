@@ -33,6 +33,7 @@ from atesd.reports.metrics import PhaseTimer
 from atesd.rollout import hf
 from atesd.rollout.hf import HFEngine
 from atesd.rollout.mismatch import EngineMismatch
+from atesd.run import Run
 from atesd.trainer import Trainer
 
 WAITING_OPERATORS = {
@@ -254,15 +255,15 @@ OBJECTIVES = {
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_micro_batch_waits_for_nothing_and_copies_from_pinned_memory_only(objective, tiny_config):
-    trainer = Trainer(tiny_config(exposure_policy="full", per_device_train_batch_size=1))
-    trainer.objective = OBJECTIVES[objective]
-    problems = [trainer.problems.train[i] for i in range(6)]
-    rollouts = trainer.engine.generate([trainer.prompts.student(p) for p in problems])
+    trainer = Trainer(Run.build(tiny_config(exposure_policy="full", per_device_train_batch_size=1)))
+    trainer.run.objective = OBJECTIVES[objective]
+    problems = [trainer.run.data.problems.train[i] for i in range(6)]
+    rollouts = trainer.run.rollout.engine.generate([trainer.run.data.prompts.student(p) for p in problems])
     advantages = None
-    if trainer.objective.needs_reward:
+    if trainer.run.objective.needs_reward:
         advantages = [0.5, -0.5, 1.0, -1.0, 0.0, 0.25]
         rollouts = [replace(r, logprobs=[-1.0] * len(r.response_ids)) for r in rollouts]
-        trainer.engine_mismatch = EngineMismatch(clip=2.0)
+        trainer.run.engine_mismatch = EngineMismatch(clip=2.0)
 
     def distill(count):  # micro-batches of one
         with Waits() as seen:
@@ -273,7 +274,7 @@ def test_a_micro_batch_waits_for_nothing_and_copies_from_pinned_memory_only(obje
     few, many = distill(2), distill(6)
     assert few.waits == many.waits == {"atesd.trainer:distill": 1}, "the step's loss"
     assert not few.copies and not many.copies
-    trainer.close()
+    trainer.run.close()
 
 
 def test_a_phase_on_a_gpu_waits_only_when_its_seconds_are_taken(monkeypatch):

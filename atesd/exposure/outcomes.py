@@ -16,7 +16,7 @@ from atesd.data.problems import Problem
 from atesd.data.prompts import PromptBuilder
 from atesd.data.segmentation import Reference
 from atesd.models.batching import chunks, pack
-from atesd.models.teachers import Teacher, evaluating
+from atesd.models.teachers import Teacher, eval_mode
 from atesd.objectives import token_logprobs
 from atesd.parallel.processes import Processes
 from atesd_kernels.integrations.head import hidden_states_and_head
@@ -67,7 +67,7 @@ class OutcomeMeter:
             alphas, problems: of the whole step, whichever process answers them: each problem once, with its exposure.
         """
         due = bool(self.probe) and step % self.probe_every == 0
-        with evaluating(self.model):
+        with eval_mode(self.model):
             return {
                 "probe_nll": self.probe_nll() if due else None,
                 "grounded": None if self.grounding == "none" else self.grounded(alphas, problems[:GROUNDING_PROBLEMS]),
@@ -75,9 +75,9 @@ class OutcomeMeter:
 
     def probe_nll(self) -> float:
         """Mean over tokens of `-log p_S(y*|x)`: how well the student alone predicts the held-out references."""
-        mine, counted = self.processes.turns(self.probe)
+        mine, counted = self.processes.padded_round_robin(self.probe)
         logprobs = self.reference_logprobs(mine)[:counted]
-        total, tokens = self.processes.total(
+        total, tokens = self.processes.all_reduce_sum(
             sum(float(part.sum()) for part in logprobs), sum(len(part) for part in logprobs)
         )
         return -total / tokens
@@ -85,7 +85,7 @@ class OutcomeMeter:
     @torch.no_grad()
     def reference_nll(self, problems: Sequence[Problem]) -> list[float]:
         """Of each problem, the mean over its tokens of `-log p_S(y*|x)`: how hard the student finds it."""
-        with evaluating(self.model):
+        with eval_mode(self.model):
             return [-float(logprobs.mean()) for logprobs in self.reference_logprobs(problems)]
 
     def reference_logprobs(self, problems: Sequence[Problem]) -> list[torch.Tensor]:
@@ -105,7 +105,7 @@ class OutcomeMeter:
         answer, which it is given at every alpha, is always scored: otherwise nothing would be left at alpha = 1.
         """
         contexts, scored = [], []
-        mine, counted = self.processes.turns(list(zip(problems, alphas, strict=False)))
+        mine, counted = self.processes.padded_round_robin(list(zip(problems, alphas, strict=False)))
         for problem, alpha in mine:
             reference = self.references[problem.id]
             ids, ends = self.prompts.reference_completion(reference)
@@ -116,4 +116,4 @@ class OutcomeMeter:
         batch = pack(contexts, scored, self.device)
         logprobs = token_logprobs(self.teacher.backbone_call, self.teacher.head, batch, self.chunk_bytes)
         scores = [float(part.double().mean()) for part in logprobs.split(batch.lengths)]
-        return self.processes.total(sum(scores[:counted]))[0] / len(problems)
+        return self.processes.all_reduce_sum(sum(scores[:counted]))[0] / len(problems)

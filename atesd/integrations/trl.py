@@ -24,7 +24,7 @@ from atesd.data.prompts import PromptBuilder, PromptTooLong
 from atesd.data.segmentation import final_answer, segment, split_reference
 from atesd.exposure.outcomes import GROUNDING_PROBLEMS
 from atesd.exposure.policies import ExposurePolicy
-from atesd.models.teachers import evaluating
+from atesd.models.teachers import eval_mode
 from atesd_kernels import exposure_logprobs
 from atesd_kernels.integrations.source import is_as_expected
 from atesd_kernels.integrations.trl import WRITTEN_FOR, Hidden, hidden_states
@@ -281,7 +281,7 @@ class ExposureCallback(TrainerCallback):
         lengths = torch.tensor([len(r) for r in replies], device=device)
         first = torch.tensor([len(c) for c in contexts], device=device)
         index = (first[:, None] + torch.arange(int(lengths.max()), device=device)).clamp_max(ids.shape[1] - 1)
-        with evaluating(model) if model.training else contextlib.nullcontext():
+        with eval_mode(model) if model.training else contextlib.nullcontext():
             hidden: Hidden = hidden_states(self.trainer, model, input_ids=ids, attention_mask=attention)
         states = hidden.states.gather(1, (index - 1)[..., None].expand(-1, -1, hidden.states.shape[-1]))
         with self.trainer.accelerator.autocast():

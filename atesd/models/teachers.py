@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from atesd.models.adapters import adapter_layers, adapter_off, has_plain_switch, with_attribute
 from atesd.models.batching import PackedBatch, hidden_rows
-from atesd.parallel.sharding import cut_like, held, in_shards, reshard, whole
+from atesd.parallel.sharding import gather_tensors, is_sharded, local_shard, reshard, shard_like
 from atesd_kernels.integrations.head import HeadSpec, hidden_states_and_head, unwrap
 
 KINDS = ("frozen", "ema", "live")
@@ -64,9 +64,9 @@ class Teacher:
                     self.sources[f"head.{name}"] = p
         matrices = {id(m.weight) for m in backbone.modules() if isinstance(m, nn.Linear)}
         self.values = {
-            name: held(p).to(torch.bfloat16, copy=True)
+            name: local_shard(p).to(torch.bfloat16, copy=True)
             if bf16 and kind == "frozen" and id(p) in matrices
-            else held(p).clone()
+            else local_shard(p).clone()
             for name, p in self.sources.items()
         }
 
@@ -92,8 +92,8 @@ class Teacher:
         """The backbone under the teacher's weights, without gradient or dropout."""
         values = {name: value for name, value in self.values.items() if not name.startswith("head.")}
         with with_attribute(self.modules, "training", False), self.without_adapter():
-            if values and in_shards(self.model):
-                with exchanged(self.model, self.sources, values):
+            if values and is_sharded(self.model):
+                with swapped_weights(self.model, self.sources, values):
                     return self.backbone(**inputs)
             return torch.func.functional_call(self.backbone, values, (), inputs) if values else self.backbone(**inputs)
 
@@ -108,26 +108,28 @@ class Teacher:
         """After an optimizer step: `average <- decay * average + (1 - decay) * student`; only `ema` changes."""
         if self.kind == "ema":
             for name, value in self.values.items():
-                value.lerp_(held(self.sources[name]), 1.0 - self.decay)
+                value.lerp_(local_shard(self.sources[name]), 1.0 - self.decay)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages. A frozen copy is not saved: it is the model as loaded, before the trained weights."""
-        values = {name: value for name, value in self.values.items() if name not in self.twice()}
+        values = {name: value for name, value in self.values.items() if name not in self.tied_head_names()}
         if self.kind == "ema" and any(hasattr(p, "ds_id") for p in self.sources.values()):  # pieces, without a shape
-            with exchanged(self.model, self.sources, {n: v for n, v in values.items() if not n.startswith("head.")}):
-                values |= {name: whole(p) for name, p in self.sources.items() if hasattr(p, "ds_id")}
+            with swapped_weights(
+                self.model, self.sources, {n: v for n, v in values.items() if not n.startswith("head.")}
+            ):
+                values |= {name: gather_tensors(p) for name, p in self.sources.items() if hasattr(p, "ds_id")}
         return {"kind": self.kind, "values": values if self.kind == "ema" else {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["kind"] != self.kind:
             raise ValueError(f"the checkpoint was made with teacher={state['kind']!r}, not {self.kind!r}.")
         for name, value in state["values"].items():
-            self.values[name].copy_(cut_like(value, self.sources[name]))
-        for name, embedding in self.twice().items():
+            self.values[name].copy_(shard_like(value, self.sources[name]))
+        for name, embedding in self.tied_head_names().items():
             if state["values"]:
                 self.values[name].copy_(state["values"][embedding])
 
-    def twice(self) -> dict[str, str]:
+    def tied_head_names(self) -> dict[str, str]:
         """Of a tied head in shards: the name of its whole copy, and of the shards that hold the same."""
         base = unwrap(self.model)
         head, sharded = base.get_output_embeddings(), {id(p): name for name, p in self.sources.items()}
@@ -136,10 +138,10 @@ class Teacher:
 
 
 @contextlib.contextmanager
-def exchanged(model: nn.Module, shards: dict[str, Tensor], values: dict[str, Tensor]) -> Iterator[None]:
+def swapped_weights(model: nn.Module, shards: dict[str, Tensor], values: dict[str, Tensor]) -> Iterator[None]:
     """The shards, FSDP2's or ZeRO-3's, hold `values` for the length of a forward, and then what they held."""
     reshard(model)
-    kept = {name: local(held(shards[name])) for name in values}
+    kept = {name: local(local_shard(shards[name])) for name in values}
     own = {name: shard.clone() for name, shard in kept.items()}
     for name, value in values.items():
         kept[name].copy_(local(value))
@@ -148,13 +150,13 @@ def exchanged(model: nn.Module, shards: dict[str, Tensor], values: dict[str, Ten
     finally:
         reshard(model)
         for name, shard in own.items():
-            local(held(shards[name])).copy_(shard)
+            local(local_shard(shards[name])).copy_(shard)
 
 
 def local(value: Any) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def evaluating(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+def eval_mode(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Without dropout or gradient checkpointing, and back to what each module was."""
     return with_attribute(model.modules(), "training", False)

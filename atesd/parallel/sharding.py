@@ -1,13 +1,12 @@
-"""Weights in shards: FSDP2 (`fully_shard`) as an accelerate config asks for it, and when what is whole.
+"""Sharded weights: FSDP2 (`fully_shard`) as an accelerate config asks for it, and when weights are gathered.
 
-Separate from the trainer because it is about where weights lie. FSDP2 is asked to add gradients up, not to average
-them: the loss is divided by the tokens of all processes already. What DeepSpeed's ZeRO-3 shards is known here by its
-`ds_id`; its engine is in `zero`.
+FSDP2 sums gradients instead of averaging them: the loss is divided by the tokens of all processes already. ZeRO-3's
+parameters are recognised by their `ds_id`; DeepSpeed's engine is in `zero.py`.
 
-| what                              | whole                                                            |
+| what                              | gathered                                                         |
 |-----------------------------------|------------------------------------------------------------------|
 | the weights of a layer            | during its forward and backward                                  |
-| the head, as the loss reads it    | always; a trained one is exchanged once a step (`sharded_head`)  |
+| the head, as the loss reads it    | always; a trained one is gathered once a step (`sharded_head`)   |
 | all weights                       | while the Hugging Face engine decodes (`unsharded`)              |
 | trained weights, optimizer states | for a checkpoint, one after another, on the main process's CPU   |
 """
@@ -30,38 +29,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from atesd_kernels.integrations.head import unwrap
 
-# whether a model's layers go back to shards between forward and backward (ZeRO-3), or only afterwards (ZeRO-2)
+# Whether a model reshards its layers between forward and backward (ZeRO-3), or only after backward (ZeRO-2)
 RESHARDS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-BORROWER = -1  # the number, which no module has, of who else uses a parameter of ZeRO-3
+BORROWER = -1  # a module number no module has: it marks a ZeRO-3 parameter as in use
 
 
 class ShardingError(ValueError):
-    """An accelerate config that asks for what is not supported here: the message names the setting and the remedy."""
+    """An accelerate config with a setting that is not supported here. The message names the setting and the remedy."""
 
 
-def asked_for(variable: str) -> bool:
-    """Whether `accelerate launch` has set this variable, as it does from its config."""
+def env_flag(variable: str) -> bool:
+    """Whether `accelerate launch` has set this environment variable to true."""
     return os.environ.get(variable, "false").lower() == "true"
-
-
-def check_launcher() -> None:
-    """Raises ShardingError for what `accelerate launch` was asked for and this project does not do; accelerate itself
-    would fail later, or on a CPU leave it out silently."""
-    if asked_for("ACCELERATE_USE_MEGATRON_LM"):
-        raise ShardingError(
-            "the accelerate config asks for Megatron-LM, which is not supported: start from one in recipes/accelerate."
-        )
-    if asked_for("ACCELERATE_USE_DEEPSPEED"):
-        from atesd.parallel.zero import unsupported
-
-        if what := unsupported():
-            raise ShardingError(f"the accelerate config does not work here: {what}.")
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision != "no":
-        raise ShardingError(
-            f"the accelerate config sets mixed_precision to {precision!r}; the recipe's bf16 decides here: set "
-            "mixed_precision to 'no'."
-        )
 
 
 def fsdp_plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin | None:
@@ -70,7 +49,7 @@ def fsdp_plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin | No
     Raises:
         ShardingError: FSDP settings that do not work here.
     """
-    if not asked_for("ACCELERATE_USE_FSDP") or accelerator.num_processes == 1:
+    if not env_flag("ACCELERATE_USE_FSDP") or accelerator.num_processes == 1:
         return None
     # accelerate itself leaves FSDP out on a CPU
     plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
@@ -108,23 +87,23 @@ def sharded_modules(model: nn.Module) -> list[Any]:
 
 
 def zero3_parameters(model: nn.Module) -> list[Any]:
-    """The parameters that DeepSpeed's ZeRO-3 holds in shards: a process a piece of the flattened one, `ds_tensor`."""
+    """The parameters that ZeRO-3 shards: each process holds a piece of the flattened parameter, `ds_tensor`."""
     return [p for p in model.parameters() if hasattr(p, "ds_id")]
 
 
-def in_shards(model: nn.Module) -> bool:
-    """Whether no process holds all weights, so that a forward is a message as well."""
+def is_sharded(model: nn.Module) -> bool:
+    """Whether no process holds all weights. A forward is then a collective."""
     return bool(sharded_modules(model) or zero3_parameters(model))
 
 
-def held(parameter: Tensor) -> Tensor:
-    """What this process keeps of a parameter: a DTensor of FSDP2's, the piece of ZeRO-3's, or all of it."""
+def local_shard(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter: FSDP2's DTensor, ZeRO-3's piece, or the full tensor."""
     return getattr(parameter, "ds_tensor", parameter).detach()
 
 
 @contextlib.contextmanager
-def lent(parameters: list[Any]) -> Iterator[None]:
-    """ZeRO-3's parameters whole on every process for the length of the block, and to be read only."""
+def gathered_params(parameters: list[Any]) -> Iterator[None]:
+    """Gather ZeRO-3's parameters on every process within the block, for reading only. Others are left as they are."""
     parameters = [p for p in parameters if hasattr(p, "ds_id")]
     if not parameters:
         yield
@@ -133,7 +112,7 @@ def lent(parameters: list[Any]) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(parameters):
         for p in parameters:
-            p.ds_active_sub_modules.add(BORROWER)  # or the first forward would give them back
+            p.ds_active_sub_modules.add(BORROWER)  # otherwise the first forward would release them
         try:
             yield
         finally:
@@ -142,20 +121,20 @@ def lent(parameters: list[Any]) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Back to shards, where a forward without gradient has left something whole; nothing without FSDP2."""
+    """Reshard what a forward without gradient has left gathered. A no-op without FSDP2."""
     for module in sharded_modules(model):
         module.reshard()
 
 
 @contextlib.contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """All weights whole on every process, and no forward sends a message: each may make as many as it likes."""
+    """Gather all weights on every process within the block: forwards are local, and ranks may run different numbers."""
     modules = sharded_modules(model)
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     try:
-        with lent(zero3_parameters(model)):
+        with gathered_params(zero3_parameters(model)):
             yield
     finally:
         for module in modules:
@@ -167,25 +146,27 @@ def on_main(value: Tensor) -> Tensor | None:
     return value.cpu() if torch.distributed.get_rank() == 0 else None
 
 
-def whole(value: Any) -> Any:
-    """`value`, a tensor or dicts, lists and tuples with tensors, every sharded tensor whole: on the main process's CPU,
-    one after another, and None on the other processes."""
+def gather_tensors(value: Any) -> Any:
+    """Gather every sharded tensor in `value`: a tensor, or dicts, lists and tuples of tensors.
+
+    They are gathered one after another onto the main process's CPU; on the other processes they become None.
+    """
     if hasattr(value, "ds_id"):
-        with lent([value]):
+        with gathered_params([value]):
             return on_main(value.detach())
     if isinstance(value, DTensor):
         return on_main(value.detach().full_tensor())
     if isinstance(value, nn.Parameter):
         return value.detach()
     if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
+        return {key: gather_tensors(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(whole(item) for item in value)
+        return type(value)(gather_tensors(item) for item in value)
     return value
 
 
-def cut_like(value: Tensor, like: Tensor) -> Tensor:
-    """`value`, the same whole tensor on every process, in shards as `like`; itself where `like` is not sharded."""
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
+    """Shard `value`, the same full tensor on every process, as `like` is sharded. A no-op where `like` is not."""
     if hasattr(like, "ds_id"):
         size, rank = like.ds_tensor.numel(), torch.distributed.get_rank()
         piece = value.flatten()[rank * size : (rank + 1) * size].to(like.ds_tensor)
@@ -197,11 +178,11 @@ def cut_like(value: Tensor, like: Tensor) -> Tensor:
 
 
 def optimizer_state_like(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """A saved optimizer state, whole, cut as the optimizer's parameters are."""
+    """Shard a saved optimizer state of full tensors as the optimizer's parameters are sharded."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     cut = {
         index: {
-            name: cut_like(v, parameters[index]) if torch.is_tensor(v) and v.shape == parameters[index].shape else v
+            name: shard_like(v, parameters[index]) if torch.is_tensor(v) and v.shape == parameters[index].shape else v
             for name, v in entry.items()
         }
         for index, entry in state["state"].items()
@@ -210,15 +191,15 @@ def optimizer_state_like(state: dict[str, Any], optimizer: torch.optim.Optimizer
 
 
 def writer(model: nn.Module, trained: dict[str, Tensor]) -> Callable[..., None]:
-    """`model.save_pretrained` as the main process can call it alone. All processes make one: it gathers the weights.
+    """`model.save_pretrained` for the main process to call alone. Every process makes one, since it gathers weights.
 
     Args:
-        trained: the trained parameters by name: an adapter's are all that peft writes.
+        trained: the trained parameters by name. For an adapter these are all that peft writes.
     """
-    if not in_shards(model):
+    if not is_sharded(model):
         return model.save_pretrained
     reshard(model)
     state = trained if hasattr(model, "peft_config") else model.state_dict(keep_vars=True)
     once = {id(tensor): name for name, tensor in reversed(state.items())}  # a tied tensor under its first name
-    weights = {name: whole(tensor) for name, tensor in state.items() if once[id(tensor)] == name}
+    weights = {name: gather_tensors(tensor) for name, tensor in state.items() if once[id(tensor)] == name}
     return lambda folder, **options: model.save_pretrained(folder, state_dict=weights, **options)

@@ -1,15 +1,14 @@
 """DeepSpeed's ZeRO-2 and ZeRO-3, as an accelerate config asks for them.
 
-Separate from `sharding`, which is torch's own: DeepSpeed has an engine, through whose forward and step a training goes.
-Everything else of a run is as it is without: the loss, the schedule, the checkpoints, which hold whole tensors.
-DeepSpeed is imported only when it is asked for.
+DeepSpeed has its own engine: forward and step go through it. Loss, schedule and checkpoints are those of every run, and
+checkpoints hold full tensors. DeepSpeed is imported only when the launcher asks for it.
 
 |                         | ZeRO-2                                 | ZeRO-3                                |
 |-------------------------|----------------------------------------|---------------------------------------|
-| weights                 | whole                                  | in shards, whole while a layer runs   |
-| gradients, Adam's means | in shards                              | in shards                             |
+| weights                 | replicated                             | sharded, gathered while a layer runs  |
+| gradients, Adam's means | sharded                                | sharded                               |
 | a trained head          | the loss reads the weight itself       | the loss reads a copy, new every step |
-| its gradient            | added up apart from DeepSpeed, and handed over once a step, for both           |
+| its gradient            | accumulated outside DeepSpeed and handed over once a step, for both            |
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from atesd.parallel.sharding import cut_like
+from atesd.parallel.sharding import shard_like
 from atesd_kernels.integrations.head import HeadSpec, through, unwrap
 from atesd_kernels.integrations.sharded_head import gather_head
 
-OLDEST = "0.19.8"  # tried with; `managed_gradient_accumulation`, which is needed, is young
+OLDEST = "0.19.8"  # the oldest version with `managed_gradient_accumulation`
 STATES = ("exp_avg", "exp_avg_sq")  # AdamW's, by its own names
 
 
 def unsupported() -> str | None:
-    """What stands in the way of the DeepSpeed settings that `accelerate launch` hands on; None where nothing does."""
+    """Why the DeepSpeed settings of `accelerate launch` cannot be used; None if they can."""
     try:
         found = version("deepspeed")
     except PackageNotFoundError:
@@ -63,13 +62,13 @@ def stage() -> int:
 
 
 class Zero:
-    """A model and its AdamW in DeepSpeed's hands.
+    """DeepSpeed's engine around a model and its AdamW.
 
     Args:
-        model: bare or under peft, whole on every process; ZeRO-3 shards it in place.
-        optimizer: AdamW over its trained parameters, one group. It goes on holding learning rate and states, but over
-            DeepSpeed's flat shards.
-        max_grad_norm: gradients are clipped to, all together.
+        model: bare or under peft, replicated on every process; ZeRO-3 shards it in place.
+        optimizer: AdamW over its trained parameters, one group. From here on its states are those of DeepSpeed's flat
+            shards; the learning rate stays in it.
+        max_grad_norm: the global gradient norm is clipped to it.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, device: torch.device):
@@ -84,15 +83,15 @@ class Zero:
             optimizer=optimizer,
             dist_init_required=False,
             config={
-                "train_micro_batch_size_per_gpu": 1,  # these two have no meaning here: the loop counts
+                "train_micro_batch_size_per_gpu": 1,  # these two are unused: the loop counts micro-batches
                 "gradient_accumulation_steps": 1,
-                "managed_gradient_accumulation": False,  # a step is made when it is asked for
+                "managed_gradient_accumulation": False,  # the loop says when to step
                 "gradient_clipping": max_grad_norm,
                 "steps_per_print": 2**31,
                 "zero_optimization": {
                     "stage": self.stage,
                     "stage3_param_persistence_threshold": 0,  # all weights in shards
-                    # what is fetched when must not depend on what a process has run before: they take turns
+                    # prefetching follows what a process ran before, which differs between ranks: it would deadlock
                     "stage3_prefetch_bucket_size": 0,
                     "stage3_max_reuse_distance": 0,
                     "stage3_max_live_parameters": 0,
@@ -104,8 +103,10 @@ class Zero:
         self.gather_head()
 
     def backbone_and_head(self, head: HeadSpec) -> tuple[Callable[..., Any], HeadSpec]:
-        """What training goes through in the place of `hidden_states_and_head`'s: gradients reach DeepSpeed from the
-        hidden states, and from a trained head only when `reduce_head` is called."""
+        """Replacements for `hidden_states_and_head`'s pair, through which DeepSpeed sees the gradients.
+
+        The hidden states' gradients reach it in backward, a trained head's when `reduce_head` is called.
+        """
         base = unwrap(self.model)
         backbone = getattr(base, base.base_model_prefix)
 
@@ -125,22 +126,24 @@ class Zero:
         self.head = head
         return call, head
 
-    def scaled(self, part_loss: Tensor, so_far: Tensor) -> Tensor:
-        """DeepSpeed divides gradients by the processes, and leaves out a step by its gradient alone: a loss that is not
-        finite has to spoil it."""
+    def loss_for_backward(self, part_loss: Tensor, so_far: Tensor) -> Tensor:
+        """Undo DeepSpeed's division by the number of processes.
+
+        DeepSpeed skips a step by its gradient alone, so a loss that is not finite is made to spoil the gradient.
+        """
         return part_loss * (self.count + 0 * (so_far + part_loss.detach()))
 
     def gather_head(self) -> None:
-        """A trained head's weight whole, as its shards are now. ZeRO-2's is whole already."""
+        """Gather a trained head's weight from its shards. A no-op for ZeRO-2, which does not shard weights."""
         if self.stage == 3 and self.own_head.weight.requires_grad:
             gather_head(self.model)
 
     def reduce_head(self) -> None:
-        """Hand the gradient that losses have left on a trained head to DeepSpeed, by a backward of its own."""
-        own, held = self.own_head, self.head
-        if held is None or not own.weight.requires_grad:
+        """Hand a trained head's accumulated gradient to DeepSpeed, by a backward of its own."""
+        own, read = self.own_head, self.head
+        if read is None or not own.weight.requires_grad:
             return
-        pairs = [(name, getattr(held, name).grad) for name in ("weight", "bias") if getattr(held, name) is not None]
+        pairs = [(name, getattr(read, name).grad) for name in ("weight", "bias") if getattr(read, name) is not None]
         if self.stage == 3:
             self.forget_untied_gradient()
 
@@ -149,11 +152,13 @@ class Zero:
 
         through(self.engine, self.model, lambda: through(own, own, product)).backward()
         for name, _ in pairs:
-            getattr(held, name).grad = None
+            getattr(read, name).grad = None
 
     def forget_untied_gradient(self) -> None:
-        """ZeRO-3 begins a step's sum with the first backward; an untied head has no part in that, and keeps the sum of
-        the step before."""
+        """Zero ZeRO-3's gradient of an untied head.
+
+        ZeRO-3 resets gradients in a step's first backward. The head is not part of it and would keep the last step's.
+        """
         from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 
         embedding = unwrap(self.model).get_input_embeddings().weight
@@ -162,29 +167,29 @@ class Zero:
                 safe_set_local_grad(p, torch.zeros_like(safe_get_local_grad(p)).narrow(0, 0, p.ds_tensor.numel()))
 
     def step(self) -> float | None:
-        """Clip and step; the gradients' norm, or None and no step where it is not finite."""
+        """Clip and step. Returns the gradients' norm; None, and no step, if it is not finite."""
         self.reduce_head()
         self.engine.step()
         return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else None
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's, as it is of one process: whole tensors on the main process's CPU, gathered one after another."""
+        """AdamW's state in one process's format: full tensors, gathered one by one onto the main process's CPU."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         main, states = torch.distributed.get_rank() == 0, {}
         known = next(iter(self.optimizer.state.values()), {})
         for index, p in enumerate(self.trained if known else ()):
-            whole = {name: safe_get_full_optimizer_state(p, name) for name in STATES}
-            whole = {
+            full = {name: safe_get_full_optimizer_state(p, name) for name in STATES}
+            full = {
                 name: value.reshape(getattr(p, "ds_shape", p.shape)).cpu() if main else None
-                for name, value in whole.items()
+                for name, value in full.items()
             }
-            states[index] = {"step": known["step"].clone(), **whole}
+            states[index] = {"step": known["step"].clone(), **full}
         group = {key: value for key, value in self.optimizer.param_groups[0].items() if key != "params"}
         return {"state": states, "param_groups": [{**group, "params": list(range(len(self.trained)))}]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse, whatever number of processes wrote it; every process has the whole tensors."""
+        """Inverse of `state_dict`, for any number of processes. Every process passes the full tensors."""
         group = {key: value for key, value in state["param_groups"][0].items() if key != "params"}
         self.optimizer.param_groups[0].update(group)
         if not state["state"]:
@@ -203,10 +208,10 @@ class Zero:
                 if self.stage == 2:
                     safe_set_full_optimizer_state(p, value, name)
                 else:
-                    safe_set_local_optimizer_state(p, cut_like(value, p), name)
+                    safe_set_local_optimizer_state(p, shard_like(value, p), name)
 
     def load_weight(self, p: nn.Parameter, value: Tensor) -> None:
-        """A trained parameter's value, the same whole tensor on every process."""
+        """Set a trained parameter to `value`, the same full tensor on every process."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         value = value.to(device=self.device, dtype=torch.float32)
@@ -214,5 +219,5 @@ class Zero:
             p.data.copy_(value)
             safe_set_full_fp32_param(p, value)
         else:
-            p.ds_tensor.data.copy_(cut_like(value, p))
-            safe_set_local_fp32_param(p, cut_like(value, p))
+            p.ds_tensor.data.copy_(shard_like(value, p))
+            safe_set_local_fp32_param(p, shard_like(value, p))

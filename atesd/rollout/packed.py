@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from atesd.parallel.sharding import in_shards
+from atesd.parallel.sharding import is_sharded
 from atesd_kernels.integrations.head import unwrap
 
 
@@ -75,7 +75,7 @@ def decoding_model(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
     weights are in shards, `model` itself."""
     training = model.training
     packed = []
-    if next(model.parameters()).device.type == "cpu" and onednn_packs(dtype) and not in_shards(model):
+    if next(model.parameters()).device.type == "cpu" and onednn_packs(dtype) and not is_sharded(model):
         model = packed_twin(unwrap(model))
         packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
         for module in packed:

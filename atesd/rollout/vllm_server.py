@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from atesd.config import ATESDConfig
 from atesd.parallel.processes import Processes
-from atesd.parallel.sharding import in_shards, reshard, writer
+from atesd.parallel.sharding import is_sharded, reshard, writer
 from atesd.rollout.connections import Connections
 from atesd.rollout.engine import RolloutError
 from atesd.rollout.requests import STOPPED, Completion, RequestEngine
@@ -117,7 +117,7 @@ class VLLMServerEngine(RequestEngine):
         """The main process writes the student's weights down and has the server load them; all go on when it has, or
         none does."""
         write = self.writer()
-        self.served, problem = self.processes.told(self.try_to_send, write)
+        self.served, problem = self.processes.broadcast_from_main(self.try_to_send, write)
         self.lost = False
         if problem:
             raise RolloutError(problem)
@@ -147,7 +147,7 @@ class VLLMServerEngine(RequestEngine):
         if self.lora:
             trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
             return partial(writer(self.model, trained), save_embedding_layers=False)
-        if not in_shards(self.model):  # one matrix after another, whenever it is written
+        if not is_sharded(self.model):  # one matrix after another, whenever it is written
             return lambda folder: self.write_checkpoint(folder, merged_weights(self.model, self.dtype))
         return partial(self.write_checkpoint, weights=list(merged_weights(self.model, self.dtype)))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from atesd.parallel.sharding import lent, on_main, whole
+from atesd.parallel.sharding import gather_tensors, gathered_params, on_main
 from atesd_kernels.integrations.head import unwrap
 
 
@@ -40,11 +40,11 @@ def merged_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, 
         if ".lora_" in name:
             continue
         module, borrowed = updates.get(name), hasattr(weight, "ds_id")
-        with lent([weight] if module is None else list(module.parameters())):
+        with gathered_params([weight] if module is None else list(module.parameters())):
             weight = weight.detach()
             for adapter in () if module is None else module.active_adapters:
                 weight = weight + module.get_delta_weight(adapter)
             yield (
                 name.replace(".base_layer.", "."),
-                whole(weight.to(dtype)) if not borrowed else on_main(weight.to(dtype)),
+                gather_tensors(weight.to(dtype)) if not borrowed else on_main(weight.to(dtype)),
             )

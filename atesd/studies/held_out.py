@@ -15,10 +15,10 @@ import torch
 from atesd.data.problems import Problem
 from atesd.data.segmentation import split_reference
 from atesd.models.batching import chunks, hidden_rows, pack
-from atesd.models.teachers import evaluating
+from atesd.models.teachers import eval_mode
 from atesd.objectives import Distillation, ResponseTokens, percentile
 from atesd.rollout import Sampling
-from atesd.run import RunState
+from atesd.run import Run
 
 
 @dataclass(frozen=True)
@@ -44,31 +44,32 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(run: RunState, problems: Sequence[Problem], alpha: float) -> list[Measured]:
+def measure(run: Run, problems: Sequence[Problem], alpha: float) -> list[Measured]:
     """Measure `problems` with the student as it stands and its teacher at exposure `alpha`.
 
     Rollouts are sampled as the run samples, with seeds of their own: the same at every call, and nothing of the run's
     random state is used. The divergence is forward KL without clips at the scoring temperature, whatever is trained.
     """
     config = run.config
-    run.references.update({p.id: split_reference(p.solution, p.answer) for p in problems if p.id not in run.references})
-    prompts = [run.prompts.student(p) for p in problems]
+    references = run.data.references
+    references.update({p.id: split_reference(p.solution, p.answer) for p in problems if p.id not in references})
+    prompts = [run.data.prompts.student(p) for p in problems]
     distillation = Distillation(scoring_temperature=config.scoring_temperature, chunk_bytes=config.chunk_bytes)
     kl, agree, responses = [], [], []
-    run.engine.sync()
-    with evaluating(run.model), run.autocast():
+    run.rollout.engine.sync()
+    with eval_mode(run.student.model), run.student.autocast():
         # as many at once as a step decodes, and as a micro-batch scores
         for part in chunks(len(problems), config.per_device_train_batch_size * config.gradient_accumulation_steps):
             seeds = tuple(range(part.start, part.stop))
             sampling = Sampling(config.max_completion_length, config.temperature, config.top_p, config.top_k, seeds)
-            responses += [r.response_ids for r in run.engine.generate(prompts[part], sampling)]
+            responses += [r.response_ids for r in run.rollout.engine.generate(prompts[part], sampling)]
         for part in chunks(len(problems), config.per_device_train_batch_size):
             replies = responses[part]
-            exposed = [run.prompts.teacher(p, run.references[p.id], run.data.alpha(p, alpha)) for p in problems[part]]
+            exposed = [run.data.prompts.teacher(p, references[p.id], run.data.alpha(p, alpha)) for p in problems[part]]
             student, teacher = (pack(read, replies, run.device) for read in (prompts[part], exposed))
             _, stats = distillation(
-                hidden_rows(run.backbone, student),
-                run.head,
+                hidden_rows(run.student.backbone, student),
+                run.student.head,
                 run.teacher.hidden(teacher),
                 None if run.teacher.shares_head else run.teacher.head,
                 ResponseTokens(student.targets, student.lengths),
@@ -76,8 +77,8 @@ def measure(run: RunState, problems: Sequence[Problem], alpha: float) -> list[Me
             )
             kl += stats.divergence.double().split(student.lengths)
             agree += stats.top1_agree.double().split(student.lengths)
-        nll = run.meter.reference_nll(problems)
-    run.engine.release()
+        nll = run.exposure.meter.reference_nll(problems)
+    run.rollout.engine.release()
     correct = grade(run, problems, responses)
     return [
         Measured(
@@ -93,7 +94,7 @@ def measure(run: RunState, problems: Sequence[Problem], alpha: float) -> list[Me
     ]
 
 
-def grade(run: RunState, problems: Sequence[Problem], responses: list[list[int]]) -> list[bool | None]:
+def grade(run: Run, problems: Sequence[Problem], responses: list[list[int]]) -> list[bool | None]:
     if find_spec("math_verify") is None:
         return [None] * len(problems)
     from atesd.evaluation.grading.grader import Grader

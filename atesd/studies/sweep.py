@@ -21,7 +21,7 @@ from atesd.checkpoint import latest_checkpoint
 from atesd.config import ATESDConfig, load_config
 from atesd.config.checks import ConfigError, check_same_settings
 from atesd.files import write_json
-from atesd.models.precision import settle_precision
+from atesd.run import Run
 from atesd.studies.held_out import measure
 from atesd.studies.sweep_plot import study_figure
 from atesd.trainer import Trainer
@@ -95,21 +95,19 @@ def run_config(recipe: str | None, flags: list[str], folder: Path, alpha: float,
 def run_one(config: ATESDConfig, alpha: float, seed: int) -> None:
     """Train one run and write what it did to each held-out problem into its study.json."""
     config.validate()
-    settle_precision(config)
-    config.save(config.output_dir)  # what a checkpoint is resumed with
-    with closing(Trainer(config)) as trainer:
-        problems, run_dir = trainer.problems.eval, Path(config.output_dir)
+    with closing(Run.build(config)) as run:
+        problems, run_dir = run.data.problems.eval, run.run_dir
         before_file = run_dir / BEFORE
         if not before_file.exists():
-            write_json(before_file, [asdict(m) for m in measure(trainer, problems, alpha)])
+            write_json(before_file, [asdict(m) for m in measure(run, problems, alpha)])
         before = json.loads(before_file.read_text(encoding="utf-8"))
-        trainer.run()
-        after = [asdict(m) for m in measure(trainer, problems, alpha)]
+        Trainer(run).train()
+        after = [asdict(m) for m in measure(run, problems, alpha)]
     of_the_run = {"alpha": alpha, "seed": seed}
     rows = [{**of_the_run, "id": b["id"], "before": b, "after": a} for b, a in zip(before, after, strict=True)]
     write_json(run_dir / STUDY, rows)
-    del trainer
-    gc.collect()  # a trainer's parts refer to each other, and the next run needs the memory
+    del run
+    gc.collect()  # a run's parts refer to each other, and the next run needs the memory
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

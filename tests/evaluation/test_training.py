@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from atesd import run as run_state
+from atesd import run as run_module
 from atesd.config import load_config
 from atesd.config.checks import ConfigError
 from atesd.data.prompts import PromptTooLong
@@ -17,6 +17,7 @@ from atesd.evaluation.grading.grader import Grader
 from atesd.models.loading import context_length, load_model_config, load_tokenizer
 from atesd.rollout import RolloutError
 from atesd.rollout.hf import HFEngine
+from atesd.run import Run
 from atesd.trainer import Trainer, train
 
 pytest.importorskip("math_verify", reason="grading needs math-verify (the eval extra)")
@@ -82,25 +83,25 @@ def test_a_run_whose_engine_dies_in_an_evaluation_is_saved_with_its_steps_and_go
 
 
 def test_the_evaluation_sees_the_student_as_it_is_now_and_finds_right_answers(tiny_config, monkeypatch):
-    trainer = Trainer(tiny_config(eval_steps=1, **EVALUATED))
-    texts, grade = [], trainer.evaluation.grader.grade_many
+    trainer = Trainer(Run.build(tiny_config(eval_steps=1, **EVALUATED)))
+    texts, grade = [], trainer.run.evaluation.grader.grade_many
 
     def noted(said, golds):
         texts.extend([said] if said else [])
         return grade(said, golds)
 
-    monkeypatch.setattr(trainer.evaluation.grader, "grade_many", noted)
-    assert trainer.evaluation.measure(1)["eval_average"] == 0
-    trainer.evaluation.measure(1)
+    monkeypatch.setattr(trainer.run.evaluation.grader, "grade_many", noted)
+    assert trainer.run.evaluation.measure(1)["eval_average"] == 0
+    trainer.run.evaluation.measure(1)
     assert texts[0] == texts[1] and len(texts[0]) == 6
     with torch.no_grad():
-        for p in trainer.trained.values():
+        for p in trainer.run.student.trained.values():
             p.normal_()
-    trainer.evaluation.measure(1)
+    trainer.run.evaluation.measure(1)
     assert texts[2] != texts[1]
-    right = f"\\boxed{{{trainer.problems.eval[0].answer}}}"
-    monkeypatch.setattr(type(trainer.tokenizer), "decode", lambda *_, **__: right)
-    answered = trainer.evaluation.measure(2)
+    right = f"\\boxed{{{trainer.run.data.problems.eval[0].answer}}}"
+    monkeypatch.setattr(type(trainer.run.tokenizer), "decode", lambda *_, **__: right)
+    answered = trainer.run.evaluation.measure(2)
     assert answered["eval_average"] == answered["eval_pass"] == answered["eval_maj"] == pytest.approx(1 / 3)
 
 
@@ -138,14 +139,14 @@ def test_problems_whose_answers_do_not_fit_are_left_out_and_counted(tiny_config,
 
 def test_no_grading_process_outlives_its_run(tiny_config):
     def graders():
-        return [p for p in psutil.Process().children() if "grading_worker" in " ".join(p.cmdline())]
+        return [p for p in psutil.Process().children() if "grading.worker" in " ".join(p.cmdline())]
 
     before = len(graders())
-    trainer = Trainer(tiny_config(eval_steps=1, **EVALUATED, objective="grpo", num_generations=2))
-    trainer.evaluation.grader.grade("\\boxed{x + 1}", "1 + x")
-    trainer.reward.grader.grade("\\boxed{x + 1}", "1 + x")
+    trainer = Trainer(Run.build(tiny_config(eval_steps=1, **EVALUATED, objective="grpo", num_generations=2)))
+    trainer.run.evaluation.grader.grade("\\boxed{x + 1}", "1 + x")
+    trainer.run.reward.grader.grade("\\boxed{x + 1}", "1 + x")
     assert len(graders()) > before + 1
-    trainer.close()
+    trainer.run.close()
     assert len(graders()) == before
 
 
@@ -157,7 +158,7 @@ def test_graders_and_engine_are_ended_where_the_rest_of_the_run_cannot_be_made(t
     def fails(*_, **__):
         raise ValueError("as scripted")
 
-    monkeypatch.setattr(run_state, "make_policy", fails)
+    monkeypatch.setattr(run_module, "Guards", fails)
     with pytest.raises(ValueError, match="as scripted"):
-        Trainer(tiny_config(eval_steps=1, **EVALUATED, objective="distill+grpo", num_generations=2))
+        Trainer(Run.build(tiny_config(eval_steps=1, **EVALUATED, objective="distill+grpo", num_generations=2)))
     assert ended == ["grader", "grader", "engine"]

@@ -5,30 +5,33 @@ from __future__ import annotations
 import pytest
 import torch
 
+from atesd.run import Run
 from atesd.trainer import Trainer
 from atesd_kernels.integrations.head import unwrap
 
 
 @pytest.fixture
 def trainer(tiny_config):
-    return Trainer(tiny_config(grounding="reference"))
+    return Trainer(Run.build(tiny_config(grounding="reference")))
 
 
 def dense_logprobs(trainer, context, reply):
     with torch.no_grad():
-        logits = unwrap(trainer.model)(torch.tensor([context + reply])).logits[0]
+        logits = unwrap(trainer.run.student.model)(torch.tensor([context + reply])).logits[0]
     return logits.log_softmax(-1)[range(len(context) - 1, len(context + reply) - 1), reply]
 
 
 def test_the_probe_nll_is_the_mean_over_tokens_of_the_references_under_the_student(trainer):
     logprobs = [
         dense_logprobs(
-            trainer, trainer.prompts.student(p), trainer.prompts.reference_completion(trainer.references[p.id])[0]
+            trainer,
+            trainer.run.data.prompts.student(p),
+            trainer.run.data.prompts.reference_completion(trainer.run.data.references[p.id])[0],
         )
-        for p in trainer.problems.probe
+        for p in trainer.run.data.problems.probe
     ]
     expected = -torch.cat(logprobs).mean().item()
-    assert trainer.meter.probe_nll() == pytest.approx(expected, rel=1e-5)
+    assert trainer.run.exposure.meter.probe_nll() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("grounding", "alpha", "shown"), [
@@ -36,18 +39,21 @@ def test_the_probe_nll_is_the_mean_over_tokens_of_the_references_under_the_stude
     ("answer", 0.0, 3), ("answer", 1.0, 3),
 ])  # fmt: skip
 def test_the_grounded_score_leaves_out_the_tokens_the_teacher_was_shown(trainer, grounding, alpha, shown):
-    trainer.meter.grounding = grounding
-    problem = trainer.problems.train[0]
-    reference = trainer.references[problem.id]
-    reply, ends = trainer.prompts.reference_completion(reference)
+    trainer.run.exposure.meter.grounding = grounding
+    problem = trainer.run.data.problems.train[0]
+    reference = trainer.run.data.references[problem.id]
+    reply, ends = trainer.run.data.prompts.reference_completion(reference)
     assert len(ends) == 3
-    logprobs = dense_logprobs(trainer, trainer.prompts.teacher(problem, reference, alpha), reply)
+    logprobs = dense_logprobs(trainer, trainer.run.data.prompts.teacher(problem, reference, alpha), reply)
     expected = logprobs[ends[shown - 1] if shown else 0 :].mean().item()
-    assert trainer.meter.grounded([alpha], [problem]) == pytest.approx(expected, rel=1e-5)
+    assert trainer.run.exposure.meter.grounded([alpha], [problem]) == pytest.approx(expected, rel=1e-5)
     if shown:
         assert expected != pytest.approx(logprobs.mean().item(), rel=1e-5)
 
 
 def test_nothing_is_measured_that_is_not_asked_for(tiny_config):
-    trainer = Trainer(tiny_config(grounding="none", num_probe_problems=0, progress_signal="distill_loss"))
-    assert trainer.meter.measure(0, [0.5], trainer.problems.train) == {"probe_nll": None, "grounded": None}
+    trainer = Trainer(Run.build(tiny_config(grounding="none", num_probe_problems=0, progress_signal="distill_loss")))
+    assert trainer.run.exposure.meter.measure(0, [0.5], trainer.run.data.problems.train) == {
+        "probe_nll": None,
+        "grounded": None,
+    }

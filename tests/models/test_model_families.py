@@ -29,6 +29,7 @@ from atesd.models.batching import hidden_rows, pack
 from atesd.models.loading import ModelLoadError
 from atesd.models.packed_attention import check_packing, use_packed_attention
 from atesd.rollout import RolloutError
+from atesd.run import Run
 from atesd.trainer import Trainer
 from atesd_kernels.integrations.head import hidden_states_and_head
 
@@ -74,10 +75,10 @@ def dense_loss(trainer, problems, rollouts, T=1.1):
     total, count = 0.0, 0
     for problem, rollout in zip(problems, rollouts, strict=True):
         reply = rollout.response_ids
-        read = trainer.prompts.teacher(problem, trainer.references[problem.id], 1.0)
-        s = trainer.model(torch.tensor([rollout.prompt_ids + reply])).logits[0, -len(reply) - 1 : -1] / T
-        with torch.no_grad(), trainer.model.disable_adapter():
-            t = trainer.model(torch.tensor([read + reply])).logits[0, -len(reply) - 1 : -1] / T
+        read = trainer.run.data.prompts.teacher(problem, trainer.run.data.references[problem.id], 1.0)
+        s = trainer.run.student.model(torch.tensor([rollout.prompt_ids + reply])).logits[0, -len(reply) - 1 : -1] / T
+        with torch.no_grad(), trainer.run.student.model.disable_adapter():
+            t = trainer.run.student.model(torch.tensor([read + reply])).logits[0, -len(reply) - 1 : -1] / T
         log_q, log_p = s.log_softmax(-1), t.log_softmax(-1)
         total, count = total + (log_p.exp() * (log_p - log_q)).sum(), count + len(reply)
     return total / count
@@ -88,26 +89,26 @@ def test_the_loss_of_a_step_is_that_of_the_models_own_dense_logits(family, tiny_
     model = saved(FAMILIES[family], tmp_path / "model", tiny_model_path)
     config = tiny_config(model_name_or_path=model, exposure_policy="full", entry_clip=None,
                          gradient_checkpointing=family == "query and key norms")  # fmt: skip
-    trainer = quietly(lambda: Trainer(config))
-    problems = [trainer.problems.train[i] for i in range(4)]
-    rollouts = trainer.engine.generate([trainer.prompts.student(p) for p in problems])
+    trainer = quietly(lambda: Trainer(Run.build(config)))
+    problems = [trainer.run.data.problems.train[i] for i in range(4)]
+    rollouts = trainer.run.rollout.engine.generate([trainer.run.data.prompts.student(p) for p in problems])
     with torch.no_grad():  # a student that is not its teacher
-        for name, p in trainer.trained.items():
+        for name, p in trainer.run.student.trained.items():
             if "lora_B" in name:
                 p.normal_(std=0.1)
-    trainer.model.double()
+    trainer.run.student.model.double()
     loss, _, _ = trainer.distill(problems, rollouts, [1.0] * 4)
-    got = {name: p.grad.clone() for name, p in trainer.trained.items()}
-    trainer.model.zero_grad()
+    got = {name: p.grad.clone() for name, p in trainer.run.student.trained.items()}
+    trainer.run.student.model.zero_grad()
     expected = dense_loss(trainer, problems, rollouts)
     expected.backward()
     assert expected.item() > 1e-3
     assert loss == pytest.approx(expected.item(), rel=1e-6)
-    size = sum(p.grad.square().sum() for p in trainer.trained.values())
-    error = sum((got[name] - p.grad).square().sum() for name, p in trainer.trained.items())
+    size = sum(p.grad.square().sum() for p in trainer.run.student.trained.values())
+    error = sum((got[name] - p.grad).square().sum() for name, p in trainer.run.student.trained.items())
     assert float((error / size).sqrt()) < 1e-5 and size > 0
-    trainer.model.zero_grad()
-    trainer.model.float()
+    trainer.run.student.model.zero_grad()
+    trainer.run.student.model.float()
     metrics, _ = quietly(lambda: trainer.train_step(0))
     assert metrics["grad_norm"] > 0
 
@@ -118,7 +119,7 @@ def test_layers_that_carry_a_state_across_sequences_are_refused_by_name(tiny_con
     config.max_position_embeddings = 2048
     model = saved(config, tmp_path / "mamba", tiny_model_path)
     with pytest.raises(ValueError, match="MambaForCausalLM"):
-        quietly(lambda: Trainer(tiny_config(model_name_or_path=model, use_peft=False)))
+        quietly(lambda: Trainer(Run.build(tiny_config(model_name_or_path=model, use_peft=False))))
 
 
 def test_an_attention_that_ignores_where_sequences_end_is_noticed():
@@ -207,16 +208,16 @@ def test_kernels_that_cannot_run_here_are_refused_before_training(tiny_config, m
     monkeypatch.setattr("atesd.run.load_model", None)  # nothing is loaded
     monkeypatch.setattr("atesd.models.loading.find_spec", lambda name: name)
     with pytest.raises(ModelLoadError, match="use_liger_kernel is on, and its kernels need a GPU"):
-        Trainer(tiny_config(use_liger_kernel=True))
+        Trainer(Run.build(tiny_config(use_liger_kernel=True)))
     for kind in ("flash_attention_2", "flash_attention_3"):
         with pytest.raises(ModelLoadError, match=f"'{kind}', which needs a GPU"):
-            Trainer(tiny_config(attn_implementation=kind, bf16=True))
+            Trainer(Run.build(tiny_config(attn_implementation=kind, bf16=True)))
     monkeypatch.setattr("atesd.models.loading.find_spec", lambda name: None)
     with pytest.raises(ModelLoadError, match=r"liger-kernel is not installed: pip install 'atesd\[gpu\]'"):
-        Trainer(tiny_config(use_liger_kernel=True))
+        Trainer(Run.build(tiny_config(use_liger_kernel=True)))
     monkeypatch.setattr("atesd.rollout.engine.find_spec", lambda name: None)
     with pytest.raises(RolloutError, match=r"rollout_engine is 'vllm', which is not installed here: pip install"):
-        Trainer(tiny_config(rollout_engine="vllm"))
+        Trainer(Run.build(tiny_config(rollout_engine="vllm")))
     monkeypatch.setattr("atesd.config.checks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs flash-attn, .*: pip install .* 'atesd\[flash\]'"):
         tiny_config(attn_implementation="flash_attention_2", bf16=True).validate()

@@ -30,6 +30,7 @@ from atesd.models.packed_attention import (
     varlen_serves,
 )
 from atesd.models.recompute import selective_policy
+from atesd.run import Run
 from atesd.trainer import Trainer
 
 LENGTHS = (5, 1, 9, 3)
@@ -292,9 +293,9 @@ def test_a_run_tries_its_attention_in_a_precision_that_the_kernel_has(tiny_confi
     monkeypatch.setattr("atesd.config.checks.find_spec", lambda name: name)
     monkeypatch.setattr("atesd.run.check_kernels", lambda config: None)
     monkeypatch.setattr("atesd.run.load_model", lambda config: model)
-    monkeypatch.setattr("atesd.run.check_packing", tried)
+    monkeypatch.setattr("atesd.models.student.check_packing", tried)
     with pytest.raises(Tried, match=str(kind != "sdpa")):
-        Trainer(tiny_config(attn_implementation=kind, bf16=True))
+        Trainer(Run.build(tiny_config(attn_implementation=kind, bf16=True)))
 
 
 def test_selective_checkpointing_keeps_what_the_kernel_returns():

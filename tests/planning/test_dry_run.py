@@ -20,6 +20,7 @@ from atesd.models.recompute import is_kept
 from atesd.planning.dry_run import dry_run
 from atesd.planning.memory_plan import GIB, Layout, model_shape, plan_memory
 from atesd.planning.scaling import MODELS
+from atesd.run import Run
 from atesd.trainer import Trainer, train
 
 PARAMETERS = {"1.7b": 1_720_574_976, "4b": 4_022_468_096, "8b": 8_190_735_360}  # of the models' cards
@@ -108,16 +109,21 @@ def bytes_of(tensors) -> int:
 def test_planned_weights_gradients_and_optimizer_are_those_of_a_real_step(tiny_config, tiny_model_path, settings):
     config = tiny_config(**settings)
     plan = plan_memory(model_shape(AutoConfig.from_pretrained(tiny_model_path), config), config, 100, "cpu")
-    trainer = Trainer(config)
+    trainer = Trainer(Run.build(config))
     gradients = []
-    step = trainer.optimizer.step
-    trainer.optimizer.step = lambda: gradients.append(bytes_of(p.grad for p in trainer.trained.values())) or step()
+    student = trainer.run.student
+    step = student.optimizer.step
+    trainer.run.student.optimizer.step = lambda: (
+        gradients.append(bytes_of(p.grad for p in trainer.run.student.trained.values())) or step()
+    )
     trainer.train_step(0)
-    moments = [v for state in trainer.optimizer.state.values() for v in (state["exp_avg"], state["exp_avg_sq"])]
-    assert plan.weights == bytes_of(trainer.model.parameters())
+    moments = [
+        v for state in trainer.run.student.optimizer.state.values() for v in (state["exp_avg"], state["exp_avg_sq"])
+    ]
+    assert plan.weights == bytes_of(trainer.run.student.model.parameters())
     assert plan.gradients == gradients[0]
     assert plan.optimizer == bytes_of(moments)
-    assert plan.teacher == bytes_of(trainer.teacher.values.values())
+    assert plan.teacher == bytes_of(trainer.run.teacher.values.values())
 
 
 class Products(TorchDispatchMode):
@@ -142,8 +148,8 @@ def test_planned_activations_are_about_what_autograd_keeps(tiny_config, tiny_mod
     config = tiny_config(max_completion_length=64, **settings)
     shape = model_shape(AutoConfig.from_pretrained(tiny_model_path), config)
     plan = plan_memory(shape, config, 64, "cpu")
-    trainer = Trainer(config)
-    weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+    trainer = Trainer(Run.build(config))
+    weights = {p.untyped_storage().data_ptr() for p in trainer.run.student.model.parameters()}
     kept = {}
 
     def keep(tensor):
@@ -154,7 +160,7 @@ def test_planned_activations_are_about_what_autograd_keeps(tiny_config, tiny_mod
 
     ids = list(range(10, 74))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Products() as products:
-        hidden_rows(trainer.backbone, pack([ids] * 2, [ids] * 2, "cpu"))
+        hidden_rows(trainer.run.student.backbone, pack([ids] * 2, [ids] * 2, "cpu"))
     measured = sum(size for size, _ in kept.values())
     if mode is not None:  # while one layer is computed again, its own activations are there too
         measured += 2 * 128 * shape.elements * 4

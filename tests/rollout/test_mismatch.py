@@ -10,6 +10,7 @@ import torch
 from atesd.objectives import Distillation, ResponseTokens
 from atesd.rollout import Rollout
 from atesd.rollout.mismatch import EngineMismatch
+from atesd.run import Run
 from atesd.trainer import Trainer
 from atesd_kernels.integrations.head import HeadSpec
 
@@ -68,15 +69,15 @@ def test_the_loss_is_the_mean_of_the_weighed_tokens(states):
 
 def test_a_step_weighs_its_gradient_by_the_ratio_to_what_the_engine_says(tiny_config, tmp_path):
     def gradient(clip, factor):
-        trainer = Trainer(tiny_config(rollout_engine="hf", output_dir=str(tmp_path / f"{clip}-{factor}")))
-        trainer.engine_mismatch = EngineMismatch(clip)
-        problems = trainer.problems.train[:4]
+        trainer = Trainer(Run.build(tiny_config(rollout_engine="hf", output_dir=str(tmp_path / f"{clip}-{factor}"))))
+        trainer.run.engine_mismatch = EngineMismatch(clip)
+        problems = trainer.run.data.problems.train[:4]
         rollouts = [
-            Rollout(trainer.prompts.student(p), [20 + i, 21, 22], False, logprobs=[-1000.0 * factor] * 3)
+            Rollout(trainer.run.data.prompts.student(p), [20 + i, 21, 22], False, logprobs=[-1000.0 * factor] * 3)
             for i, p in enumerate(problems)
         ]
         trainer.distill(problems, rollouts, [1.0] * 4)
-        return torch.cat([p.grad.flatten() for p in trainer.trained.values()])
+        return torch.cat([p.grad.flatten() for p in trainer.run.student.trained.values()])
 
     plain, unweighed, doubled = gradient(None, 1), gradient(1.0, 1), gradient(2.0, 1)
     assert torch.equal(plain, unweighed) and plain.norm() > 0

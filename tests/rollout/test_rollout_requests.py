@@ -26,6 +26,7 @@ from atesd.rollout.seeds import ResponseSeeds
 from atesd.rollout.vllm import kv_cache_bytes
 from atesd.rollout.vllm_server import VLLMServerEngine
 from atesd.rollout.weights import merged_weights
+from atesd.run import Run
 from atesd.trainer import Trainer
 
 STOP = 2
@@ -117,11 +118,11 @@ def test_a_run_whose_engine_dies_is_saved_and_goes_on_as_if_nothing_had_happened
         return [{k: v for k, v in row.items() if not k.startswith("seconds_") and k not in moving} for row in rows]
 
     settings = {"max_steps": 4, "save_steps": 10, "hold_window": 2}
-    whole = Trainer(tiny_config(**settings, output_dir=str(tmp_path / "whole"))).run()
+    whole = Trainer(Run.build(tiny_config(**settings, output_dir=str(tmp_path / "whole")))).train()
 
     config = tiny_config(**settings, output_dir=str(tmp_path / "cut"))
-    trainer = Trainer(config)
-    generate, calls = trainer.engine.generate, []
+    trainer = Trainer(Run.build(config))
+    generate, calls = trainer.run.rollout.engine.generate, []
 
     def dies_at_the_third(prompts):
         calls.append(prompts)
@@ -129,11 +130,11 @@ def test_a_run_whose_engine_dies_is_saved_and_goes_on_as_if_nothing_had_happened
             raise RolloutError("the engine is gone.")
         return generate(prompts)
 
-    trainer.engine.generate = dies_at_the_third
+    trainer.run.rollout.engine.generate = dies_at_the_third
     with pytest.raises(RolloutError, match=r"engine is gone.\nThe run is saved as it was after step 2.*--resume"):
-        trainer.run()
+        trainer.train()
     config.resume = config.output_dir
-    resumed = Trainer(config).run()
+    resumed = Trainer(Run.build(config)).train()
     assert metrics(resumed) == metrics(whole)
 
 

@@ -16,6 +16,7 @@ from atesd.rollout import Rollout, RolloutError
 from atesd.rollout.ahead import AheadEngine
 from atesd.rollout.hf import HFEngine
 from atesd.rollout.seeds import ResponseSeeds
+from atesd.run import Run
 from atesd.trainer import Trainer
 
 MOVING = ("tokens_per_second", "peak_memory_bytes")
@@ -53,7 +54,7 @@ def trainer_of(tiny_config, tmp_path, monkeypatch):
 
         monkeypatch.setattr("atesd.run.make_engine", engine)
         settings = {"rollout_engine": "vllm_server", "max_staleness": 1, "max_steps": 4, "save_steps": 1}
-        trainer = Trainer(tiny_config(**{**settings, "output_dir": str(tmp_path / name), **changes}))
+        trainer = Trainer(Run.build(tiny_config(**{**settings, "output_dir": str(tmp_path / name), **changes})))
         trainer.served = made[0]
         return trainer
 
@@ -79,11 +80,11 @@ def test_every_batch_after_the_first_comes_from_the_student_before_the_last_upda
         return generate(prompts, sampling)
 
     def recorded_step(t):
-        trained.append(weights_of(trainer.model))
+        trained.append(weights_of(trainer.run.student.model))
         return step(t)
 
     trainer.served.generate, trainer.train_step = recorded, recorded_step
-    run_dir = trainer.run()
+    run_dir = trainer.train()
     assert [row["staleness"] for row in rows_of(run_dir)] == [0, 1, 1, 1]
     assert len(sampled_from) == 4, "the last step begins no batch that nobody trains on"
     for t, source in enumerate(sampled_from):
@@ -108,18 +109,18 @@ def test_the_update_does_not_wait_for_the_next_batch(trainer_of):
         return norm
 
     trainer.served.generate, trainer.update = slow_the_second_time, telling
-    assert [row["staleness"] for row in rows_of(trainer.run())] == [0, 1]
+    assert [row["staleness"] for row in rows_of(trainer.train())] == [0, 1]
 
 
 def test_without_staleness_every_batch_comes_from_the_student_as_it_is(trainer_of):
     trainer = trainer_of(max_staleness=0, max_steps=2)
-    assert not isinstance(trainer.engine, AheadEngine)
-    assert [row["staleness"] for row in rows_of(trainer.run())] == [0, 0]
+    assert not isinstance(trainer.run.rollout.engine, AheadEngine)
+    assert [row["staleness"] for row in rows_of(trainer.train())] == [0, 0]
 
 
 def test_a_killed_run_trains_on_the_batch_that_was_generated_before_it_was_saved(trainer_of):
     settings = {"importance_clip": 2.0, "num_eval_problems": 2, "eval_steps": 2, "eval_k": 1, "save_steps": 2}
-    whole = trainer_of("whole", **settings).run()
+    whole = trainer_of("whole", **settings).train()
 
     cut = trainer_of("cut", **settings)
     step = cut.train_step
@@ -131,12 +132,12 @@ def test_a_killed_run_trains_on_the_batch_that_was_generated_before_it_was_saved
 
     cut.train_step = killed
     with pytest.raises(KeyboardInterrupt):
-        cut.run()
-    resumed = trainer_of("cut", **settings, resume=str(cut.run_dir))
-    assert resumed.start == 2, "a step that was done is done again"
-    resumed.run()
+        cut.train()
+    resumed = trainer_of("cut", **settings, resume=str(cut.run.run_dir))
+    assert resumed.run.step == 2, "a step that was done is done again"
+    resumed.train()
     for name in ("metrics.jsonl", "samples.jsonl"):
-        assert rows_of(cut.run_dir, name) == rows_of(whole, name)
+        assert rows_of(cut.run.run_dir, name) == rows_of(whole, name)
     assert [row["staleness"] for row in rows_of(whole) if row["step"]] == [0, 1, 1, 1]
     assert all("importance_weight" in row for row in rows_of(whole) if row["step"])
 
@@ -153,11 +154,11 @@ def test_a_batch_that_fails_ahead_ends_the_run_saved_and_comes_anew_from_the_sav
 
     trainer.served.generate = dies_at_the_third
     with pytest.raises(RolloutError, match=r"engine is gone.\nThe run is saved as it was after step 2.*--resume"):
-        trainer.run()
-    resumed = trainer_of(save_steps=10, resume=str(trainer.run_dir))
+        trainer.train()
+    resumed = trainer_of(save_steps=10, resume=str(trainer.run.run_dir))
     again, asked = resumed.served.generate, []
     resumed.served.generate = lambda prompts, sampling=None: asked.append(prompts) or again(prompts, sampling)
-    rows = rows_of(resumed.run())
+    rows = rows_of(resumed.train())
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["staleness"] for row in rows] == [0, 1, 0, 1]
     assert asked[0] == calls[2], "the problems of the batch that failed are asked again"

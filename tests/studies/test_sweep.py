@@ -13,6 +13,7 @@ import yaml
 from atesd import cli
 from atesd.config.checks import ConfigError
 from atesd.rollout import Sampling
+from atesd.run import Run
 from atesd.studies import sweep
 from atesd.studies.held_out import measure
 from atesd.trainer import Trainer
@@ -39,7 +40,8 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_draws_its_figure(recipe, tmp_p
     step, steps = Trainer.train_step, []
 
     def dies_in_the_fourth(self, t):
-        steps.append((self.config.fixed_alpha, self.config.seed, t))
+        config = self.run.config
+        steps.append((config.fixed_alpha, config.seed, t))
         if len(steps) == 4:
             raise KeyboardInterrupt
         return step(self, t)
@@ -73,32 +75,32 @@ def first_sampling(config) -> Sampling:
 
 
 def test_the_measurement_is_that_of_a_dense_model_and_leaves_the_run_as_it_was(tiny_config):
-    trainer = quietly(lambda: Trainer(tiny_config(num_eval_problems=3)))
+    trainer = quietly(lambda: Trainer(Run.build(tiny_config(num_eval_problems=3))))
     with torch.no_grad():  # a student that is not its teacher
-        for name, p in trainer.model.named_parameters():
+        for name, p in trainer.run.student.model.named_parameters():
             if "lora_B" in name:
                 p.normal_(std=0.1)
-    engine, state = trainer.engine.state_dict(), torch.get_rng_state()
-    measured = measure(trainer, trainer.problems.eval, 0.5)
-    assert measure(trainer, trainer.problems.eval, 0.5) == measured
-    assert engine == trainer.engine.state_dict()
-    assert torch.equal(state, torch.get_rng_state()) and trainer.model.training
-    problem, got = trainer.problems.eval[0], measured[0]
+    engine, state = trainer.run.rollout.engine.state_dict(), torch.get_rng_state()
+    measured = measure(trainer.run, trainer.run.data.problems.eval, 0.5)
+    assert measure(trainer.run, trainer.run.data.problems.eval, 0.5) == measured
+    assert engine == trainer.run.rollout.engine.state_dict()
+    assert torch.equal(state, torch.get_rng_state()) and trainer.run.student.model.training
+    problem, got = trainer.run.data.problems.eval[0], measured[0]
     prompt, reply = (
-        trainer.prompts.student(problem),
-        trainer.prompts.reference_completion(trainer.references[problem.id])[0],
+        trainer.run.data.prompts.student(problem),
+        trainer.run.data.prompts.reference_completion(trainer.run.data.references[problem.id])[0],
     )
     with torch.no_grad():
-        logits = trainer.model.eval()(torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1]
+        logits = trainer.run.student.model.eval()(torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1]
     nll = torch.nn.functional.cross_entropy(logits, torch.tensor(reply)).item()
     assert got.reference_nll == pytest.approx(nll, rel=1e-5)
     with torch.no_grad():
-        response = trainer.engine.generate([prompt], first_sampling(trainer.config))[0].response_ids
-        read = trainer.prompts.teacher(problem, trainer.references[problem.id], 0.5)
-        s = trainer.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        with trainer.model.disable_adapter():
-            t = trainer.model(torch.tensor([read + response])).logits[0, len(read) - 1 : -1]
-    log_q, log_p = (z.div(trainer.config.scoring_temperature).log_softmax(-1) for z in (s, t))
+        response = trainer.run.rollout.engine.generate([prompt], first_sampling(trainer.run.config))[0].response_ids
+        read = trainer.run.data.prompts.teacher(problem, trainer.run.data.references[problem.id], 0.5)
+        s = trainer.run.student.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        with trainer.run.student.model.disable_adapter():
+            t = trainer.run.student.model(torch.tensor([read + response])).logits[0, len(read) - 1 : -1]
+    log_q, log_p = (z.div(trainer.run.config.scoring_temperature).log_softmax(-1) for z in (s, t))
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     assert got.num_tokens == len(response) and kl.mean() > 1e-4
     assert got.mismatch == pytest.approx(kl.mean().item(), rel=1e-4)

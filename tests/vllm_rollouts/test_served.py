@@ -23,6 +23,7 @@ from atesd.reports.metrics import read_jsonl
 from atesd.rollout import RolloutError
 from atesd.rollout.vllm_server import VLLMServerEngine
 from atesd.rollout.vllm_worker import WORKER_EXTENSION
+from atesd.run import Run
 from atesd.trainer import Trainer
 
 from .cases import BF16, chat_prompts, check_follows_at_a_sync_alone, disturb, rows_of
@@ -127,25 +128,25 @@ def test_a_run_whose_next_rollouts_are_generated_meanwhile_is_saved_when_the_ser
         rollout_engine="vllm_server", vllm_server_base_url=url, max_staleness=1, importance_clip=2.0, max_steps=4,
         save_steps=10, learning_rate=1e-4,
     )  # fmt: skip
-    trainer = Trainer(config)
+    trainer = Trainer(Run.build(config))
     step = trainer.train_step
 
     def killing_the_server_before_the_third(t):
         if t == 2:
-            trainer.engine.wait()
+            trainer.run.rollout.engine.wait()
             kill(process)
         done = step(t)
         if t == 0:
-            disturb(trainer.model)  # an update no rounding hides; the next rollouts were sampled before it
+            disturb(trainer.run.student.model)  # an update no rounding hides; the next rollouts were sampled before it
         return done
 
     trainer.train_step = killing_the_server_before_the_third
     with pytest.raises(RolloutError, match=r"in 3 tries: .*\n.*saved as it was after step 2"):
-        trainer.run()
-    rows = rows_of(trainer.run_dir)
+        trainer.train()
+    rows = rows_of(trainer.run.run_dir)
     assert [(row["step"], row["staleness"]) for row in rows] == [(1, 0), (2, 1)]
     assert all(row["seconds_weight_sync"] > 0 and row["importance_weight"] <= 2 for row in rows)
     assert 0 < rows[0]["engine_logprob_diff"] < 0.3 and rows[0]["importance_weight"] == pytest.approx(1, abs=0.3)
     assert rows[1]["engine_logprob_diff"] > 10 * rows[0]["engine_logprob_diff"], "one update lies between"
-    saved = load_checkpoint(latest_checkpoint(trainer.run_dir))
+    saved = load_checkpoint(latest_checkpoint(trainer.run.run_dir))
     assert saved["step"] == 2 and len(saved["engine"]["ahead"]) == 2, "with the batch of the step that is to come"

@@ -1,0 +1,117 @@
+"""The model in training: its trained weights, its optimizer and schedule, and the precision of its forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from atesd.config import ATESDConfig
+from atesd.models.adapters import adapter_layers, inputs_cast_by_autocast
+from atesd.models.packed_attention import check_packing, use_packed_attention
+from atesd.models.precision import fast_fp32_products
+from atesd.parallel.parallelism import Parallelism
+from atesd.parallel.sharding import is_sharded, reshard, writer
+from atesd_kernels.integrations.head import check_head, unwrap
+
+
+class Student:
+    """Takes a loaded model over: packed attention, checks, shards, optimizer.
+
+    Args:
+        config: the run's settings.
+        model: as `load_model` returns it.
+        tokenizer: saved beside the weights of a model without LoRA.
+        parallelism: where the weights lie, and how a step is made.
+
+    Attributes:
+        model: on this process's device, or in shards.
+        trained: the trained parameters by name.
+        backbone, head: the forward that stops at the hidden states, and the head as the loss reads it.
+
+    Raises:
+        ValueError: a head or an attention that the loss or packed rows cannot handle.
+    """
+
+    def __init__(self, config: ATESDConfig, model: nn.Module, tokenizer: Any, parallelism: Parallelism):
+        self.config, self.tokenizer, self.parallelism = config, tokenizer, parallelism
+        self.device = parallelism.device
+        use_packed_attention(unwrap(model))
+        self.model = parallelism.place(model)
+        # flash-attention has no float32 form
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.attn_implementation != "sdpa"):
+            check_head(self.model)
+            check_packing(self.model)
+        reshard(self.model)
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),  # no temporary the size of the model
+        )
+        parallelism.prepare(self.model, self.trained, self.optimizer, config.max_grad_norm)
+        self.backbone, self.head = parallelism.backbone_and_head()
+        self.adapter_layers = adapter_layers(self.model) if config.bf16 and not config.lora_dropout else []
+        self.scheduler = get_scheduler(
+            config.lr_scheduler_type, self.optimizer, config.warmup_steps, num_training_steps=config.max_steps
+        )
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The precision of every forward.
+
+        Enter one context for several forwards: each weight is cast once in it. Sharded weights are not kept cast,
+        since they are gathered for each layer anew.
+        """
+        cached = not is_sharded(self.model)
+        with (
+            fast_fp32_products(self.device),
+            inputs_cast_by_autocast(self.adapter_layers),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16, cache_enabled=cached),
+        ):
+            yield
+
+    def step(self, loss: float) -> float | None:
+        """Clip and step, and drop the gradients. None, and no step, if the loss or the gradient is not finite."""
+        norm = self.parallelism.step(loss)
+        if norm is not None:
+            self.parallelism.gather_head()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def writer(self) -> Callable[..., None]:
+        """A function that writes the adapter, or the model with its tokenizer, into a folder.
+
+        Every process makes one, since it gathers sharded weights; the main process calls it.
+        """
+        write = writer(self.model, self.trained)
+        if self.config.use_peft:
+            return write
+
+        def write_with_tokenizer(folder: Any) -> None:
+            write(folder)
+            self.tokenizer.save_pretrained(folder)
+
+        return write_with_tokenizer
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {"optimizer": self.parallelism.optimizer_state(), "scheduler": self.scheduler.state_dict()}
+        return {"trained": self.trained, **state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.parallelism.load_weights(state["trained"])
+        self.parallelism.load_optimizer_state(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        # `--resume` may change the learning rate: the config's wins over the saved one
+        self.scheduler.base_lrs = [self.config.learning_rate] * len(self.scheduler.base_lrs)
+        for group, rate, shape in zip(
+            self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = rate * shape(self.scheduler.last_epoch)

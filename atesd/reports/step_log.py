@@ -1,0 +1,65 @@
+"""Where the numbers of a step go: metrics.jsonl, samples.jsonl, trackers and the progress bar. Only the main process
+writes; the others' calls do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from atesd.reports.metrics import RunLog
+
+SHOWN = {"loss": "loss", "alpha": "alpha", "tokens_per_second": "tok/s"}
+
+
+class StepLog:
+    """Logs the steps of one run.
+
+    Args:
+        run_dir: the run's folder.
+        accelerator: has the trackers.
+        settings: what trackers show as the run's configuration.
+        start: the step the run stands at; lines of later steps are dropped.
+        tracker_steps: steps between lines to trackers.
+    """
+
+    def __init__(
+        self, run_dir: Path, accelerator: Accelerator, settings: dict[str, Any], start: int, tracker_steps: int
+    ):
+        self.accelerator, self.start, self.tracker_steps = accelerator, start, tracker_steps
+        self.files = RunLog(run_dir, start or None) if accelerator.is_main_process else None
+        accelerator.init_trackers("atesd", config=settings)
+
+    def steps(self, end: int) -> Iterator[int]:
+        """The steps that are left, with a progress bar."""
+        hidden = self.files is None
+        self.bar = tqdm(range(self.start, end), initial=self.start, total=end, disable=hidden)
+        yield from self.bar
+
+    def before_training(self, metrics: dict[str, Any]) -> None:
+        """What was measured before step 1."""
+        if self.files:
+            self.files.log(0, metrics)
+        self.accelerator.log(metrics, step=0)
+
+    def step(self, step: int, metrics: dict[str, Any], sample: dict[str, Any]) -> None:
+        """`step` counts the updates made."""
+        if not self.files:
+            return
+        self.files.log(step, metrics)
+        self.files.sample(step, sample)
+        if step % self.tracker_steps == 0:
+            self.accelerator.log(metrics, step=step)
+        self.bar.set_postfix({short: f"{metrics[name]:.3g}" for name, short in SHOWN.items()})
+
+    def note(self, message: str) -> None:
+        """A line above the progress bar."""
+        if self.files:
+            tqdm.write(message)
+
+    def close(self) -> None:
+        if self.files:
+            self.files.close()

@@ -1,0 +1,73 @@
+"""What a line of metrics.jsonl and of samples.jsonl says of a step. `atesd/README.md` has a table of every field."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from atesd.config import ATESDConfig
+from atesd.data.context import exposed_text
+from atesd.data.problems import Problem
+from atesd.data.segmentation import Reference
+from atesd.objectives import TokenTotals
+from atesd.rollout import Rollout
+
+NGRAM = 4
+
+
+def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Means over the responses of a step: length in tokens, share cut at the limit, repetition, and staleness."""
+    values = {
+        "response_length": [len(r.response_ids) for r in rollouts],
+        "truncated_fraction": [r.truncated for r in rollouts],
+        "repetition": [repetition(r.response_ids) for r in rollouts],
+        "staleness": [r.staleness for r in rollouts],
+    }
+    return {name: sum(column) / len(rollouts) for name, column in values.items()}
+
+
+def repetition(token_ids: Sequence[int], n: int = NGRAM) -> float:
+    """The share of a response's n-grams that occurred in it before: 0 for none, towards 1 for a loop.
+
+    >>> repetition([1, 2, 3, 4, 5, 6]), round(repetition([7, 8] * 50), 2)
+    (0.0, 0.98)
+    """
+    grams = [tuple(token_ids[i : i + n]) for i in range(len(token_ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def clip_fraction(config: ATESDConfig, loss: float, totals: TokenTotals, mismatch: float | None) -> dict[str, float]:
+    """`{"clip_fraction": ...}`, how much the clip takes away; {} where it is not known.
+
+    With `token_clip` c the share of tokens whose divergence exceeds c. With `entry_clip` the share of the step's mean
+    divergence that is missing from the loss, 1 - loss / mismatch, since no one holds a token's entries side by side;
+    given only where the loss is that divergence and nothing else.
+    """
+    if config.token_clip is not None and mismatch is not None:
+        return {"clip_fraction": totals.share_above(config.token_clip)}
+    weighted = config.position_halflife is not None or config.importance_clip is not None
+    plain = config.objective == "distill" and not weighted
+    if config.entry_clip is not None and plain and mismatch:
+        return {"clip_fraction": 1 - loss / mismatch}
+    return {}
+
+
+def outcome_metrics(outcome: dict[str, float | None]) -> dict[str, float]:
+    """What was due of probe NLL and grounded score, under their names in the log."""
+    names = {"grounded": "grounded_score"}
+    return {names.get(name, name): value for name, value in outcome.items() if value is not None}
+
+
+def sample_line(
+    tokenizer: Any, problem: Problem, reference: Reference, rollout: Rollout, alpha: float
+) -> dict[str, Any]:
+    """One problem of the step, its response, and what of the reference the teacher read."""
+    return {
+        "problem_id": problem.id,
+        "problem": problem.problem,
+        "answer": problem.answer,
+        "response": tokenizer.decode(rollout.response_ids, skip_special_tokens=True),
+        "truncated": rollout.truncated,
+        "alpha": alpha,
+        "exposed": exposed_text(reference, alpha),
+    }

@@ -108,7 +108,7 @@ $(VLLM_VENV)/.installed: requirements-vllm.txt setup.py | can-test-vllm
 
 # Compiles every kernel for four GPUs this machine need not have, and fails on spills and slow instructions.
 compile-report: $(VENV)/.installed-test
-	$(BIN)/python -m atesd_kernels.compile_report --check
+	$(BIN)/python -m atesd_kernels.tools.compile_report --check
 
 # What this GPU does, in nine minutes. ARGS="--minutes 5 --stages 1-4" for a part, "--dry" without a GPU.
 gpu: $(VENV)/.installed-bench-gpu,test

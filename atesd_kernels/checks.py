@@ -170,19 +170,6 @@ def check_dtypes(compute_dtype: torch.dtype, logits_dtype: torch.dtype, **tensor
         )
 
 
-def check_grad_filter(grad_filter: float | None, backend: str) -> None:
-    if grad_filter is None:
-        return
-    require(
-        0 < grad_filter < 1,
-        lambda: f"grad_filter is a probability in (0, 1), got {grad_filter}; None filters nothing.",
-    )
-    require(
-        backend == "triton_tiled",
-        lambda: f"grad_filter needs backend='triton_tiled', this call runs on {backend!r}; leave it out.",
-    )
-
-
 def check_group(group: Any, backend: str) -> None:
     if group is None:
         return

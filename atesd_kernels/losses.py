@@ -71,7 +71,6 @@ def linear_divergence(
     backend: str = "auto",
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
-    grad_filter: float | None = None,
     group: ProcessGroup | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
@@ -109,17 +108,12 @@ def linear_divergence(
             ranks to the whole batch's, the gradient of a rank's hidden states is that of its rows, and gradients of
             weights are to be summed: where a wrapper averages them over P ranks (DDP, FSDP), multiply the loss by P.
         backend: "auto", "torch", "torch_compiled" (its elementwise passes through Inductor: faster after a wait for the
-            compiler), "triton", "triton_tiled".
+            compiler), "triton".
         chunk_bytes: budget for the chunk of logits, the only vocabulary-sized temporary. Our choice: 128 MiB on a CPU.
             On a GPU what 1,024 to 2,047 rows take, 4,096 to 8,191 with a trained head, but at most an eighth of its
-            memory ("triton"); 1 GiB ("torch", "triton_tiled").
+            memory ("triton"); 1 GiB ("torch").
         logits_dtype: of the student's logits (and of separate teacher logits). bf16 is faster and costs 2 to 3 % of
             the gradient.
-        grad_filter: for backend "triton_tiled" only; blocks of tokens by vocabulary in which neither model gives any
-            entry a probability above it get no gradient, and no work. Off by default. No skipped entry of the forward
-            KL's gradient by the logits exceeds it (times the token's weight); unclipped KLs lose these entries' terms
-            in the loss too. On SmolLM2 with an H100's tiles, 1e-4 skips 29 % of them for a gradient error of 0.5 % and
-            a loss 0.3 % too low (bench/grad_filter.py).
         group: the process group over which the heads' rows are sharded, for backend "torch" only. Each rank passes its
             rows (`[V_rank, H]`, any number, in the order of ranks), its entries of the biases, and the same hidden
             states, options and (global) targets, and takes part in each backward; ranks exchange a few numbers a token
@@ -171,7 +165,6 @@ def linear_divergence(
         entry_clip=entry_clip, token_clip=token_clip, reduction=reduction, num_tokens=num_tokens,
         backend=backend_for(group, backend), chunk_bytes=chunk_bytes,
     )  # fmt: skip
-    checks.check_grad_filter(grad_filter, call.backend)
     checks.check_group(group, call.backend)
     value, stats, *_ = ops.linear_divergence_op(
         student_hidden.reshape(lead.numel(), student_hidden.shape[-1]),
@@ -187,7 +180,6 @@ def linear_divergence(
         logits_dtype,
         compute_dtype,
         chunk_bytes,
-        grad_filter,
         None if group is None else group.group_name,
         return_stats,
         reduction != "none",

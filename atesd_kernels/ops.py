@@ -12,8 +12,9 @@ import importlib
 import torch
 from torch import Tensor
 
-from . import checks, elementwise, planning
-from .planning import COMPILED
+from . import checks, planning
+from .backends import elementwise
+from .planning import COMPILED, TORCH
 from .shards import Shards
 from .spec import DivergenceSpec, LogprobSpec, RowResult, accumulate_dtype, gradient_dtype
 from .stats import TokenStats
@@ -23,10 +24,10 @@ NUM_STATS = len(TokenStats._fields)
 
 
 def _backend(name: str, function: str):
-    module = {"triton": "triton_chunked", "triton_tiled": "triton_tiled"}.get(name)
-    if module is None:  # "torch", eager or compiled
+    module = "triton_chunked"
+    if name in TORCH:  # eager or compiled
         module = "torch_logprobs" if function == "logprob_rows" else "torch_chunked"
-    return getattr(importlib.import_module(f".{module}", __package__), function)
+    return getattr(importlib.import_module(f".backends.{module}", __package__), function)
 
 
 def _outputs(result: RowResult, weighted: bool, row_weight: Tensor | None) -> Outputs:
@@ -76,7 +77,6 @@ def linear_divergence_op(
     logits_dtype: torch.dtype,
     compute_dtype: torch.dtype,
     chunk_bytes: int | None,
-    grad_filter: float | None,
     group: str | None,
     stats: bool,
     weighted: bool,
@@ -91,7 +91,7 @@ def linear_divergence_op(
         divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
         softcap=softcap, entry_clip=entry_clip, token_clip=token_clip, logits_dtype=logits_dtype,
         compute_dtype=compute_dtype, chunk_bytes=chunk_bytes, stats=stats, compiled=backend == COMPILED, **grads,
-        grad_filter=grad_filter, group=group,
+        group=group,
     )  # fmt: skip
     run = _backend(backend, "divergence_rows")
     result = run(
@@ -105,7 +105,7 @@ def linear_divergence_op(
 def _(
     student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, mask, row_weight,
     targets, backend, divergence, beta, temperature, teacher_temperature, softcap, entry_clip, token_clip,
-    logits_dtype, compute_dtype, chunk_bytes, grad_filter, group, stats, weighted, hidden_grad, weight_grad, bias_grad,
+    logits_dtype, compute_dtype, chunk_bytes, group, stats, weighted, hidden_grad, weight_grad, bias_grad,
 ):  # fmt: skip
     grads = _formed_now(weighted, hidden_grad, weight_grad, bias_grad)
     tensors = (student_hidden, student_weight, student_bias)
@@ -173,8 +173,9 @@ def exposure_means_op(
         temperature=temperature, softcap=softcap, logits_dtype=logits_dtype, compute_dtype=compute_dtype,
         chunk_bytes=None, stats=False, hidden_grad=False, weight_grad=False, bias_grad=False,
     )  # fmt: skip
-    means = _backend("triton_tiled", "exposure_means")
-    return means(spec, hidden, weight, bias, targets, lengths, exposed, mask)
+    from .backends.triton_exposure import exposure_means
+
+    return exposure_means(spec, hidden, weight, bias, targets, lengths, exposed, mask)
 
 
 @exposure_means_op.register_fake

@@ -36,7 +36,6 @@ class LinearDivergenceOptions(DivergenceOptions, total=False):
     student_bias: Tensor | None
     teacher_bias: Tensor | None
     logits_dtype: torch.dtype
-    grad_filter: float | None
     group: ProcessGroup | None
 
 

@@ -44,7 +44,6 @@ class DivergenceSpec(LossSpec):
     teacher_temperature: float
     entry_clip: float | None
     token_clip: float | None
-    grad_filter: float | None = None  # backend "triton_tiled"
 
     @property
     def term(self) -> DivergenceTerm:

@@ -169,7 +169,6 @@ _KL, _CPU, _GPU = ("forward_kl", "jsd"), ("cpu",), ("cuda",)
 _ENTRANTS = {
     OURS: Entrant("atesd_kernels", LOSSES, ours),
     f"{OURS}, compiled": Entrant("atesd_kernels", LOSSES, partial(ours, backend="torch_compiled"), compiled=True),
-    f"{OURS}, triton_tiled": Entrant("atesd_kernels", LOSSES, partial(ours, backend="triton_tiled"), _GPU),
     DENSE: Entrant("trl", LOSSES, dense_trl),
     "dense torch, compiled": Entrant(
         "trl", LOSSES, lambda loss, x: compiled_dense(loss, x.student.dtype)(x), compiled=True

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from atesd_kernels import matmul
+from atesd_kernels.backends import matmul
 from atesd_kernels.planning import ChunkPlan, gpu_chunk_bytes, gpu_memory
 from bench.entrants import Inputs
 

@@ -164,7 +164,7 @@ def test_doctor_names_versions_devices_and_why_a_backend_is_missing(capsys, monk
     import torch
 
     assert torch.__version__ in text
-    for line in ("cores", "triton_tiled", "vllm", "smollm2"):
+    for line in ("cores", "triton", "vllm", "smollm2"):
         assert line in text
     if not torch.cuda.is_available():
-        assert "triton_tiled    not available: " in text
+        assert "triton          not available: " in text

@@ -235,9 +235,7 @@ def check_resumable(saved: Settings, given: Settings, output_dir: str | None) ->
     check_same_settings(saved, given, may_change, f"the run in {given.resume!r}", advice)
 
 
-def check_same_settings(
-    saved: Settings, given: Settings, may_change: Collection[str], what: str, advice: str
-) -> None:
+def check_same_settings(saved: Settings, given: Settings, may_change: Collection[str], what: str, advice: str) -> None:
     """Raises ConfigError for a setting outside `may_change` that is not what `what` was started with."""
     for name, value in asdict(given).items():
         before = getattr(saved, name)

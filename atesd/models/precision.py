@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from atesd.config import ATESDConfig
-from atesd_kernels import matmul
+from atesd_kernels.backends import matmul
 
 CPU_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # x86-64's, and Arm's name for its own
 

@@ -1,1 +1,1 @@
-"""Only `@triton.jit` functions live here; the host side is in `triton_chunked.py` and `triton_tiled.py`."""
+"""Only `@triton.jit` functions live here; the host side is in `backends/`."""

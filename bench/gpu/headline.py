@@ -44,6 +44,7 @@ DIVERGENCES = (
     ("forward_kl", {"entry_clip": entrants.ENTRY_CLIP}),
 )
 PRODUCTS = timing.OWN_GEMMS
+RETIRED = f"{OURS}, triton_tiled"  # a backend that results of before its retirement still hold
 BF16_LOGITS = f"{OURS}, logits_dtype=bf16"
 # in order of worth: what comes late is what the time limit costs first
 PEERS = (
@@ -58,7 +59,7 @@ def sizes(stage: Stage) -> tuple[Shape, int]:
 
 def backends(stage: Stage) -> dict[str, str]:
     """Names in tables, and what `backend=` is given."""
-    return {OURS: "torch" if stage.dry else "triton"} | ({} if stage.dry else {f"{OURS}, triton_tiled": "triton_tiled"})
+    return {OURS: "torch" if stage.dry else "triton"}
 
 
 def with_bf16_logits(x: Inputs, backend: str) -> Tensor:
@@ -186,7 +187,6 @@ def warm(shape: Shape = SHAPE, tokens: int = TOKENS) -> list[Callable[[], object
     return [
         *found,
         partial(call, "forward_kl", low, "triton", ONE_PROGRAM_A_ROW),
-        partial(call, "forward_kl", {}, "triton_tiled", tokens),
     ]
 
 
@@ -210,7 +210,7 @@ def table(result: dict) -> str:
             if "median" not in row:
                 continue
             cells.append([
-                name,
+                f"{name} (retired)" if name == RETIRED else name,
                 timing.with_spread(row),
                 f"{units * flops / row['median'] / 1e12:.0f}",
                 f"{100 * products / row['median']:.0f} %" if products else "",

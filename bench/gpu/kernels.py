@@ -1,7 +1,7 @@
 """Stage 4: where the time goes, and the launch table that suits this GPU.
 
 Each part stands alone: the products one by one, the profiler's view of whole calls, rows of a chunk, then blocks and
-warps of the row kernels and tiles of the tile kernels. The last two print the entries that `tuning.py` should have.
+warps of the row kernels. The last prints the entries that `tuning.py` should have.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 
 import torch
 
 import atesd_kernels
-from atesd_kernels import tuning
+from atesd_kernels.backends import tuning
 from atesd_kernels.divergences import get_divergence
 from atesd_kernels.spec import DivergenceSpec
 from bench import entrants, machine
@@ -44,12 +43,6 @@ SWEEPS = (
     ("jsd", {}),
     ("forward_kl", {"entry_clip": entrants.ENTRY_CLIP}),
 )
-TILE_TOKENS = 2048
-# (rows, entries, depth, warps, stages, tma)
-TILE_CONFIGS = (
-    (128, 32, 64, 8, 3, True), (128, 32, 64, 8, 3, False), (64, 32, 64, 8, 3, True), (128, 64, 64, 8, 3, True),
-    (64, 64, 64, 4, 3, True), (128, 32, 64, 4, 3, True), (64, 128, 64, 8, 3, True), (128, 32, 128, 8, 2, True),
-)  # fmt: skip
 
 
 def run(stage: Stage) -> None:
@@ -63,7 +56,6 @@ def run(stage: Stage) -> None:
         return  # the rest is about launches
     chunk_rows(stage, x)
     row_sweep(stage, x, rows)
-    tile_sweep(stage, x)
 
 
 def products(stage: Stage, x: Inputs, rows: int) -> None:
@@ -129,7 +121,7 @@ def chunk_rows(stage: Stage, x: Inputs) -> None:
 
 @contextmanager
 def launch_config(table: str, config: object):
-    """Every kernel of a table of `tuning`, "row_config" or "tile_config", launched with `config`."""
+    """Launch every kernel of a table of `tuning`, such as "row_config", with `config`."""
     kept = getattr(tuning, table)
     setattr(tuning, table, lambda *_: config)
     try:
@@ -140,7 +132,7 @@ def launch_config(table: str, config: object):
 
 def sweep_of(name: str, options: dict, vocab: int, rows: int, device: str) -> Callable[[], None]:
     """The row kernels of one chunk, over logits that lie in memory."""
-    from atesd_kernels.triton_chunked import Sweeps
+    from atesd_kernels.backends.triton_chunked import Sweeps
 
     spec = DivergenceSpec(
         divergence=get_divergence(name, 0.5).key, beta=0.5, temperature=1.0, teacher_temperature=1.0, softcap=None,
@@ -177,40 +169,6 @@ def row_sweep(stage: Stage, x: Inputs, rows: int) -> None:
             stage.say(f"{label}: {entry['config']}: {entry['ms']:.3f} ms, {entry['bytes_per_second'] / 1e12:.2f} TB/s")
 
 
-def tile_sweep(stage: Stage, x: Inputs) -> None:
-    """Loss-only work and the whole, at fewer tokens; each of both passes with each configuration."""
-    some = x.rows(slice(TILE_TOKENS))
-    found = []
-    chunked = {
-        "loss only": partial(loss_only, some, "triton"),
-        "with gradient": partial(headline.gradients, partial(entrants.ours, "forward_kl", backend="triton"), some,
-                                 False),
-    }  # fmt: skip
-    found.append({"config": "backend triton"} | {
-        what: statistics.median(milliseconds(job, rounds=3, warm_up=1)) for what, job in chunked.items()
-    })  # fmt: skip
-    stage.say(f"tiles: {found[-1]}")
-    for values in TILE_CONFIGS:
-        if stage.left < 5:
-            stage.leave_out(f"tile kernels from {values} on", "no time was left")
-            break
-        config = tuning.TileConfig(*values)
-        try:
-            with launch_config("tile_config", config):
-                took = statistics.median(milliseconds(partial(loss_only, some, "triton_tiled"), rounds=3, warm_up=1))
-        except Exception as error:  # a configuration that does not fit this GPU is named
-            stage.say(f"tiles: {values}: {first_line(error)}")
-            continue
-        found.append({"config": asdict(config), "loss only": took})
-        stage.say(f"tiles: {values}: {took:.2f} ms")
-        stage.keep(tile_kernels=found)
-
-
-@torch.no_grad()
-def loss_only(x: Inputs, backend: str) -> torch.Tensor:
-    return entrants.ours("forward_kl", x, backend=backend)
-
-
 def warm(shape: Shape = headline.SHAPE) -> list[Callable[[], object]]:
     """Calls that compile what `run` launches."""
     device = entrants.DEVICE
@@ -218,12 +176,6 @@ def warm(shape: Shape = headline.SHAPE) -> list[Callable[[], object]]:
     def rows_of(config: tuple, name: str, options: dict) -> None:
         with launch_config("row_config", tuning.RowConfig(*config)):
             sweep_of(name, options, shape.vocab, headline.ONE_PROGRAM_A_ROW, device)()
-
-    def tiles_of(values: tuple) -> None:
-        zeros = torch.zeros(TILE_TOKENS, 64, dtype=torch.bfloat16, device=device)
-        weight = torch.zeros(shape.vocab, 64, dtype=torch.bfloat16, device=device)
-        with launch_config("tile_config", tuning.TileConfig(*values)):
-            loss_only(Inputs(zeros, weight, zeros, zeros[:, 0].long()), "triton_tiled")
 
     def logprobs() -> None:
         h = torch.zeros(headline.ONE_PROGRAM_A_ROW, 16, dtype=torch.bfloat16, device=device, requires_grad=True)
@@ -234,7 +186,6 @@ def warm(shape: Shape = headline.SHAPE) -> list[Callable[[], object]]:
     return [
         logprobs,
         *(partial(rows_of, config, name, options) for config in ROW_CONFIGS for name, options in SWEEPS),
-        *(partial(tiles_of, values) for values in TILE_CONFIGS),
     ]
 
 
@@ -263,7 +214,4 @@ def table(result: dict) -> str:
             for e in sorted(entries, key=lambda e: e["ms"])[:4]
         ]
         lines += [machine.markdown([f"row kernels, {label}: block, warps, stages", "a chunk", "TB/s"], rows), ""]
-    if "tile_kernels" in result:
-        rows = [[str(e["config"]), f"{e['loss only']:.2f} ms"] for e in result["tile_kernels"]]
-        lines += [machine.markdown(["tile kernels, loss only", "time"], rows), ""]
     return "\n".join(lines)

@@ -30,8 +30,6 @@ SLOW = 0.25  # seconds of a call that is not made again
 LEAST_LEFT = 6.0  # seconds without which no part begins
 PRODUCTS = timing.OWN_GEMMS
 UNITS = {"logprobs": 2}  # products of N H V; the divergences have 3
-# Of this library's other backends stage 3 has the figures
-LEFT_OUT = {f"{OURS}, triton_tiled"}
 
 
 def run(stage: Stage) -> None:
@@ -59,7 +57,7 @@ def run(stage: Stage) -> None:
 def measure(stage: Stage, part: dict, x: Inputs, keep: Callable[[], None]) -> None:
     loss, rows, failed = part["loss"], part["rows"], part["failed"]
     own = partial(entrants.ours, loss, backend="torch" if stage.dry else "triton")
-    functions = {OURS: own, **{n: f for n, f in entrants.present(loss, compiled=False).items() if n not in LEFT_OUT}}
+    functions = {OURS: own, **entrants.present(loss, compiled=False)}
     functions[OURS] = own
     jobs: dict[str, Callable[[], object]] = {}
     if loss != "logprobs":

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from atesd_kernels import matmul
+from atesd_kernels.backends import matmul
 from bench.entrants import Inputs
 from bench.timing import gpu_plan
 

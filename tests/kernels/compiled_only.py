@@ -12,7 +12,7 @@ import traceback
 
 import pytest
 
-from atesd_kernels.compile_only import compile_only
+from atesd_kernels.tools.compile_only import compile_only
 
 COMPILED = compile_only("sm_90")
 

@@ -121,7 +121,7 @@ class Rank:
         none = head[:0] if self.rank == 1 else share
         own = hidden + self.rank
         attempts = {
-            "triton": lambda: linear_divergence(hidden, share, teacher, group=self.group, backend="triton_tiled"),
+            "triton": lambda: linear_divergence(hidden, share, teacher, group=self.group, backend="triton"),
             "logprobs, triton": lambda: linear_logprobs(hidden, share, outside, group=self.group, backend="triton"),
             "target": lambda: linear_divergence(hidden, share, teacher, targets=outside, group=self.group),
             "logprobs, target": lambda: linear_logprobs(hidden, share, outside, group=self.group),

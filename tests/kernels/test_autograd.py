@@ -80,7 +80,7 @@ def test_an_fp16_head_gradient_does_not_overflow_on_the_way():
 
 
 def test_backward_forms_the_gradients_of_a_trained_head_s_rows_only_once(monkeypatch):
-    from atesd_kernels.logit_source import LinearGradients
+    from atesd_kernels.backends.logit_source import LinearGradients
 
     calls = []
     take = LinearGradients.take_gradient
@@ -167,7 +167,7 @@ def test_the_registered_operators_keep_torch_s_rules():
     pair = make_pair(n=5, h=4, v=11)
     hidden = pair.student_hidden.clone().requires_grad_()
     arguments = (hidden, pair.student_weight, None, pair.teacher_hidden, None, None, None, None, None, "torch")
-    options = ("forward_kl", 0.5, 1.0, 1.0, None, None, None, torch.float32, torch.float32, None, None, None)
+    options = ("forward_kl", 0.5, 1.0, 1.0, None, None, None, torch.float32, torch.float32, None, None)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     for weighted in (False, True):
         torch.library.opcheck(

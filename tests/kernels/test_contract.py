@@ -67,7 +67,7 @@ def test_statistics_without_targets_or_teacher_are_none_and_masked_tokens_zero()
 def test_no_tensor_of_tokens_by_vocabulary_is_made():
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from atesd_kernels import torch_chunked
+    from atesd_kernels.backends import torch_chunked
     from atesd_kernels.spec import DivergenceSpec
 
     class Largest(TorchDispatchMode):

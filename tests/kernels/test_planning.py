@@ -69,23 +69,18 @@ def test_a_cpu_keeps_to_its_own_budget():
     assert gpu_chunk_bytes(8192, VOCAB, 6, True, gpu_memory(torch.device("cpu"))) == 128 << 20
 
 
-@pytest.mark.parametrize(
-    "missing, reason",
-    (
-        ({"HAS_TRITON": False}, "pip install triton"),
-        ({"HAS_TWIN": dict.fromkeys(planning.HAS_TWIN, False)}, "this build of atesd_kernels has no Triton backends"),
-    ),
-    ids=("triton", "twins"),
-)
-def test_without_triton_a_gpu_runs_the_torch_backend_and_no_other(missing, reason, monkeypatch):
+def test_without_triton_a_gpu_runs_the_torch_backend_and_no_other(monkeypatch):
     device = torch.device("cuda")
     assert choose_backend("auto", device, torch.bfloat16, True) == "triton"
-    for name, value in missing.items():
-        monkeypatch.setattr(planning, name, value)
+    monkeypatch.setattr(planning, "HAS_TRITON", False)
     assert choose_backend("auto", device, torch.bfloat16, True) == "torch"
-    for backend in ("triton", "triton_tiled"):
-        with pytest.raises(ValueError, match=f"'{backend}' is not available: .*{reason}"):
-            choose_backend(backend, device, torch.bfloat16, True)
+    with pytest.raises(ValueError, match=r"'triton' is not available: .*pip install triton"):
+        choose_backend("triton", device, torch.bfloat16, True)
+
+
+def test_the_retired_backend_is_refused_with_what_to_use_instead():
+    with pytest.raises(ValueError, match=r"was retired: .*Use backend='triton'"):
+        choose_backend("triton_tiled", torch.device("cpu"), torch.float32, True)
 
 
 def test_a_missing_triton_is_noticed_and_an_installed_one_is_not_imported():

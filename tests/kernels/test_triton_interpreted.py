@@ -15,12 +15,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atesd_kernels import divergence as logit_divergence
-from atesd_kernels import exposure_logprobs, linear_divergence, linear_logprobs, ops, planning, tuning
+from atesd_kernels import exposure_logprobs, linear_divergence, linear_logprobs, ops, planning
+from atesd_kernels.backends import tuning
 from atesd_kernels.divergences import _REGISTRY, get_divergence
 
 from .cases import DEVICE, DIVERGENCES, compare, make_pair
 
-BACKENDS = ("triton", "triton_tiled")
+BACKENDS = ("triton",)
 pytestmark = pytest.mark.skipif(
     any(planning.unavailable(b, DEVICE) for b in BACKENDS), reason="needs a GPU or TRITON_INTERPRET=1"
 )
@@ -53,53 +54,13 @@ def test_a_head_read_through_a_tensor_descriptor_gives_the_same_numbers(h, descr
     results = []
     for tma in (False, True):
         tile = tuning.TileConfig(16, 32, 64, 4, 1, tma=tma)
-        monkeypatch.setattr(tuning, "tile_config", lambda device, dtype, table=None, tile=tile: tile)
+        monkeypatch.setattr(tuning, "tile_config", lambda device, dtype, tile=tile: tile)
         pair = make_pair(n=19, h=h, v=301, dtype=dtype)
-        targets = torch.arange(19, device=DEVICE)
-        hidden, weight = pair.student_hidden.clone().requires_grad_(), pair.student_weight.clone().requires_grad_()
-        loss = linear_divergence(hidden, weight, pair.teacher_hidden, divergence="jsd", backend="triton_tiled")
-        logprobs = linear_logprobs(hidden, weight, targets, backend="triton_tiled")
-        (loss + logprobs.sum()).backward()
-        results.append((loss, logprobs, hidden.grad, weight.grad))
+        hidden, targets = pair.student_hidden[None], torch.arange(19, device=DEVICE)[None]
+        lengths, exposed = (torch.tensor([n], device=DEVICE) for n in (17, 2))
+        results.append(exposure_logprobs(hidden, pair.student_weight, targets, lengths, exposed, backend="triton"))
         assert bool(made) == (tma and described)
-    assert all(a.equal(b) for a, b in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("divergence", ("forward_kl", "jsd"))
-@pytest.mark.parametrize("eps", (1e-12, 1e-3))
-def test_a_gradient_filter_loses_at_most_eps_of_an_entry(divergence, eps, splits, monkeypatch):
-    monkeypatch.setattr(tuning, "tile_config", lambda device, dtype, table=None: tuning.TileConfig(16, 32, 64, 4, 1))
-    n, v = 19, 261
-    g = torch.Generator().manual_seed(0)
-    student = 3 * torch.randn(n, v, generator=g).to(DEVICE)
-    student[:, 64:192] -= 12  # tokens that neither model would say
-    teacher = student + 0.3 * torch.randn(n, v, generator=g).to(DEVICE)
-    head = torch.eye(v, device=DEVICE)  # hidden states are logits: their gradient is the filtered one
-    mask = torch.arange(n, device=DEVICE) % 7 > 0
-    results = []
-    for filtered in (eps, None):
-        h = student.clone().requires_grad_()
-        loss = linear_divergence(
-            h, head, teacher, divergence=divergence, mask=mask, reduction="sum", backend="triton_tiled",
-            chunk_bytes=4 * n * 96, grad_filter=filtered,
-        )  # fmt: skip
-        loss.backward()
-        results.append((loss.item(), h.grad))
-    (loss, grad), (whole, true) = results
-    skipped = (grad == 0) & (true != 0)
-    assert skipped.any() == (eps > 1e-6)
-    assert true[skipped].abs().amax().item() <= eps if skipped.any() else grad.equal(true)
-    assert grad[~skipped].equal(true[~skipped])
-    assert loss == pytest.approx(whole, rel=1e-3 if skipped.any() else 1e-7)
-
-
-@pytest.mark.parametrize("backend", ("torch", "triton"))
-def test_a_gradient_filter_is_refused_where_nothing_would_be_skipped(backend):
-    pair = make_pair(n=2, v=50)
-    with pytest.raises(ValueError, match="needs backend='triton_tiled'"):
-        linear_divergence(*pair.tensors, backend=backend, grad_filter=1e-4)
-    with pytest.raises(ValueError, match="is a probability"):
-        linear_divergence(*pair.tensors, backend="triton_tiled", grad_filter=0.0)
+    assert torch.equal(*results)
 
 
 class NoHostSync(TorchDispatchMode):
@@ -230,8 +191,10 @@ def test_rows_of_a_head_may_lie_as_far_apart(tmp_path):
     pair = make_pair(n=3, h=24, v=v, dtype=torch.float16)
     head.copy_(pair.student_weight)
     targets = torch.tensor([0, 68, 69])
+    span = (torch.tensor([3]), torch.tensor([0]))
     values = [
-        linear_logprobs(pair.student_hidden, w, targets, backend="triton_tiled") for w in (head, pair.student_weight)
+        exposure_logprobs(pair.student_hidden[None], w, targets[None], *span, backend="triton")
+        for w in (head, pair.student_weight)
     ]
     assert torch.equal(*values)
 

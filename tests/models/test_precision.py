@@ -5,7 +5,8 @@ import torch
 
 from atesd.config import load_config
 from atesd.models import precision
-from atesd_kernels import linear_divergence, matmul
+from atesd_kernels import linear_divergence
+from atesd_kernels.backends import matmul
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -125,7 +125,7 @@ def test_the_planned_bytes_of_a_logit_are_those_of_the_backend_a_gpu_has(config,
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if planning.unavailable("triton", device) is not None:
         pytest.skip("needs triton")
-    monkeypatch.setattr("atesd_kernels.triton_chunked.row_chunks", asked)
+    monkeypatch.setattr("atesd_kernels.backends.triton_chunked.row_chunks", asked)
     config.torch_dtype, config.teacher = str(dtype).removeprefix("torch."), "ema" if own_head else "live"
     rows, head = (torch.zeros(n, 8, dtype=dtype, device=device, requires_grad=True) for n in (4, 50))
     with pytest.raises(Asked, match=f"^{logit_bytes(config)}$"):

@@ -18,7 +18,7 @@ def on(device: torch.device):
 def filled_rows(values: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """`[R, columns]` with `values[i]` in row i. On an H200 0.06 ms for 1,024 rows of 128,256, where torch's
     copy of an expanded tensor takes 0.22."""
-    from .kernels.elementwise import fill_rows
+    from ..kernels.elementwise import fill_rows
 
     out = torch.empty(len(values), columns, dtype=dtype, device=values.device)
     if out.numel():
@@ -30,7 +30,7 @@ def filled_rows(values: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
     """`x *= factor` in fp32, for a contiguous `x` and one number on its device. Nothing is written if that is 1."""
-    from .kernels.elementwise import scale
+    from ..kernels.elementwise import scale
 
     if x.numel():
         with on(x.device):

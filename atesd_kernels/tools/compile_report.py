@@ -1,7 +1,7 @@
 """What the Triton kernels become on GPUs this machine does not have.
 
-    python -m atesd_kernels.compile_report             # tables
-    python -m atesd_kernels.compile_report --check     # exit status 1 if a kernel spills, misses the tensor cores, ...
+    python -m atesd_kernels.tools.compile_report             # tables
+    python -m atesd_kernels.tools.compile_report --check     # exit status 1 if a kernel spills, ...
 
 Every kernel is compiled for sm_80, sm_90, sm_100 and gfx942 with the arguments' types and divisibility of a real
 launch at V = 151,936 in bf16 (`compile_cases.py`), and the machine code is read: registers, spills, shared memory,

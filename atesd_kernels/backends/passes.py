@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .divergences import DivergenceTerm
+from ..divergences import DivergenceTerm
 
 
 def block_softmax(s: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .shards import Shards
+from ..shards import Shards
 
 
 class RowStats:

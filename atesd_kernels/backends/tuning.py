@@ -38,7 +38,7 @@ INTERPRETED = RowConfig(1024, 4)
 
 @dataclass(frozen=True)
 class TileConfig:
-    """A tile kernel: rows and vocabulary entries of a tile, depth of a step over the hidden size; whether the head is
+    """The tile kernel: rows and vocabulary entries of a tile, depth of a step over the hidden size; whether the head is
     read through a tensor descriptor (TMA, sm_90 and later) where its alignment allows."""
 
     block_m: int
@@ -59,27 +59,12 @@ class TileConfig:
         )
 
 
-# First pass: two products and running statistics. Second pass: two products and a divergence's term, whose registers
-# leave room for smaller tiles only. The limit was spilling, as `compile_report` shows it. TMA where it takes no more
-# registers than computing addresses does: fewer in the passes over two models (the report has both), more over one.
-# On an H200 a forward KL without gradient took 39 ms with sm_90's tiles and 22 ms with (64, 128, 64), which spill with
-# a JSD. Backend "triton" took 7.4 ms.
+# One product and running statistics. The limit was spilling, as `compile_report` shows it. No TMA: over one model it
+# takes more registers than computing addresses does.
 TILES = {
-    "sm_80": TileConfig(128, 32, 64, 8, 3),
-    "sm_90": TileConfig(128, 32, 64, 8, 3, tma=True),
-    "sm_100": TileConfig(128, 32, 64, 8, 3, tma=True),
-    "gfx942": TileConfig(128, 64, 32, 8, 1),
-}
-SECOND_PASS_TILES = {
-    "sm_80": TileConfig(64, 16, 64, 4, 3),
-    "sm_90": TileConfig(64, 32, 64, 8, 3, tma=True),
-    "sm_100": TileConfig(64, 32, 64, 8, 2, tma=True),
-    "gfx942": TileConfig(128, 64, 32, 8, 1),
-}
-ONE_MODEL_TILES = {
     **dict.fromkeys(("sm_80", "sm_90"), TileConfig(128, 64, 64, 8, 3)),
     "sm_100": TileConfig(128, 64, 64, 8, 2),
-    "gfx942": TILES["gfx942"],
+    "gfx942": TileConfig(128, 64, 32, 8, 1),
 }
 INTERPRETED_TILE = TileConfig(16, 256, 64, 4, 1)
 PROGRAMS_PER_PROCESSOR = 4  # what hides memory latency on a row kernel
@@ -112,8 +97,8 @@ def row_splits(rows: int, vocab: int, block: int, device: torch.device) -> int:
     return 1 << (max(1, min(wanted, -(-vocab // block), 64)).bit_length() - 1)
 
 
-def tile_config(device: torch.device, dtype: torch.dtype, table: dict[str, TileConfig] = TILES) -> TileConfig:
-    config = table.get(architecture(device), INTERPRETED_TILE)
+def tile_config(device: torch.device, dtype: torch.dtype) -> TileConfig:
+    config = TILES.get(architecture(device), INTERPRETED_TILE)
     # fp32 operands take twice the shared memory
     return config if dtype.itemsize == 2 else replace(config, block_k=config.block_k // 2)
 

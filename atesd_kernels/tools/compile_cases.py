@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import tuning
-from .kernels import bounded, logprobs, rows, terms, tiles
+from ..backends import tuning
+from ..kernels import bounded, logprobs, rows, terms, tiles
 
 V = 151_936  # Qwen3's vocabulary
 TARGET_MS = {("KL, trained head", "sm_90"): 60.6}  # the best published rewrite of the same operation, at PATH_SHAPE
@@ -15,28 +15,24 @@ BYTES = {"*fp32": 4, "*bf16": 2}
 
 TYPES = {
     **dict.fromkeys(("MASK",), "*i1"),
-    **dict.fromkeys(("PARTS", "SUMS", "STATS_OUT", "WEIGHT", "OUT", "TOPS"), "*fp32"),
+    **dict.fromkeys(("PARTS", "SUMS", "STATS_OUT", "WEIGHT", "OUT"), "*fp32"),
     **dict.fromkeys(("BIAS_S", "BIAS_T", "BIAS"), "*bf16"),
     **dict.fromkeys(("stride_s", "stride_o", "stride_g", "V"), "i32"),
     **dict.fromkeys(("inv_t_s", "inv_t_t", "inv_t", "softcap", "entry_clip", "token_clip"), "fp32"),
-    **dict.fromkeys(("slope", "grad_scale", "grad_filter"), "fp32"),
-    **dict.fromkeys(("A", "B", "W", "W_T"), "*bf16"),
+    **dict.fromkeys(("slope", "grad_scale"), "fp32"),
+    **dict.fromkeys(("A", "W"), "*bf16"),
     **dict.fromkeys(("ROWS", "COUNT"), "*i32"),
     **dict.fromkeys(("LENGTHS", "EXPOSED"), "*i64"),
     "MEAN": "*fp32",
     "T": "i32",
-    **dict.fromkeys(
-        ("stride_a", "stride_b", "stride_w", "stride_w_t", "H", "H_T", "first", "sum_place", "stride_top"), "i32"
-    ),
+    **dict.fromkeys(("stride_a", "stride_w", "H", "sum_place"), "i32"),
     "TARGETS": "*i64",
 }
 FLAGS = dict(IS_DELTA=1, STATS=False, SPLITS=1, SUM_SPLITS=1, BETA=0.5, SUM_U="sum", PRECISION="ieee")
 # None unless a case names them in `used`; mask, weights and targets are always there
-OPTIONAL = ("BIAS_S", "BIAS_T", "BIAS", "softcap", "entry_clip", "token_clip", "TOPS", "grad_filter")
+OPTIONAL = ("BIAS_S", "BIAS_T", "BIAS", "softcap", "entry_clip", "token_clip")
 BIAS_AND_SOFTCAP = ("BIAS_S", "BIAS_T", "softcap")
 CLIPS = ("entry_clip", "token_clip")
-FILTER = ("TOPS", "grad_filter")
-HEADS, STRIDES = ("W", "W_T"), ("stride_w", "stride_w_t")
 
 
 @dataclass(frozen=True)
@@ -51,11 +47,10 @@ class Case:
     used: tuple[str, ...] = ()
     is_matmul: bool = False
     is_sweep: bool = True  # it goes over the vocabulary: what it loads in a loop is judged
-    described: bool = True  # the head's alignment allows a tensor descriptor, where the table wants one
-    # loads of one element: a tile's maximum, or a row's target, which a compiler may lay out inside a loop's addresses
+    # loads of one element: a row's target, which a compiler may lay out inside a loop's addresses
     row_loads: int = 0
     multiples_of_16: tuple[str, ...] = (
-        "stride_s", "stride_o", "stride_g", "stride_a", "stride_b", "stride_w", "stride_w_t", "V", "H", "H_T", "first",
+        "stride_s", "stride_o", "stride_g", "stride_a", "stride_w", "V", "H",
     )  # fmt: skip
 
     @property
@@ -68,28 +63,25 @@ class Case:
         return [name for name in OPTIONAL if name not in self.used]
 
     def uses_tma(self, arch: str) -> bool:
-        return self.is_matmul and self.described and self.tile(arch).tma
+        return self.is_matmul and self.tile(arch).tma
 
     def signature(self, arch: str) -> dict[str, str]:
         """The arguments' types as a launch passes them: a head for TMA is a descriptor without a stride."""
         types = self.types
         if self.uses_tma(arch):
             tile = self.tile(arch)
-            descriptor = f"tensordesc<bf16[{tile.block_n},{tile.block_k}]>"
-            types = {name: descriptor if name in HEADS else type for name, type in types.items() if name not in STRIDES}
+            types = {**types, "W": f"tensordesc<bf16[{tile.block_n},{tile.block_k}]>"}
+            del types["stride_w"]
         return {name: types.get(name, "constexpr") for name in self.kernel.arg_names}
 
     def constants(self, arch: str) -> dict[str, Any]:
         tile = {k: v for k, v in self.tile(arch).constants.items() if k.isupper()}
-        top = tuning.TILES[arch]
-        tile |= dict(TOP_M=top.block_m, TOP_N=top.block_n)
-        absent = [*self._absent, *(STRIDES if self.uses_tma(arch) else ())]
+        absent = [*self._absent, *(["stride_w"] if self.uses_tma(arch) else ())]
         constants = {**dict.fromkeys(absent), **FLAGS, "BLOCK": tuning.ROWS[arch].block, **tile, **self.flags}
         return {name: value for name, value in constants.items() if name in self.kernel.arg_names}
 
     def tile(self, arch: str) -> tuning.TileConfig:
-        special = {"tile_accumulate": tuning.SECOND_PASS_TILES, "tile_scores": tuning.ONE_MODEL_TILES}
-        return special.get(self.kernel.__name__, tuning.TILES)[arch]
+        return tuning.TILES[arch]
 
     def num_warps(self, arch: str) -> int:
         return self.tile(arch).num_warps if self.is_matmul else tuning.ROWS[arch].num_warps
@@ -150,34 +142,10 @@ def _row_cases() -> list[Case]:
 
 
 def _tile_cases() -> list[Case]:
-    """Two products of 2 H FLOPs a logit."""
-    cases = []
-    for hidden in (2048, 4096):
-        size, work = f", H={hidden}", 4 * hidden
-        g = {"G": "*bf16"}
-        kl = dict(TERM=terms.forward_kl, SUM_U="zero", PHASE="both")
-        sums, grad = (dict(TERM=terms.jsd, PHASE=phase, STATS=phase == "sum") for phase in ("sum", "grad"))
-        for name, kernel, flags, used in (
-            ("tiles: statistics", tiles.tile_normalise, {}, ()),
-            ("tiles: statistics, stats", tiles.tile_normalise, dict(STATS=True), ()),
-            ("tiles: statistics, separate heads", tiles.tile_normalise, dict(IS_DELTA=0), ()),
-            ("tiles: statistics, filter", tiles.tile_normalise, {}, FILTER),
-            ("tiles: KL and gradient", tiles.tile_accumulate, kl, ()),
-            ("tiles: KL and gradient, filter", tiles.tile_accumulate, kl, FILTER),
-            ("tiles: jsd sums, clips, stats", tiles.tile_accumulate, sums, CLIPS),
-            ("tiles: jsd gradient, clips", tiles.tile_accumulate, grad, CLIPS),
-            ("tiles: log-prob", tiles.tile_scores, dict(GRAD=False), ()),
-            ("tiles: log-prob gradient", tiles.tile_scores, dict(GRAD=True), ()),
-        ):
-            flops = work // 2 if kernel is tiles.tile_scores else work
-            maximum = int(used is FILTER and kernel is tiles.tile_accumulate)
-            cases.append(Case(name + size, kernel, flops, g, flags, used, is_matmul=True, row_loads=maximum))
-        for name, kernel, flags in (
-            ("tiles: statistics, unaligned head", tiles.tile_normalise, {}),
-            ("tiles: KL and gradient, unaligned head", tiles.tile_accumulate, kl),
-        ):
-            cases.append(Case(name + size, kernel, work, g, flags, is_matmul=True, described=False))
-    return cases
+    """A product of 2 H FLOPs a logit."""
+    return [
+        Case(f"tiles: log-prob, H={hidden}", tiles.tile_scores, 2 * hidden, is_matmul=True) for hidden in (2048, 4096)
+    ]
 
 
 CASES = _row_cases() + _tile_cases()

@@ -13,7 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import elementwise, planning
+from .. import planning
+from . import elementwise
 
 
 class Workspace:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..shards import Shards
+from ..spec import DivergenceSpec, LogprobSpec, accumulate_dtype, gradient_dtype
 from . import matmul
-from .shards import Shards
-from .spec import DivergenceSpec, LogprobSpec, accumulate_dtype, gradient_dtype
 
 
 class LinearGradients:

@@ -21,14 +21,15 @@ import importlib
 import torch
 from torch import Tensor
 
-from . import matmul, planning, tuning
-from .divergences import DivergenceTerm
+from .. import planning
+from ..divergences import DivergenceTerm
+from ..kernels import bounded, terms
+from ..kernels import logprobs as logprob_kernels
+from ..kernels import rows as row_kernels
+from ..spec import DivergenceSpec, LogprobSpec, RowResult, gradient_dtype
+from ..stats import TokenStats
+from . import matmul, tuning
 from .elementwise import on
-from .kernels import bounded, terms
-from .kernels import logprobs as logprob_kernels
-from .kernels import rows as row_kernels
-from .spec import DivergenceSpec, LogprobSpec, RowResult, gradient_dtype
-from .stats import TokenStats
 
 CENTRE_COLUMNS = 1024
 

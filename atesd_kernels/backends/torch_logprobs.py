@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..planning import ChunkPlan, chunk_plan
+from ..spec import LogprobSpec, RowResult
+from ..stats import TokenStats
 from . import passes
 from .logit_source import StudentLogits
-from .planning import ChunkPlan, chunk_plan
-from .spec import LogprobSpec, RowResult
-from .stats import TokenStats
 
 
 def logprob_rows(

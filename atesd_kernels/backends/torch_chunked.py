@@ -19,12 +19,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..planning import ChunkPlan, chunk_plan
+from ..spec import DivergenceSpec, RowResult
+from ..stats import TokenStats
 from . import passes
 from .logit_source import GivenLogits, LinearLogits
-from .planning import ChunkPlan, chunk_plan
 from .row_stats import RowStats
-from .spec import DivergenceSpec, RowResult
-from .stats import TokenStats
 
 # exp(2 * NEAR) does not overflow fp32, and where q underflows, p = q exp(x) is below exp(NEAR - 87): nothing. Pairs
 # with a mean KL of 0.1 have rare entries beyond 16.

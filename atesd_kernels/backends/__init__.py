@@ -1,0 +1,59 @@
+"""What computes. Every backend is a module with the functions of `Backend`; `ops.py` picks one by name.
+
+| name             | divergence_rows, divergence_logits | logprob_rows     |
+|------------------|------------------------------------|------------------|
+| "torch"          | `torch_chunked`                    | `torch_logprobs` |
+| "torch_compiled" | the same, elementwise passes through Inductor | the same |
+| "triton"         | `triton_chunked`                   | `triton_chunked` |
+
+`exposure_means`, log-probabilities without gradients, is in `triton_exposure` and has no twin in torch: the public
+function masks rows of `linear_logprobs` there.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ..spec import DivergenceSpec, LogprobSpec, RowResult
+
+
+class Backend(Protocol):
+    """The functions of a backend. Rows are flat, inputs are validated, and a backend sees neither reductions nor
+    autograd. Masked rows have no influence, whatever they hold, and the value 0. `row_weight` scales gradients only."""
+
+    def divergence_rows(
+        self,
+        spec: DivergenceSpec,
+        student_hidden: Tensor,  # [N, H]
+        student_weight: Tensor,  # [V, H]
+        teacher_hidden: Tensor,  # [N, H_t]
+        teacher_weight: Tensor | None,  # [V, H_t]; None: the student's
+        student_bias: Tensor | None,  # [V]
+        teacher_bias: Tensor | None,  # [V]
+        mask: Tensor | None,  # [N] bool
+        row_weight: Tensor | None,  # [N]
+        targets: Tensor | None,  # [N]
+    ) -> RowResult: ...
+
+    def divergence_logits(
+        self,
+        spec: DivergenceSpec,
+        student_logits: Tensor,  # [N, V]
+        teacher_logits: Tensor,  # [N, V]
+        mask: Tensor | None,  # [N] bool
+        row_weight: Tensor | None,  # [N]
+        targets: Tensor | None,  # [N]
+    ) -> RowResult: ...
+
+    def logprob_rows(
+        self,
+        spec: LogprobSpec,
+        hidden: Tensor,  # [N, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        targets: Tensor,  # [N]
+        mask: Tensor | None,  # [N] bool
+        row_weight: Tensor | None,  # [N]
+    ) -> RowResult: ...

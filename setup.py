@@ -7,6 +7,7 @@ looks for torch before pip has installed it (`--no-build-isolation`). vllm pins 
 these ranges.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -47,17 +48,28 @@ TEST += [*EVAL, *TRL, *LIGER, "pytorch-lightning>=2.4,<3"]
 
 README = Path(__file__).parent / "README.md"
 
+
+def long_description() -> str:
+    """The front page for a package index. Paths of the repository lead nowhere there: such links become their text."""
+    text = README.read_text(encoding="utf-8") if README.exists() else ""
+    without_pictures = re.sub(r"^\|? *!\[[^\]]*\]\((?!https?:).*\n\|[-|]*\|\n.*\n", "", text, flags=re.MULTILINE)
+    return re.sub(r"\[([^\]]*)\]\((?!https?:|#)[^)]*\)", r"\1", without_pictures)
+
+
 setup(
     name="atesd",
     version="0.1.0",
     description="Adaptive teacher exposure for on-policy self-distillation, and the fused losses it trains with",
-    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description=long_description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["atesd", "atesd.*", "atesd_kernels", "atesd_kernels.*"]),
-    package_data={"atesd": ["py.typed", "recipes/*.yaml", "recipes/accelerate/*.yaml"], "atesd_kernels": ["py.typed"]},
+    package_data={
+        "atesd": ["py.typed", "README.md", "recipes/*.yaml", "recipes/accelerate/*.yaml"],
+        "atesd_kernels": ["py.typed", "README.md"],
+    },
     zip_safe=False,
     install_requires=BASE,
     extras_require={

@@ -16,8 +16,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--full",
         action="store_true",
-        help="the tables of README.md: whole shapes, entrants that wait for a compiler, the training step. Hours, and "
-        "results go to bench/results; without it, minutes, and they go to bench/results/quick",
+        help="the tables of bench/README.md: full shapes, entrants that wait for a compiler, the training step. Hours; "
+        "results go to bench/results. Without it, minutes, and they go to bench/results/quick",
     )
 
 

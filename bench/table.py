@@ -1,8 +1,8 @@
-"""bench/results/*.json -> the tables of README.md, between `<!-- table: name -->` and `<!-- end table -->`, and plots.
+"""bench/results/*.json -> the tables of the pages, between `<!-- table: name -->` and `<!-- end table -->`, and plots.
 
-    python -m bench.table            rewrite the tables of README.md and draw the plots anew
+    python -m bench.table            rewrite the tables and draw the plots anew
     python -m bench.table --check    exit 1 if one differs from the committed results
-    python -m bench.table --print    print every table there are results for, README.md untouched
+    python -m bench.table --print    print every table there are results for, the pages untouched
 
 No number in such a table is typed by hand: each is printed from a result, with its machine, versions and commit below.
 """
@@ -30,13 +30,13 @@ from bench import (
     step_vs_trl,
     targets,
 )
-from bench.entrants import DTYPES, LOSSES, OURS
+from bench.entrants import DTYPES, LOSSES, NEEDS_GPU, OURS
 from bench.gpu.tables import TABLES as GPU_TABLES
 from bench.machine import load, markdown
 from bench.shapes import SHAPES, SMOLLM2, Shape
 from bench.timing import MM_GEMMS, OWN_GEMMS, with_spread
 
-README = machine.ROOT / "README.md"
+PAGES = tuple(machine.ROOT / name for name in ("README.md", "bench/README.md"))
 ABSENT = "(not measured yet"
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w/-]+) -->\n)(?P<body>.*?)(<!-- end table -->)", re.DOTALL)
 
@@ -103,7 +103,8 @@ def losses(shape: Shape) -> str:
         where = f" ({result['machine']['isa']})" if several else ""
         rows.append([f"{result['loss']} {result['dtype']}, N = {result['tokens']:,}{where}", with_spread(own), *ratios])
     note = f"H = {shape.hidden:,}, V = {shape.vocab:,}; median and range, others as multiples of it (of its CPU time)."
-    absent = {name: why for result in results for name, why in result["missing"].items() if name not in others}
+    missing = [item for result in results for item in result["missing"].items()]
+    absent = {name: why for name, why in missing if name not in others and why != NEEDS_GPU}
     if absent:
         note += " Not measured: " + "; ".join(f"{name}, {why}" for name, why in absent.items()) + "."
     return f"{note}\n\n{markdown(['forward + backward', OURS, *others], rows)}\n{source(*results)}"
@@ -173,9 +174,14 @@ def render(name: str) -> str:
     if name not in tables:
         raise KeyError(f"a table is marked {name!r}; known: {', '.join(tables)}")
     try:
-        return tables[name]()
+        return without_absent_gpu(tables[name]())
     except FileNotFoundError as error:
         return f"{ABSENT}: no {Path(str(error.filename or error)).name} in bench/results)"
+
+
+def without_absent_gpu(table: str) -> str:
+    """`table` without the rows that only say that an entrant needs a GPU: the page says so once, above its tables."""
+    return "".join(line for line in table.splitlines(keepends=True) if not (line[0] == "|" and NEEDS_GPU in line))
 
 
 def fill(text: str) -> str:
@@ -197,32 +203,35 @@ def differing(before: str, after: str) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--check", action="store_true", help="fail if README.md or a plot does not match the results")
+    parser.add_argument("--check", action="store_true", help="fail if a page or a plot does not match the results")
     parser.add_argument("--print", action="store_true", help="print every table")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--page", type=Path, nargs="+", default=PAGES, help="the pages (default: all of the project)")
     options = parser.parse_args(arguments)
     if options.print:
         print(every_table())
         return 0
-    before = options.readme.read_text(encoding="utf-8")
-    try:
-        after = fill(before)
-    except KeyError as error:
-        print(f"{options.readme.name}: {error.args[0]}", file=sys.stderr)
-        return 1
-    stale = differing(before, after)
-    if options.check:
-        if before.count("<!-- table: ") != len(list(MARKED.finditer(before))):
-            print(f"{options.readme.name}: a table marker has no end", file=sys.stderr)
+    count, wrong = 0, []
+    for page in options.page:
+        before = page.read_text(encoding="utf-8")
+        try:
+            after = fill(before)
+        except KeyError as error:
+            print(f"{page.name}: {error.args[0]}", file=sys.stderr)
             return 1
-        for name in stale:
-            print(f"{options.readme.name}: table {name!r} is not what bench/results holds; run python -m bench.table")
-        for name in stale_plots():
-            print(f"{picture(name).name} was not drawn from {name}.json as it is; run python -m bench.table")
-        return 1 if stale or stale_plots() else 0
-    options.readme.write_text(after, encoding="utf-8")
+        if before.count("<!-- table: ") != len(list(MARKED.finditer(before))):
+            print(f"{page.name}: a table marker has no end", file=sys.stderr)
+            return 1
+        count += len(list(MARKED.finditer(after)))
+        wrong += [f"{page.name}: table {name!r} is not what bench/results holds" for name in differing(before, after)]
+        if not options.check:
+            page.write_text(after, encoding="utf-8")
+    if options.check:
+        wrong += [f"{picture(name).name} was not drawn from {name}.json as it is" for name in stale_plots()]
+        for line in wrong:
+            print(f"{line}; run python -m bench.table")
+        return 1 if wrong else 0
     draw(stale_plots())
-    print(f"{len(list(MARKED.finditer(after)))} tables, {len(stale)} changed")
+    print(f"{count} tables, {len(wrong)} changed")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The benchmark's own arithmetic: exponents, tables and targets from results, and the check that README.md and the
+"""The benchmark's own arithmetic: exponents, tables and targets from results, and the check that the pages and the
 plots say what the committed results say. Nothing is measured here."""
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ def results(tmp_path, monkeypatch):
     return tmp_path / "results"
 
 
-def test_readme_and_plots_are_what_the_committed_results_say():
+def test_pages_and_plots_are_what_the_committed_results_say():
     assert table.main(["--check"]) == 0
 
 
 def test_the_check_fails_on_a_number_that_no_result_holds(tmp_path, capsys):
     readme = tmp_path / "README.md"
-    text = table.README.read_text(encoding="utf-8")
+    text = table.PAGES[1].read_text(encoding="utf-8")
     first = next(m for m in table.MARKED.finditer(text) if "%" in m["body"])
     readme.write_text(text.replace(first["body"], first["body"].replace("%", "% ", 1)), encoding="utf-8")
-    assert table.main(["--check", "--readme", str(readme)]) == 1
+    assert table.main(["--check", "--page", str(readme)]) == 1
     assert f"table {first['name']!r}" in capsys.readouterr().out
     readme.write_text(text.replace("<!-- end table -->", "", 1), encoding="utf-8")
-    assert table.main(["--check", "--readme", str(readme)]) == 1
+    assert table.main(["--check", "--page", str(readme)]) == 1
 
 
 def test_the_check_fails_on_a_plot_of_an_earlier_result(results, tmp_path, capsys):
     shutil.copytree(machine.ROOT / "bench" / "results", results)
     readme = tmp_path / "README.md"
     readme.write_text("no tables")
-    assert table.main(["--check", "--readme", str(readme)]) == 0
+    assert table.main(["--check", "--page", str(readme)]) == 0
     result = machine.load("memory")
     result["rows"][0]["extra_bytes"] *= 2
     (results / "memory.json").write_text(json.dumps(result))
-    assert table.main(["--check", "--readme", str(readme)]) == 1
+    assert table.main(["--check", "--page", str(readme)]) == 1
     assert "memory.png was not drawn from memory.json" in capsys.readouterr().out
-    assert table.main(["--readme", str(readme)]) == 0 and table.main(["--check", "--readme", str(readme)]) == 0
+    assert table.main(["--page", str(readme)]) == 0 and table.main(["--check", "--page", str(readme)]) == 0
 
 
 def test_an_exponent_is_the_power_of_a_power_law():

@@ -105,7 +105,7 @@ from importlib import metadata, resources
 from atesd.config import load_config, recipes
 for package in (atesd, atesd_kernels):
     assert package.__file__.startswith(sys.argv[1]), package.__file__
-    assert resources.files(package).joinpath("py.typed").is_file()
+    assert all(resources.files(package).joinpath(name).is_file() for name in ("py.typed", "README.md"))
 (found,) = metadata.distributions(name="atesd", path=[sys.argv[1]])
 assert found.version == atesd.__version__
 assert load_config("quickstart", []).max_steps > 0 and len(recipes()) == int(sys.argv[2])
@@ -196,7 +196,7 @@ def test_the_oldest_versions_allowed_are_those_that_make_test_oldest_runs_on(bui
         assert Version(oldest) == Version(pins[name]), name
     for name in ("torch", "triton", "transformers"):
         mentioned = f"{name} {'.'.join(pins[name].split('.')[:2])}"
-        assert mentioned in (ROOT / "README.md").read_text(encoding="utf-8"), mentioned
+        assert mentioned in (ROOT / "atesd" / "README.md").read_text(encoding="utf-8"), mentioned
 
 
 def test_the_contributors_examples_are_short_and_run(tmp_path):

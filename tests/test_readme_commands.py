@@ -1,5 +1,5 @@
-"""Every shell command README shows is one the project takes: its words are parsed by the real command line, only the
-training, evaluating and drawing behind it are left out. (README's Python blocks run in the files beside.)"""
+"""Every shell command of the front page and the manuals is one the project takes: the real command line parses it, and
+only the training, evaluating and drawing behind it are left out. (The Python blocks run in the files beside.)"""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from atesd import cli
 from atesd.config import load_config
 
 ROOT = Path(__file__).parents[1]
-BASH = re.findall(r"^```bash\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+PAGES = [ROOT / name for name in ("README.md", "atesd_kernels/README.md", "atesd/README.md", "bench/README.md")]
+TEXT = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+BASH = re.findall(r"^```bash\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 COMMANDS = [words for block in BASH for line in block.splitlines() if (words := shlex.split(line, comments=True))]
 
 

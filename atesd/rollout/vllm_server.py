@@ -1,7 +1,7 @@
 """Rollouts by a vLLM server that the user has started (`vllm serve`, OpenAI-compatible).
 
 Token ids travel both ways, never text. The student's weights travel as files in a folder both sides see: the adapter
-alone, or a whole checkpoint with the adapter merged. The commands that start such a server are in the README.
+alone, or a whole checkpoint with the adapter merged. The commands that start such a server are in atesd/README.md.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import linear_divergence
-from .head import HeadSpec, hidden_states_and_head, without_wrappers
+from .head import HeadSpec, hidden_states_and_head
+from .wrappers import without_wrappers
 
 IGNORED = -100
 

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 
+from .wrappers import unwrap
+
 
 @dataclass
 class _Whole:
@@ -72,8 +74,6 @@ def gather_head(model: Any) -> None:
 
     The tensors of an earlier call are written anew, so that a `HeadSpec` from before stays valid.
     """
-    from atesd_kernels.integrations.head import unwrap
-
     base = unwrap(model)
     head = base.get_output_embeddings()
     for module in (base, model, head):  # what a forward without gradient has left unsharded
@@ -98,8 +98,6 @@ def reduce_head_gradient(model: Any, average: bool = False) -> None:
         average: divide by the number of ranks, as FSDP2 does unless it is told otherwise
             (`set_gradient_divide_factor`). All ranks call it.
     """
-    from atesd_kernels.integrations.head import unwrap
-
     head = unwrap(model).get_output_embeddings()
     known = _WHOLE[head]
     for whole, shard in ((known.weight, head.weight), (known.bias, head.bias)):

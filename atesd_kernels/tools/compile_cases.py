@@ -25,10 +25,10 @@ TYPES = {
     **dict.fromkeys(("LENGTHS", "EXPOSED"), "*i64"),
     "MEAN": "*fp32",
     "T": "i32",
-    **dict.fromkeys(("stride_a", "stride_w", "H", "sum_place"), "i32"),
+    **dict.fromkeys(("stride_a", "stride_w", "H"), "i32"),
     "TARGETS": "*i64",
 }
-FLAGS = dict(IS_DELTA=1, STATS=False, SPLITS=1, SUM_SPLITS=1, BETA=0.5, SUM_U="sum", PRECISION="ieee")
+FLAGS = dict(IS_DELTA=1, STATS=False, SPLITS=1, BETA=0.5, SUM_U="sum", PRECISION="ieee")
 # None unless a case names them in `used`; mask, weights and targets are always there
 OPTIONAL = ("BIAS_S", "BIAS_T", "BIAS", "softcap", "entry_clip", "token_clip")
 BIAS_AND_SOFTCAP = ("BIAS_S", "BIAS_T", "softcap")

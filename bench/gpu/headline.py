@@ -62,6 +62,10 @@ def backends(stage: Stage) -> dict[str, str]:
     return {OURS: "torch" if stage.dry else "triton"}
 
 
+def shown(name: str) -> str:
+    return f"{name} (retired)" if name == RETIRED else name
+
+
 def with_bf16_logits(x: Inputs, backend: str) -> Tensor:
     """The student's logits rounded to bf16, as most peers round both models': fewer bytes, more error."""
     return atesd_kernels.linear_divergence(x.student, x.weight, x.teacher, logits_dtype=torch.bfloat16, backend=backend)
@@ -210,7 +214,7 @@ def table(result: dict) -> str:
             if "median" not in row:
                 continue
             cells.append([
-                f"{name} (retired)" if name == RETIRED else name,
+                shown(name),
                 timing.with_spread(row),
                 f"{units * flops / row['median'] / 1e12:.0f}",
                 f"{100 * products / row['median']:.0f} %" if products else "",

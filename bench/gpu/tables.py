@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from bench import machine, timing
-from bench.entrants import OURS
+from bench.entrants import DENSE, OURS, TRL_CHUNKED
 from bench.gpu import headline, step_table
 from bench.gpu.step_variants import CHUNKED as CHUNKED_STEP
 from bench.gpu.step_variants import OURS as OUR_STEP
@@ -16,6 +16,7 @@ from bench.machine import markdown
 
 NOT_MEASURED = "not yet measured on a GPU"
 HEADS = ("frozen", "trained")
+FRONT = ("flash-linear-attention", OURS, "ORDA", DENSE, TRL_CHUNKED, "Liger fused JSD")
 # of bf16: what rounds both models' logits loses the direction of a small gradient
 EXACT = 0.005
 
@@ -50,9 +51,9 @@ def head_rows() -> str:
                 if "median" in row:
                     extra = f"{row['extra_bytes'] / 2**30:.1f}" if "extra_bytes" in row else ""
                     cells.append([
-                        f"{name}, {head} head", card(result), timing.with_spread(row), str(len(row["rounds"])),
-                        f"{flops / row['median'] / 1e12:.0f}", f"{row['median'] / own:.2f}x", extra,
-                        machine.percent(row.get("gradient_error")),
+                        f"{headline.shown(name)}, {head} head", card(result), timing.with_spread(row),
+                        str(len(row["rounds"])), f"{flops / row['median'] / 1e12:.0f}",
+                        f"{row['median'] / own:.2f}x", extra, machine.percent(row.get("gradient_error")),
                     ])  # fmt: skip
             cells += [
                 [f"{name}, {head} head", card(result), why[:80], *[""] * 5] for name, why in found["failed"].items()
@@ -60,6 +61,24 @@ def head_rows() -> str:
     header = ["forward + backward, bf16", "GPU", "median (range)", "rounds", "TFLOP/s", "of ours", "extra GiB"]
     header.append("error of the hidden states' gradient")
     return markdown(header, cells)
+
+
+def front_rows() -> str:
+    """Six rows for the front page: a frozen head; the fastest entrant, and those people know by name."""
+    cells = []
+    for result in results():
+        found = dict(heads(result)).get("frozen")
+        if not found:
+            continue
+        rows = found["rows"]
+        own = rows[OURS]["median"]
+        for name in sorted((name for name in FRONT if "median" in rows.get(name, {})), key=lambda n: rows[n]["median"]):
+            row = rows[name]
+            extra, error = f"{row['extra_bytes'] / 2**30:.1f} GiB", machine.percent(row["gradient_error"])
+            cells.append(
+                [name, card(result), timing.duration(row["median"]), f"{row['median'] / own:.2f}x", extra, error]
+            )
+    return markdown(["", "GPU", "time", "of ours", "extra memory", "error of the gradient"], cells)
 
 
 def divergences() -> Iterator[tuple[str, str, str, float, float]]:
@@ -231,6 +250,7 @@ def of(rows: Callable[[], str]) -> Callable[[], str]:
 
 
 TABLES = {
+    "front": of(front_rows),
     "gpu_correct": of(correct_rows),
     "gpu_losses": of(head_rows),
     "gpu_divergences": of(divergence_rows),

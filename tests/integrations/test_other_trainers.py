@@ -19,7 +19,7 @@ from atesd_kernels.integrations.pairs import collate, pair_divergence
 
 from .trainer_rank import ROWS, by_one_process
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "atesd_kernels" / "README.md"
 LEARNING_RATE, STEPS = 1e-2, 3
 
 

@@ -151,7 +151,7 @@ def test_other_modes_stay_verl_s_own_and_sharded_logits_are_refused(losses, monk
 
 
 def test_the_readme_s_block_registers_its_loss(losses):
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "atesd_kernels" / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
     (block,) = (block for block in blocks if "verl" in block)
     exec(block, {})

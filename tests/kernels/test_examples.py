@@ -1,4 +1,4 @@
-"""The examples users copy: those of the docstrings say what the code does, and the README's blocks run."""
+"""The examples users copy: those of the docstrings say what the code does, and the blocks of the pages run."""
 
 import doctest
 import importlib
@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-README = Path(__file__).resolve().parents[2] / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "atesd_kernels/README.md"))
+BLOCKS = list(dict.fromkeys(re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)))
 
 
 @pytest.mark.parametrize("module", ("losses", "modules", "divergences", "exposure"))
@@ -22,15 +23,15 @@ INTEGRATIONS = [block for block in BLOCKS if "integrations" in block]  # run by 
 HERE = [block for block in BLOCKS if block not in INTEGRATIONS]
 
 
-def test_the_readme_has_examples():
-    fences = re.findall(r"^```(\w+)", README.read_text(encoding="utf-8"), re.MULTILINE)
+def test_the_pages_have_examples():
+    fences = re.findall(r"^```(\w+)", TEXT, re.MULTILINE)
     assert fences.count("python") == len(HERE) + len(INTEGRATIONS), "every block of Python is found, and so is run"
-    assert set(fences) <= {"python", "bash", "mermaid"}
+    assert set(fences) <= {"python", "bash", "text"}
     assert any("linear_divergence" in block for block in HERE)
 
 
 @pytest.mark.parametrize("block", HERE)
-def test_the_readme_s_python_blocks_run(block):
+def test_the_pages_python_blocks_run(block):
     names = {
         "student_hidden": torch.randn(6, 16, requires_grad=True),
         "teacher_hidden": torch.randn(6, 16),

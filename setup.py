@@ -53,7 +53,11 @@ def long_description() -> str:
     """The front page for a package index. Paths of the repository lead nowhere there: such links become their text."""
     text = README.read_text(encoding="utf-8") if README.exists() else ""
     without_pictures = re.sub(r"^\|? *!\[[^\]]*\]\((?!https?:).*\n\|[-|]*\|\n.*\n", "", text, flags=re.MULTILINE)
-    return re.sub(r"\[([^\]]*)\]\((?!https?:|#)[^)]*\)", r"\1", without_pictures)
+    return re.sub(
+        r"\[([^\]]*)\]\((?!https?:|#)([^)#]*)[^)]*\)",
+        lambda link: link[1] if link[1] == link[2] else f"{link[1]} ({link[2]})",
+        without_pictures,
+    )
 
 
 setup(

@@ -25,6 +25,7 @@ from bench import (
     machine,
     memory,
     plots,
+    quickstart,
     rollout_speed,
     scaling,
     step_vs_trl,
@@ -145,6 +146,7 @@ PLOTS: dict[str, Callable[[dict, Path, str], None]] = {
     "accuracy_vs_kl": accuracy_vs_kl.plot,
     "memory": memory.plot,
     "scaling": scaling.plot,
+    "quickstart": quickstart.plot,
 }
 
 

@@ -1,4 +1,4 @@
-"""bench/results/gpu/*.json -> README's tables, with the card's name on every row. `python -m bench.gpu` makes them.
+"""bench/results/gpu/*.json -> tables, with the card's name on every row. `python -m bench.gpu` makes them.
 
 Separate from report.py, which prints all of one run: here stands what a reader of the README looks for.
 """
@@ -48,10 +48,10 @@ def head_rows() -> str:
             own = rows[OURS]["median"]
             flops = units * 2 * tokens * shape["hidden"] * shape["vocab"]
             for name, row in sorted(rows.items(), key=lambda item: item[1].get("median", float("inf"))):
-                if "median" in row:
+                if "median" in row and name != headline.RETIRED:
                     extra = f"{row['extra_bytes'] / 2**30:.1f}" if "extra_bytes" in row else ""
                     cells.append([
-                        f"{headline.shown(name)}, {head} head", card(result), timing.with_spread(row),
+                        f"{name}, {head} head", card(result), timing.with_spread(row),
                         str(len(row["rounds"])), f"{flops / row['median'] / 1e12:.0f}",
                         f"{row['median'] / own:.2f}x", extra, machine.percent(row.get("gradient_error")),
                     ])  # fmt: skip
@@ -75,10 +75,8 @@ def front_rows() -> str:
         for name in sorted((name for name in FRONT if "median" in rows.get(name, {})), key=lambda n: rows[n]["median"]):
             row = rows[name]
             extra, error = f"{row['extra_bytes'] / 2**30:.1f} GiB", machine.percent(row["gradient_error"])
-            cells.append(
-                [name, card(result), timing.duration(row["median"]), f"{row['median'] / own:.2f}x", extra, error]
-            )
-    return markdown(["", "GPU", "time", "of ours", "extra memory", "error of the gradient"], cells)
+            cells.append([name, timing.duration(row["median"]), f"{row['median'] / own:.2f}x", extra, error])
+    return markdown(["", "time", "of ours", "extra memory", "error of the gradient"], cells)
 
 
 def divergences() -> Iterator[tuple[str, str, str, float, float]]:

@@ -10,7 +10,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from atesd.config.checks import ConfigError
+from atesd.errors import ConfigError
 from atesd.evaluation.reward import VerifierReward
 from atesd.exposure.difficulty import Difficulty
 from atesd.guards import Guards
@@ -291,7 +291,7 @@ def test_a_run_stops_early_keeps_its_best_adapter_and_says_why(tiny_config):
 def test_the_best_whole_model_loads_by_itself(tiny_config):
     run_dir = without_notice(lambda: train(tiny_config(use_peft=False, save_best=True, max_steps=1)))
     best = without_notice(lambda: Trainer(Run.build(tiny_config(model_name_or_path=str(run_dir / "best" / "model"),
-                                                      output_dir="unused"))))  # fmt: skip
+                                                      output_dir=str(run_dir.parent / "loaded")))))  # fmt: skip
     assert best.run.tokenizer.chat_template
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or absent: written beside, flushed to the disk, then renamed into place.
+"""Atomic checkpoints: written to a staging folder, flushed to disk, then renamed.
 
-Separate from the trainer because the promise (a kill or a full disk at any moment leaves the previous checkpoint valid)
-is kept here and nowhere else. Layout of RUN_DIR/checkpoints/step-000012: `state.pt`, and `adapter/` in peft's format.
+If the process is killed or the disk fills up at any moment, the previous checkpoint stays valid. A checkpoint folder,
+e.g. RUN_DIR/checkpoints/step-000012, holds `state.pt`, and `adapter/` in peft's format.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from atesd.errors import AtesdError
+
 CHECKPOINTS = "checkpoints"
 STATE = "state.pt"
 NAME = re.compile(r"step-(\d{6,})")
@@ -25,8 +27,8 @@ STAGING = ".writing-"
 PLAIN = (str, int, float, bool, bytes, type(None), torch.Tensor, torch.dtype, torch.device, torch.Size)
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read: the message says which one is still good, and what to do."""
+class CheckpointError(AtesdError, RuntimeError):
+    """A checkpoint cannot be written or read. The message says which one is still valid, and what to do."""
 
 
 def save_checkpoint(
@@ -36,17 +38,17 @@ def save_checkpoint(
     adapter_writer: Callable[[Path], None] | None,
     keep: int,
 ) -> Path:
-    """Writes RUN_DIR/checkpoints/step-<step> and removes all but the last `keep`.
+    """Writes RUN_DIR/checkpoints/step-<step> and removes all but the latest `keep`. Returns the new folder.
 
     Args:
-        payload: tensors, state dicts and plain values (numbers, strings, dicts, lists, tuples); other types are refused
-            by name here, rather than at resume.
-        adapter_writer: called with the folder to write the adapter into, e.g. `model.save_pretrained`; None for none.
-        keep: checkpoints to keep, at least 1. The one before is only removed when the new one is whole.
+        payload: tensors, state dicts and plain values (numbers, strings, dicts, lists, tuples). Other types raise
+            TypeError here rather than at resume.
+        adapter_writer: writes the adapter to the folder it is given, e.g. `model.save_pretrained`. None: no adapter.
+        keep: number of checkpoints to keep, at least 1. Old ones are removed only after the new one is complete.
 
     Raises:
-        CheckpointError: the disk is full; the previous checkpoint stays valid, and no part of the new one is left.
-        TypeError: a payload value of a type that could not be read back.
+        CheckpointError: the disk is full. The previous checkpoint stays valid, and the partial new one is removed.
+        TypeError: a payload value has a type that could not be loaded back. The message names it.
     """
     for place, kind in unreadable(payload, "payload"):
         raise TypeError(
@@ -60,7 +62,7 @@ def save_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         staging.mkdir()
-        # A file object, not a path: torch then lets the operating system's error through.
+        # Pass a file object, not a path: torch then propagates the operating system's error.
         with (staging / STATE).open("wb") as file:
             torch.save(payload, file)
         if adapter_writer is not None:
@@ -71,17 +73,17 @@ def save_checkpoint(
             final.rename(folder / f"{STAGING}replaced-{final.name}")
         staging.rename(final)
         fsync(folder)
-    except Exception as error:  # whatever it was, no part is left; then it goes on to the caller
+    except Exception as error:  # remove the partial checkpoint, then re-raise
         shutil.rmtree(staging, ignore_errors=True)
         if not is_full_disk(error):
             raise
         previous = latest_checkpoint(run_dir)
-        kept = f"{previous} is whole and valid" if previous else "there is no earlier checkpoint"
+        kept = f"{previous} is complete and valid" if previous else "there is no earlier checkpoint"
         raise CheckpointError(
             f"the disk of {folder} is full: the checkpoint of step {step} could not be written. {kept}. "
-            f"Free some space, then go on with: atesd train --resume {run_dir}"
+            f"Free some space, then resume with: atesd train --resume {run_dir}"
         ) from error
-    # Renamed before they are removed: one removed by half must not look like a checkpoint.
+    # Rename before removal: a partly removed folder must not look like a checkpoint.
     for _, old in list_checkpoints(run_dir)[: -max(1, keep)]:
         old.rename(folder / f"{STAGING}old-{old.name}")
     remove_leftovers(folder)
@@ -89,20 +91,20 @@ def save_checkpoint(
 
 
 def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
-    """The newest whole checkpoint of a run; half-written ones, left by a kill, are not looked at."""
+    """Returns the newest complete checkpoint of a run, or None. Ignores partial ones, left by a kill."""
     found = list_checkpoints(run_dir)
     return found[-1][1] if found else None
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The payload of a checkpoint, its tensors on the CPU. Runs no code from the file (`weights_only`).
+    """Returns the payload of a checkpoint, with tensors on the CPU. Runs no code from the file (`weights_only`).
 
     Raises:
-        CheckpointError: there is no checkpoint at `path`, or it is damaged.
+        CheckpointError: `path` holds no checkpoint, or a damaged one.
     """
     file = Path(path) / STATE
     if not file.is_file():
-        raise CheckpointError(f"{path} is no checkpoint: it has no {STATE}. A run's are in RUN_DIR/{CHECKPOINTS}")
+        raise CheckpointError(f"{path} is no checkpoint: it has no {STATE}. A run has them in RUN_DIR/{CHECKPOINTS}")
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
@@ -110,14 +112,14 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def list_checkpoints(run_dir: str | os.PathLike[str]) -> list[tuple[int, Path]]:
-    """(step, path) of every whole checkpoint, oldest first. A folder has its name only once everything is in it."""
+    """Returns (step, path) of every complete checkpoint, oldest first. Partial ones do not have a step-<step> name."""
     paths = (Path(run_dir) / CHECKPOINTS).glob("step-*")
     named = ((NAME.fullmatch(path.name), path) for path in paths if (path / STATE).is_file())
     return sorted((int(match.group(1)), path) for match, path in named if match)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed process left half-written, and a checkpoint that was replaced."""
+    """Removes partial checkpoints of a killed process, and replaced or old checkpoints."""
     for path in folder.glob(f"{STAGING}*"):
         shutil.rmtree(path)
 
@@ -131,7 +133,7 @@ def fsync(path: Path) -> None:
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Whether a full disk or quota is behind `error`; torch and safetensors wrap the system's own in theirs."""
+    """Whether a full disk or quota caused `error`. torch and safetensors wrap the operating system's error."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -144,7 +146,7 @@ def is_full_disk(error: BaseException | None) -> bool:
 
 
 def unreadable(value: Any, place: str) -> Iterator[tuple[str, str]]:
-    """(place, type) of each value in `payload` that `torch.load(weights_only=True)` would refuse."""
+    """Yields (place, type name) of each value that `torch.load(weights_only=True)` would refuse."""
     if type(value) in (dict, OrderedDict):
         for key, item in value.items():
             yield from unreadable(item, f"{place}[{key!r}]")

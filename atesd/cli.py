@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 from atesd import __version__
-from atesd.config.checks import ConfigError
+from atesd.errors import AtesdError, ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         how = "; go on with the same command" if arguments.command in ("eval", "sweep") else ""
         return fail(f"stopped{how}", 130)
     except Exception as error:
-        if os.environ.get("ATESD_TRACEBACK") or not written_for_people(error):
+        if os.environ.get("ATESD_TRACEBACK") or not needs_no_traceback(error):
             raise
         return fail(f"{error}\n(ATESD_TRACEBACK=1 shows where this was raised)", 1)
 
@@ -186,8 +186,10 @@ def doctor() -> int:
     return 0
 
 
-def written_for_people(error: BaseException) -> bool:
-    """Whether a `raise` of this project is behind `error`: its message says all. Others need a traceback."""
+def needs_no_traceback(error: BaseException) -> bool:
+    """Whether the message of `error` says all: an AtesdError, or a built-in error that our own code raised."""
+    if isinstance(error, AtesdError):
+        return True
     frame = traceback.extract_tb(error.__traceback__)[-1]
     here = Path(__file__).parent
     packages = (here, here.with_name("atesd_kernels"))

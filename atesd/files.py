@@ -1,7 +1,6 @@
-"""Small files that are whole or absent: written beside their place, then renamed into it.
+"""Atomic writes of small files: write a temporary file in the same folder, then rename it.
 
-Separate because settings, reports, evaluations and studies all promise it. Checkpoints, which must also survive a power
-cut, have their own (`checkpoint.py`).
+Settings, reports, evaluations and studies use them. Checkpoints must also survive a power cut; see `checkpoint.py`.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from typing import Any
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write `text` to `path`, making its folder."""
+    """Writes `text` to `path` atomically. Creates the parent folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # processes of one run may write at the same time
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # unique per process: writes may be concurrent
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
 

@@ -1,9 +1,8 @@
-"""Guards of a run: signs of a collapse, early stopping, and the best adapter by probe.
+"""Guards of a run: collapse detection, early stopping, and saving the best adapter by probe NLL.
 
-Separate from the trainer because a guard only reads what a step measured; it never changes a gradient. On-policy
-self-distillation is known to collapse after one or two hundred steps: responses shrink or repeat themselves, the
-student's entropy falls to nothing or blows up, or most of its divergence from the teacher comes to lie beyond the clip.
-Every threshold here is our choice.
+A guard only reads a step's metrics; it never changes a gradient. On-policy self-distillation is known to collapse after
+one or two hundred steps. Responses shrink or repeat themselves, the student's entropy vanishes or explodes, or the clip
+removes most of the divergence from the teacher. All thresholds here are our choice.
 """
 
 from __future__ import annotations
@@ -20,26 +19,26 @@ from atesd.config import ATESDConfig
 from atesd.exposure.signals import finite
 from atesd.step_metrics import NGRAM
 
-START_STEPS = 5  # steps whose mean is "the start"
-IN_A_ROW = 3  # steps a sign must last
-# metric -> (low, high): a collapse is below low or above high times its start
+START_STEPS = 5  # the mean over this many first steps is a metric's start
+IN_A_ROW = 3  # a sign must last this many steps
+# metric -> (low, high): below low or above high times its start is a sign of collapse
 RELATIVE_BOUNDS = {"student_entropy": (0.1, 5.0), "response_length": (0.1, None)}
 REPETITION_BOUND = 0.5
-# metric -> how far above its start is a collapse, for a share, which may start at 0. What the clip hides, the loss no
-# longer pulls back.
+# metric -> rise above its start that is a sign of collapse, for a share, which may start at 0. The loss cannot correct
+# a divergence that is clipped.
 RISES = {"clip_fraction": 0.5}
 BEST = "best"
 
 
 class Guards:
-    """Watches the steps of a run.
+    """Monitors the steps of a run.
 
     Args:
         config: reads `early_stopping_patience`, `stop_on_collapse` and `save_best`.
-        run_dir: where the best adapter goes.
+        run_dir: folder for the best adapter.
 
     Attributes:
-        stop_reason: why the run should end now; None to go on.
+        stop_reason: why the run should end now; None to continue.
     """
 
     def __init__(self, config: ATESDConfig, run_dir: Path):
@@ -52,9 +51,9 @@ class Guards:
         self.stop_reason: str | None = None
 
     def before_update(self, updates: int, probe_nll: float | None) -> bool:
-        """Take the probe NLL of the weights after `updates` optimizer steps, before the next one changes them.
+        """Records the probe NLL after `updates` optimizer steps, before the next one changes the weights.
 
-        Returns whether these weights are the best so far and to be kept: `write_best`.
+        Returns whether to save these weights, as the best so far, with `write_best`.
         """
         probe_nll = finite(probe_nll)
         if probe_nll is None:
@@ -72,7 +71,7 @@ class Guards:
         return False
 
     def after_step(self, step: int, metrics: dict[str, Any]) -> str | None:
-        """Look for signs of a collapse in the metrics of a step, and say so once for each. Returns `stop_reason`."""
+        """Checks a step's metrics for signs of collapse. Reports each sign once. Returns `stop_reason`."""
         for sign in self.signs(metrics):
             self.signs_in_a_row[sign] = self.signs_in_a_row.get(sign, 0) + 1
             if self.signs_in_a_row[sign] != IN_A_ROW:
@@ -89,7 +88,7 @@ class Guards:
         return self.stop_reason
 
     def signs(self, metrics: dict[str, Any]) -> list[str]:
-        """The signs of a collapse this step shows."""
+        """Returns the signs of collapse in this step's metrics."""
         found = []
         for name, values in self.start.items():
             value = finite(metrics.get(name))
@@ -109,7 +108,7 @@ class Guards:
         return found
 
     def write_best(self, save: Callable[[Path], None]) -> None:
-        """RUN_DIR/best: the adapter (or model) and best.json, whole or not at all."""
+        """Writes RUN_DIR/best atomically: the adapter (or model) and best.json."""
         target, staging = self.run_dir / BEST, self.run_dir / f".writing-{BEST}"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -121,7 +120,7 @@ class Guards:
         staging.rename(target)
 
     def summary(self) -> dict[str, Any]:
-        """For summary.json: the best probe NLL, after how many updates, and why the run ended early, if it did."""
+        """Returns the fields of summary.json: the best probe NLL, its number of updates, and the reason to stop."""
         best = {} if self.best_probe_nll is None else {"best_probe_nll": self.best_probe_nll}
         return best | {"best_step": self.best_step, "stopped": self.stop_reason}
 

@@ -1,8 +1,8 @@
-"""What the student is trained on, and what is measured with it: functions of hidden states, heads and token ids.
+"""Training objectives: functions of hidden states, heads and token ids that return a loss and its statistics.
 
-Separate from the trainer so that the loop does not know a loss by name. An objective gets the hidden states of the
-response tokens and gives `(loss, TokenStats)`; every statistic the run logs or the exposure policy reads comes from
-that call, so nothing goes over the vocabulary twice for a statistic. `reward.py` has the advantages GRPO needs.
+The training loop knows no loss by name. An objective takes the hidden states of the response tokens and returns
+`(loss, TokenStats)`. Every statistic that the run logs or the exposure policy reads comes from this call, so no
+statistic needs another sweep over the vocabulary. `reward.py` computes GRPO's advantages.
 
 | config.objective | loss, a mean over response tokens                          | responses          | teacher |
 |------------------|-------------------------------------------------------------|--------------------|---------|
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from atesd.config import ATESDConfig
+from atesd.config.doors import divergence_name
 from atesd.models.batching import PackedBatch, hidden_rows, to_device
 from atesd.parallel.processes import Processes
 from atesd_kernels import TokenStats, linear_divergence, linear_logprobs
@@ -30,14 +31,14 @@ from atesd_kernels.integrations.head import HeadSpec
 
 @dataclass(frozen=True)
 class ResponseTokens:
-    """The `N` response tokens of a micro-batch, as an objective sees them.
+    """The `N` response tokens of a micro-batch, as input of an objective.
 
     Attributes:
         targets: `(N,)`, the tokens.
-        lengths: tokens of each response; they sum to `N`.
-        advantages: one for each response, where the objective needs a reward.
-        weight: `(N,)` constant factor of each token's loss, such as the importance ratio of a rollout that another
-            engine sampled; None for 1.
+        lengths: number of tokens of each response; they sum to `N`.
+        advantages: one for each response, if the objective needs a reward.
+        weight: `(N,)` constant factor of each token's loss, such as the importance ratio of a rollout from another
+            engine; None for 1.
     """
 
     targets: Tensor
@@ -47,14 +48,14 @@ class ResponseTokens:
 
 
 class Objective(Protocol):
-    """A loss on the response tokens of one micro-batch, already divided by `num_tokens`, the tokens of the whole step.
+    """A loss on the response tokens of one micro-batch, divided by `num_tokens`, the number of tokens in the step.
 
-    Summed over micro-batches (and processes) it equals the loss of one large batch, and so do its gradients.
+    Its sum over micro-batches (and processes) equals the loss of one large batch. The same holds for its gradients.
 
     Attributes:
-        needs_teacher: whether it is given the teacher's hidden states.
+        needs_teacher: whether it takes the teacher's hidden states.
         needs_rollouts: whether the responses are the student's own; if not, they are the reference solutions.
-        needs_reward: whether it is given advantages.
+        needs_reward: whether it takes advantages.
     """
 
     needs_teacher: bool
@@ -74,12 +75,12 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Distillation:
-    """Mean over response tokens of `D(teacher || student)`, the whole next-token distributions compared.
+    """Mean over response tokens of `D(teacher || student)`, between full next-token distributions.
 
     Attributes:
         divergence, beta, entry_clip, token_clip, chunk_bytes: as in `atesd_kernels.linear_divergence`.
-        scoring_temperature: of both distributions; no T^2 factor (OPSD).
-        position_halflife: tokens after which a token of a response counts half as much; see `position_weights`.
+        scoring_temperature: temperature of both distributions; no T^2 factor (OPSD).
+        position_halflife: number of tokens after which a token's weight halves; see `position_weights`.
     """
 
     divergence: str = "forward_kl"
@@ -127,16 +128,16 @@ class SupervisedFineTuning:
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """GRPO (arXiv 2402.03300) with one update for each batch of rollouts, a mean over all response tokens.
+    """GRPO (arXiv 2402.03300) with one update per batch of rollouts; a mean over all response tokens.
 
         loss = -1/num_tokens sum_n w_n A_n exp(log p_n - [log p_n])        [.] carries no gradient
 
-    With one update the ratio of the new to the old policy is 1, so its clip never acts, and the loss's value is
-    -mean(w A), not something that falls. The mean over all tokens of the step (rather than within each response first)
-    is DAPO's (arXiv 2503.14476). There is no KL term to a reference: `distill+grpo` pulls towards the teacher instead.
+    With one update the ratio of the new to the old policy is 1. So its clip never applies, and the loss equals
+    -mean(w A), which does not fall with training. The mean over all tokens of the step (not within each response first)
+    follows DAPO (arXiv 2503.14476). There is no KL term to a reference; `distill+grpo` distils from the teacher instead.
 
     Attributes:
-        temperature: the rollouts' sampling temperature, at which log-probabilities are taken.
+        temperature: temperature of the log-probabilities; the rollouts' sampling temperature.
     """
 
     temperature: float = 1.0
@@ -157,9 +158,9 @@ class PolicyGradient:
 
 @dataclass(frozen=True)
 class Mixed:
-    """`distillation + reward_weight * policy_gradient`; the statistics are the distillation's.
+    """`distillation + reward_weight * policy_gradient`, with the distillation's statistics.
 
-    The student's head is gone over twice, for the log-probabilities the first term reports carry no gradient.
+    It sweeps the student's head twice, because the log-probabilities of the first term carry no gradient.
     """
 
     distillation: Distillation
@@ -176,8 +177,9 @@ class Mixed:
 
 
 def make_objective(config: ATESDConfig) -> Objective:
-    """The objective `config.objective` names."""
-    distillation = Distillation(**{field.name: getattr(config, field.name) for field in fields(Distillation)})
+    """The objective `config.objective` names. A divergence `module:object` is registered here."""
+    settings = {field.name: getattr(config, field.name) for field in fields(Distillation)}
+    distillation = Distillation(**settings | {"divergence": divergence_name(config.divergence)})
     policy_gradient = PolicyGradient(temperature=config.temperature, chunk_bytes=config.chunk_bytes)
     return {
         "distill": distillation,
@@ -188,17 +190,18 @@ def make_objective(config: ATESDConfig) -> Objective:
 
 
 def position_weights(lengths: tuple[int, ...], halflife: float) -> Tensor:
-    """`(N,)` float64: token n of a response of T tokens counts `2^(-n/halflife) * T / sum_m 2^(-m/halflife)`.
+    """Returns the weight of each token, `(N,)` float64. Token n of a response of T tokens has the weight
+    `2^(-n/halflife) * T / sum_m 2^(-m/halflife)`.
 
-    Early tokens decide where a solution goes, and late ones are where student and teacher have drifted apart. The mean
-    within each response is 1 (our choice), so that a response's share of the loss stays what it was.
+    Early tokens decide the course of a solution; at late tokens student and teacher have diverged. The mean within
+    each response is 1 (our choice), so a response's share of the loss does not change.
     """
     parts = [torch.exp2(-torch.arange(n, dtype=torch.float64) / halflife) for n in lengths]
     return torch.cat([part * (len(part) / part.sum()) for part in parts])
 
 
 def token_weight(tokens: ResponseTokens, halflife: float | None = None) -> Tensor | None:
-    """The constant factor of each token's loss: `tokens.weight` times the position's; None where all are 1."""
+    """Returns the factor of each token's loss, `(N,)`: `tokens.weight` times the position's; None if all are 1."""
     if halflife is None:
         return tokens.weight
     weight = to_device(position_weights(tokens.lengths, halflife), tokens.targets.device)
@@ -212,7 +215,7 @@ def weighted_sum(values: Tensor, weight: Tensor | None) -> Tensor:
 def head_logprobs(
     hidden: Tensor, head: HeadSpec, targets: Tensor, temperature: float, chunk_bytes: int | None = None
 ) -> tuple[Tensor, TokenStats]:
-    """`(N,)` log-probabilities of `targets`, differentiable, and their statistics."""
+    """Returns the log-probabilities of `targets`, `(N,)`, differentiable, and their statistics."""
     return linear_logprobs(
         hidden,
         head.weight,
@@ -227,12 +230,12 @@ def head_logprobs(
 def token_logprobs(
     backbone: Callable[..., Any], head: HeadSpec, batch: PackedBatch, chunk_bytes: int | None = None
 ) -> Tensor:
-    """`(N,)`: log-probability, at temperature 1, of each response token of `batch`."""
+    """Returns the log-probability, at temperature 1, of each response token of `batch`, `(N,)`."""
     return head_logprobs(hidden_rows(backbone, batch), head, batch.targets, 1.0, chunk_bytes)[0]
 
 
 class TokenTotals:
-    """Sums of `TokenStats` over the micro-batches of a step, kept on the device until they are asked for."""
+    """Sums `TokenStats` over the micro-batches of a step. The sums stay on the device until they are read."""
 
     NAMES = ("mismatch", "top1_agreement", "student_entropy", "teacher_entropy", "student_confidence")
     WITHOUT_TEACHER = ("student_entropy", "student_confidence")
@@ -256,30 +259,30 @@ class TokenTotals:
         self.divergences.append(stats.divergence)
 
     def sum(self) -> Tensor:
-        """`(5,)` float64, in the order of `NAMES`."""
+        """Returns the sums, `(5,)` float64, in the order of `NAMES`."""
         return torch.stack(self.sums).sum(0)
 
     def over(self, processes: Processes) -> None:
-        """All-reduce the sums and gather the divergences: from here on they are those of all processes."""
+        """All-reduces the sums and gathers the divergences, in place, over all processes."""
         self.sums = [processes.all_reduce(self.sum())]
         self.divergences = [processes.gather(torch.cat(self.divergences))]
 
     def means(self, num_tokens: int) -> dict[str, float]:
-        """The metrics of a step; without a teacher those that need none."""
+        """Returns the metrics of a step; without a teacher, only those that need none."""
         means = dict(zip(self.NAMES, (self.sum() / num_tokens).tolist(), strict=True))
         if not self.has_teacher:
             return {name: means[name] for name in self.WITHOUT_TEACHER}
         return means | {"mismatch_p95": self.p95()}
 
     def p95(self) -> float:
-        """95th percentile of the token divergences (no clip applied)."""
+        """Returns the 95th percentile of the token divergences before clips."""
         return percentile(torch.cat(self.divergences), 0.95)
 
     def share_above(self, bound: float) -> float:
-        """The share of tokens whose divergence exceeds `bound`."""
+        """Returns the share of tokens whose divergence exceeds `bound`."""
         return float((torch.cat(self.divergences) > bound).double().mean())
 
 
 def percentile(values: Tensor, share: float) -> float:
-    """The value below which `share` of `values` lie, the nearest one below."""
+    """Returns the value below which `share` of `values` lie, rounded down to an element of `values`."""
     return float(values.float().sort().values[int(share * (len(values) - 1))])

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from atesd.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from atesd.config import ATESDConfig
+from atesd.config.doors import POLICY_FIELDS
 from atesd.data.problems import Problem
 from atesd.data.run_data import load_run_data
 from atesd.evaluation.reward import VerifierReward
@@ -46,11 +47,6 @@ from atesd.rollout.ahead import AheadEngine
 from atesd.rollout.batches import RolloutBatches
 from atesd.rollout.mismatch import EngineMismatch
 from atesd.rollout.seeds import seed_of
-
-POLICY_FIELDS = (
-    "max_steps hold_window lookahead policy_batch_size reward_gamma lambda_gt progress_signal alpha_min alpha_max "
-    "policy_learning_rate policy_hidden_size entropy_target entropy_coef fixed_alpha seed"
-).split()
 
 
 class Run:
@@ -145,6 +141,7 @@ class Run:
         settings = {name: getattr(config, name) for name in POLICY_FIELDS}
         if config.grounding == "none":
             settings["lambda_gt"] = 0.0
+        settings |= {"per_example": config.per_example_exposure, **json.loads(config.exposure_kwargs)}
         meter = OutcomeMeter(
             self.student.model,
             self.teacher,
@@ -158,7 +155,7 @@ class Run:
             processes=self.processes,
         )
         self.exposure = ExposureDecisions(
-            make_policy(config.exposure_policy, per_example=config.per_example_exposure, **settings),
+            make_policy(config.exposure_policy, **settings),
             meter,
             Difficulty() if config.per_example_exposure else None,
             self.data,

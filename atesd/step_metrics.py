@@ -1,4 +1,4 @@
-"""What a line of metrics.jsonl and of samples.jsonl says of a step. `atesd/README.md` has a table of every field."""
+"""Computes a step's lines of metrics.jsonl and samples.jsonl. `atesd/README.md` has a table of every field."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NGRAM = 4
 
 
 def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Means over the responses of a step: length in tokens, share cut at the limit, repetition, and staleness."""
+    """Returns means over a step's responses: length in tokens, truncated fraction, repetition, and staleness."""
     values = {
         "response_length": [len(r.response_ids) for r in rollouts],
         "truncated_fraction": [r.truncated for r in rollouts],
@@ -27,7 +27,7 @@ def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def repetition(token_ids: Sequence[int], n: int = NGRAM) -> float:
-    """The share of a response's n-grams that occurred in it before: 0 for none, towards 1 for a loop.
+    """Returns the share of a response's n-grams that occurred earlier in it: 0 for none, near 1 for a loop.
 
     >>> repetition([1, 2, 3, 4, 5, 6]), round(repetition([7, 8] * 50), 2)
     (0.0, 0.98)
@@ -37,11 +37,11 @@ def repetition(token_ids: Sequence[int], n: int = NGRAM) -> float:
 
 
 def clip_fraction(config: ATESDConfig, loss: float, totals: TokenTotals, mismatch: float | None) -> dict[str, float]:
-    """`{"clip_fraction": ...}`, how much the clip takes away; {} where it is not known.
+    """Returns `{"clip_fraction": ...}`, the share that the clip removes; {} if it is unknown.
 
-    With `token_clip` c the share of tokens whose divergence exceeds c. With `entry_clip` the share of the step's mean
-    divergence that is missing from the loss, 1 - loss / mismatch, since no one holds a token's entries side by side;
-    given only where the loss is that divergence and nothing else.
+    With `token_clip` c, it is the share of tokens whose divergence exceeds c. With `entry_clip`, it is the share of the
+    step's mean divergence that is missing from the loss, 1 - loss / mismatch, because a token's entries are never
+    materialised. This needs a loss that is the unweighted divergence.
     """
     if config.token_clip is not None and mismatch is not None:
         return {"clip_fraction": totals.share_above(config.token_clip)}
@@ -53,7 +53,7 @@ def clip_fraction(config: ATESDConfig, loss: float, totals: TokenTotals, mismatc
 
 
 def outcome_metrics(outcome: dict[str, float | None]) -> dict[str, float]:
-    """What was due of probe NLL and grounded score, under their names in the log."""
+    """Returns the measured ones of probe NLL and grounded score, under their names in the log."""
     names = {"grounded": "grounded_score"}
     return {names.get(name, name): value for name, value in outcome.items() if value is not None}
 
@@ -61,7 +61,7 @@ def outcome_metrics(outcome: dict[str, float | None]) -> dict[str, float]:
 def sample_line(
     tokenizer: Any, problem: Problem, reference: Reference, rollout: Rollout, alpha: float
 ) -> dict[str, Any]:
-    """One problem of the step, its response, and what of the reference the teacher read."""
+    """Returns one problem of the step, its response, and the part of the reference that the teacher read."""
     return {
         "problem_id": problem.id,
         "problem": problem.problem,

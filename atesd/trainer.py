@@ -21,6 +21,7 @@ from torch import Tensor
 
 from atesd.config import ATESDConfig
 from atesd.data.problems import Problem
+from atesd.errors import AtesdError
 from atesd.models.batching import PackedBatch, assert_same_responses, chunks, hidden_rows, pack
 from atesd.objectives import ResponseTokens, TokenTotals
 from atesd.reports.metrics import peak_memory_bytes
@@ -30,7 +31,7 @@ from atesd.run import Run
 from atesd.step_metrics import clip_fraction, outcome_metrics, response_metrics, sample_line
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(AtesdError, RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
 

@@ -13,7 +13,13 @@ import pytest
 import atesd
 from atesd import cli
 from atesd.config import load_config
+from atesd.evaluation.files import EvalError
+from atesd.models.loading import ModelLoadError
+from atesd.parallel.sharding import ShardingError
 from atesd.reports.metrics import RunLog
+from atesd.reports.report import ReportError
+from atesd.rollout import RolloutError
+from atesd.trainer import NonFiniteLoss
 
 
 def run(*arguments):
@@ -126,6 +132,26 @@ def test_an_error_nobody_wrote_for_people_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(cli, "report", lambda run_dir: [][1])
     with pytest.raises(IndexError):
         cli.main(["report", "x"])
+
+
+@pytest.mark.parametrize("error", [EvalError, ReportError, RolloutError, ShardingError, ModelLoadError, NonFiniteLoss])
+def test_an_error_of_ours_shows_its_message_wherever_it_was_raised(monkeypatch, capsys, error):
+    def fails(run_dir):
+        raise error("too long: make it shorter")  # in a file of the tests, so only the class says that it is ours
+
+    monkeypatch.setattr(cli, "report", fails)
+    assert cli.main(["report", "x"]) == 1
+    assert capsys.readouterr().err.startswith("atesd: too long: make it shorter\n")
+    monkeypatch.setenv("ATESD_TRACEBACK", "1")
+    with pytest.raises(error):
+        cli.main(["report", "x"])
+
+
+def test_every_error_class_of_atesd_is_an_atesd_error_and_a_built_in_one():
+    files = [path.read_text(encoding="utf-8") for path in Path(atesd.__file__).parent.rglob("*.py")]
+    bases = re.findall(r"^class \w+\((.*(?:Error|Exception))\):", "\n".join(files), re.MULTILINE)
+    assert bases.count("Exception") == 1 and len(bases) >= 9
+    assert set(bases) <= {"Exception", "AtesdError, ValueError", "AtesdError, RuntimeError"}
 
 
 def test_an_unknown_command_or_a_stray_argument_is_a_usage_error(capsys):

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the text-handling modules say what the code does."""
+"""The examples in the docstrings of these modules say what the code does."""
 
 import doctest
 import importlib
@@ -9,13 +9,17 @@ import pytest
 @pytest.mark.parametrize(
     "name",
     [
+        "config.doors",
         "data.context",
         "data.latex_spans",
         "data.segmentation",
         "data.templates",
+        "errors",
         "evaluation.grading.answer_text",
         "evaluation.grading.grader",
+        "exposure.policies",
         "integrations.trl",
+        "rollout.engine",
     ],
 )
 def test_the_examples_in_the_docstrings_are_true(name):

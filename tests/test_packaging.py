@@ -1,4 +1,4 @@
-"""What a user meets before the first call: importing, versions, and the examples for contributors."""
+"""What a user meets before the first call: importing, and versions."""
 
 from __future__ import annotations
 
@@ -23,27 +23,6 @@ from packaging.version import Version
 import atesd
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"^```python\n# (\w+)\.py\n(.*?)^```", re.MULTILINE | re.DOTALL)
-USE_THEM = """
-import torch
-import my_divergence, my_policy, my_engine
-from atesd.exposure.policies import make_policy
-from atesd_kernels import linear_divergence
-
-torch.manual_seed(0)
-student, head, teacher = torch.randn(3, 8, requires_grad=True), torch.randn(20, 8), torch.randn(3, 8)
-results = []
-for backend in ("torch", "triton"):
-    loss = linear_divergence(student, head, teacher, divergence="squared", backend=backend)
-    results.append((loss, *torch.autograd.grad(loss, student)))
-p, q = (torch.softmax(h @ head.T, -1) for h in (teacher, student))
-torch.testing.assert_close(results[0][0], ((p - q) ** 2).sum(-1).mean())
-torch.testing.assert_close(results[0], results[1])
-torch.testing.assert_close(results[0][1], torch.autograd.grad(((p - q) ** 2).sum(-1).mean(), student)[0])
-policy = make_policy("alternating")
-assert [policy.alpha(t) for t in range(3)] == [0.0, 1.0, 0.0]
-assert [r.response_ids for r in my_engine.Parrot().generate([[1, 2], [3]])] == [[2], [3]]
-"""
 
 
 def run(code: str, *path: Path, **env: str) -> str:
@@ -197,15 +176,6 @@ def test_the_oldest_versions_allowed_are_those_that_make_test_oldest_runs_on(bui
     for name in ("torch", "triton", "transformers"):
         mentioned = f"{name} {'.'.join(pins[name].split('.')[:2])}"
         assert mentioned in (ROOT / "atesd" / "README.md").read_text(encoding="utf-8"), mentioned
-
-
-def test_the_contributors_examples_are_short_and_run(tmp_path):
-    blocks = dict(BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
-    assert set(blocks) == {"my_divergence", "my_kernels", "my_policy", "my_engine"}
-    for name, code in blocks.items():
-        assert len(code.splitlines()) < 20, name
-        (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
-    run(USE_THEM, tmp_path, TRITON_INTERPRET="1")
 
 
 def test_one_version_everywhere():

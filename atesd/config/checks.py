@@ -1,25 +1,26 @@
 """What a configuration may not say: each refusal names the field, the value seen and what to do instead.
 
-Nothing here loads a model, a dataset or torch.
+Nothing here loads a model, a dataset or torch. Code of the user's, named as `module:object`, is imported here and may.
 """
 
 from __future__ import annotations
 
-import difflib
+import inspect
 import json
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from atesd.config.fields import MAY_CHANGE, Settings
+from atesd.config import doors
+from atesd.config.fields import MAY_CHANGE, RolloutFields, Settings
+from atesd.errors import ConfigError, suggest
 
 SPECIAL_MODEL = "smollm2-135m-instruct"
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab", "trackio")
-# the names atesd_kernels knows (a test compares them), without the seconds that importing torch takes
-DIVERGENCES = tuple("forward_kl reverse_kl jsd jeffreys skew_kl skew_reverse_kl total_variation alpha".split())
+JSON_OBJECT = 'a JSON object like {"key": true}'
 LEARNED_POLICIES = ("atesd", "one_step")
 # the module that attn_implementation needs, and how to get it
 FLASH_PACKAGES = {
@@ -53,15 +54,13 @@ FRACTIONS = "beta ema_decay alpha_min alpha_max reward_gamma".split()
 BELOW_ONE = "lora_dropout adam_beta1 adam_beta2".split()
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be used: the message names it, the value seen and what to do."""
-
-
 def check(config: Settings) -> None:
     """Raises ConfigError for the first setting that cannot be used."""
     for name, value in asdict(config).items():
         require(config, name, not isinstance(value, float) or math.isfinite(value), "a finite number")
     check_ranges(config)
+    check_engine(config)
+    check_policy(config)
     check_combinations(config)
     check_places(config)
 
@@ -86,8 +85,39 @@ def check_ranges(config: Settings) -> None:
     for name in BELOW_ONE:
         require(config, name, 0 <= getattr(config, name) < 1, "at least 0 and below 1")
     require(config, "top_p", 0 < config.top_p <= 1, "above 0 and at most 1")
-    for name in ("student_chat_template_kwargs", "teacher_chat_template_kwargs"):
-        require(config, name, isinstance(parse_json(getattr(config, name)), dict), 'a JSON object like {"key": true}')
+    for name in ("student_chat_template_kwargs", "teacher_chat_template_kwargs", "exposure_kwargs"):
+        require(config, name, isinstance(parse_json(getattr(config, name)), dict), JSON_OBJECT)
+
+
+def check_engine(config: RolloutFields) -> None:
+    """Raises ConfigError for an engine that is not known, or cannot be imported, or does not take `rollout_kwargs`."""
+    kwargs = parse_json(config.rollout_kwargs)
+    if not isinstance(kwargs, dict):
+        raise ConfigError(f"rollout_kwargs is {config.rollout_kwargs!r}; it must be {JSON_OBJECT}")
+    doors.check_name("rollout_engine", config.rollout_engine)
+    if doors.is_object(config.rollout_engine):
+        doors.engine_factory(config.rollout_engine, kwargs)
+    else:
+        doors.check_shipped_kwargs("rollout_engine", config.rollout_engine, kwargs, "rollout_kwargs")
+
+
+def check_policy(config: Settings) -> None:
+    """Raises ConfigError for a policy that is not known, or cannot be imported, or does not take what it is given."""
+    policy, kwargs = config.exposure_policy, parse_json(config.exposure_kwargs)
+    doors.check_name("exposure_policy", policy)
+    takes_fixed_alpha = policy == "fixed"
+    if doors.is_object(policy):
+        takes_fixed_alpha = "fixed_alpha" in inspect.signature(doors.policy_factory(policy, kwargs)).parameters
+    else:
+        doors.check_shipped_kwargs("exposure_policy", policy, kwargs, "exposure_kwargs")
+    if policy == "fixed" or (takes_fixed_alpha and config.fixed_alpha is not None):
+        given = config.fixed_alpha is not None and 0 <= config.fixed_alpha <= 1
+        require(config, "fixed_alpha", given, f"between 0 and 1, for exposure_policy is {policy!r}")
+    elif config.fixed_alpha is not None:
+        raise ConfigError(
+            f"fixed_alpha ({config.fixed_alpha}) would be ignored, for exposure_policy is {policy!r}: "
+            f"leave it out, or set exposure_policy to 'fixed'"
+        )
 
 
 def check_combinations(config: Settings) -> None:
@@ -117,14 +147,6 @@ def check_combinations(config: Settings) -> None:
         )
     if config.alpha_min > config.alpha_max:
         raise ConfigError(f"alpha_min ({config.alpha_min}) is above alpha_max ({config.alpha_max}): swap them")
-    if config.exposure_policy == "fixed":
-        given = config.fixed_alpha is not None and 0 <= config.fixed_alpha <= 1
-        require(config, "fixed_alpha", given, "between 0 and 1, for exposure_policy is 'fixed'")
-    elif config.fixed_alpha is not None:
-        raise ConfigError(
-            f"fixed_alpha ({config.fixed_alpha}) would be ignored, for exposure_policy is {config.exposure_policy!r}: "
-            f"leave it out, or set exposure_policy to 'fixed'"
-        )
     learned = config.exposure_policy in LEARNED_POLICIES
     if learned and config.policy_batch_size == 1:
         raise ConfigError(
@@ -188,7 +210,7 @@ def check_objective(config: Settings) -> None:
         require(config, "num_generations", config.num_generations >= 2, f"at least 2, for objective is {objective!r}")
         if find_spec("math_verify") is None:
             raise ConfigError(f"objective {objective!r} grades answers with math-verify: pip install 'atesd[eval]'")
-    if config.per_example_exposure and not learned:
+    if config.per_example_exposure and not learned and not doors.is_object(config.exposure_policy):
         raise ConfigError(
             f"per_example_exposure is on, and exposure_policy {config.exposure_policy!r} gives every problem the same "
             f"exposure: choose one of {', '.join(LEARNED_POLICIES)}, or leave it off"
@@ -199,10 +221,13 @@ def check_objective(config: Settings) -> None:
 
 
 def check_divergence(config: Settings) -> None:
-    require(
-        config, "divergence", config.divergence in DIVERGENCES, f"one of {', '.join(DIVERGENCES)}"
-        + suggest(config.divergence, DIVERGENCES)
-    )  # fmt: skip
+    doors.check_name("divergence", config.divergence)
+    if doors.is_object(config.divergence):
+        term = doors.load_divergence(config.divergence)
+        try:
+            term.needs_beta(config.beta)
+        except ValueError as error:
+            raise ConfigError(f"divergence {config.divergence!r} with beta {config.beta}: {error}") from error
     if (config.divergence, config.beta) in (("skew_kl", 1), ("skew_reverse_kl", 0)):
         raise ConfigError(f"divergence {config.divergence!r} with beta {config.beta} is always zero: change beta")
 
@@ -239,7 +264,8 @@ def check_same_settings(saved: Settings, given: Settings, may_change: Collection
     """Raises ConfigError for a setting outside `may_change` that is not what `what` was started with."""
     for name, value in asdict(given).items():
         before = getattr(saved, name)
-        if value != before and name not in may_change:
+        same = value == before or (name.endswith("_kwargs") and parse_json(value) == parse_json(before))
+        if not same and name not in may_change:
             raise ConfigError(
                 f"{name} is {value!r}, but {what} was started with {before!r}: leave the flag out, {advice}"
             )
@@ -250,8 +276,3 @@ def parse_json(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return None
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from atesd.config.checks import ConfigError, parse_json, require
+from atesd.config.checks import check_engine, parse_json, require
 from atesd.config.fields import RolloutFields, option
 from atesd.config.load import config_parser, parse
+from atesd.errors import ConfigError
 
 # Settings that neither samples nor verdicts depend on: they may differ when an evaluation goes on.
 FREE = ("output_dir", "confidence", "num_bootstrap", "grading_processes", "rollout_timeout", "rollout_retries")
@@ -135,6 +136,7 @@ class EvalConfig(EvalRunFields, EvalGradingFields, EvalRolloutFields, EvalDataFi
         require(self, "top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         for name in ("importance_clip", "max_staleness"):
             require(self, name, not getattr(self, name), "left out: it is a setting of training")
+        check_engine(self)
         require(self, "confidence", 0 < self.confidence < 1, "between 0 and 1")
         kwargs = isinstance(parse_json(self.chat_template_kwargs), dict)
         require(self, "chat_template_kwargs", kwargs, 'a JSON object like {"enable_thinking": true}')

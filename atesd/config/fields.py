@@ -103,10 +103,14 @@ class DataFields:
 class RolloutFields:
     _argument_group_name = "rollouts"
 
-    rollout_engine: Literal["hf", "vllm", "vllm_server"] = option(
+    rollout_engine: str = option(
         "hf",
         "our choice",
-        "Who generates the rollouts: transformers, vLLM inside this process, or a server started with `vllm serve`.",
+        "Who generates the rollouts: hf (transformers), vllm (inside this process), vllm_server (started with `vllm "
+        "serve`), or module:object, your own: a callable that takes config, model, tokenizer and processes.",
+    )
+    rollout_kwargs: str = option(
+        "{}", "our choice", "JSON object of further keyword arguments for a rollout_engine of your own."
     )
     num_generations: int = option(1, "OPSD", "Responses sampled for each problem.")
     max_completion_length: int = option(1024, "OPSD", "Longest response in tokens.")
@@ -152,7 +156,12 @@ class LossFields:
     position_halflife: float | None = option(
         None, "our choice", "Tokens after which a response token counts half as much in the distillation; 0 is off."
     )
-    divergence: str = option("forward_kl", "paper", "Divergence of the student from the teacher, from atesd_kernels.")
+    divergence: str = option(
+        "forward_kl",
+        "paper",
+        "Divergence of the student from the teacher: forward_kl, reverse_kl, jsd, jeffreys, skew_kl, skew_reverse_kl, "
+        "total_variation, alpha, or module:object, a DivergenceTerm of your own.",
+    )
     beta: float = option(0.5, "HF", "Mixture weight where the divergence is jsd: 0 forward KL, 1 reverse KL.")
     scoring_temperature: float = option(1.1, "OPSD", "Temperature of both distributions in the loss.")
     entry_clip: float | None = option(
@@ -170,11 +179,18 @@ class LossFields:
 class ExposureFields:
     _argument_group_name = "teacher exposure (alpha) and its policy"
 
-    exposure_policy: Literal["atesd", "full", "fixed", "random", "linear", "cosine", "one_step"] = option(
+    exposure_policy: str = option(
         "atesd",
         "paper",
-        "Who picks alpha: the learned Beta policy; always 1 (OPSD); fixed_alpha; uniform; a ramp from alpha_min to "
-        "alpha_max; one-step reward.",
+        "Who picks alpha: atesd (the learned Beta policy), full (always 1: OPSD), fixed (fixed_alpha), random "
+        "(uniform), linear or cosine (a ramp from alpha_min to alpha_max), one_step (one-step reward), or "
+        "module:object, your own: a callable that takes those of the settings below its signature names.",
+    )
+    exposure_kwargs: str = option(
+        "{}",
+        "our choice",
+        "JSON object of further keyword arguments for the policy: start_alpha and end_alpha of linear and cosine, or "
+        "what one of your own takes.",
     )
     fixed_alpha: float | None = option(None, "paper", "The exposure where exposure_policy is fixed.")
     alpha_min: float = option(0.0, "our choice", "Lower clip of alpha.")

@@ -19,7 +19,8 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from atesd.config import fields as groups
-from atesd.config.checks import ConfigError, check, check_resumable, suggest
+from atesd.config.checks import check, check_resumable
+from atesd.errors import ConfigError, suggest
 from atesd.files import write_whole
 
 CONFIG_FILE = "config.yaml"

@@ -1,1 +1,1 @@
-"""Problems, their references cut into segments, and the prompts a student and a teacher read."""
+"""Problems, references split into segments, and the prompts of student and teacher."""

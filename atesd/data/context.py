@@ -1,7 +1,7 @@
-"""From an exposure alpha to the part of the reference a teacher reads.
+"""Maps an exposure alpha to the part of the reference that the teacher reads.
 
-Separate from ``prompts.py`` because this is the method's definition (floor(alpha*m) segments, the answer always kept),
-while prompts are wording. Nothing here knows about tokens or chat templates.
+This is the method's definition: the first floor(alpha*m) segments, and always the answer. It works on text; tokens and
+chat templates are in ``prompts.py``.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from atesd.data.segmentation import Reference
 
 __all__ = ["exposed_text", "num_exposed"]
 
-# An alpha this close below k/m counts as k/m: covers float32 (0.7 is 0.69999999) and products such as 0.29 * 100.
+# An alpha this close below k/m counts as k/m. Covers float32 (0.7 is 0.69999999) and products such as 0.29 * 100.
 ALPHA_TOLERANCE = 1e-7
 
 
 def num_exposed(alpha: float, num_segments: int) -> int:
-    """``floor(alpha * m)``: how many of ``m = num_segments`` segments the teacher reads.
+    """Returns ``floor(alpha * m)``, the number of ``m = num_segments`` segments that the teacher reads.
 
-    ``alpha = 1`` gives ``m``, ``alpha = 0`` gives 0, and the result never falls when alpha rises.
+    The result is 0 at ``alpha = 0``, ``m`` at ``alpha = 1``, and monotonic in alpha.
 
     >>> num_exposed(0.3, 10), num_exposed(0.29, 100), num_exposed(0.99, 4), num_exposed(1.0, 4)
     (3, 29, 3, 4)
 
-    Raises ValueError for an alpha outside [0, 1] (NaN included) or a negative number of segments.
+    Raises ValueError if alpha is NaN or outside [0, 1], or if ``num_segments`` is negative.
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha!r}")
@@ -34,10 +34,10 @@ def num_exposed(alpha: float, num_segments: int) -> int:
 
 
 def exposed_text(reference: Reference, alpha: float) -> str:
-    r"""The first ``floor(alpha * m)`` segments verbatim; at ``alpha = 1`` the whole solution, its tail included.
+    r"""Returns the first ``floor(alpha * m)`` segments verbatim; at ``alpha = 1`` the full solution with its tail.
 
-    Below 1 the tail (the sentence or line that states the answer) is left out: the answer reaches the teacher on a line
-    of its own, and a partial reference must not give away the last step of the working with it.
+    The tail is the sentence or line that states the answer. Below alpha = 1 it is omitted: it could reveal the last
+    step of the working, and the prompt template gives the answer separately.
 
     >>> reference = Reference(segments=("2 + 3 = 5.\n", "Twice that is 10.\n"), answer="10", tail="#### 10")
     >>> exposed_text(reference, 0.0), exposed_text(reference, 0.5)
@@ -51,5 +51,5 @@ def exposed_text(reference: Reference, alpha: float) -> str:
 
 
 def is_full(alpha: float) -> bool:
-    """Whether ``alpha`` is 1, within ``ALPHA_TOLERANCE``: the teacher then reads the whole solution."""
+    """Whether ``alpha`` is 1 within ``ALPHA_TOLERANCE``, i.e. the teacher reads the full solution."""
     return alpha >= 1.0 - ALPHA_TOLERANCE

@@ -1,7 +1,7 @@
-r"""Where in a text no cut may fall: LaTeX mathematics and code fences, and where the last ``\boxed{}`` is.
+r"""Finds spans that must not be cut (LaTeX mathematics, code fences), and the last ``\boxed{}``.
 
-Separate from ``segmentation.py`` because it answers one question by scanning once, in time linear in the text: model
-output can be long and hostile, and every rollout is searched for its box.
+Scans run in time linear in the text, since every rollout is searched for its box, and model output can be long and
+adversarial.
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ import re
 
 __all__ = ["last_boxed", "protected_spans"]
 
-# A candidate opener: code fence, environment, \[ \( , $$ or $; escaped characters are consumed so they open nothing.
+# Openers: code fence, environment, \[ \( , $$ or $. Matches escaped characters too, so that they open nothing.
 _OPENER = re.compile(r"```|\\begin\s*\{([^{}]*)\}|\\\[|\\\(|\\.|\$\$|\$", re.DOTALL)
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 _SENTENCE_INSIDE = re.compile(r"[.?!]\s+[A-Z]|\n")
 _BOX_OR_BRACE = re.compile(r"\\f?boxed\s*\{|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\\boxed[ \t]+([^\s$.,;]+)")
-_MAX_DOLLARS_TRIED = 4  # closers tried per inline "$" before it is taken for a plain dollar sign: keeps the scan linear
+_MAX_DOLLARS_TRIED = 4  # closers tried per inline "$" before it counts as a plain dollar sign: keeps the scan linear
 
 
 def protected_spans(text: str) -> list[tuple[int, int]]:
-    r"""Disjoint, ordered ``(start, end)`` spans of code fences, display and inline mathematics, and environments.
+    r"""Returns disjoint, ordered ``(start, end)`` spans of code fences, mathematics and LaTeX environments.
 
-    A dollar sign followed by a digit is money unless it closes like mathematics does (no space before the closing
-    dollar, no digit after it, no sentence end between), so "$5 and $6" is not protected and "$5x$" is.
+    A dollar sign before a digit counts as money, unless its closing dollar has no space before it, no digit after it
+    and no sentence end in between. So "$5 and $6" is not protected, and "$5x$" is.
 
     >>> text = "Let $x = 3. Y$ cost $5."
     >>> [text[a:b] for a, b in protected_spans(text)]
     ['$x = 3. Y$']
     """
     spans: list[tuple[int, int]] = []
-    hopeless: set[str] = set()  # closers already known not to occur further on
+    hopeless: set[str] = set()  # closers known not to occur in the rest of the text
     position = 0
     while (opener := _OPENER.search(text, position)) is not None:
         token, start = opener.group(), opener.start()
@@ -51,9 +51,9 @@ def protected_spans(text: str) -> list[tuple[int, int]]:
 
 
 def last_boxed(text: str) -> tuple[int, int, str] | None:
-    r"""``(start, end, content)`` of the ``\boxed{...}`` that opens last and closes; ``None`` without one.
+    r"""Returns ``(start, end, content)`` of the last closed ``\boxed{...}``, by start; ``None`` without one.
 
-    Braces nest; ``\{`` and ``\}`` do not count. An empty box, or one cut off by the end of the text, is ignored.
+    Braces nest; ``\{`` and ``\}`` do not count. Empty boxes and unclosed boxes are ignored.
 
     >>> last_boxed(r"\boxed{1} then \boxed{\frac{1}{2}} and \boxed{3")[2]
     '\\frac{1}{2}'
@@ -77,7 +77,7 @@ def last_boxed(text: str) -> tuple[int, int, str] | None:
 
 
 def _find(text: str, closer: str, position: int, hopeless: set[str]) -> int:
-    """End of the next ``closer``, or -1; remembers a closer that is never found, so it is looked for once."""
+    """Returns the end of the next ``closer``, or -1. Adds a missing closer to ``hopeless``, to search only once."""
     if closer in hopeless:
         return -1
     found = text.find(closer, position)
@@ -88,7 +88,7 @@ def _find(text: str, closer: str, position: int, hopeless: set[str]) -> int:
 
 
 def _environment_end(text: str, name: str, position: int, hopeless: set[str]) -> int:
-    r"""End of the ``\end{name}`` that matches, counting nested environments of the same name."""
+    r"""Returns the end of the matching ``\end{name}``, or -1. Counts nested environments of the same name."""
     if name in hopeless:
         return -1
     depth = 1
@@ -101,7 +101,7 @@ def _environment_end(text: str, name: str, position: int, hopeless: set[str]) ->
 
 
 def _inline_end(text: str, start: int) -> int:
-    """End of the inline formula opened by the dollar at ``start``, or -1 when that dollar is money or a stray."""
+    """Returns the end of the inline formula that opens at ``start``, or -1 if that dollar opens no formula."""
     money = text[start + 1 : start + 2].isdigit()
     position = start + 1
     for _ in range(1 if money else _MAX_DOLLARS_TRIED):

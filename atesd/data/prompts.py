@@ -19,13 +19,14 @@ from atesd.data.context import exposed_text, is_full
 from atesd.data.problems import Problem
 from atesd.data.segmentation import Reference
 from atesd.data.templates import PromptTemplates, fill
+from atesd.errors import AtesdError
 
 __all__ = ["PromptBuilder", "PromptTemplates", "PromptTooLong"]
 
 _SENTINEL = "the-content-ends-here"
 
 
-class PromptTooLong(ValueError):
+class PromptTooLong(AtesdError, ValueError):
     """A prompt that does not fit; carries ``problem_id``, ``kind``, ``length`` and ``limit`` in tokens."""
 
     def __init__(self, problem_id: str, kind: str, length: int, limit: int, advice: str):

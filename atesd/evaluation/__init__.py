@@ -1,1 +1,1 @@
-"""Answers to problems, graded and counted: `atesd eval`, `atesd eval --compare` and evaluations during training."""
+"""Samples, grades and summarises answers: `atesd eval`, `atesd eval --compare` and evaluation during training."""

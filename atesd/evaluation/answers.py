@@ -1,8 +1,8 @@
-"""What an evaluation is: every problem answered k times, the answers graded and summed up.
+"""The core of an evaluation: samples k answers per problem, grades them and computes metrics.
 
-Separate from evaluate.py, the command around it, because training runs the same every `eval_steps`. Batches are a
-function of the settings alone: one that was cut off is drawn again whole, and only what is missing of it is kept, so a
-resumed evaluation has the samples of an uninterrupted one.
+Shared by `atesd eval` (command.py) and evaluation during training (training.py). Batches depend only on the settings.
+A resumed evaluation samples an interrupted batch again in full and keeps only the missing samples, so it gives the same
+samples as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Sample = dict[str, Any]
 
 @dataclass(frozen=True)
 class Protocol:
-    """How each problem is answered: `k` samples, drawn `batch_size` at a time."""
+    """Sampling settings of an evaluation: `k` samples per problem, `batch_size` of them at a time."""
 
     k: int
     max_completion_length: int
@@ -50,15 +50,15 @@ def answers(
     protocol: Protocol,
     done: frozenset[tuple[str, int]] = frozenset(),
 ) -> Iterator[list[Sample]]:
-    """Samples every problem `k` times; yields the graded samples batch by batch, without those in `done`.
+    """Samples `k` answers per problem and grades them. Yields them batch by batch, without those in `done`.
 
     Args:
-        prompts: token ids, one prompt for each problem.
-        done: (problem id, sample index) of samples that are there already.
+        prompts: token ids of one prompt per problem.
+        done: (problem id, sample index) of existing samples.
 
     Yields:
-        Lists of samples: `problem_id`, `sample`, `seed`, `text`, `extracted`, `correct`, `reason` (the grader's),
-        `finish_reason` ("stop", "length", or "nonfinite" where the model's logits were not), `num_tokens`.
+        Lists of samples with keys `problem_id`, `sample`, `seed`, `text`, `extracted`, `correct`, `reason` (from the
+        grader), `finish_reason` ("stop", "length", or "nonfinite" for non-finite logits), `num_tokens`.
     """
     grid = [(index, sample) for index in range(len(problems)) for sample in range(protocol.k)]
     for part in chunks(len(grid), protocol.batch_size):
@@ -89,10 +89,10 @@ def answers(
 def summarise(
     samples: Sequence[Sample], k: int, grader: Grader, confidence: float, num_bootstrap: int
 ) -> dict[str, Any]:
-    """`{"metrics": {name: {value, low, high}}, "problems": {id: {metric: value}}}` of complete samples.
+    """Returns `{"metrics": {name: {value, low, high}}, "problems": {id: {metric: value}}}`. Needs all samples.
 
-    Metrics, each a mean over problems: `average@k` (share of right samples), unbiased `pass@j`, `maj@k`,
-    `response_length` in tokens, `truncated` (share cut by the limit), `no_answer` (share without an answer).
+    Each metric is a mean over problems: `average@k` (share of correct samples), unbiased `pass@j`, `maj@k`,
+    `response_length` in tokens, `truncated` (share cut off at the limit), `no_answer` (share without an answer).
     """
     by_problem: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:

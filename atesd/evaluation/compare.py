@@ -1,7 +1,7 @@
-"""`atesd eval --compare`: finished evaluations in one table, and the paired difference of those on the same problems.
+"""`atesd eval --compare`: tabulates finished evaluations, and compares runs on the same problems pairwise.
 
-Separate from eval_report.py because here something is computed: problem by problem the second run less the first, so
-that how hard a problem is falls out of the interval.
+The comparison subtracts the first run from the second problem by problem. The interval therefore excludes the variance
+that comes from the difficulty of the problems.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from atesd.evaluation.statistics import estimate
 from atesd.files import write_json
 from atesd.reports.markup import card, html_table, markdown_table, page, text
 
-# what two runs are meant to differ in
+# entries that are expected to differ between two runs
 EXPECTED = (
     "model_name_or_path",
     "adapter",
@@ -33,20 +33,20 @@ EXPECTED = (
 
 
 def compare(folders: Sequence[str | Path], output_dir: str | Path | None = None) -> Path:
-    """Writes `comparison.md`, `comparison.html` and `comparison.json`, and returns their folder.
+    """Writes `comparison.md`, `comparison.html` and `comparison.json`. Returns their folder.
 
-    Runs on the same problems are compared with the first of them.
+    Compares each run with the first run on the same problems.
 
     Args:
         folders: finished evaluations, two or more.
-        output_dir: where to write; None for evals/compare-A-B.
+        output_dir: the folder to write to (default: evals/compare-A-B).
 
     Raises:
-        EvalError: fewer than two runs, an unfinished one, or no two on the same problems.
+        EvalError: there are fewer than two runs, a run is unfinished, or no two runs have the same problems.
     """
     runs = [load_run(folder) for folder in folders]
     if len(runs) < 2:
-        raise EvalError("--compare needs two evaluations or more: atesd eval --compare RUN_A RUN_B")
+        raise EvalError("--compare needs two evaluations or more, e.g. atesd eval --compare RUN_A RUN_B")
     first_on: dict[str, EvalRun] = {}
     pairs = []
     for run in runs:
@@ -69,9 +69,9 @@ def compare(folders: Sequence[str | Path], output_dir: str | Path | None = None)
 
 
 def paired(a: EvalRun, b: EvalRun) -> dict[str, Any]:
-    """B less A over their problems: `{"a", "b", "metrics", "by_problem", "better", "worse", "equal", "settings"}`.
+    """Returns `b - a`, paired by problem: `{a, b, confidence, metrics, by_problem, better, worse, equal, settings}`.
 
-    Averages are compared whatever k is; the other metrics where both runs have them.
+    Average@k is compared even if k differs. Every other metric is compared if both runs have it.
     """
     tables = [{canonical(run, name): name for name in run.metrics} for run in (a, b)]
     names = [name for name in tables[0] if name in tables[1]]
@@ -103,7 +103,7 @@ def paired(a: EvalRun, b: EvalRun) -> dict[str, Any]:
 
 
 def canonical(run: EvalRun, metric: str) -> str:
-    """average@12 -> average: it means the same at any k."""
+    """Maps average@12 to average, which is comparable between any two k. Other names stay unchanged."""
     return "average" if metric.startswith("average@") else metric
 
 
@@ -121,7 +121,7 @@ def notes(pair: dict[str, Any]) -> list[str]:
     told = [f"Better on {pair['better']} problems, worse on {pair['worse']}, equal on {pair['equal']}."]
     if pair["settings"]:
         listed = "; ".join(f"{name}: {a!r} and {b!r}" for name, (a, b) in pair["settings"].items())
-        told.append(f"Beside model and adapter they differ in: {listed}.")
+        told.append(f"Apart from model and adapter, they differ in: {listed}.")
     return told
 
 
@@ -138,7 +138,7 @@ def html(header: list[str], rows: list[list[str]], pairs: list[dict[str, Any]]) 
         name = f"{pair['b']} - {pair['a']}"
         rates = {key: m for key, m in pair["metrics"].items() if key != "response_length"}
         picture = plots.difference_plot(rates, pair["by_problem"], "difference")
-        told = "Left: each rate with its interval, grey where that holds 0. Right: average by problem."
+        told = "Left: each rate with its interval (grey if the interval contains 0). Right: average by problem."
         body += (
             f'<h2>{text(name)}</h2><div class="card">{html_table(*rows_of(pair))}'
             f"{''.join(f'<p>{text(note)}</p>' for note in notes(pair))}</div>{card(name, told, picture)}"

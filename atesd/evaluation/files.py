@@ -1,7 +1,7 @@
-"""The folder of an evaluation: its settings, its samples as they come, and what may go on in it.
+"""Manages the output folder of an evaluation: its settings, its samples, and whether it can be resumed.
 
-Separate from evaluate.py because the promise (a killed evaluation goes on without repeating or mixing anything) is kept
-here. Layout of the folder: `eval_config.json`, `samples.jsonl`, `results.json`, `results.md` and `results.html`.
+This file guarantees that a killed evaluation resumes without repeating samples or mixing settings. The folder holds
+`eval_config.json`, `samples.jsonl`, `results.json`, `results.md` and `results.html`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from atesd.errors import AtesdError
 from atesd.files import write_json
 from atesd.reports.metrics import as_line, read_jsonl
 
@@ -20,18 +21,18 @@ SETTINGS, SAMPLES, RESULTS = "eval_config.json", "samples.jsonl", "results.json"
 BLOCK, BLOCKS = 1 << 16, 64
 
 
-class EvalError(ValueError):
-    """An evaluation that cannot start or go on: the message says why and what to do."""
+class EvalError(AtesdError, ValueError):
+    """An evaluation cannot start or resume. The message names the cause and the fix."""
 
 
 class SampleFile:
-    """`FOLDER/samples.jsonl`, held by one process at a time; a context manager.
+    """`FOLDER/samples.jsonl`, locked by one process at a time. A context manager.
 
     Args:
-        folder: of the evaluation; it exists.
+        folder: existing folder of the evaluation.
 
     Attributes:
-        rows: the samples that were there, a last line cut off by a kill left out (and removed).
+        rows: the existing and appended samples. An incomplete last line, left by a kill, is removed from the file.
     """
 
     def __init__(self, folder: Path):
@@ -68,7 +69,7 @@ class SampleFile:
 
 
 def seed_of(seed: int, problem_id: str, sample: int) -> int:
-    """The seed of one sample, below 2^53: a function of these three alone, so it is the same in any selection.
+    """Returns the seed of one sample, below 2^53. It does not depend on which other problems are selected.
 
     >>> seed_of(0, "aime_2024-3", 0) == seed_of(0, "aime_2024-3", 0) != seed_of(0, "aime_2024-3", 1)
     True
@@ -78,14 +79,14 @@ def seed_of(seed: int, problem_id: str, sample: int) -> int:
 
 
 def claim(folder: Path, record: dict[str, Any], free: tuple[str, ...]) -> None:
-    """Writes `record` as the settings of `folder`, or checks that those already there are the same.
+    """Writes `record` to `folder`, after checking that it matches the settings already there, if any.
 
     Args:
-        record: JSON values; `record["settings"]` are the user's.
-        free: names of settings that may differ, and `record` entries that may.
+        record: JSON values. `record["settings"]` holds the user's settings.
+        free: names of settings, and of `record` entries, that may differ.
 
     Raises:
-        EvalError: the folder holds an evaluation with other settings; each difference is named.
+        EvalError: the folder holds an evaluation with other settings. The message lists the differences.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
@@ -96,16 +97,16 @@ def claim(folder: Path, record: dict[str, Any], free: tuple[str, ...]) -> None:
         if differ:
             told = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in differ)
             raise EvalError(
-                f"{folder} holds an evaluation with other settings: {told}. Choose another --output_dir, give the "
-                f"former settings to go on with it, or delete it"
+                f"{folder} holds an evaluation with other settings: {told}. Choose another --output_dir, use "
+                f"the former settings to resume it, or delete it"
             )
     elif (folder / SAMPLES).exists():
-        raise EvalError(f"{folder} holds {SAMPLES} but no {SETTINGS}: it is no evaluation; choose another --output_dir")
+        raise EvalError(f"{folder} holds {SAMPLES} but no {SETTINGS}: not an evaluation; choose another --output_dir")
     write_json(path, record)
 
 
 def flat(record: dict[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
-    """{"settings": {"seed": 0}, "model": {"files": "..."}} -> {"seed": 0, "model files": "..."}, without the free."""
+    """{"settings": {"seed": 0}, "model": {"files": "x"}} -> {"seed": 0, "model files": "x"}, without `free` names."""
     rows: dict[str, Any] = {}
     for part, value in record.items():
         prefix = "" if part == "settings" else f"{part} "
@@ -115,15 +116,15 @@ def flat(record: dict[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file; nothing where there is none."""
+    """Returns the content of a JSON file; {} if the file does not exist."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def fingerprint(folder: str | os.PathLike[str]) -> str | None:
-    """A digest of a model's or adapter's files that changes with training; None for what is not a local folder.
+    """Returns a digest of the files of a model or adapter; None if `folder` is not a local folder.
 
-    Of large files 64 blocks are read, evenly spaced: an update moves every weight, and 16 GB need not be read.
-    """
+    Reads only 64 evenly spaced blocks of a large file. This still detects training, since an update changes
+    every weight, and avoids reading e.g. 16 GB."""
     if not Path(folder).is_dir():
         return None
     digest = hashlib.sha256()

@@ -1,7 +1,7 @@
-"""Which weights an evaluation reads: the model, the adapter of a run, and how long a text they take.
+"""Finds and loads the weights that an evaluation uses: the base model, and optionally the adapter of a run.
 
-Separate from models.py, which makes the model a run trains: here everything is found from paths, and checked before the
-weights are loaded.
+models/loading.py makes the model that a run trains. This file starts from paths, and checks them before it loads
+weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ADAPTER_FILE = "adapter_config.json"
 
 
 def find_adapter(path: str) -> Path:
-    """The folder with the adapter: `path` itself, a checkpoint's, a run's last one."""
+    """Returns the adapter folder: `path` itself, that of a checkpoint, or that of a run's latest checkpoint."""
     given = Path(path).expanduser()
     newest = latest_checkpoint(given)
     for folder in (given, given / "adapter", *([newest / "adapter"] if newest else [])):
@@ -32,23 +32,23 @@ def find_adapter(path: str) -> Path:
             return folder
     if (given / "model" / "config.json").is_file():
         raise EvalError(f"adapter is {path!r}, a run without LoRA: give --model {given / 'model'} instead")
-    raise EvalError(f"adapter is {path!r}, which holds no {ADAPTER_FILE}: give a run directory or an adapter's folder")
+    raise EvalError(f"adapter is {path!r}, which holds no {ADAPTER_FILE}: give a run directory or an adapter folder")
 
 
 def find_run(folder: Path) -> Path | None:
-    """The run directory a folder lies in, or is."""
+    """Returns the run directory that is or contains `folder` (up to 3 levels up); None without one."""
     return next((p for p in (folder, *folder.resolve().parents[:3]) if trained_model(p) is not None), None)
 
 
 def trained_model(run: Path) -> str | None:
-    """What the run in `run` trained; None for any other folder."""
+    """Returns the model name in the config of the run in `run`; None if `run` is not a run directory."""
     file = run / CONFIG_FILE
     settings = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
     return settings.get("model_name_or_path") if isinstance(settings, dict) else None
 
 
 def base_model(config: EvalConfig, adapter: Path | None) -> str:
-    """The model's name: as given, else what the adapter's run trained, else what the adapter says."""
+    """Returns the model name from `config`, else from the adapter's run, else from the adapter's own config."""
     if config.model_name_or_path is not None:
         return config.model_name_or_path
     run = find_run(adapter)
@@ -61,7 +61,7 @@ def base_model(config: EvalConfig, adapter: Path | None) -> str:
 
 
 def load_student(config: EvalConfig, adapter: Path | None, device: torch.device) -> nn.Module:
-    """The model to evaluate, under peft where there is an adapter."""
+    """Loads the model to evaluate onto `device`, in eval mode; a `PeftModel` if there is an adapter."""
     model: Any = load_base(config)
     if adapter is not None:
         from peft import PeftModel

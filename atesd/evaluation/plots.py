@@ -1,6 +1,6 @@
-"""The plots of evaluations: accuracy by problem, and the paired difference of two runs.
+"""Plots of evaluations: accuracy by problem, and the paired difference of two runs.
 
-Separate from report_plots.py, whose plots are over the steps of a training run.
+reports/plots.py has the plots over the steps of a training run.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from atesd.reports.plots import BLUE, GREY, INK, ORANGE, STYLE, canvas, png
 
 @matplotlib.rc_context(STYLE)
 def problems_plot(values: Mapping[str, float]) -> str:
-    """One bar a problem, best first."""
+    """Returns a bar plot as a data URI, one bar per problem, best first."""
     figure, axes = canvas(10.4, 2.6)
     ordered = sorted(values.values(), reverse=True)
     axes.bar(np.arange(1, len(ordered) + 1), ordered, width=0.9, color=BLUE)
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("problem")
-    axes.set_ylabel("share of right samples")
+    axes.set_ylabel("share of correct samples")
     return png(figure)
 
 
@@ -30,12 +30,12 @@ def problems_plot(values: Mapping[str, float]) -> str:
 def difference_plot(
     estimates: Mapping[str, dict[str, float | None]], differences: Mapping[str, float], names: str
 ) -> str:
-    """Left, the difference in each rate with its interval; right, the difference in each problem's average.
+    """Returns two plots as a data URI: differences of the rates with intervals, and of the average by problem.
 
     Args:
-        estimates: {metric: {value, low, high}}, of rates between 0 and 1.
-        differences: by problem, of the average.
-        names: what is subtracted from what, e.g. "B - A".
+        estimates: {metric: {value, low, high}}, differences of rates between 0 and 1.
+        differences: {problem: difference of the average}.
+        names: label of the difference, e.g. "B - A".
     """
     figure = Figure(figsize=(10.4, 3.3), dpi=144, layout="constrained")
     left, right = figure.subplots(1, 2)

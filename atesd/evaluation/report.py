@@ -1,6 +1,6 @@
-"""What evaluations came to, as markdown and as one HTML page that needs no other file: one evaluation, or several.
+"""Renders evaluation results as markdown and as one self-contained HTML page.
 
-Separate from evaluate.py so that the pages can be drawn again, and changed, without a model.
+Needs no model, so reports can be rendered again at any time.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from atesd.reports.metrics import read_jsonl
 
 CELL = "td:nth-child(2){font-family:inherit}td,th{white-space:nowrap}"
 TOLD = {
-    "average": "share of right samples, mean over problems",
-    "pass": "chance that j samples hold a right one, unbiased",
-    "maj": "share of problems whose most frequent answer is right",
+    "average": "share of correct samples, mean over problems",
+    "pass": "unbiased probability that at least one of j samples is correct",
+    "maj": "share of problems whose most frequent answer is correct",
     "response_length": "tokens, mean over samples",
     "truncated": "share of samples cut off at max_completion_length",
     "no_answer": "share of samples without an answer",
@@ -29,7 +29,7 @@ TOLD = {
 
 @dataclass(frozen=True)
 class EvalRun:
-    """A finished evaluation: its folder's name, `eval_config.json` and `results.json`."""
+    """A finished evaluation: its name and folder, and the contents of `eval_config.json` and `results.json`."""
 
     name: str
     folder: Path
@@ -46,22 +46,22 @@ class EvalRun:
 
 
 def load_run(folder: str | Path) -> EvalRun:
-    """Reads a finished evaluation.
+    """Loads a finished evaluation.
 
     Raises:
-        EvalError: there is none in `folder`, or it has not come to its end.
+        EvalError: `folder` holds no evaluation, or an unfinished one.
     """
     folder = Path(folder)
     if not (folder / SETTINGS).is_file():
         raise EvalError(f"{folder} is no evaluation: it has no {SETTINGS}. Give a folder that atesd eval made")
     if not (folder / RESULTS).is_file():
-        raise EvalError(f"the evaluation in {folder} is not finished: run its atesd eval command again, and it goes on")
+        raise EvalError(f"the evaluation in {folder} is not finished: run its atesd eval command again to resume")
     record, results = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (SETTINGS, RESULTS))
     return EvalRun(folder.resolve().name, folder, record, results)
 
 
 def write_reports(folder: Path) -> Path:
-    """Draws `results.md` and `results.html` of a finished evaluation, and returns its folder."""
+    """Writes `results.md` and `results.html` of a finished evaluation. Returns `folder`."""
     run = load_run(folder)
     (folder / "results.md").write_text(markdown_report(run), encoding="utf-8")
     (folder / "results.html").write_text(html_report(run), encoding="utf-8")
@@ -83,7 +83,7 @@ def html_report(run: EvalRun) -> str:
     settings = [[name, json.dumps(value)] for name, value in run.settings.items()]
     average = next(iter(run.metrics))
     by_problem = {name: row[average] for name, row in run.results["problems"].items()}
-    told = f"{average} of each problem, best first: at 0 and 1 there is nothing left to tell models apart by."
+    told = f"{average} of each problem, best first. Problems at 0 or 1 do not distinguish models."
     warned = "".join(f"<p><b>{text(warning)}</b></p>" for warning in warnings(run))
     body = (
         f"<h1>{text(run.name)}</h1><p>{text(headline(run))}</p>{warned}"
@@ -106,7 +106,7 @@ def metric_table(run: EvalRun) -> tuple[list[str], list[list[str]]]:
 
 
 def overview(runs: Sequence[EvalRun]) -> tuple[list[str], list[list[str]]]:
-    """Several evaluations, one a row. Average@k comes with its interval."""
+    """Returns `(header, rows)` of a table with one evaluation per row. Average@k includes its interval."""
     header = [
         "run",
         "model",
@@ -145,18 +145,18 @@ def headline(run: EvalRun) -> str:
 
 
 def warnings(run: EvalRun) -> list[str]:
-    """What a reader must know before the numbers mean anything."""
+    """Returns warnings about results that are easily misread: leaked problems, missing boxes."""
     told = []
     if run.results.get("seen_in_training"):
         told.append(
             f"{len(run.results['seen_in_training'])} of these problems were trained on or probed with by the run of "
-            f"this adapter: they say nothing about problems it has not seen."
+            f"this adapter: they do not measure performance on unseen problems."
         )
     silent = run.metrics["no_answer"]["value"]
     if silent > 0.5 and run.settings["box_only"]:
         told.append(
-            f"{shown('no_answer', silent)} of the samples hold no \\boxed{{}}, and nothing else counts here. For a "
-            f"model that does not write one, give --no_box_only."
+            f"{shown('no_answer', silent)} of the samples hold no \\boxed{{}} and count as wrong. For a model that "
+            f"does not write one, give --no_box_only."
         )
     return told
 
@@ -170,8 +170,8 @@ def shown(metric: str, value: float) -> str:
 
 
 def interval(metric: str, estimate: dict[str, float | None], sign: str = "") -> str:
-    """[low, high] in the unit of the metric: tokens, or percent."""
+    """Formats "[low, high]" in the unit of the metric: tokens or percent."""
     if estimate["low"] is None:
-        return "[one problem has none]"
+        return "[no interval: one problem]"
     scale, form = (1, f"{sign},.0f") if metric == "response_length" else (100, f"{sign}.1f")
     return f"[{scale * estimate['low']:{form}}, {scale * estimate['high']:{form}}]"

@@ -1,7 +1,7 @@
-"""A verifier's reward for rollouts, and the group-relative advantages GRPO makes of it.
+"""Verifier rewards for rollouts, and GRPO's group-relative advantages.
 
-Separate from the objectives because this is about text and answers, not about hidden states. The verdicts are those of
-evaluation (`grading.py`): a response is worth 1 if its final answer is right, 0 otherwise.
+This file works on text and answers; objectives.py works on hidden states. The grader is that of evaluation
+(`grading/grader.py`): a response gets reward 1 if its final answer is correct, and 0 otherwise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class VerifierReward:
 
     Args:
         tokenizer: decodes the responses.
-        num_generations: responses of each problem, which stand together: a group.
+        num_generations: responses per problem. They are consecutive and form a group.
 
     Raises ImportError without math-verify.
     """
@@ -30,8 +30,8 @@ class VerifierReward:
         self.grader = Grader()
 
     def rewards(self, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> list[float]:
-        """1.0 for a right final answer, 0.0 for any other response. One that was cut off has no final answer: the
-        grader, which may take the last expression of a text for it, would find whatever stands at the cut."""
+        """Returns 1.0 for each response with a correct final answer, else 0.0. A truncated response gets 0.0, since the
+        grader could mistake the last expression before the cut for its answer."""
         texts = [
             "" if r.truncated else self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts
         ]
@@ -40,7 +40,7 @@ class VerifierReward:
     def advantages(
         self, problems: Sequence[Problem], rollouts: Sequence[Rollout]
     ) -> tuple[list[float], dict[str, float]]:
-        """The advantage of each response within its group, and what there is to log."""
+        """Returns `(advantages, metrics)`: the advantage of each response within its group, and values to log."""
         rewards = self.rewards(problems, rollouts)
         advantages = group_advantages(rewards, self.num_generations)
         silent = sum(not any(advantages[i : i + self.num_generations]) for i in self.groups(rewards))
@@ -57,14 +57,14 @@ class VerifierReward:
 def group_advantages(rewards: Sequence[float], group: int, eps: float = 1e-4) -> list[float]:
     """`A_i = (r_i - mean) / (std + eps)` within each group of `group` consecutive rewards (GRPO, arXiv 2402.03300).
 
-    `std` is the sample standard deviation, and eps = 1e-4, as in TRL. A group whose responses are all right, or all
-    wrong, has no advantage and teaches nothing.
+    `std` is the sample standard deviation, and eps = 1e-4, as in TRL. If all responses of a group are correct, or all
+    wrong, the advantages are zero and the group gives no learning signal.
 
     >>> [round(a, 2) for a in group_advantages([1.0, 0.0, 1.0, 1.0], group=2)]
     [0.71, -0.71, 0.0, 0.0]
     """
     if group < 2 or len(rewards) % group:
-        raise ValueError(f"{len(rewards)} rewards do not make groups of {group}; a group needs 2 responses at least")
+        raise ValueError(f"{len(rewards)} rewards do not make groups of {group}; a group needs at least 2 responses")
     out: list[float] = []
     for start in range(0, len(rewards), group):
         part = rewards[start : start + group]

@@ -1,8 +1,8 @@
 """Statistics of an evaluation: Average@k, unbiased pass@k, maj@k, bootstrap intervals, paired differences.
 
-Separate from evaluate.py because these are formulas over arrays of verdicts, tested against enumeration, and they know
-nothing of models or files. Every metric is a mean over problems of one value per problem; the problem is what is drawn
-again by the bootstrap, since samples of one problem are not independent of each other.
+These are formulas over arrays of verdicts, independent of models and files, and tested against enumeration. Every
+metric is a mean over problems of one value per problem. The bootstrap resamples problems, since the samples of one
+problem are not independent.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import numpy as np
 
 __all__ = ["Estimate", "estimate", "majority_vote", "pass_at", "pass_at_levels"]
 
-_AT_ONCE = 2_000_000  # numbers a bootstrap holds at a time
+_AT_ONCE = 2_000_000  # values per bootstrap batch, which bounds memory
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems and its interval; `low` and `high` are None where one problem leaves nothing to resample."""
+    """A mean over problems and its interval. `low` and `high` are None for one problem, which cannot be resampled."""
 
     value: float
     low: float | None
@@ -30,23 +30,23 @@ class Estimate:
 
 
 def pass_at(j: int, num_correct: int, num_samples: int) -> float:
-    """Unbiased pass@j of one problem: the chance that j of its n samples, c of them right, hold a right one.
+    """Returns unbiased pass@j of one problem: the probability that j of its n samples include a correct one.
 
-    `1 - C(n - c, j) / C(n, j)` (Chen et al. 2021, arXiv 2107.03374), in whole numbers until the last division.
+    `1 - C(n - c, j) / C(n, j)` with c correct samples (Chen et al. 2021, arXiv 2107.03374), in integers until `/`.
 
     >>> pass_at(1, 3, 12), pass_at(12, 1, 12), pass_at(2, 1, 4)
     (0.25, 1.0, 0.5)
     """
     if not 1 <= j <= num_samples or not 0 <= num_correct <= num_samples:
         raise ValueError(
-            f"pass@{j} of {num_correct} right among {num_samples} samples: need 1 <= j <= n and 0 <= c <= n"
+            f"pass@{j} of {num_correct} right among {num_samples} samples: needs 1 <= j <= n and 0 <= c <= n"
         )
     wrong, every = math.comb(num_samples - num_correct, j), math.comb(num_samples, j)
     return (every - wrong) / every
 
 
 def pass_at_levels(k: int) -> list[int]:
-    """The j of pass@j that k samples are reported at: the powers of two above 1, and k. pass@1 is Average@k.
+    """Returns each j for which pass@j is reported: powers of two from 2 to k, and k. pass@1 equals Average@k.
 
     >>> pass_at_levels(12), pass_at_levels(1)
     ([2, 4, 8, 12], [])
@@ -56,14 +56,14 @@ def pass_at_levels(k: int) -> list[int]:
 
 
 def majority_vote(votes: Sequence[Hashable | None], correct: Sequence[bool]) -> float:
-    """maj@k of one problem: 1 if the most frequent answer is right, else 0.
+    """Returns maj@k of one problem: 1 if the most frequent answer is correct, else 0.
 
     Args:
-        votes: the answer of each sample, equal for equal answers; None abstains.
-        correct: the verdict on each sample. All right answers are one answer, however they are written.
+        votes: the answer of each sample, equal for equivalent answers. None abstains.
+        correct: the verdict on each sample. All correct answers count as the same answer.
 
-    Among answers that tie for the most votes each wins equally often, so a right one of `n` scores `1 / n`: the value
-    does not depend on the order of the samples.
+    If `n` answers tie for the most votes and one of them is correct, the value is `1 / n`. It therefore does not depend
+    on the order of the samples.
 
     >>> majority_vote(["7", "7", "8"], [True, True, False]), majority_vote(["7", "8", None], [True, False, False])
     (1.0, 0.5)
@@ -84,16 +84,16 @@ def majority_vote(votes: Sequence[Hashable | None], correct: Sequence[bool]) -> 
 def estimate(
     values: np.ndarray, confidence: float = 0.95, num_bootstrap: int = 10_000, seed: int = 0
 ) -> list[Estimate]:
-    """The mean of each column with its bootstrap interval; the columns share their resamples.
+    """Returns the mean of each column with its bootstrap interval. All columns share the same resamples.
 
     Args:
-        values: `(problems,)` or `(problems, metrics)`. For a paired comparison: the differences.
-        confidence: chance that the interval covers the mean over all problems like these.
+        values: `(problems,)` or `(problems, metrics)`. For a paired comparison, pass the differences.
+        confidence: probability that the interval covers the mean over the population of problems.
 
-    The interval is the expanded percentile interval (Hesterberg 2015, arXiv 1411.5279): plain percentiles are too
-    narrow for few problems (of 8 simulated ones they cover 91 % instead of 95), so they are taken further out, as
-    Student's t and n / (n - 1) ask. Where every problem has the same value the interval has no width: resampling
-    cannot see what never happened.
+    This is the expanded percentile interval (Hesterberg 2015, arXiv 1411.5279). Plain percentiles are too narrow for
+    few problems: with 8 simulated problems they cover 91 % instead of 95 %. The expanded interval widens them by
+    Student's t and n / (n - 1). The interval has zero width if all problems have the same value: resampling cannot
+    produce unobserved values.
     """
     values = np.asarray(values, dtype=np.float64)
     values = values[:, None] if values.ndim == 1 else values
@@ -113,7 +113,7 @@ def estimate(
 
 
 def t_quantile(p: float, degrees: int) -> float:
-    """Quantile of Student's t, by the Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5); within 1 % from 3 up."""
+    """Student's t quantile: Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5), within 1 % for `degrees` >= 3."""
     z = NormalDist().inv_cdf(p)
     terms = (
         z,

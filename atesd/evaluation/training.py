@@ -1,7 +1,7 @@
-"""The small evaluation that runs every `eval_steps` of training, on held-out problems and with the run's own prompts.
+"""Evaluation during training, every `eval_steps`, on held-out problems with the run's prompts.
 
-Separate from the trainer because it only looks: the samples have seeds of their own and no global random state is
-touched, so a run with evaluations trains exactly as one without.
+Evaluation does not affect training: samples have their own seeds, and the global random state is not used. A run with
+evaluations trains exactly like a run without.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ ANSWERS_AT_ONCE = 16
 
 
 class TrainingEvaluation:
-    """Evaluates the student as it stands; each process answers its share of the problems.
+    """Evaluates the current student. Each process answers its own subset of the problems.
 
     Args:
-        config: `eval_steps` 0 switches it off.
-        problems: held out, from the run's own data, which has checked that their answers fit.
-        prompts, engine, tokenizer, processes, freed_memory: the run's.
+        config: `eval_steps` 0 disables evaluation.
+        problems: held-out problems of the run's data, already checked to fit with their answers.
+        prompts, engine, tokenizer, processes, freed_memory: those of the run.
 
     Raises:
         ImportError: math-verify is not installed.
@@ -47,7 +47,7 @@ class TrainingEvaluation:
         freed_memory: FreedMemory,
     ):
         self.every, self.last, self.on_start = config.eval_steps, config.max_steps, config.eval_on_start
-        self.failure: str | None = None  # why the last evaluation has no result; the trainer saves the run, and ends it
+        self.failure: str | None = None  # why the last evaluation failed; the trainer then saves and stops the run
         if not self.every:
             return
         self.engine, self.tokenizer, self.processes = engine, tokenizer, processes
@@ -65,10 +65,10 @@ class TrainingEvaluation:
             self.grader.close()
 
     def measure(self, step: int) -> dict[str, Any]:
-        """Metrics after `step` updates, none where no evaluation is due. Every process calls it; the first one gets
-        the metrics of all: `eval_average` (Average@k), `eval_pass`, `eval_maj`, `eval_response_length`, ... Where the
-        engine fails there are none, on any process, and `failure` says why.
-        """
+        """Evaluates after `step` updates if an evaluation is due. Call it on every process.
+
+        Returns the metrics over all problems on the main process: `eval_average` (Average@k), `eval_pass`, `eval_maj`,
+        ... Returns {} on the others, and everywhere if none is due or the engine fails; `failure` then says why."""
         if not self.every or not (step % self.every == 0 or step == self.last) or (step == 0 and not self.on_start):
             return {}
         started = time.perf_counter()

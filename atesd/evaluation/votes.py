@@ -1,6 +1,6 @@
-"""Which samples gave the same answer: what maj@k counts.
+"""Groups samples with equivalent answers into votes, which maj@k counts.
 
-Separate from eval_stats.py because it takes the grader to see that \\frac12 and 0.5 are one vote.
+This needs the grader, unlike statistics.py: it decides that \\frac12 and 0.5 are the same vote.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Any
 from atesd.evaluation.grading.answer_text import same_answer
 from atesd.evaluation.grading.grader import Grader
 
-LONGEST_COMPARED = 200  # characters; anything longer is the same only if it is the same text
-NOT_COMPARED = ("time limit", "memory limit", "the grading process died")  # it would cost its limit again, each time
+LONGEST_COMPARED = 200  # characters; longer answers are equal only if their text is
+NOT_COMPARED = ("time limit", "memory limit", "the grading process died")  # each comparison would hit the limit again
 
 
 def votes(problems: Sequence[Sequence[dict[str, Any]]], grader: Grader) -> list[list[Hashable | None]]:
-    """For each problem the vote of each sample: equal for equal answers, None without one.
+    """Returns the vote of each sample of each problem: equal for equivalent answers, None without an answer.
 
     Args:
-        problems: the samples of each problem, with `extracted`, `correct` and `reason`. Right ones are not compared:
-            `majority_vote` counts them as one answer anyway.
-        grader: decides what the text alone does not.
+        problems: the samples of each problem, with `extracted`, `correct` and `reason`. Correct samples are not
+            compared, since `majority_vote` counts them as one answer.
+        grader: compares answers whose text alone does not decide.
     """
     leaders: list[dict[str, str]] = [{} for _ in problems]
     asked: list[tuple[int, str, str]] = []
@@ -49,7 +49,7 @@ def comparable(sample: dict[str, Any]) -> bool:
 
 
 def voted(leader: dict[str, str], answer: str | None) -> str | None:
-    """The answer that stands for all that equal `answer`."""
+    """Returns the representative of the answers equivalent to `answer`."""
     while answer is not None and leader.get(answer, answer) != answer:
         answer = leader[answer]
     return answer

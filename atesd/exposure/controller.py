@@ -105,7 +105,7 @@ class ExposureController:
         if progress_signal not in PROGRESS_SIGNALS:
             raise ValueError(f"progress_signal must be one of {PROGRESS_SIGNALS}, got {progress_signal!r}")
         self.name, self.max_steps, self.progress_signal = name, max_steps, progress_signal
-        self.H, self.L, self.B = hold_window, lookahead, policy_batch_size
+        self.hold_window, self.L, self.B = hold_window, lookahead, policy_batch_size
         self.alpha_min, self.alpha_max = alpha_min, alpha_max
         self.entropy_target, self.entropy_coef, self.per_example = entropy_target, entropy_coef, per_example
         self.generator = torch.Generator().manual_seed(seed)
@@ -144,7 +144,7 @@ class ExposureController:
     def _open_window(self, step: int) -> bool:
         if self.window_start is not None and step < self.window_start:
             raise ValueError(f"step {step} is before the open hold window, which began at {self.window_start}")
-        if self.window_start is not None and step < self.window_start + self.H:
+        if self.window_start is not None and step < self.window_start + self.hold_window:
             return False
         self.window_start = step
         self.ledger.pending.append(credit.Decision(step, [], []))
@@ -191,7 +191,7 @@ class ExposureController:
         None (or a non-finite number) means "not measured at this step": a probe that is not due, a skipped step.
         `credit.Trace` says what is used instead.
         """
-        if self.window_start is None or not self.window_start <= step < self.window_start + self.H:
+        if self.window_start is None or not self.window_start <= step < self.window_start + self.hold_window:
             raise ValueError(f"observe({step}) without alpha({step}): the hold window began at {self.window_start}")
         self.ledger.record(step, loss if self.progress_signal == "distill_loss" else probe_nll, grounded)
         self.signals.update(step, self.held["alpha"], loss, mismatch, confidence, probe_nll)

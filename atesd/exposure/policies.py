@@ -8,6 +8,7 @@
 | `fixed`           | `fixed_alpha`                                                                             |
 | `random`          | uniform on [alpha_min, alpha_max], drawn anew for each hold window: the paper's ablation  |
 | `linear`, `cosine`| from `start_alpha` to `end_alpha` (by default alpha_min to alpha_max: our choice) over the run |
+| `module:object`   | your own: a callable that returns an `ExposurePolicy` (`atesd/config/doors.py`)           |
 """
 
 import inspect
@@ -18,16 +19,25 @@ from typing import Any, Protocol
 
 import torch
 
+from atesd.config import doors
 from atesd.exposure.controller import ExposureController, require_same_policy
 
 
 class ExposurePolicy(Protocol):
-    """What the training loop asks of an exposure policy. Steps are optimizer steps from 0, in order."""
+    """What a run asks of an exposure policy. Steps are optimizer steps from 0, in order.
+
+    A step calls `alpha` (`alphas` where per_example_exposure is on), then `observe`. Only the main process calls them.
+
+    Attributes:
+        name: for messages; `load_state_dict` may compare it with the saved one.
+        hold_window: steps for which an exposure is held. `use_exposure` in TRL reads it, where there is one.
+    """
 
     name: str
+    hold_window: int
 
     def alpha(self, step: int, *, deterministic: bool = False) -> float:
-        """Exposure of step `step`, constant within a hold window. `deterministic`: the mean, changing nothing."""
+        """Exposure of step `step`, in [0, 1]. `deterministic`: the mean of what it may choose; it changes nothing."""
 
     def alphas(self, step: int, difficulty: Sequence[float]) -> list[float]:
         """One exposure for each problem of the step; all the same unless the policy is per-example."""
@@ -42,14 +52,24 @@ class ExposurePolicy(Protocol):
         probe_nll: float | None = None,
         grounded: float | None = None,
     ) -> dict[str, float]:
-        """Take what the step measured (None: not measured) and return the metrics that exist at this step."""
+        """Take what step `step` measured and return its metrics: `{"alpha": ...}`, the mean exposure, and any others.
+
+        Args:
+            loss: training loss; None where the update was skipped.
+            mismatch: mean divergence between teacher and student, without a clip.
+            confidence: mean probability of the student's likeliest token.
+            probe_nll: NLL of the held-out references in nats a token; None at steps between measurements.
+            grounded: mean log-probability that the teacher gives to the tokens it was not shown.
+        """
 
     def finish(self) -> dict[str, float]:
-        """The run is over: settle what is pending and return the last metrics."""
+        """The run is over. Returns what summary.json keeps, {} for nothing."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it: tensors and plain values."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
 
 
 class ScheduledExposure:
@@ -71,11 +91,11 @@ class ScheduledExposure:
             if not 0 <= alpha <= 1:
                 raise ValueError(f"exposure policy {name!r} needs exposures in [0, 1], got {alpha}")
         self.name, self.start_alpha, self.end_alpha, self.ramp = name, start_alpha, end_alpha, ramp
-        self.max_steps, self.H = max_steps, hold_window
+        self.max_steps, self.hold_window = max_steps, hold_window
 
     def alpha(self, step: int, *, deterministic: bool = False) -> float:
-        last_window = (self.max_steps - 1) // self.H
-        w = self.ramp(min(1.0, step // self.H / last_window)) if last_window else 0.0
+        last_window = (self.max_steps - 1) // self.hold_window
+        w = self.ramp(min(1.0, step // self.hold_window / last_window)) if last_window else 0.0
         return (1 - w) * self.start_alpha + w * self.end_alpha
 
     def alphas(self, step: int, difficulty: Sequence[float]) -> list[float]:
@@ -106,7 +126,7 @@ class RandomExposure(ScheduledExposure):
     def alpha(self, step: int, *, deterministic: bool = False) -> float:
         if deterministic:
             return (self.start_alpha + self.end_alpha) / 2
-        if self.window_start is None or step >= self.window_start + self.H:
+        if self.window_start is None or step >= self.window_start + self.hold_window:
             u = torch.rand((), dtype=torch.float64, generator=self.generator).item()
             self.window_start, self.held = step, self.start_alpha + u * (self.end_alpha - self.start_alpha)
         return self.held
@@ -163,14 +183,29 @@ POLICY_NAMES = tuple(BUILDERS)
 
 
 def make_policy(name: str, **settings: Any) -> ExposurePolicy:
-    """The exposure policy `name` (one of `POLICY_NAMES`).
+    """The exposure policy `name`: one of `POLICY_NAMES`, or `module:object` for your own.
 
     `settings` may hold the settings of every policy, as a config does: each takes its own and leaves the rest
     (`one_step` leaves `lookahead`). A setting that no policy has is refused by name.
 
+    The object of `module:object` is called with those of `atesd.config.doors.POLICY_SETTINGS` that its signature names
+    and with all other `settings`.
+
+    Raises:
+        ValueError: an unknown name, or a setting's value that the policy refuses.
+        TypeError: a setting that no policy has.
+        ConfigError: `module:object` cannot be imported, or does not take the settings, or makes no ExposurePolicy.
+
     >>> make_policy("fixed", fixed_alpha=0.25, hold_window=2, max_steps=10).alpha(0)
     0.25
     """
+    if doors.is_object(name):
+        own = {key: value for key, value in settings.items() if key not in doors.POLICY_SETTINGS}
+        factory = doors.policy_factory(name, own)
+        named = inspect.signature(factory).parameters
+        policy = factory(**own, **{key: settings[key] for key in settings.keys() - own.keys() if key in named})
+        doors.require_methods("exposure_policy", name, policy, doors.POLICY_METHODS)
+        return policy
     if name not in BUILDERS:
         raise ValueError(f"unknown exposure policy {name!r}: choose one of {', '.join(POLICY_NAMES)}")
     taken = {policy: set(inspect.signature(builder).parameters) - {"name"} for policy, builder in BUILDERS.items()}

@@ -56,9 +56,10 @@ def use_exposure(
     """Let `policy` decide how much of its privileged context the teacher of an SDFT or SDPO trainer reads.
 
     At exposure alpha the context is cut to its first `floor(alpha * m)` segments and the final answer it states (SDPO's
-    attempts need not state one); at 1 it is TRL's, to the letter. `make_policy` makes policies by name. The policy is
-    told the distillation loss of every step, the student's confidence if `use_linear_divergence` measures it, and what
-    is asked for below. Its state is saved with TRL's checkpoints and resumed with them.
+    attempts need not state one); at 1 it is TRL's, to the letter. `make_policy` makes one by name or as
+    `module:object`. The policy is told the distillation loss of every step, the student's confidence if
+    `use_linear_divergence` measures it, and what is asked for below. Its state is saved with TRL's checkpoints and
+    resumed with them.
 
     Args:
         trainer: an `SDFTTrainer` or `SDPOTrainer` that is about to train.
@@ -93,7 +94,7 @@ def use_exposure(
         return None
     args = trainer.args
     steps = math.ceil(args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps)
-    window = getattr(policy, "H", steps)
+    window = getattr(policy, "hold_window", steps)
     if window % steps:
         raise ValueError(
             f"hold_window={window}, but one generation serves {steps} steps, and the teacher's prompt is written with "

@@ -1,1 +1,1 @@
-"""Loading a model, its adapters, teachers, packed batches and attention, precision and memory."""
+"""Model loading, adapters, teachers, packed batches, packed attention, precision and memory."""

@@ -1,7 +1,7 @@
-"""Sequences of different lengths as one row without padding, and the order in which problems are visited.
+"""Packs sequences of different lengths into one row without padding, and samples the order of problems.
 
-Separate because it is the only place that knows how a batch is laid out: the student, the teacher and the probe all
-call `pack` and `hidden_rows`, and no other file slices a hidden state. Nothing here makes the host wait for the GPU.
+Only this file knows the layout of a batch. The student, the teacher and the probe all call `pack` and `hidden_rows`;
+no other file slices hidden states. Nothing here synchronises the host with the GPU.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Prompts with their responses, end to end in one row of `L` tokens.
+    """Prompts and responses, concatenated into one row of `L` tokens.
 
     Attributes:
         input_ids: `(1, L)`.
-        position_ids: `(1, L)`, starting again at 0 with each sequence.
-        ends: `(1, 1, 1, sequences)` int32 on the CPU: where each sequence ends. It travels as the 4-D attention mask,
-            which transformers hands to the attention function untouched.
-        rows: `(N,)`, the positions whose hidden state predicts a response token.
-        targets: `(N,)`, those response tokens.
-        lengths: response length of each sequence; they sum to `N`.
-        response_ids: `targets` as the host knows them.
-        ids_after_rows: the input token after each of `rows`, as the host knows them.
+        position_ids: `(1, L)`. Positions restart at 0 for each sequence.
+        ends: `(1, 1, 1, sequences)` int32 on the CPU: the end offset of each sequence. Passed as the 4-D attention
+            mask, which transformers forwards unchanged to the attention function.
+        rows: `(N,)`, the positions whose hidden states predict the response tokens.
+        targets: `(N,)`, the response tokens.
+        lengths: response length of each sequence; the sum is `N`.
+        response_ids: `targets`, on the host.
+        ids_after_rows: the input token after each of `rows`, on the host.
     """
 
     input_ids: Tensor
@@ -42,20 +42,20 @@ class PackedBatch:
 
 
 def to_device(host: Tensor, device: torch.device | str) -> Tensor:
-    """`host` on `device`. A copy from pageable memory waits for the GPU; this one goes through pinned memory."""
+    """Copies `host` to `device` through pinned memory: a copy from pageable memory would synchronise with the GPU."""
     if torch.device(device).type != "cuda":
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
 
 
 def pack(prompts: Sequence[list[int]], responses: Sequence[list[int]], device: torch.device | str) -> PackedBatch:
-    """Lay prompts and responses out end to end. Every prompt holds a token at least, since its last predicts the first
-    response token."""
+    """Concatenates prompts and responses into one row. A prompt needs at least one token: the last token of the prompt
+    predicts the first token of the response."""
     if any(not prompt for prompt in prompts):
-        raise ValueError("a prompt is empty: there is no position to predict its first response token from.")
+        raise ValueError("a prompt is empty: no position predicts its first response token.")
     ids: list[int] = []
     answers: list[int] = []
-    before_answers: list[int] = []  # the rows
+    before_answers: list[int] = []  # these become `rows`
     ends, lengths = [], tuple(map(len, responses))
     for prompt, response in zip(prompts, responses, strict=True):
         ids += prompt
@@ -66,7 +66,7 @@ def pack(prompts: Sequence[list[int]], responses: Sequence[list[int]], device: t
     starts = [0, *ends[:-1]]
     inputs, targets, rows = as_tensor(ids), as_tensor(answers), as_tensor(before_answers)
     positions = torch.cat([torch.arange(end - start) for start, end in zip(starts, ends, strict=True)])
-    # one copy for all four; the targets come first, because Triton compiles a second kernel for an unaligned pointer
+    # One copy for all four tensors. Targets come first: Triton compiles a second kernel for an unaligned pointer.
     parts = (targets, rows, inputs, positions)
     flat = to_device(torch.cat(parts), device)
     targets_there, rows_there, ids_there, positions_there = flat.split([len(part) for part in parts])
@@ -83,25 +83,25 @@ def pack(prompts: Sequence[list[int]], responses: Sequence[list[int]], device: t
 
 
 def as_tensor(numbers: list[int]) -> Tensor:
-    """int64. By way of an array: from a list torch takes ten times as long, and a GPU waits for a step's layout."""
+    """Returns `(len(numbers),)` int64. Converts through `array`: `torch.tensor(list)` is ten times slower."""
     found = array("q", numbers)
     return torch.frombuffer(found, dtype=torch.long) if found else torch.empty(0, dtype=torch.long)
 
 
 def assert_same_responses(*batches: PackedBatch) -> None:
-    """Student, teacher and loss see the very same response token ids, or nothing is trained.
+    """Raises AssertionError unless student, teacher and loss use the same response token ids.
 
-    For each batch the tokens that follow `rows` in its input are compared with the targets of the first one, on the
-    host: comparing tensors would wait for the GPU.
+    Compares the input tokens after `rows` of each batch with the targets of the first batch. The comparison runs on
+    the host, since comparing tensors would synchronise with the GPU.
     """
     expected = batches[0].response_ids
     for batch in batches:
         if not batch.ids_after_rows == batch.response_ids == expected:
-            raise AssertionError("student and teacher do not see the same response token ids as the loss.")
+            raise AssertionError("student, teacher and loss do not use the same response token ids.")
 
 
 def hidden_rows(backbone: Callable[..., Any], batch: PackedBatch) -> Tensor:
-    """`(N, hidden)`: the hidden states that predict the response tokens; the head is never applied."""
+    """Returns `(N, hidden)`: the hidden states that predict the response tokens. Does not apply the head."""
     out = backbone(
         input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=batch.ends, use_cache=False
     )
@@ -109,15 +109,15 @@ def hidden_rows(backbone: Callable[..., Any], batch: PackedBatch) -> Tensor:
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:
-    """`range(count)` in pieces of at most `size`: the micro-batches of a step."""
+    """Splits `range(count)` into slices of at most `size`, e.g. the micro-batches of a step."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
 
 class ProblemSampler:
-    """Visits `count` problems in a new order each epoch.
+    """Samples `count` problems without replacement, in a new order each epoch.
 
-    The order is a function of (seed, epoch), so `position`, the number of problems drawn so far, is all its state.
+    The order depends only on (seed, epoch), so the only state is `position`: the number of problems sampled so far.
     """
 
     def __init__(self, count: int, seed: int):
@@ -136,7 +136,7 @@ class ProblemSampler:
         return indices
 
     def peek(self, number: int) -> list[int]:
-        """What the next `draw` will give."""
+        """Returns what the next `draw` will return, without advancing."""
         position, indices = self.position, self.draw(number)
         self.position = position
         return indices

@@ -1,6 +1,6 @@
-"""Loads the language model and its tokenizer, and puts the LoRA adapter on.
+"""Loads the language model and its tokenizer, and adds the LoRA adapter.
 
-Separate from the trainer so that evaluation, benches and tests get exactly the model a run trains.
+The trainer, evaluation, benches and tests all load their model here, so all get exactly the model that a run trains.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atesd.config.checks import FLASH_PACKAGES, SPECIAL_MODEL
+from atesd.errors import AtesdError
 from atesd.models.recompute import recompute_activations
 
 if TYPE_CHECKING:
@@ -21,18 +22,18 @@ if TYPE_CHECKING:
     from atesd.config.eval_config import EvalConfig
 
 
-class ModelLoadError(RuntimeError):
-    """A model that cannot be loaded: the message says which, why, and what to do."""
+class ModelLoadError(AtesdError, RuntimeError):
+    """A model cannot be loaded. The message names the model, the cause and the fix."""
 
 
 def load_model_and_tokenizer(config: ATESDConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model a run trains, on the CPU and in train mode, with its tokenizer.
+    """Returns the model that a run trains, on the CPU and in train mode, and its tokenizer.
 
-    Base weights are held in `torch_dtype`; with `use_peft` they are frozen and a float32 LoRA adapter (a `PeftModel`)
-    is trained on top, initialised from torch's global random state. The tokenizer pads on the left and has a pad token.
+    Base weights have dtype `torch_dtype`. With `use_peft` they are frozen, and the model is a `PeftModel` with a
+    float32 LoRA adapter, initialised from torch's global random state. The tokenizer pads left and has a pad token.
 
     Raises:
-        ModelLoadError: no such folder or Hub id, a damaged folder, or LoRA targets the model does not have.
+        ModelLoadError: the folder or Hub id does not exist, the folder is damaged, or a LoRA target does not exist.
 
     Example:
         >>> from atesd.config import ATESDConfig
@@ -43,20 +44,20 @@ def load_model_and_tokenizer(config: ATESDConfig) -> tuple[PreTrainedModel, PreT
 
 
 def load_tokenizer(config: ATESDConfig | EvalConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, which pads on the left and has a pad token. Raises ModelLoadError."""
+    """Loads the tokenizer. It pads left and has a pad token. Raises ModelLoadError."""
     from transformers import AutoTokenizer
 
     with errors_for_people(config):
         tokenizer = AutoTokenizer.from_pretrained(model_path(config.model_name_or_path))
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
-        # Padding is masked everywhere, so any token will do.
+        # Any token works: padding is masked everywhere.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_model_config(config: ATESDConfig | EvalConfig) -> PreTrainedConfig:
-    """The model's own configuration, without its weights. Raises ModelLoadError."""
+    """Loads the model's configuration, without weights. Raises ModelLoadError."""
     from transformers import AutoConfig
 
     with errors_for_people(config):
@@ -64,18 +65,18 @@ def load_model_config(config: ATESDConfig | EvalConfig) -> PreTrainedConfig:
 
 
 def context_length(model_config: PreTrainedConfig) -> int:
-    """Tokens a prompt and its response may have together. Raises ModelLoadError where `model_config` does not say."""
+    """Returns the model's maximum sequence length in tokens. Raises ModelLoadError if `model_config` lacks it."""
     length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if length is None:
         raise ModelLoadError(
-            f"the configuration of this {model_config.model_type!r} model has no max_position_embeddings, so what fits "
-            "into it is not known: write the number into the model's config.json"
+            f"the configuration of this {model_config.model_type!r} model has no max_position_embeddings, so its "
+            "context length is unknown: add the number to the model's config.json"
         )
     return length
 
 
 def load_base(config: ATESDConfig | EvalConfig, attn_implementation: str | None = None) -> PreTrainedModel:
-    """The model as it is stored, without an adapter. Without an attention named, see `default_attention`."""
+    """Loads the model as stored, without an adapter. `attn_implementation` defaults to `default_attention`."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -88,7 +89,7 @@ def load_base(config: ATESDConfig | EvalConfig, attn_implementation: str | None 
 
 
 def load_model(config: ATESDConfig) -> PreTrainedModel:
-    """The model alone; see `load_model_and_tokenizer`."""
+    """Loads the model without its tokenizer; see `load_model_and_tokenizer`."""
     check_kernels(config)
     model = load_base(config, attention_of(config))
     if config.use_liger_kernel:
@@ -101,14 +102,14 @@ def load_model(config: ATESDConfig) -> PreTrainedModel:
 
 
 def attention_of(config: ATESDConfig) -> str | None:
-    """The attention that was asked for by name; None for sdpa, which not every model can have (`default_attention`)."""
+    """Returns the configured attention, or None for sdpa: not every model supports it, see `default_attention`."""
     return None if config.attn_implementation == "sdpa" else config.attn_implementation
 
 
 def default_attention(model_config: PreTrainedConfig) -> str | None:
-    """eager for a model that caps its attention scores (Gemma 2); None lets transformers choose, which is mostly sdpa.
+    """Returns "eager" for a model with attention softcapping (Gemma 2), else None: transformers' default, mostly sdpa.
 
-    sdpa has no cap: up to 5.17 at least, transformers chooses it for Gemma 2 and leaves the cap out without a word.
+    sdpa has no softcapping. transformers (up to 5.17 at least) picks it for Gemma 2 and silently drops the cap.
     """
     configs = (model_config, model_config.get_text_config())
     capped = any(getattr(part, "attn_logit_softcapping", None) is not None for part in configs)
@@ -116,26 +117,26 @@ def default_attention(model_config: PreTrainedConfig) -> str | None:
 
 
 def check_kernels(config: ATESDConfig) -> None:
-    """Raises ModelLoadError, before a model is loaded, for layers' kernels that were asked for and cannot run here."""
+    """Raises ModelLoadError if a configured kernel (Liger, flash-attn) cannot run here. Call it before loading."""
     import torch
 
     gpu = torch.cuda.is_available()
     if config.use_liger_kernel and find_spec("liger_kernel") is None:
         raise ModelLoadError("use_liger_kernel is on, and liger-kernel is not installed: pip install 'atesd[gpu]'")
     if config.use_liger_kernel and not gpu:
-        raise ModelLoadError("use_liger_kernel is on, and its kernels need a GPU, of which there is none: leave it off")
+        raise ModelLoadError("use_liger_kernel is on, and its kernels need a GPU; this machine has none: turn it off")
     if config.attn_implementation in FLASH_PACKAGES and not gpu:
         raise ModelLoadError(
-            f"attn_implementation is {config.attn_implementation!r}, which needs a GPU, of which there is none: set it "
-            "to 'sdpa'"
+            f"attn_implementation is {config.attn_implementation!r}, which needs a GPU; this machine has none: "
+            "set it to 'sdpa'"
         )
 
 
 def use_liger_kernels(model: Any) -> None:
-    """Liger's norms, rotary embedding and gated MLP in place of the model's; the loss stays that of atesd_kernels.
+    """Patches the model in place with Liger's norms, rotary embedding and gated MLP. The loss stays atesd_kernels'.
 
     Raises:
-        ModelLoadError: for a model Liger has no kernels for.
+        ModelLoadError: Liger has no kernels for this model.
     """
     from liger_kernel.transformers import monkey_patch as liger
 
@@ -153,7 +154,7 @@ def errors_for_people(config: ATESDConfig | EvalConfig) -> Iterator[None]:
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(
             f"model_name_or_path is {config.model_name_or_path!r}, which does not load: {first_line(error)}\n"
-            f"Give a folder with a model and tokenizer, a Hub id you can reach from here, or {SPECIAL_MODEL!r}."
+            f"Use a folder with a model and tokenizer, a reachable Hub id, or {SPECIAL_MODEL!r}."
         ) from error
 
 
@@ -181,7 +182,7 @@ def add_lora(model: Any, config: ATESDConfig) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        # Adapters of a bfloat16 base are float32: AdamW's small steps would be lost in bfloat16.
+        # The adapter is float32 even on a bfloat16 base: bfloat16 would round AdamW's small updates away.
         return get_peft_model(model, settings, autocast_adapter_dtype=True)
     except ValueError as error:
         raise ModelLoadError(f"lora_target_modules is {targets!r}: {first_line(error)}") from error

@@ -1,9 +1,8 @@
-"""What becomes of freed memory, and of code that is not needed again. Separate because it is about libraries, not about
-training.
+"""Controls how glibc treats freed memory, and how many compiled matmuls oneDNN and torch cache.
 
-glibc gives a freed tensor back to the operating system, or keeps it in a heap that grows when the next phase asks for
-other sizes. Neither is free: pages given back are cleared one by one when they are used again, which takes time;
-pages kept are memory that the other phases do not use.
+glibc either returns a freed tensor to the operating system, or keeps it in a heap. Both have a cost. Returned pages are
+zeroed one by one on reuse, which takes time. Kept pages are unavailable to other phases, and the heap grows when the
+next phase needs other sizes.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ import ctypes
 import functools
 import os
 
-# What mallopt(3) sets, and to what: no tensor below a GiB has pages of its own, and the heap's end stays.
+# mallopt(3) options and values: tensors below 1 GiB come from the heap (not mmap), and the heap is never trimmed.
 M_TRIM_THRESHOLD, KEEP_ALL = -1, 2**31 - 1
 M_MMAP_THRESHOLD, LARGEST_IN_HEAP = -3, 2**30
 
 
 @functools.cache
 def glibc() -> ctypes.CDLL | None:
-    """The C library, if it is glibc: `mallopt` and `malloc_trim` are its own."""
+    """Returns the C library if it is glibc, recognised by `mallopt` and `malloc_trim`; None otherwise."""
     try:
         library = ctypes.CDLL(None)
         return library if hasattr(library, "malloc_trim") and hasattr(library, "mallopt") else None
@@ -28,11 +27,11 @@ def glibc() -> ctypes.CDLL | None:
 
 
 class FreedMemory:
-    """Keeps what is freed for the next tensors of this process, or gives it back after each phase of a step.
+    """Keeps freed CPU memory in the process, or returns it to the operating system after each phase of a step.
 
     Args:
-        keep: faster; otherwise the peak of a CPU step is that of its largest phase. Nothing happens, either way, where
-            the C library is not glibc, or to a GPU's memory.
+        keep: True is faster. False limits the peak memory of a CPU step to that of its largest phase. Both are no-ops
+            without glibc, and neither affects GPU memory.
     """
 
     def __init__(self, keep: bool):
@@ -42,17 +41,17 @@ class FreedMemory:
             library.mallopt(M_TRIM_THRESHOLD, KEEP_ALL)
 
     def release(self) -> None:
-        """At the end of a phase: return the heap's free pages, unless they are kept."""
+        """Returns the heap's free pages to the operating system, unless `keep`. Call it at the end of a phase."""
         if not self.keep and (library := glibc()):
             library.malloc_trim(0)
 
 
 def bound_product_caches() -> None:
-    """Call before the first product: oneDNN, and torch's own layer over it, read these once.
+    """Limits the matmul caches of oneDNN and of torch's layer over it. Call before the first matmul: both read it once.
 
-    Each keeps the code it has compiled for its last 1,024 products. The sequences of every micro-batch have lengths of
-    their own, whose code is of no use after it: on a CPU a run would grow for many steps. In one micro-batch there are
-    a few dozen products of different shapes.
+    By default each caches compiled code for the last 1,024 matmul shapes. Sequence lengths differ in every micro-batch,
+    so old entries are never reused, and memory of a CPU run would grow for many steps. One micro-batch has a few dozen
+    different matmul shapes.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")

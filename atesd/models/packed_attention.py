@@ -1,17 +1,17 @@
-"""Attention within each sequence of a packed row, for the attention kernels transformers offers.
+"""Attention within each sequence of a packed row, for the attention kernels that transformers offers.
 
-Separate from batching.py, which lays rows out: this file is what a packed row means to an attention kernel, and the
-check that a model's attention really keeps its sequences apart. `PackedBatch.ends` arrives here as the attention mask:
-int32 and four-dimensional, which transformers hands on untouched. Any other mask is generation, left to the kernel.
+batching.py lays rows out; this file runs each kernel on them, and checks that a model's attention does not mix their
+sequences. `PackedBatch.ends` arrives here as the attention mask: int32 and 4-D, which transformers forwards unchanged.
+Any other mask comes from generation, and the original kernel handles it.
 
 | attn_implementation  | packed rows                                                                            |
 |----------------------|----------------------------------------------------------------------------------------|
 | sdpa, half precision | one call of torch's variable-length kernel, on a GPU from Ampere on; sliding windows   |
-| sdpa, otherwise      | one causal call of torch's fused kernel for each sequence                              |
+| sdpa, otherwise      | one causal call of torch's fused kernel per sequence                                   |
 | flash_attention_2, 3 | one call of flash-attn's variable-length kernel; needs a GPU and the package           |
-| eager                | written out, for models that cap their attention scores (Gemma 2)                      |
+| eager                | unfused, for models with attention softcapping (Gemma 2)                               |
 
-"Otherwise" is a CPU, float32, attention dropout, or a head dimension that torch's variable-length kernel does not take.
+"Otherwise" means a CPU, float32, attention dropout, or a head dimension that the variable-length kernel rejects.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def is_packed(attention_mask: Tensor | None) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the sequences of a packed row lie, as variable-length kernels ask for it.
+    """Sequence boundaries of a packed row, in the form that variable-length kernels take.
 
     Attributes:
-        cumulative: `(sequences + 1,)` int32 on the kernel's device: 0, then where each sequence ends.
-        longest: tokens of the longest sequence.
+        cumulative: `(sequences + 1,)` int32 on the kernel's device: 0, then the end offset of each sequence.
+        longest: length of the longest sequence, in tokens.
     """
 
     cumulative: Tensor
@@ -60,14 +60,14 @@ LAYOUTS = WeakTensorKeyDictionary()
 
 
 def layout_of(ends: Tensor, device: torch.device) -> Layout:
-    """The layout of the row that ends belongs to, computed and copied to `device` once a row.
+    """Returns the layout for `ends`, computed and copied to `device` once per row.
 
-    Every layer, and every recomputation in backward, passes the same mask tensor: its identity is the key.
+    The cache key is the identity of `ends`: every layer, and every recomputation in backward, passes the same tensor.
     """
     layouts = LAYOUTS.setdefault(ends, {})
     if device not in layouts:
         cumulative = torch.cat([ends.new_zeros(1), ends.flatten()])
-        longest = int(cumulative.diff().max())  # known without waiting for the GPU, as ends is on the CPU
+        longest = int(cumulative.diff().max())  # no GPU synchronisation: ends is on the CPU
         if cumulative.device != device:
             cumulative = to_device(cumulative, device)
         layouts[device] = Layout(cumulative, longest)
@@ -75,7 +75,7 @@ def layout_of(ends: Tensor, device: torch.device) -> Layout:
 
 
 def refuse_caps_and_sinks(module: nn.Module, softcap: float | None = None, s_aux: Tensor | None = None) -> None:
-    """Some versions of transformers drop the two without a word where a kernel lacks them."""
+    """Raises ValueError for softcapping or attention sinks: some versions of transformers silently drop them."""
     if softcap is not None:
         raise ValueError(
             f"{type(module).__name__} caps its attention scores, which sdpa cannot do: load it as 'eager'."
@@ -91,7 +91,7 @@ def takes(function: Any, argument: str) -> bool:
 
 @cache
 def has_varlen_kernel(device: torch.device) -> bool:
-    """Whether torch's variable-length attention runs on `device`: it is FlashAttention-2, which needs Ampere."""
+    """Whether `device` runs torch's variable-length attention: FlashAttention-2, which needs Ampere or newer."""
     return (
         device.type == "cuda"
         and torch.backends.cuda.is_flash_attention_available()
@@ -100,7 +100,7 @@ def has_varlen_kernel(device: torch.device) -> bool:
 
 
 def half_precision(query: Tensor, key: Tensor, value: Tensor) -> torch.dtype | None:
-    """The half precision sdpa would attend in here: autocast's, or the states' own. None if that is another dtype."""
+    """Returns the dtype that sdpa would use (autocast's, or that of the inputs) if it is bf16 or fp16, else None."""
     dtypes, device = {query.dtype, key.dtype, value.dtype}, query.device.type
     if torch.is_autocast_enabled(device) and torch.float64 not in dtypes:
         dtypes = {torch.get_autocast_dtype(device)}
@@ -108,7 +108,7 @@ def half_precision(query: Tensor, key: Tensor, value: Tensor) -> torch.dtype | N
 
 
 def varlen_serves(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
-    """Whether torch's variable-length kernel computes what `options` ask of sdpa for these states."""
+    """Whether torch's variable-length kernel supports these inputs and the sdpa `options`."""
     head_dim = query.shape[-1]
     return (
         has_varlen_kernel(query.device)
@@ -124,14 +124,14 @@ def varlen_serves(query: Tensor, key: Tensor, value: Tensor, options: dict[str, 
 def varlen_forward(
     query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scaling: float | None, sliding_window: int | None
 ) -> Tensor:
-    """One call of torch's variable-length kernel for the whole row; shapes as in `packed_sdpa_forward`."""
+    """Runs torch's variable-length kernel once for the packed row. Shapes as in `packed_sdpa_forward`."""
     layout = layout_of(ends, query.device)
-    # autocast does not know this operator: it casts nothing for it
+    # autocast does not cover this operator, so cast here
     dtype = half_precision(query, key, value)
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (L, heads, head_dim)
-    # transformers counts the token itself among the window's, the kernel only those to its left
+    # transformers counts the token itself in the window; the kernel counts only tokens to its left
     left = -1 if sliding_window is None else sliding_window - 1
-    # torch 2.11 shares key heads unasked
+    # torch 2.11 has no enable_gqa argument: it always supports grouped-query attention
     grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] and takes(varlen_attn, "enable_gqa") else {}
     out = varlen_attn(
         q,
@@ -153,8 +153,8 @@ def packed_sdpa_forward(
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of a packed row; plain sdpa for every other mask (generation).
 
-    query `(1, heads, L, head_dim)` -> `(1, L, heads, head_dim)`. One call for the row where torch's variable-length
-    kernel serves. Elsewhere one call of the fused causal kernel for each sequence: a mask would have `L * L` entries.
+    Maps query `(1, heads, L, head_dim)` to `(1, L, heads, head_dim)`. Calls torch's variable-length kernel once if it
+    supports the inputs. Otherwise calls the fused causal kernel per sequence: a mask would have `L * L` entries.
     """
     refuse_caps_and_sinks(module, kwargs.get("softcap"), kwargs.get("s_aux"))
     if not is_packed(attention_mask):
@@ -165,14 +165,14 @@ def packed_sdpa_forward(
     outputs, start = [], 0
     precise = contextlib.nullcontext()
     if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        # the CPU kernel is faster in float32 than in autocast's bfloat16
+        # the CPU kernel is faster in float32 than in bfloat16
         query, key, value = query.float(), key.float(), value.float()
         precise = torch.autocast("cpu", enabled=False)
     for end in attention_mask.flatten().tolist():
         if window is not None and end - start > window:
             raise ValueError(
                 f"a sequence of {end - start} tokens exceeds the model's sliding window of {window}, which packed "
-                "batches do not support with sdpa, but in half precision on a GPU. Set bf16 to true there, or lower "
+                "batches support with sdpa only in half precision on a GPU. Use a GPU with bf16 set to true, or lower "
                 "max_prompt_length or max_completion_length."
             )
         part = slice(start, end)
@@ -186,13 +186,13 @@ def packed_sdpa_forward(
 def packed_flash_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """flash-attention's variable-length kernel over the whole row; its own way for every other mask."""
+    """Runs flash-attn's variable-length kernel once for the packed row; plain flash-attn for every other mask."""
     if not is_packed(attention_mask):
         return flash_attention_forward(module, query, key, value, attention_mask, **kwargs)
     refuse_caps_and_sinks(module, s_aux=kwargs.get("s_aux"))
     if kwargs.get("dropout") and module.config._attn_implementation != "flash_attention_2":
         raise ValueError(
-            f"{type(module).__name__} drops attention weights out in training, which flash-attn 2 does and later "
+            f"{type(module).__name__} drops attention weights out in training, which flash-attn 2 supports and later "
             "versions do not: set attn_implementation to 'flash_attention_2' or 'sdpa'."
         )
     layout = layout_of(attention_mask, query.device)
@@ -213,9 +213,9 @@ def packed_eager_forward(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`softmax(cap(q k^T scaling) + mask) v`, written out, one sequence at a time; shapes as in `packed_sdpa_forward`.
+    """Unfused `softmax(cap(q k^T scaling) + mask) v`, one sequence at a time. Shapes as in `packed_sdpa_forward`.
 
-    A sequence of T tokens needs T * T scores a head: this is for models no fused kernel serves.
+    Materialises T * T scores per head for a sequence of T tokens. Use it only for models without a fused kernel.
     """
     refuse_caps_and_sinks(module, s_aux=kwargs.get("s_aux"))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -245,13 +245,13 @@ def packed_eager_forward(
 
 
 def use_packed_attention(model: nn.Module) -> None:
-    """Let `model` (bare, not wrapped) understand `PackedBatch.ends`.
+    """Switches `model` (not wrapped) to an attention function that takes `PackedBatch.ends` as its mask.
 
     Raises:
-        ValueError: for a kernel with no packed form, naming it.
+        ValueError: the model's attention implementation has no packed version; the message names it.
     """
     used = model.config._attn_implementation
-    if used in FLASH:  # under its own name: transformers picks the kernel and the mask, and checks the dtype, by it
+    if used in FLASH:  # keep the name: transformers selects the kernel and mask, and checks the dtype, by it
         AttentionInterface.register(used, packed_flash_forward)
     elif used in ("sdpa", PACKED_SDPA):
         AttentionInterface.register(PACKED_SDPA, packed_sdpa_forward)
@@ -270,18 +270,18 @@ def use_packed_attention(model: nn.Module) -> None:
 
 @torch.no_grad()
 def check_packing(model: nn.Module) -> None:
-    """Run two short sequences in one row and each alone, and compare: models that mix them are refused by name.
+    """Checks that the model does not mix packed sequences: compares two short sequences packed and one by one.
 
-    That is what happens to an attention that does not read its mask through transformers' interface, and to layers
-    that carry a state from token to token.
+    Two kinds of model fail: those whose attention does not read its mask through transformers' interface, and those
+    with layers that carry state from token to token.
 
     Raises:
-        ValueError: when the hidden states differ by more than 1 % of their norm.
+        ValueError: the hidden states differ by more than 1 % of their norm. The message names the model.
     """
     base = unwrap(model)
     backbone, head = hidden_states_and_head(model)
     device, training = head.weight.device, base.training
-    # flash-attn has no float32 form
+    # flash-attn does not support float32
     half = torch.autocast(device.type, torch.bfloat16, enabled=base.config._attn_implementation in FLASH)
     prompts, responses = [[1, 2, 3], [4]], [[5, 6], [7, 2, 8]]
     base.eval()

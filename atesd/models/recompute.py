@@ -1,8 +1,8 @@
-"""Activations that backward computes again rather than keeps. Separate from models.py because it is about memory alone.
+"""Gradient checkpointing: backward recomputes activations instead of storing them.
 
-`full` keeps each layer's input, so backward runs every layer twice. `selective` also keeps what the matrix products and
-attention return: what is computed again (norms, activations, rotations, casts) is most of the memory and little of the
-time. The modes are torchtitan's.
+`full` stores only the input of each layer, so each layer's forward runs twice. `selective` also stores the outputs of
+matmuls and attention. It recomputes norms, activations, rotations and casts: most of the memory and little of the time.
+The modes are torchtitan's.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-# By name, as not every build of torch has all of them: products, with the place of the left factor, and attention,
-# torch.nn.attention.varlen's included.
+# Operators by name, since not every build of torch has all of them. LEFT maps each matmul to the index of its left
+# operand. ATTENTION includes the operator of torch.nn.attention.varlen.
 LEFT = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
 ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
     "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention torch_attn::_varlen_attn"
 ).split()
-# A product whose sums are this many times shorter than its rows, such as a LoRA update's second, costs little to repeat
-# for what it would take to keep (our choice).
+# Recompute a matmul whose inner dimension is over LOW_RANK times smaller than its output width, e.g. LoRA's second:
+# it costs little time, and its output takes much memory (our choice).
 LOW_RANK = 8
 
 
 def is_kept(operator: Any, *arguments: Any) -> bool:
-    """Whether `selective` keeps what `operator` returns for `arguments`."""
+    """Whether `selective` stores the output of `operator` for `arguments`."""
     name = operator.name().removeprefix("aten::")
     if name not in LEFT:
         return name in ATTENTION
@@ -39,7 +39,7 @@ def selective_policy(_context: Any, operator: Any, *arguments: Any, **_options: 
 
 
 def recompute_activations(model: Any, mode: str) -> None:
-    """Switch gradient checkpointing of a transformers model on; `mode` is `full` or `selective`."""
+    """Enables gradient checkpointing of a transformers model. `mode` is `full` or `selective`."""
     settings: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         settings["context_fn"] = partial(create_selective_checkpoint_contexts, selective_policy)

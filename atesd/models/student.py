@@ -1,4 +1,4 @@
-"""The model in training: its trained weights, its optimizer and schedule, and the precision of its forwards."""
+"""The student in training: its model, trained parameters, optimizer, learning rate schedule and autocast."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from atesd_kernels.integrations.head import check_head, unwrap
 
 
 class Student:
-    """Takes a loaded model over: packed attention, checks, shards, optimizer.
+    """Prepares a loaded model for training: packed attention, checks, sharding, optimizer, schedule.
 
     Args:
         config: the run's settings.
-        model: as `load_model` returns it.
-        tokenizer: saved beside the weights of a model without LoRA.
-        parallelism: where the weights lie, and how a step is made.
+        model: the output of `load_model`.
+        tokenizer: saved with the weights of a model without LoRA.
+        parallelism: places or shards the weights, and runs the optimizer step.
 
     Attributes:
-        model: on this process's device, or in shards.
+        model: on this process's device, or sharded.
         trained: the trained parameters by name.
-        backbone, head: the forward that stops at the hidden states, and the head as the loss reads it.
+        backbone, head: the forward up to the hidden states, and the output head in the form that the loss takes.
 
     Raises:
-        ValueError: a head or an attention that the loss or packed rows cannot handle.
+        ValueError: the loss does not support the head, or packed rows do not work with the attention.
     """
 
     def __init__(self, config: ATESDConfig, model: nn.Module, tokenizer: Any, parallelism: Parallelism):
@@ -42,7 +42,7 @@ class Student:
         self.device = parallelism.device
         use_packed_attention(unwrap(model))
         self.model = parallelism.place(model)
-        # flash-attention has no float32 form
+        # flash-attention does not support float32
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.attn_implementation != "sdpa"):
             check_head(self.model)
             check_packing(self.model)
@@ -54,7 +54,7 @@ class Student:
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),  # no temporary the size of the model
+            fused=self.device.type in ("cpu", "cuda"),  # avoids a temporary the size of the model
         )
         parallelism.prepare(self.model, self.trained, self.optimizer, config.max_grad_norm)
         self.backbone, self.head = parallelism.backbone_and_head()
@@ -65,10 +65,10 @@ class Student:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """The precision of every forward.
+        """Context for every forward: autocast if `bf16`, fast float32 matmuls on a CPU, no adapter input casts.
 
-        Enter one context for several forwards: each weight is cast once in it. Sharded weights are not kept cast,
-        since they are gathered for each layer anew.
+        Enter one context for several forwards, so that each weight is cast once. The cast cache is off for sharded
+        weights, which are gathered again for each layer.
         """
         cached = not is_sharded(self.model)
         with (
@@ -79,7 +79,7 @@ class Student:
             yield
 
     def step(self, loss: float) -> float | None:
-        """Clip and step, and drop the gradients. None, and no step, if the loss or the gradient is not finite."""
+        """Clips, steps and clears the gradients. Returns their norm; None (no step) if it or `loss` is not finite."""
         norm = self.parallelism.step(loss)
         if norm is not None:
             self.parallelism.gather_head()
@@ -87,9 +87,9 @@ class Student:
         return norm
 
     def writer(self) -> Callable[..., None]:
-        """A function that writes the adapter, or the model with its tokenizer, into a folder.
+        """Returns a function that writes the adapter, or the model and its tokenizer, into a folder.
 
-        Every process makes one, since it gathers sharded weights; the main process calls it.
+        Call this on every process, since it gathers sharded weights. Call the returned function on the main process.
         """
         write = writer(self.model, self.trained)
         if self.config.use_peft:
@@ -109,7 +109,7 @@ class Student:
         self.parallelism.load_weights(state["trained"])
         self.parallelism.load_optimizer_state(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        # `--resume` may change the learning rate: the config's wins over the saved one
+        # `--resume` may change the learning rate: the config overrides the saved value
         self.scheduler.base_lrs = [self.config.learning_rate] * len(self.scheduler.base_lrs)
         for group, rate, shape in zip(
             self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True

@@ -1,16 +1,14 @@
-"""The teacher: the student's own network, run without gradient with other weights.
-
-Separate from the trainer because which weights teach is one question with one code path:
+"""The teacher: the student's network, run under `no_grad` with the weights of `kind`.
 
 | kind   | with LoRA                     | full fine-tuning                     |
 |--------|-------------------------------|--------------------------------------|
-| frozen | the base, adapter switched off | a copy of the first weights          |
-| ema    | a moving average of the adapter | a moving average of all weights     |
+| frozen | the base, adapter disabled    | a copy of the initial weights        |
+| ema    | an average of the adapter     | an average of all weights            |
 | live   | the student itself            | the student itself                   |
 
-No second model object exists: a copy is a dictionary of tensors, put in place for the length of a forward. Where FSDP2
-or ZeRO-3 shards the weights, the copy is cut alike, so that each process keeps and exchanges its own shards only; the
-head, which the loss reads whole, is a whole copy.
+`ema` is an exponential moving average. No second model object exists: the teacher's weights are a dict of tensors that
+replaces the student's during a forward. Under FSDP2 or ZeRO-3 the dict is sharded like the model, so each rank stores
+and swaps only its local shards. The head is the exception: the loss needs it unsharded, so the dict holds a full copy.
 """
 
 from __future__ import annotations
@@ -33,14 +31,14 @@ KINDS = ("frozen", "ema", "live")
 
 
 class Teacher:
-    """Gives hidden states under the teacher's weights.
+    """Computes hidden states with the teacher's weights.
 
     Args:
-        model: the student, bare or under peft.
+        model: the student, with or without peft.
         kind: one of `KINDS`.
-        ema_decay: weight of the old average at each update.
-        bf16: forwards run under bfloat16 autocast; a frozen copy then keeps its matrices in bfloat16, which autocast
-            would round them to anyway, and everything else (embeddings, norms) as it is, so that nothing is lost.
+        ema_decay: weight of the old average in each update.
+        bf16: forwards run under bfloat16 autocast. A frozen copy then stores the matrices of linear layers in
+            bfloat16, to which autocast rounds them anyway. Embeddings and norms keep their dtype. This is lossless.
     """
 
     def __init__(self, model: nn.Module, kind: str, *, ema_decay: float = 0.999, bf16: bool = False):
@@ -53,12 +51,12 @@ class Teacher:
         reshard(model)
         self.disable_adapter = kind == "frozen" and hasattr(model, "disable_adapter")
         self.adapter_layers = adapter_layers(model) if self.disable_adapter and has_plain_switch(model) else []
-        self.modules = list(model.modules())  # to walk them takes longer than to launch a layer
-        self.sources: dict[str, Tensor] = {}  # trained parameters, by their name in the backbone or "head.*"
+        self.modules = list(model.modules())  # cached: walking them takes longer than launching a layer
+        self.sources: dict[str, Tensor] = {}  # trained parameters, by name in the backbone or "head.*"
         if kind != "live" and not self.disable_adapter:
             self.sources = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
             known = {id(p) for p in self.sources.values()}
-            for name in ("weight", "bias"):  # a tied head is already there, as the embedding
+            for name in ("weight", "bias"):  # a tied head is already included, as the embedding
                 p = getattr(self.student_head, name)
                 if p is not None and p.requires_grad and id(p) not in known:
                     self.sources[f"head.{name}"] = p
@@ -72,7 +70,7 @@ class Teacher:
 
     @property
     def head(self) -> HeadSpec:
-        """The head under the teacher's weights."""
+        """The head with the teacher's weights."""
         by_source = {id(self.sources[name]): value for name, value in self.values.items()}
         head = self.student_head
         weight = by_source.get(id(head.weight), head.weight)
@@ -80,16 +78,16 @@ class Teacher:
 
     @property
     def shares_head(self) -> bool:
-        """Whether student and teacher logits come from the very same head, which makes the loss's delta path exact."""
+        """Whether student and teacher use the same head tensors. The loss's delta path is exact only then."""
         return self.head.weight is self.student_head.weight and self.head.bias is self.student_head.bias
 
     def hidden(self, batch: PackedBatch) -> Tensor:
-        """`(N, hidden)`: the hidden states that predict the response tokens of `batch`."""
+        """Returns `(N, hidden)`: the hidden states that predict the response tokens of `batch`."""
         return hidden_rows(self.backbone_call, batch)
 
     @torch.no_grad()
     def backbone_call(self, **inputs: Any) -> Any:
-        """The backbone under the teacher's weights, without gradient or dropout."""
+        """Runs the backbone with the teacher's weights, without gradient or dropout."""
         values = {name: value for name, value in self.values.items() if not name.startswith("head.")}
         with with_attribute(self.modules, "training", False), self.without_adapter():
             if values and is_sharded(self.model):
@@ -98,22 +96,23 @@ class Teacher:
             return torch.func.functional_call(self.backbone, values, (), inputs) if values else self.backbone(**inputs)
 
     def without_adapter(self) -> contextlib.AbstractContextManager[None]:
-        """Where the base model teaches: the adapter is off."""
+        """Context that disables the adapter if the base model is the teacher; otherwise a no-op."""
         if self.adapter_layers:
             return adapter_off(self.adapter_layers)
         return self.model.disable_adapter() if self.disable_adapter else contextlib.nullcontext()
 
     @torch.no_grad()
     def update(self) -> None:
-        """After an optimizer step: `average <- decay * average + (1 - decay) * student`; only `ema` changes."""
+        """Updates the average: `average <- decay * average + (1 - decay) * student`. Call after each optimizer step.
+        No-op unless `kind` is `ema`."""
         if self.kind == "ema":
             for name, value in self.values.items():
                 value.lerp_(local_shard(self.sources[name]), 1.0 - self.decay)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages. A frozen copy is not saved: it is the model as loaded, before the trained weights."""
+        """Returns the averages. A frozen copy is not saved: it equals the model as loaded, before training."""
         values = {name: value for name, value in self.values.items() if name not in self.tied_head_names()}
-        if self.kind == "ema" and any(hasattr(p, "ds_id") for p in self.sources.values()):  # pieces, without a shape
+        if self.kind == "ema" and any(hasattr(p, "ds_id") for p in self.sources.values()):  # ZeRO-3: no shapes
             with swapped_weights(
                 self.model, self.sources, {n: v for n, v in values.items() if not n.startswith("head.")}
             ):
@@ -130,7 +129,7 @@ class Teacher:
                 self.values[name].copy_(state["values"][embedding])
 
     def tied_head_names(self) -> dict[str, str]:
-        """Of a tied head in shards: the name of its whole copy, and of the shards that hold the same."""
+        """Returns {name of the unsharded head copy: name of its tied, sharded embedding}; {} if there is none."""
         base = unwrap(self.model)
         head, sharded = base.get_output_embeddings(), {id(p): name for name, p in self.sources.items()}
         name = sharded.get(id(head.weight))
@@ -139,7 +138,7 @@ class Teacher:
 
 @contextlib.contextmanager
 def swapped_weights(model: nn.Module, shards: dict[str, Tensor], values: dict[str, Tensor]) -> Iterator[None]:
-    """The shards, FSDP2's or ZeRO-3's, hold `values` for the length of a forward, and then what they held."""
+    """Copies `values` into the local shards (FSDP2 or ZeRO-3) within the context, and restores them on exit."""
     reshard(model)
     kept = {name: local(local_shard(shards[name])) for name in values}
     own = {name: shard.clone() for name, shard in kept.items()}
@@ -158,5 +157,5 @@ def local(value: Any) -> Tensor:
 
 
 def eval_mode(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Without dropout or gradient checkpointing, and back to what each module was."""
+    """Context in eval mode: no dropout or gradient checkpointing. Restores each module's mode on exit."""
     return with_attribute(model.modules(), "training", False)

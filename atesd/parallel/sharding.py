@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from atesd.errors import AtesdError
 from atesd_kernels.integrations.head import unwrap
 
 # Whether a model reshards its layers between forward and backward (ZeRO-3), or only after backward (ZeRO-2)
@@ -34,7 +35,7 @@ RESHARDS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 BORROWER = -1  # a module number no module has: it marks a ZeRO-3 parameter as in use
 
 
-class ShardingError(ValueError):
+class ShardingError(AtesdError, ValueError):
     """An accelerate config with a setting that is not supported here. The message names the setting and the remedy."""
 
 

@@ -1,1 +1,1 @@
-"""Before a run: what it would need and read, how it would scale, and what this machine has."""
+"""Checks before a run: its memory and prompts, its scaling, and this machine's hardware and software."""

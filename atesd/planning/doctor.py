@@ -1,6 +1,6 @@
-"""`atesd doctor`: versions, devices, and which backends work here and why the others do not.
+"""`atesd doctor`: reports versions, devices, and which backends work here and why the others do not.
 
-Separate from the command line because it is the text people paste into a report of a problem.
+Users paste this text into bug reports.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EXTRAS |= {"trl": "bench"}
 
 
 def describe() -> str:
-    """Everything about this machine that decides how a run goes, a line each."""
+    """Returns everything about this machine that affects a run, one line each."""
     import torch
 
     sections = {
@@ -60,7 +60,7 @@ def cpu_capability(torch) -> str:
 
 
 def loss_backends(torch) -> dict[str, str]:
-    """Name of each atesd_kernels backend -> available, or why not."""
+    """Returns, for each atesd_kernels backend, "available" or the reason why not."""
     from atesd_kernels.planning import BACKENDS, unavailable
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

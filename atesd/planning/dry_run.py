@@ -1,7 +1,6 @@
-"""`atesd train RECIPE --dry-run`: what a run would read and need, without its weights.
+"""`atesd train RECIPE --dry-run`: reports a run's problems, prompts and memory without loading weights.
 
-Separate from the trainer because nothing here trains, loads a model's weights or writes a file: a model's configuration
-and tokenizer are enough.
+It needs only the model's configuration and tokenizer. It does not train, load weights or write files.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ PROMPTS_MEASURED = 256
 
 
 def dry_run(config: ATESDConfig) -> str:
-    """The report: problems, memory plan and first prompts.
+    """Returns the report: problems, memory plan and first prompts.
 
     Raises:
-        ValueError, ModelLoadError: whatever would stop the run before its first step, except for its weights and what
-            this machine lacks: a plan may be for another one.
+        ValueError, ModelLoadError: for any fault that would stop the run before its first step, except in its weights.
+            Does not check this machine's hardware: the plan may be for another machine.
     """
     config.validate()
     settle_precision(config)
@@ -65,13 +64,13 @@ def dry_run(config: ATESDConfig) -> str:
 
 
 def exposure_shown(config: ATESDConfig) -> float:
-    """The run's only exposure, or the middle of those it may choose from."""
+    """Returns the run's only exposure, or the middle of its range."""
     only = {"full": 1.0, "fixed": config.fixed_alpha}
     return only.get(config.exposure_policy, (config.alpha_min + config.alpha_max) / 2)
 
 
 def prompt_lengths(data: RunData) -> list[tuple[int, int]]:
-    """(student, teacher at the largest alpha) in tokens, of the first problems."""
+    """Returns (student, teacher at the largest alpha) prompt lengths in tokens, for the first problems."""
     return [
         (len(data.prompts.student(p)), len(data.prompts.teacher(p, data.references[p.id], data.alpha(p, 1.0))))
         for p in data.problems.train[:PROMPTS_MEASURED]
@@ -79,7 +78,7 @@ def prompt_lengths(data: RunData) -> list[tuple[int, int]]:
 
 
 def describe(plan: MemoryPlan, shape: ModelShape, notes: dict[str, Any]) -> str:
-    """The plan as a table for people; `notes` are lines above it."""
+    """Returns the plan as a readable table; `notes` are lines above it."""
     rows = [
         ("weights", plan.weights, f"{shape.parameters:,} parameters, and {shape.lora_parameters:,} of the adapter"),
         ("teacher", plan.teacher, "a copy beside the student's weights" if plan.teacher else "the base: no copy"),

@@ -1,13 +1,12 @@
-"""What a step needs in memory, traffic and time, by formula.
+"""Predicts memory, traffic and time of a step by formula, for `--dry-run` and `atesd scaling`.
 
-Separate so that `--dry-run` and `atesd scaling` read the same formulas. Parameters are counted on a model without
-storage (torch's meta device), so the numbers for weights, gradients and optimizer are exact; activations are an
-estimate, whose constants are our own measurement of the tensors autograd keeps.
+Parameters are counted on torch's meta device, so the numbers for weights, gradients and optimizer are exact.
+Activations are an estimate; its constants are our own measurement of the tensors that autograd saves.
 
-Times are predicted from a device's data sheet: matrix products by their FLOPs, everything between them by the bytes it
-moves (`layer_traffic`). Left out are the host's launches, which the plan takes to run ahead of the GPU (small
-micro-batches, and layers as fast as Liger's, can wait for them), casts of weights, the adapter's products, which are
-too thin to reach a GPU's speed, and the embedding.
+Times follow from a device's data sheet: GEMMs from their FLOPs, the kernels between them from the bytes they move
+(`layer_traffic`). The plan omits host launches and assumes that they run ahead of the GPU; small micro-batches, and
+layers as fast as Liger's, may have to wait for them. It also omits casts of weights, the embedding, and the adapter's
+products, which are too thin to reach a GPU's speed.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from atesd_kernels.planning import DEFAULT_CHUNK_BYTES, gpu_chunk_bytes
 
 GIB = 1 << 30
 FP32, BF16 = 4, 2
-# Bytes autograd keeps for each of `LayerShape.elements`: the norms and the residual stream stay in fp32 under autocast
-# over fp32 weights. Measured with saved_tensors_hooks on Llama and Qwen3 layers.
+# Bytes autograd saves for each of `ModelShape.elements`. Under autocast over fp32 weights, norms and residual stream
+# stay in fp32. Measured with saved_tensors_hooks on Llama and Qwen3 layers.
 BYTES_PER_ACTIVATION = {"fp32": 4.0, "autocast over fp32 weights": 2.9, "bf16": 2.5}
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes the formulas need.
+    """The model sizes that the formulas need.
 
     Attributes:
-        parameters: of the model, a tied head counted once.
-        lora_parameters: of the adapter, 0 without one.
-        matrices: parameters of linear layers other than the head, which autocast casts.
+        parameters: number of the model's parameters; a tied head counts once.
+        lora_parameters: number of the adapter's parameters; 0 without one.
+        matrices: parameters of all linear layers but the head; autocast casts these.
         layers, hidden, intermediate, vocab: as in the model's configuration.
         query, kv: width of the query, and of the key (= value) projection: heads times head size.
     """
@@ -52,20 +51,20 @@ class ModelShape:
 
     @property
     def elements(self) -> int:
-        """Numbers autograd keeps for a token of one layer: both norms' input, normed and scaled output (6 h); query,
+        """Numbers autograd saves per token and layer: both norms' input, normed and scaled output (6 h); query,
         attention output and its transposed copy (3 q); key and value (2 kv); gate, its activation, up, product (4 i).
         """
         return 6 * self.hidden + 3 * self.query + 2 * self.kv + 4 * self.intermediate
 
     @property
     def products(self) -> int:
-        """Of a token and layer, what matrix products and attention return: query, key, value, attention and its
+        """Numbers that GEMMs and attention return per token and layer: query, key, value, attention and its
         projection, gate, up and down."""
         return 2 * self.query + 2 * self.kv + 2 * self.hidden + 2 * self.intermediate
 
 
 def model_shape(model_config: PreTrainedConfig, config: ATESDConfig) -> ModelShape:
-    """Counts without weights: the model is built on the meta device."""
+    """Returns the sizes of a model, which it builds on the meta device, without weights."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
     text = model_config.get_text_config()
@@ -97,7 +96,7 @@ def head_size(text: PreTrainedConfig) -> int:
 
 
 def cached_numbers(model_config: PreTrainedConfig) -> int:
-    """Numbers a key-value cache keeps of each token: a key and a value in every layer."""
+    """Returns how many numbers a key-value cache stores per token: a key and a value in every layer."""
     text = model_config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return 2 * text.num_hidden_layers * heads * head_size(text)
@@ -105,12 +104,12 @@ def cached_numbers(model_config: PreTrainedConfig) -> int:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of one process. `total` adds what is always there to the larger of the two phases of a step.
+    """Bytes of one process. `total` is the permanent memory plus the larger of a step's two phases.
 
-    Always there: `weights`, `teacher` (0 where it is the base model), `gradients`, `optimizer`.
-    While generating: `kv_cache` and `decoding_copies` of the weights, on a CPU or beside sharded ones. While training:
-    `autocast_copies`, `activations`, `hidden_states`, `loss_chunk`, `head_gradient` (a trained head's, added up over
-    the loss's chunks), `communication` (what other processes send).
+    Permanent: `weights`, `teacher` (0 if it is the base model), `gradients`, `optimizer`.
+    While generating: `kv_cache`, and `decoding_copies` of the weights, on a CPU or if they are sharded. While training:
+    `autocast_copies`, `activations`, `hidden_states`, `loss_chunk`, `head_gradient` (a trained head's, accumulated over
+    the loss's chunks), `communication` (buffers of collectives).
     """
 
     weights: int
@@ -146,11 +145,11 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Layout:
-    """How processes, one a GPU, share the work.
+    """How processes, one per GPU, share the work.
 
     Attributes:
-        processes: of the whole run, each with its share of a step's problems.
-        shards: processes over which weights, gradients and optimizer are spread (FSDP, ZeRO-3); 1 is data parallel.
+        processes: number in the run; each processes an equal part of a step's problems.
+        shards: processes over which weights, gradients and optimizer are sharded (FSDP, ZeRO-3); 1 is data parallel.
         decoding: processes that generate together, each with a slice of every matrix (tensor parallel).
     """
 
@@ -160,7 +159,7 @@ class Layout:
 
 
 def trained_bytes(shape: ModelShape, config: ATESDConfig) -> int:
-    """Of the gradients: a LoRA adapter is fp32 whatever the base is, others have the parameters' type."""
+    """Returns the bytes of all gradients. A LoRA adapter's are fp32; others have the parameters' dtype."""
     return shape.lora_parameters * FP32 if config.use_peft else shape.parameters * weight_bytes(config)
 
 
@@ -169,18 +168,18 @@ def weight_bytes(config: ATESDConfig) -> int:
 
 
 def gathered_bytes(config: ATESDConfig, parameters: int) -> int:
-    """Of so many weights as FSDP gathers them: cast before they travel, where the run computes in bf16."""
+    """Returns the bytes that FSDP gathers for so many parameters. A bf16 run casts them before the all-gather."""
     return parameters * (BF16 if config.bf16 else weight_bytes(config))
 
 
 def low_bytes(config: ATESDConfig) -> int:
-    """Of a number that matrix products work on."""
+    """Returns the bytes of one element of a GEMM operand."""
     return BF16 if config.bf16 or config.torch_dtype == "bfloat16" else FP32
 
 
 def logit_bytes(config: ATESDConfig) -> int:
-    """Of a logit in the loss's chunk on a GPU: S in fp32 and D in the products' dtype, which the gradient overwrites.
-    Where the teacher has a head of its own, S, T and the gradient; S and T of a run in fp32 are in float64."""
+    """Returns the bytes per logit of the loss's chunk on a GPU: S in fp32, and D in the GEMMs' dtype, which the gradient
+    overwrites. A separate teacher head needs S, T and the gradient; in an fp32 run S and T are float64."""
     low = low_bytes(config)
     if config.use_peft or config.teacher == "live":
         return FP32 + low
@@ -195,7 +194,7 @@ def plan_memory(
     layout: Layout = Layout(),
     memory: float | None = None,
 ) -> MemoryPlan:
-    """The memory of a run as `config` says, its responses all of `max_completion_length`.
+    """Returns the memory plan of a run. It assumes that every response has `max_completion_length` tokens.
 
     Args:
         prompt_tokens: longest prompt of student or teacher.
@@ -217,18 +216,18 @@ def plan_memory(
     tokens = responses * (prompt_tokens + config.max_completion_length)
     kind = "fp32" if low == FP32 else "autocast over fp32 weights" if residual == FP32 else "bf16"
     a_layer = tokens * shape.elements * BYTES_PER_ACTIVATION[kind]
-    if config.gradient_checkpointing:  # what each layer keeps, and all of the layer being recomputed
+    if config.gradient_checkpointing:  # each layer's saved input, and all of the layer being recomputed
         kept = shape.hidden * residual
         if config.gradient_checkpointing_mode == "selective":
             kept += shape.products * low
         activations = shape.layers * tokens * kept + a_layer
     else:
         activations = shape.layers * a_layer
-    # Casts of matrices live as long as the forward's graph; those the adapter's low-rank products make are its own.
+    # casts of the matrices, and of the adapter's, live as long as the forward's graph
     cast = shape.lora_parameters + (shape.matrices if residual == FP32 else 0) if config.bf16 and shards == 1 else 0
-    # the response tokens' states: student, its gradient, teacher, and their difference
+    # hidden states of the response tokens: student, its gradient, teacher, and their difference
     hidden_states = 4 * responses * config.max_completion_length * shape.hidden * FP32
-    # every rollout of the process's step is decoded at once
+    # the process decodes all rollouts of a step at once
     in_step = responses * config.gradient_accumulation_steps
     cache = in_step * (min(prompt_tokens, config.max_prompt_length) + config.max_completion_length)
     head = shape.vocab * shape.hidden
@@ -237,7 +236,7 @@ def plan_memory(
     if device == "cuda" and not config.chunk_bytes:
         loss_chunk = gpu_chunk_bytes(rows, shape.vocab, a_logit, not config.use_peft, int(memory or H100.memory))
     head_gradient = 0
-    if not config.use_peft:  # one chunk on a GPU gives it in the weights' dtype; a sum of several is in fp32
+    if not config.use_peft:  # a single chunk on a GPU has it in the weights' dtype; several accumulate in fp32
         one_chunk = device == "cuda" and rows * shape.vocab * a_logit <= loss_chunk
         head_gradient = head * (residual if one_chunk else FP32)
     decoding_copies = 0
@@ -246,7 +245,7 @@ def plan_memory(
     elif shards > 1:
         decoding_copies = (shape.matrices + head) * BF16 // layout.decoding
     communication = 0
-    if shards > 1:  # the layer in use, the one fetched meanwhile, the head, and a layer's gradients on their way
+    if shards > 1:  # the current layer, the prefetched one, the head, and a layer's gradients in flight
         layer = (shape.matrices + shape.lora_parameters) // shape.layers
         communication = gathered_bytes(config, 2 * layer + head) + gradients // shape.layers
     elif layout.processes > 1:  # data parallel: gradients are copied into buckets
@@ -272,12 +271,12 @@ class Accelerator:
     """A GPU by its data sheet, and the shares of it we expect to reach (our assumptions, not measured).
 
     Attributes:
-        memory: bytes; flops: of dense bf16 products, a second; bandwidth: of its memory, bytes a second.
-        link, network: bytes a second to a GPU of the same node, and of another one, each way.
-        node: GPUs of a node.
-        of_memory: share that a plan may fill; the rest is the allocator's, CUDA's and the libraries'.
-        of_flops, of_bandwidth, of_link: shares reached by layers, decoding and collectives.
-        latency: seconds a collective takes however little it carries.
+        memory: bytes; flops: dense bf16 FLOPs per second; bandwidth: of its memory, bytes per second.
+        link, network: bytes per second to a GPU in the same node, and in another node, each way.
+        node: GPUs per node.
+        of_memory: share that a plan may fill; allocator, CUDA and libraries need the rest.
+        of_flops, of_bandwidth, of_link: shares that layers, decoding and collectives reach.
+        latency: minimum duration of a collective, in seconds.
     """
 
     name: str
@@ -294,21 +293,22 @@ class Accelerator:
     latency: float = 20e-6
 
     def wire(self, processes: int) -> float:
-        """Bytes a second that a process of a group of this size sends."""
+        """Returns the bytes per second that a process sends in a group of this size."""
         return self.of_link * (self.link if processes <= self.node else self.network)
 
 
-# NVIDIA's data sheets: H100 and H200 SXM (NVLink 900 GB/s, half of it each way), and DGX H100 (400 Gb/s of network for
-# each GPU)
+# From NVIDIA's data sheets: H100 and H200 SXM (NVLink 900 GB/s, half of it each way), and DGX H100 (400 Gb/s of network
+# per GPU)
 H100 = Accelerator("H100 SXM 80 GB", memory=80e9, flops=989e12, bandwidth=3.35e12, link=450e9, network=50e9)
 H200 = replace(H100, name="H200 SXM 141 GB", memory=141e9, bandwidth=4.8e12)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that collectives deliver to, or take from, one process in a step, before any ring's share (n - 1)/n.
+    """Bytes of one process's collectives in a step, before the ring's factor (n - 1)/n.
 
-    `gathered`: weights, from `shards` processes. `scattered`: gradients, to them. `reduced`: gradients, over replicas.
+    `gathered`: weights all-gathered over `shards`. `scattered`: gradients reduce-scattered over them. `reduced`:
+    gradients all-reduced over replicas.
     """
 
     gathered: int
@@ -317,7 +317,7 @@ class Traffic:
 
 
 def plan_traffic(shape: ModelShape, config: ATESDConfig, layout: Layout) -> Traffic:
-    """A step's collectives: FSDP gathers weights for the teacher, and for the student's forward and backward."""
+    """Returns a step's traffic. FSDP gathers weights for the teacher, and for the student's forward and backward."""
     gradients = trained_bytes(shape, config)
     weights = gathered_bytes(config, shape.parameters + shape.lora_parameters)
     sharded = config.gradient_accumulation_steps * (layout.shards > 1)
@@ -330,10 +330,10 @@ def plan_traffic(shape: ModelShape, config: ATESDConfig, layout: Layout) -> Traf
 
 @dataclass(frozen=True)
 class Products:
-    """FLOPs of one process's matrix products in a step: a product with a matrix is 2 for each of its numbers.
+    """FLOPs of one process's GEMMs in a step: 2 per token and matrix element.
 
-    `prefill` and `decoding`: rollouts; `decoding` is of one token of every response. `teacher`, `student` (forward and
-    backward) and `loss` are of the training.
+    `prefill` and `decoding` are for rollouts; `decoding` is for one token of every response. `teacher`, `student`
+    (forward and backward) and `loss` are for training.
     """
 
     prefill: int
@@ -344,14 +344,14 @@ class Products:
 
 
 def plan_products(shape: ModelShape, config: ATESDConfig, prompt_tokens: int) -> Products:
-    """Responses are all of `max_completion_length`. The half of attention that causality masks is not counted."""
+    """Returns a step's FLOPs for responses of `max_completion_length`. Omits the causally masked half of attention."""
     response = config.max_completion_length
     responses = config.per_device_train_batch_size * config.num_generations * config.gradient_accumulation_steps
     length, head = prompt_tokens + response, shape.vocab * shape.hidden
-    attention = shape.layers * 4 * shape.query * length // 2  # of a token: scores, and the mean of the values
+    attention = shape.layers * 4 * shape.query * length // 2  # per token: scores, and the weighted sum of values
     teacher = responses * length * (2 * shape.matrices + attention)
     forward = teacher + responses * length * 2 * shape.lora_parameters
-    # backward: gradients of activations; of the weights if they are trained; a forward more if it runs again
+    # backward: gradients of activations; of weights if trained; one more forward if it is recomputed
     passes = 2 + (not config.use_peft)
     passes += config.gradient_checkpointing and config.gradient_checkpointing_mode == "full"
     return Products(
@@ -359,29 +359,29 @@ def plan_products(shape: ModelShape, config: ATESDConfig, prompt_tokens: int) ->
         decoding=responses * 2 * (shape.matrices + head),
         teacher=teacher,
         student=passes * forward,
-        # student's logits, their difference to the teacher's, the hidden states' gradient, and a trained head's
+        # the student's logits, the differences, the hidden states' gradient, and a trained head's gradient
         loss=(3 + (not config.use_peft)) * 2 * responses * response * head,
     )
 
 
-# Bytes that the kernels between a layer's matrix products read and write for each of (hidden, query and key, the gated
-# MLP's width), in bf16. transformers: a norm goes to fp32 and back in six kernels, 32 bytes, and there are two of the
-# hidden states and one of query and key; two sums with the residual, 6 each; rotations 20; activation and gate 10.
-# Liger: one kernel for a norm and for a rotation, 4 each, and one for activation and gate, 6.
+# Bytes that the kernels between a layer's GEMMs read and write per element of (hidden states, query and key, gated
+# MLP), in bf16. transformers: a norm converts to fp32 and back in six kernels, 32 bytes; there are two on the hidden
+# states and one on query and key. Two residual sums take 6 each, rotations 20, activation and gate 10. Liger: a norm
+# and a rotation are one kernel each, 4 bytes; activation and gate are one kernel, 6.
 KERNEL_BYTES = {"transformers": (76, 52, 10), "liger": (20, 8, 6)}
-ADAPTER_BYTES = 10  # of a linear layer's output: the adapter's part is scaled, and added
+ADAPTER_BYTES = 10  # per element of a linear layer's output: scale and add the adapter's part
 
 
 @dataclass(frozen=True)
 class LayerTraffic:
-    """Bytes that the layers' kernels between matrix products read and write in one process's step."""
+    """Bytes that the kernels between the layers' GEMMs read and write in one process's step."""
 
     teacher: int
     student: int  # forward and backward
 
 
 def layer_traffic(shape: ModelShape, config: ATESDConfig, prompt_tokens: int) -> LayerTraffic:
-    """Counted for a layer of Qwen3's kind, with bf16 weights; backward moves about twice what forward does."""
+    """Returns a step's traffic for layers like Qwen3's, with bf16 weights. Backward moves about twice forward's bytes."""
     hidden, heads, mlp = KERNEL_BYTES["liger" if config.use_liger_kernel else "transformers"]
     forward = hidden * shape.hidden + heads * (shape.query + shape.kv) + mlp * shape.intermediate
     outputs = shape.query + 2 * shape.kv + 2 * shape.hidden + 2 * shape.intermediate
@@ -393,7 +393,7 @@ def layer_traffic(shape: ModelShape, config: ATESDConfig, prompt_tokens: int) ->
 
 @dataclass(frozen=True)
 class TimePlan:
-    """Seconds of a distillation step; collectives run beside the training, so the longer of the two counts."""
+    """Seconds of a distillation step. Collectives overlap with training, so `total` counts the longer of the two."""
 
     rollout: float
     teacher: float
@@ -407,16 +407,16 @@ class TimePlan:
 
 
 def plan_time(shape: ModelShape, config: ATESDConfig, prompt_tokens: int, gpu: Accelerator, layout: Layout) -> TimePlan:
-    """The time of a step: all its responses decoded at once; checkpoints, probes and evaluations not counted."""
+    """Returns the time of a step that decodes all responses at once. Omits checkpoints, probes and evaluations."""
     products, speed = plan_products(shape, config, prompt_tokens), gpu.flops * gpu.of_flops
     between, moved = layer_traffic(shape, config, prompt_tokens), gpu.bandwidth * gpu.of_bandwidth
     response = config.max_completion_length
     responses = config.per_device_train_batch_size * config.num_generations * config.gradient_accumulation_steps
-    # decoding reads all matrices for every token, and what is in the cache: on average half of the response
+    # per token, decoding reads all matrices and the cache, which has half of the response on average
     reading = (shape.matrices + shape.vocab * shape.hidden) * BF16 / layout.decoding
     reading += responses * (prompt_tokens + response / 2) * shape.layers * 2 * shape.kv * low_bytes(config)
     a_token = max(reading / moved, products.decoding / speed)
-    if layout.decoding > 1:  # two sums over the group in every layer
+    if layout.decoding > 1:  # two all-reduces per layer
         summed = 2 * layout.decoding * responses * shape.hidden * BF16
         a_token += 2 * shape.layers * (gpu.latency + summed / gpu.wire(layout.decoding))
 
@@ -433,5 +433,5 @@ def plan_time(shape: ModelShape, config: ATESDConfig, prompt_tokens: int, gpu: A
 
 
 def ring(processes: int) -> float:
-    """The share of the bytes that a process gets from others."""
+    """Returns the share of a collective's bytes that a process receives from others."""
     return (processes - 1) / processes

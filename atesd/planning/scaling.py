@@ -1,7 +1,7 @@
-"""`atesd scaling`: predicted memory and time of a step for models of 1.7B to 70B on 1 to 64 GPUs.
+"""`atesd scaling`: predicts memory and time of a step for models of 1.7B to 70B on 1 to 64 GPUs.
 
-Separate from memory_plan.py, which holds the formulas: here are the models, the search for a layout that fits, and the
-tables. No weights and no GPU are needed; nothing printed here was measured.
+This file has the models, the search for a layout that fits, and the tables; memory_plan.py has the formulas. It needs
+no weights and no GPU. Its numbers are predicted, not measured.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from atesd.planning.memory_plan import (
 from atesd.reports.markup import markdown_table
 
 QWEN3 = partial(Qwen3Config, vocab_size=151_936, num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960)
-# Of the models' configuration files
+# From the models' configuration files
 MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
     "Qwen3-1.7B": partial(
         QWEN3, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
@@ -53,7 +53,7 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
 }  # fmt: skip
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 RECIPE = "atesd-qwen3-8b"
-PROBLEMS = 64  # of a step, whatever the number of GPUs
+PROBLEMS = 64  # per step, for any number of GPUs
 PROMPT_TOKENS = 1024  # student's and teacher's
 LABEL = "Predicted, not measured on a GPU"
 
@@ -73,9 +73,9 @@ def shape_of(model: str, use_peft: bool, lora_r: int, lora_target_modules: str) 
 
 
 def predict(model: str, config: ATESDConfig, gpus: int, gpu: Accelerator = H100) -> Prediction | None:
-    """The layout with the fewest shards, and then the largest micro-batch, that fits; None if none does.
+    """Returns the layout that fits with the fewest shards, then the largest micro-batch; None if none fits.
 
-    Few shards, because every micro-batch gathers sharded weights anew.
+    Fewer shards are better because every micro-batch gathers sharded weights again.
     """
     shape = shape_of(model, config.use_peft, config.lora_r, config.lora_target_modules)
     problems = PROBLEMS // gpus
@@ -94,7 +94,7 @@ def predict(model: str, config: ATESDConfig, gpus: int, gpu: Accelerator = H100)
 
 
 def overview(config: ATESDConfig) -> str:
-    """A model a row, a number of GPUs a column."""
+    """Returns a table with one row per model and one column per number of GPUs."""
 
     def cell(prediction: Prediction | None) -> str:
         if prediction is None:
@@ -109,7 +109,7 @@ def overview(config: ATESDConfig) -> str:
 
 
 def details(config: ATESDConfig) -> str:
-    """Every part of every prediction, and what they rest on."""
+    """Returns all parts of every prediction, and their assumptions."""
     parts = [f"{LABEL}: {assumptions(config)}"]
     for model in MODELS:
         rows = []
@@ -149,6 +149,6 @@ def assumptions(config: ATESDConfig, gpu: Accelerator = H100) -> str:
 
 
 def main(flags: list[str]) -> str:
-    """What `atesd scaling [--flag value ...]` prints; flags are those of `atesd train`, on top of RECIPE."""
+    """Returns the output of `atesd scaling [--flag value ...]`. Flags are those of `atesd train` and override RECIPE."""
     config = load_config(RECIPE, flags)
     return f"{details(config)}\n\n{overview(config)}"

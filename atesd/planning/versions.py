@@ -1,4 +1,4 @@
-"""Versions of installed packages, as reports and records name them. Separate so that all of them say the same."""
+"""Versions of installed packages, for all reports and records."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from importlib import metadata
 
 
 def installed_version(package: str) -> str | None:
-    """None where `package` is not installed. torch names its build, "2.11.0+cu130"; its metadata may leave that out."""
+    """Returns the version, or None if not installed. For torch it includes the build ("2.11.0+cu130"), which metadata
+    may omit."""
     if package == "torch":
         import torch
 

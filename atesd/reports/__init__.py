@@ -1,1 +1,1 @@
-"""What a run wrote down, and the page that shows it."""
+"""Logs of a run (metrics, samples), and the HTML report drawn from them."""

@@ -1,6 +1,6 @@
-"""Markup shared by the pages of runs and of evaluations: one HTML page that needs no other file, cards and tables.
+"""Markup shared by the reports of runs and evaluations: self-contained HTML pages, cards and tables.
 
-Everything a run or a user wrote goes through `text`, which escapes it.
+Pass all content from a run or a user through `text`, which escapes it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ summary{cursor:pointer;color:var(--blue);font-size:13px}.samples{display:grid;ga
 
 
 def page(title: str, body: str, css: str = "") -> str:
-    """The HTML document of `body`, with the style all pages share and `css` after it."""
+    """Returns the HTML document of `body`, with the shared style followed by `css`."""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{CSS}{css}</style></head>'
@@ -47,7 +47,7 @@ def card(title: str, told: str, image: str | None) -> str:
 
 
 def sample_cards(samples: list[dict[str, Any]], count: int = 4) -> list[str]:
-    """The first sample and the latest ones: short values in the headline, long ones as text."""
+    """Returns cards of the first and latest samples. Short values go in the headline, long ones below it."""
     chosen = samples if len(samples) <= count else [samples[0], *samples[-(count - 1) :]]
     cards = []
     for sample in chosen:

@@ -1,7 +1,6 @@
-"""What a run writes down while it goes: metrics.jsonl, samples.jsonl, seconds by phase and peak memory.
+"""Logging of a run: metrics.jsonl, samples.jsonl, seconds by phase and peak memory.
 
-Separate from the trainer so that its loop stays readable, and strict: every line is standard JSON, and a resumed run's
-file is the file of a run that was never interrupted.
+Every line is standard JSON. A resumed run's files equal those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ SAMPLES = "samples.jsonl"
 
 
 class RunLog:
-    """Appends one JSON line a step to RUN_DIR/metrics.jsonl, and samples to RUN_DIR/samples.jsonl.
+    """Appends one JSON line per step to RUN_DIR/metrics.jsonl, and samples to RUN_DIR/samples.jsonl.
 
     Args:
-        resume_step: None starts the files anew; a number keeps the lines up to and including that step and drops the
-            rest, a half-written last line among them. 0 therefore keeps nothing of a run whose steps count from 1.
+        resume_step: None empties the files. A number keeps the lines up to and including that step and drops the
+            rest, including an incomplete last line. 0 drops all lines of steps from 1 on.
 
     Example:
         >>> log = RunLog(run_dir, resume_step=None)  # doctest: +SKIP
@@ -52,7 +51,7 @@ class RunLog:
         self.samples_file = (self.run_dir / SAMPLES).open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Appends `{"step": step, **metrics}`. A NaN or infinity becomes null, and is named in "nonfinite"."""
+        """Appends `{"step": step, **metrics}`. A NaN or infinity becomes null and is listed in "nonfinite"."""
         self.metrics_file.write(as_line({"step": step, **metrics}))
         self.metrics_file.flush()
 
@@ -73,7 +72,7 @@ class RunLog:
 
 
 def as_line(row: dict[str, Any]) -> str:
-    """One line of standard JSON, which knows no NaN: {"loss": nan} -> {"loss": null, "nonfinite": {"loss": "nan"}}."""
+    """One line of standard JSON, which has no NaN: {"loss": nan} -> {"loss": null, "nonfinite": {"loss": "nan"}}."""
     row = {key: value.item() if hasattr(value, "item") else value for key, value in row.items()}
     bad = {key: str(value) for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
     if bad:
@@ -82,7 +81,7 @@ def as_line(row: dict[str, Any]) -> str:
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; none where there is no file. A last line cut off by a kill is left out."""
+    """Returns the rows of a JSONL file; [] if it does not exist. Skips an incomplete last line, left by a kill."""
     try:
         lines = Path(path).read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
@@ -93,8 +92,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 class PhaseTimer:
     """Seconds spent in each named phase of a step, summed over its micro-batches.
 
-    GPU work is asynchronous. Where a GPU is in use, a phase lasts from the moment the GPU reaches its start to the
-    moment the GPU reaches its end. CUDA events mark both, and only `take` waits for them.
+    GPU work is asynchronous, so on a GPU, CUDA events mark the start and end of a phase. Only `take` synchronises with
+    the GPU.
 
     Example:
         >>> timer = PhaseTimer()
@@ -120,7 +119,7 @@ class PhaseTimer:
                 self.events.append((name, start_event, recorded_event()))
 
     def take(self) -> dict[str, float]:
-        """{"seconds_<name>": seconds} since the last call; starts again from zero."""
+        """Returns {"seconds_<name>": seconds} since the last call, and resets the timer."""
         for name, start, end in self.events:
             end.synchronize()
             self.add(name, start.elapsed_time(end) / 1000)
@@ -133,7 +132,7 @@ class PhaseTimer:
 
 
 def recorded_event() -> torch.cuda.Event | None:
-    """The time at which the GPU gets here; None where no GPU is in use."""
+    """Records a CUDA event and returns it; None if no GPU is in use."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
@@ -143,7 +142,7 @@ def recorded_event() -> torch.cuda.Event | None:
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory of this process: GPU memory allocated by torch where it is in use, resident memory otherwise."""
+    """Returns this process's peak memory: that allocated by torch on a GPU in use, else resident memory."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()

@@ -1,7 +1,4 @@
-"""The plots of a run's report, each a function from metrics rows to a PNG; report.py puts them on the page.
-
-Separate from report.py so that page and pictures can be read, and changed, one without the other.
-"""
+"""Plots of a run's report. Each function maps rows of metrics to a PNG as a data URI; report.py lays out the page."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ Row = dict[str, Any]
 
 
 def series(rows: list[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one metric, where it was measured."""
+    """Returns `(steps, values)` of one metric, both `(points,)`, at the steps that have it."""
     points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
     steps, values = zip(*points, strict=True) if points else ((), ())
     return np.array(steps, dtype=float), np.array(values, dtype=float)
@@ -53,14 +50,14 @@ def smooth(values: np.ndarray, decay: float = 0.8) -> np.ndarray:
 
 
 def beta_density(a: float, b: float, grid: np.ndarray) -> np.ndarray:
-    """Density of Beta(a, b) on a grid inside (0, 1)."""
+    """Density of Beta(a, b) at each point of `grid`, which lies inside (0, 1)."""
     log_norm = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
     return np.exp(log_norm + (a - 1) * np.log(grid) + (b - 1) * np.log1p(-grid))
 
 
 @matplotlib.rc_context(STYLE)
 def exposure_plot(rows: list[Row]) -> str | None:
-    """alpha over time on the density of the Beta policy it was drawn from, as a heat map."""
+    """Plots alpha by step, over a heat map of the density of the Beta policy from which it was sampled."""
     steps, alphas = series(rows, "alpha")
     if not len(steps):
         return None
@@ -70,7 +67,7 @@ def exposure_plot(rows: list[Row]) -> str | None:
         grid = (np.arange(240) + 0.5) / 240
         edges = np.array([row["step"] - 0.5 for row in density_rows] + [density_rows[-1]["step"] + 0.5])
         density = np.array([beta_density(row["beta_a"], row["beta_b"], grid) for row in density_rows]).T
-        # The densities of the run decide the scale, but one needle must not leave the rest pale.
+        # Scale colours to the maximum density, capped so that one narrow peak does not make the rest pale.
         top = max(2.0, min(float(density.max()), 6.0))
         mesh = axes.pcolormesh(edges, np.linspace(0, 1, 241), density, cmap="Blues", vmin=0, vmax=top)
         bar = figure.colorbar(mesh, ax=axes, pad=0.015, fraction=0.03)
@@ -79,7 +76,7 @@ def exposure_plot(rows: list[Row]) -> str | None:
         means = [row["beta_a"] / (row["beta_a"] + row["beta_b"]) for row in density_rows]
         at = [row["step"] for row in density_rows]
         axes.plot(at, means, color=INK, lw=1, ls=(0, (4, 3)), label="mean of the policy")
-    # A step spans from half before to half after it, as its column of the heat map does.
+    # Step s spans s - 0.5 to s + 0.5, like its column in the heat map.
     axes.stairs(
         alphas, np.append(steps - 0.5, steps[-1] + 0.5), baseline=None, color=ORANGE, lw=2, label="sampled alpha"
     )
@@ -93,7 +90,7 @@ def exposure_plot(rows: list[Row]) -> str | None:
 
 @matplotlib.rc_context(STYLE)
 def line_plot(rows: list[Row], keys: dict[str, str], ylabel: str = "") -> str | None:
-    """Metrics by step, {key: label}: as measured (faint) and smoothed where there are enough points."""
+    """Plots metrics `{key: label}` by step. From 40 points on, shows them faint with a smoothed line on top."""
     figure, axes = canvas(5.1, 2.6)
     drawn = 0
     for (key, label), colour in zip(keys.items(), (BLUE, ORANGE, GREEN), strict=False):
@@ -101,7 +98,7 @@ def line_plot(rows: list[Row], keys: dict[str, str], ylabel: str = "") -> str | 
         if not len(steps):
             continue
         drawn += 1
-        enough = len(steps) >= 40  # with fewer, an average lags behind more than it helps
+        enough = len(steps) >= 40  # with fewer, the lag of the average outweighs the smoothing
         marker = "o" if len(steps) <= 60 else None
         axes.plot(steps, values, color=colour, lw=1, alpha=0.35 if enough else 1, marker=marker, ms=3, mew=0)
         axes.plot(steps, smooth(values) if enough else values, color=colour, lw=2, label=label)
@@ -115,7 +112,7 @@ def line_plot(rows: list[Row], keys: dict[str, str], ylabel: str = "") -> str | 
 
 @matplotlib.rc_context(STYLE)
 def phases_plot(rows: list[Row]) -> str | None:
-    """Seconds of each step by phase, stacked."""
+    """Plots the seconds of each step as stacked bars, one colour per phase."""
     timed = [row for row in rows if any(f"seconds_{phase}" in row for phase in PHASES)]
     if not timed:
         return None
@@ -127,7 +124,7 @@ def phases_plot(rows: list[Row]) -> str | None:
         if seconds.any():
             axes.bar(steps, seconds, bottom=below, width=1.0, color=colour, label=phase.replace("_", " + "))
             below += seconds
-    axes.set_ylabel("seconds a step")
+    axes.set_ylabel("seconds per step")
     axes.set_ylim(0, float(below.max()) * 1.35)
     axes.legend(loc="upper center", ncols=3)
     return png(figure)
@@ -142,7 +139,7 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def png(figure: Figure) -> str:
-    """The figure as a data URI, so that the page needs no other file."""
+    """Returns the figure as a data URI, so that the page is self-contained."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

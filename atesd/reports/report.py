@@ -1,6 +1,5 @@
-"""report.html: what happened in a run, on one page that needs no other file. Works on a run that is still going.
-
-Separate from the trainer so that `atesd report RUN_DIR` draws it for any run, at any time.
+"""Draws report.html, a self-contained page about one run. `atesd report RUN_DIR` draws it at any time, also during
+the run.
 """
 
 from __future__ import annotations
@@ -13,61 +12,62 @@ from typing import Any
 import yaml
 
 from atesd.config import CONFIG_FILE, ATESDConfig
+from atesd.errors import AtesdError
 from atesd.files import write_whole
 from atesd.reports import markup, plots
 from atesd.reports.markup import card, sample_cards, text
 from atesd.reports.metrics import METRICS, SAMPLES, read_jsonl
 
 REPORT = "report.html"
-# title, {metric: label}, unit of the axis, what it tells
+# title, {metric: label}, unit of the y-axis, description
 LINES = (
     ("Loss", {"loss": "loss"}, "nats", "Mean divergence of the student from the teacher, clipped as configured."),
     (
         "Mismatch",
         {"mismatch": "mean", "mismatch_p95": "95th percentile"},
         "nats",
-        "Divergence of a token before any clip: how far what the teacher read has moved it from the student.",
+        "Divergence of a token before any clip: how far the reference moves the teacher from the student.",
     ),
-    ("Probe NLL", {"probe_nll": "probe NLL"}, "nats a token", "The student alone, on references it never trains on."),
+    ("Probe NLL", {"probe_nll": "probe NLL"}, "nats per token", "Student NLL of references it never trains on."),
     (
         "Evaluation",
         {"eval_average": "Average@k", "eval_pass": "pass@k", "eval_maj": "maj@k"},
         "share of problems",
         "On held-out problems, k samples each; step 0 is before training.",
     ),
-    ("Reward", {"reward": "reward"}, "", "Of the exposure decisions that were paid at that step."),
+    ("Reward", {"reward": "reward"}, "", "Reward of the exposure decisions that were credited at that step."),
     (
         "Teacher-grounded score",
         {"grounded_score": "score"},
-        "log-prob a token",
-        "How likely the teacher finds the part of the reference that it was not shown.",
+        "log-prob per token",
+        "Teacher's log-probability of the part of the reference that it was not shown.",
     ),
     (
         "Repetition and clip",
         {"repetition": "repeated 4-grams", "clip_fraction": "taken by the clip"},
         "share",
-        "Of the responses' 4-grams, those that came before; of the divergence, what the clip takes away.",
+        "Share of 4-grams that repeat an earlier one; share of the divergence that the clip removes.",
     ),
-    ("Right answers", {"verifier_reward": "right"}, "share", "Of the step's rollouts, as the verifier sees them."),
+    ("Right answers", {"verifier_reward": "right"}, "share", "Share of the step's rollouts that the verifier accepts."),
     ("Response length", {"response_length": "tokens"}, "tokens", "Mean over the step's rollouts."),
     (
         "Entropy",
         {"student_entropy": "student", "teacher_entropy": "teacher"},
         "nats",
-        "Of the next token, on the rollouts. A student's that falls to 0 is a collapse.",
+        "Entropy of the next token on the rollouts. A student entropy near 0 means collapse.",
     ),
 )
 
 
-class ReportError(ValueError):
-    """A folder that no report can be drawn for."""
+class ReportError(AtesdError, ValueError):
+    """A folder is not a run directory."""
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
-    """Draws RUN_DIR/report.html from config.yaml, metrics.jsonl and samples.jsonl, as far as the run has come.
+    """Draws RUN_DIR/report.html from the current config.yaml, metrics.jsonl and samples.jsonl. Returns its path.
 
     Raises:
-        ReportError: `run_dir` is not the directory of a run.
+        ReportError: `run_dir` is not a run directory.
     """
     run_dir = Path(run_dir)
     if not (run_dir / METRICS).is_file():
@@ -94,7 +94,7 @@ def run_page(name: str, rows: list[dict[str, Any]], samples: list[dict[str, Any]
     charts.append(card("Seconds by phase", "Where a step's time goes.", plots.phases_plot(rows)))
     exposure = card(
         "Exposure",
-        "How much of the reference the teacher reads: each step's alpha, on the distribution it was drawn from.",
+        "Share of the reference that the teacher reads: alpha by step, over the policy's density.",
         plots.exposure_plot(rows),
     )
     body = (
@@ -109,7 +109,7 @@ def run_page(name: str, rows: list[dict[str, Any]], samples: list[dict[str, Any]
 
 
 def tiles(rows: list[dict[str, Any]]) -> list[str]:
-    """The run in a few numbers: first to last value of what should change, and the cost of a step."""
+    """Returns tiles with key numbers: first and last loss, probe NLL and alpha, and the cost of a step."""
     facts: list[tuple[str, str]] = []
     for key, label in (("loss", "loss"), ("probe_nll", "probe NLL"), ("alpha", "alpha")):
         _, values = plots.series(rows, key)
@@ -118,7 +118,7 @@ def tiles(rows: list[dict[str, Any]]) -> list[str]:
     if rows and rows[-1].get("beta_a") and rows[-1].get("beta_b"):
         facts.append((f"Beta({rows[-1]['beta_a']:.2f}, {rows[-1]['beta_b']:.2f})", "policy at the last step"))
     middle = {key: sorted(plots.series(rows, key)[1]) for key in ("seconds_step", "tokens_per_second")}
-    for key, label in (("seconds_step", "seconds a step, median"), ("tokens_per_second", "tokens a second, median")):
+    for key, label in (("seconds_step", "median seconds per step"), ("tokens_per_second", "median tokens per second")):
         if middle[key]:
             facts.append((f"{middle[key][len(middle[key]) // 2]:.3g}", label))
     _, peaks = plots.series(rows, "peak_memory_bytes")
@@ -131,7 +131,7 @@ def tiles(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def config_table(config: dict[str, Any]) -> str:
-    """Every setting; those that differ from the default stand out, and stand first."""
+    """Returns a table of all settings. Those that differ from their default come first, highlighted."""
     known = {field.name: field for field in fields(ATESDConfig)}
     changed = [key for key, value in config.items() if key not in known or known[key].default != value]
     rows = [

@@ -1,5 +1,5 @@
-"""Where the numbers of a step go: metrics.jsonl, samples.jsonl, trackers and the progress bar. Only the main process
-writes; the others' calls do nothing."""
+"""Logs each step to metrics.jsonl, samples.jsonl, trackers and the progress bar. Only the main process writes; calls on
+other processes are no-ops."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class StepLog:
 
     Args:
         run_dir: the run's folder.
-        accelerator: has the trackers.
-        settings: what trackers show as the run's configuration.
-        start: the step the run stands at; lines of later steps are dropped.
-        tracker_steps: steps between lines to trackers.
+        accelerator: owns the trackers.
+        settings: the configuration that trackers show.
+        start: the last finished step. Lines of later steps are dropped.
+        tracker_steps: log to the trackers every this many steps.
     """
 
     def __init__(
@@ -34,19 +34,19 @@ class StepLog:
         accelerator.init_trackers("atesd", config=settings)
 
     def steps(self, end: int) -> Iterator[int]:
-        """The steps that are left, with a progress bar."""
+        """Yields the remaining steps, with a progress bar."""
         hidden = self.files is None
         self.bar = tqdm(range(self.start, end), initial=self.start, total=end, disable=hidden)
         yield from self.bar
 
     def before_training(self, metrics: dict[str, Any]) -> None:
-        """What was measured before step 1."""
+        """Logs metrics measured before step 1."""
         if self.files:
             self.files.log(0, metrics)
         self.accelerator.log(metrics, step=0)
 
     def step(self, step: int, metrics: dict[str, Any], sample: dict[str, Any]) -> None:
-        """`step` counts the updates made."""
+        """Logs one step. `step` is the number of updates so far."""
         if not self.files:
             return
         self.files.log(step, metrics)
@@ -56,7 +56,7 @@ class StepLog:
         self.bar.set_postfix({short: f"{metrics[name]:.3g}" for name, short in SHOWN.items()})
 
     def note(self, message: str) -> None:
-        """A line above the progress bar."""
+        """Prints a line above the progress bar."""
         if self.files:
             tqdm.write(message)
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol
 
+from atesd.errors import AtesdError
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -50,21 +52,28 @@ class Sampling:
     seeds: tuple[int, ...]
 
 
-class RolloutError(RuntimeError):
+class RolloutError(AtesdError, RuntimeError):
     """An engine gave no usable responses, or cannot be used: the message says why and what to do."""
 
 
 class RolloutEngine(Protocol):
-    """Samples one response for each prompt, from the student as it was at the last `sync`.
+    """Samples one response for each prompt, from the student as it was at the last `sync`. `BaseEngine` has the rest.
 
-    Every process calls `sync` and `release`, since each may be a message; `generate` is each one's own affair.
+    A step calls `sync`, `generate` and `release`. Every process calls `sync` and `release`, since each may be a
+    message. `generate` is each process's own affair. With `max_staleness: 1`, `generate` runs in a second thread while
+    the student is updated, so the engine needs a copy of the weights.
     """
 
     def sync(self) -> None:
         """Take over the student's weights as they are now. Comes before the first `generate`."""
 
     def generate(self, prompts: list[list[int]], sampling: Sampling | None = None) -> list[Rollout]:
-        """One response for each prompt, in their order, or RolloutError: never fewer."""
+        """One response for each prompt, in their order, or RolloutError: never fewer.
+
+        Args:
+            prompts: token ids. A prompt stands there once for each response it is to have.
+            sampling: how to sample, for an evaluation; None: as the run's settings say.
+        """
 
     def release(self) -> None:
         """Give up memory until the next `sync`, where the engine holds any on the trainer's device."""
@@ -72,9 +81,38 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """The engine is not needed any more."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it, such as the count of responses that seeds are drawn from."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+
+
+class BaseEngine:
+    """An engine without `generate`, for one of your own to inherit: it holds no weights, no memory and no state.
+
+    Example:
+        >>> class Parrot(BaseEngine):
+        ...     def generate(self, prompts, sampling=None):
+        ...         return [Rollout(prompt, prompt[-1:], truncated=False) for prompt in prompts]
+        >>> Parrot().generate([[5, 7]])[0].response_ids
+        [7]
+    """
+
+    def sync(self) -> None:
+        """Nothing to take over: override it where the engine holds a copy of the student's weights."""
+
+    def release(self) -> None:
+        """Nothing to give up."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to go on from."""
 
 
 def require_vllm() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Any
 
-from atesd.config import ATESDConfig
+from atesd.config import ATESDConfig, doors
 from atesd.parallel.processes import Processes
 from atesd.rollout.engine import RolloutEngine, RolloutError, require_vllm
 from atesd.rollout.seeds import ResponseSeeds
@@ -33,22 +35,33 @@ def check_processes(config: ATESDConfig, processes: Processes) -> None:
 def make_engine(config: ATESDConfig, model: Any, tokenizer: Any, processes: Processes | None = None) -> RolloutEngine:
     """The engine `config.rollout_engine` names, for this one of `processes`; each draws other responses.
 
+    Args:
+        config: the settings of a run, or of an evaluation under the names that a run has for them.
+        model, tokenizer: the student and its tokenizer.
+        processes: those that train together; None: this one alone.
+
     Raises:
+        ConfigError: an unknown name, or `module:object` that cannot be imported, does not take `rollout_kwargs` or
+            makes no RolloutEngine.
         RolloutError: vLLM is not installed, its server does not answer or cannot hold the run's prompts, or several
             processes would each hold a vLLM.
     """
     processes = Processes() if processes is None else processes
+    doors.check_name("rollout_engine", config.rollout_engine)
     check_processes(config, processes)
-    seeds = ResponseSeeds(config.seed, processes.rank, processes.count)
-    if config.rollout_engine == "vllm":
-        from atesd.rollout.vllm import VLLMEngine
+    kwargs = json.loads(config.rollout_kwargs)
+    if not doors.is_object(config.rollout_engine):
+        return ENGINES[config.rollout_engine](config, model, tokenizer, processes, **kwargs)
+    engine = doors.engine_factory(config.rollout_engine, kwargs)(config, model, tokenizer, processes, **kwargs)
+    doors.require_methods("rollout_engine", config.rollout_engine, engine, doors.ENGINE_METHODS)
+    return engine
 
-        return VLLMEngine.from_config(config, model, tokenizer, seeds)
-    if config.rollout_engine == "vllm_server":
-        from atesd.rollout.vllm_server import VLLMServerEngine
 
-        return VLLMServerEngine.from_config(config, model, tokenizer, seeds, processes)
+def response_seeds(config: ATESDConfig, processes: Processes) -> ResponseSeeds:
+    return ResponseSeeds(config.seed, processes.rank, processes.count)
 
+
+def hf(config: ATESDConfig, model: Any, tokenizer: Any, processes: Processes) -> RolloutEngine:
     from atesd.rollout.hf import HFEngine
 
     return HFEngine(
@@ -58,6 +71,21 @@ def make_engine(config: ATESDConfig, model: Any, tokenizer: Any, processes: Proc
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=config.top_k,
-        seeds=seeds,
+        seeds=response_seeds(config, processes),
         bf16=config.bf16,
     )
+
+
+def vllm(config: ATESDConfig, model: Any, tokenizer: Any, processes: Processes) -> RolloutEngine:
+    from atesd.rollout.vllm import VLLMEngine
+
+    return VLLMEngine.from_config(config, model, tokenizer, response_seeds(config, processes))
+
+
+def vllm_server(config: ATESDConfig, model: Any, tokenizer: Any, processes: Processes) -> RolloutEngine:
+    from atesd.rollout.vllm_server import VLLMServerEngine
+
+    return VLLMServerEngine.from_config(config, model, tokenizer, response_seeds(config, processes), processes)
+
+
+ENGINES: dict[str, Callable[..., RolloutEngine]] = {"hf": hf, "vllm": vllm, "vllm_server": vllm_server}

@@ -1,1 +1,1 @@
-"""Grids of runs, and what they have in common."""
+"""Studies: grids of runs, and the measurements that compare them."""

@@ -1,7 +1,7 @@
-"""Student and teacher on fixed held-out problems: mismatch on fresh rollouts, the reference's NLL, and right answers.
+"""Measures student and teacher on fixed held-out problems: mismatch on new rollouts, reference NLL, correct answers.
 
-Separate from the trainer because studies compare runs with it, before and after training: the training batches of two
-runs differ, these problems and their seeds do not.
+Studies use it to compare runs before and after training. Training batches differ between runs; these problems and
+their seeds do not.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from atesd.run import Run
 
 @dataclass(frozen=True)
 class Measured:
-    """One problem.
+    """Measurements on one problem.
 
     Attributes:
-        id: of the problem.
-        reference_nll: mean over the reference's tokens of the student's -log p, problem alone in the prompt, in nats.
-        mismatch, mismatch_p95: mean and 95th percentile over one rollout's tokens of KL(teacher || student), in nats.
-        top1_disagreement: share of the rollout's tokens at which both models' most likely token differs.
-        num_tokens: of the rollout.
-        correct: whether the rollout's final answer is right; None without math-verify.
+        id: the problem's id.
+        reference_nll: the student's mean NLL per reference token in nats, given the student's prompt.
+        mismatch, mismatch_p95: mean and 95th percentile of KL(teacher || student) over one rollout's tokens, in nats.
+        top1_disagreement: share of the rollout's tokens at which the models' most likely tokens differ.
+        num_tokens: length of the rollout.
+        correct: whether the rollout's final answer is correct; None without math-verify.
     """
 
     id: str
@@ -45,10 +45,10 @@ class Measured:
 
 @torch.no_grad()
 def measure(run: Run, problems: Sequence[Problem], alpha: float) -> list[Measured]:
-    """Measure `problems` with the student as it stands and its teacher at exposure `alpha`.
+    """Measures the current student, and its teacher at exposure `alpha`. Returns one `Measured` per problem.
 
-    Rollouts are sampled as the run samples, with seeds of their own: the same at every call, and nothing of the run's
-    random state is used. The divergence is forward KL without clips at the scoring temperature, whatever is trained.
+    Rollouts use the run's sampling settings and fixed seeds, the same at every call. They do not use the run's random
+    state. The divergence is always unclipped forward KL at the scoring temperature, whatever the training objective.
     """
     config = run.config
     references = run.data.references
@@ -58,7 +58,7 @@ def measure(run: Run, problems: Sequence[Problem], alpha: float) -> list[Measure
     kl, agree, responses = [], [], []
     run.rollout.engine.sync()
     with eval_mode(run.student.model), run.student.autocast():
-        # as many at once as a step decodes, and as a micro-batch scores
+        # decode as many at once as a training step, and score as many as a micro-batch
         for part in chunks(len(problems), config.per_device_train_batch_size * config.gradient_accumulation_steps):
             seeds = tuple(range(part.start, part.stop))
             sampling = Sampling(config.max_completion_length, config.temperature, config.top_p, config.top_k, seeds)

@@ -1,8 +1,7 @@
-"""`atesd sweep`: the paper's fixed-exposure study, a run for each alpha and seed, and its figure.
+"""`atesd sweep`: the paper's fixed-exposure study, with one run per alpha and seed, and its figure.
 
-Separate from the trainer because it only starts runs, one after the other, and compares them on the same held-out
-problems before and after. A sweep that was stopped goes on where it stopped: finished runs are not run again, and one
-under way is resumed from its last checkpoint.
+Trains the runs one after the other, and measures each on the same held-out problems before and after training. A
+stopped sweep can be resumed: it skips finished runs, and resumes an unfinished run from its latest checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from typing import Any
 
 from atesd.checkpoint import latest_checkpoint
 from atesd.config import ATESDConfig, load_config
-from atesd.config.checks import ConfigError, check_same_settings
+from atesd.config.checks import check_same_settings
+from atesd.errors import ConfigError
 from atesd.files import write_json
 from atesd.run import Run
 from atesd.studies.held_out import measure
@@ -28,7 +28,7 @@ from atesd.trainer import Trainer
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # [paper]
 SEEDS = (0, 1, 2)  # our choice
-NUM_PROBLEMS = 24  # our choice, where the recipe holds out none for evaluation
+NUM_PROBLEMS = 24  # our choice, used if the recipe has no evaluation problems
 GROUPS = ("easy", "middle", "hard")
 STUDY, BEFORE = "study.json", "before.json"
 
@@ -40,14 +40,14 @@ def sweep(
     alphas: Sequence[float] = ALPHAS,
     seeds: Sequence[int] = SEEDS,
 ) -> Path:
-    """Run the study and return the folder with its runs, `study.json` (every number) and `study.png` (the figure).
+    """Runs the study. Returns the folder with its runs, `study.json` (every number) and `study.png` (the figure).
 
     Args:
-        recipe, flags: as for `atesd train`; exposure policy, seed and output directory are the sweep's.
-        output_dir: the folder; one run in it is `alpha-0.25-seed-1`.
+        recipe, flags: as for `atesd train`. The sweep sets exposure policy, alpha, seed and output directory.
+        output_dir: the folder of the study. It has one folder per run, e.g. `alpha-0.25-seed-1`.
 
     Raises:
-        ConfigError: settings that cannot be used, before the first run.
+        ConfigError: settings are unusable. Raised before the first run starts.
     """
     folder = Path(output_dir)
     configs = {(alpha, seed): run_config(recipe, flags, folder, alpha, seed) for seed in seeds for alpha in alphas}
@@ -56,7 +56,7 @@ def sweep(
             "rollout_engine is not 'hf': a sweep measures the student before and after each run in its own process"
         )
     if not configs:
-        raise ConfigError("a sweep needs an alpha and a seed at least")
+        raise ConfigError("a sweep needs at least an alpha and a seed")
     rows: list[dict[str, Any]] = []
     for (alpha, seed), config in configs.items():
         run_dir = Path(config.output_dir)
@@ -70,18 +70,18 @@ def sweep(
 
 
 def run_config(recipe: str | None, flags: list[str], folder: Path, alpha: float, seed: int) -> ATESDConfig:
-    """The settings of one run. A folder with a checkpoint is resumed; one that died before its first is begun anew.
+    """Returns the settings of one run. Resumes a run with a checkpoint; deletes and restarts one without.
 
     Raises:
-        ConfigError: the run there is was started with other settings: one study compares alphas and seeds only.
+        ConfigError: the existing run has other settings. The runs of a study may differ only in alpha and seed.
     """
     run_dir = folder / f"alpha-{alpha:g}-seed-{seed}"
     fixed = {"exposure_policy": "fixed", "fixed_alpha": alpha, "seed": seed}
     of_the_sweep = [flag for name, value in fixed.items() for flag in (f"--{name}", str(value))]
     goes_on = (run_dir / STUDY).exists() or latest_checkpoint(run_dir)
-    if run_dir.exists() and not goes_on:  # its measurement from before may be of other settings
+    if run_dir.exists() and not goes_on:  # its saved measurement may come from other settings
         shutil.rmtree(run_dir)
-    new_dir = run_dir / "new" if goes_on else run_dir  # a folder with a run in it would be refused
+    new_dir = run_dir / "new" if goes_on else run_dir  # load_config refuses a folder that holds a run
     config = load_config(recipe, [*flags, *of_the_sweep, "--output_dir", str(new_dir)])
     config.num_eval_problems = config.num_eval_problems or NUM_PROBLEMS
     if not goes_on:
@@ -93,7 +93,7 @@ def run_config(recipe: str | None, flags: list[str], folder: Path, alpha: float,
 
 
 def run_one(config: ATESDConfig, alpha: float, seed: int) -> None:
-    """Train one run and write what it did to each held-out problem into its study.json."""
+    """Trains one run. Writes its measurements before and after training, per held-out problem, to its study.json."""
     config.validate()
     with closing(Run.build(config)) as run:
         problems, run_dir = run.data.problems.eval, run.run_dir
@@ -107,16 +107,16 @@ def run_one(config: ATESDConfig, alpha: float, seed: int) -> None:
     rows = [{**of_the_run, "id": b["id"], "before": b, "after": a} for b, a in zip(before, after, strict=True)]
     write_json(run_dir / STUDY, rows)
     del run
-    gc.collect()  # a run's parts refer to each other, and the next run needs the memory
+    gc.collect()  # breaks reference cycles, since the next run needs the memory
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each alpha and group of problems, the mean over seeds of what is in the figure, and its spread over seeds.
+    """Returns the means over seeds and their standard deviations, for each alpha and group of problems.
 
-    A problem's difficulty is the untrained student's NLL of its reference; each seed's problems are cut into thirds.
+    The groups are thirds of each seed's problems by difficulty: the untrained student's NLL of the reference.
 
-        outcome            how far that NLL fell through training, in nats a token (positive is better)
-        accuracy           right final answers after training; None without math-verify
+        outcome            decrease of that NLL through training, in nats per token (higher is better)
+        accuracy           share of correct final answers after training; absent without math-verify
         mismatch_p95       the mismatch tail after training
         top1_disagreement  after training
     """
@@ -134,7 +134,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def grouped(rows: list[dict[str, Any]]) -> Iterable[tuple[dict[str, Any], str]]:
-    """Each problem of each seed with its third, by the difficulty measured in that seed's first run."""
+    """Yields `(row, group)` for each problem of each seed, by the difficulty measured in that seed's first run."""
     for seed in dict.fromkeys(row["seed"] for row in rows):
         first = {row["id"]: row for row in reversed(rows) if row["seed"] == seed}
         ordered = sorted(first.values(), key=lambda row: row["before"]["reference_nll"])

@@ -1,4 +1,4 @@
-"""The figure of the fixed-exposure study. Separate from sweep.py so that a picture can change without the study."""
+"""The figure of the fixed-exposure study."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from atesd.reports.plots import BLUE, GREEN, INK, ORANGE, STYLE
 
 COLOURS = {"all": INK, "easy": GREEN, "middle": BLUE, "hard": ORANGE}
 PANELS = {
-    "outcome": "fall of the reference's NLL, nats a token",
-    "accuracy": "right answers",
+    "outcome": "decrease of reference NLL, nats per token",
+    "accuracy": "correct answers",
     "mismatch_p95": "mismatch tail (95th percentile), nats",
     "top1_disagreement": "top-1 disagreement",
 }
@@ -21,7 +21,7 @@ PANELS = {
 
 @matplotlib.rc_context(STYLE)
 def study_figure(summary: list[dict[str, Any]], path: Path) -> None:
-    """Outcome, mismatch tail and top-1 disagreement against alpha, by difficulty; bars are one deviation over seeds."""
+    """Plots each panel against alpha, by difficulty, to `path`. Error bars are one standard deviation over seeds."""
     names = [name for name in PANELS if any(name in row for row in summary)]
     figure = Figure(figsize=(3.6 * len(names), 3.2), dpi=144, layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import subprocess
 import sys
 from typing import get_args, get_type_hints
@@ -9,9 +10,10 @@ from typing import get_args, get_type_hints
 import pytest
 import yaml
 
-from atesd.config import ATESDConfig, config_parser, load_config, recipes
-from atesd.config.checks import ConfigError
+from atesd.config import ATESDConfig, config_parser, doors, load_config, recipes
+from atesd.config.eval_config import load_eval_config
 from atesd.config.fields import MAY_CHANGE
+from atesd.errors import ConfigError
 
 
 def write_yaml(path, **settings):
@@ -205,14 +207,51 @@ def test_settings_no_run_could_use_are_refused_before_anything_loads(flags, mess
         load_config("quickstart", [*flags, "--output_dir", "unused"]).validate()
 
 
-def test_the_divergences_a_configuration_may_name_are_those_of_the_kernels():
-    from atesd.config.checks import DIVERGENCES
-    from atesd_kernels.divergences import get_divergence
+def test_the_names_a_configuration_may_have_are_those_of_the_registries_and_help_tells_them():
+    from atesd.exposure.policies import POLICY_NAMES
+    from atesd.rollout.make import ENGINES
+    from atesd_kernels.divergences import BUILT_IN
 
-    assert {get_divergence(name, 0.5).name for name in DIVERGENCES} == set(DIVERGENCES)
-    with pytest.raises(ValueError) as error:
-        get_divergence("unknown", 0.5)
-    assert all(name in str(error.value) for name in DIVERGENCES)
+    registered = {"divergence": BUILT_IN, "exposure_policy": POLICY_NAMES, "rollout_engine": ENGINES}
+    assert {field: set(names) for field, names in doors.NAMES.items()} == {f: set(n) for f, n in registered.items()}
+    help = {field.name: field.metadata["help"] for field in dataclasses.fields(ATESDConfig)}
+    for field, names in doors.NAMES.items():
+        assert all(name in help[field] for name in (*names, "module:object")), field
+
+
+def test_what_a_run_calls_is_what_the_protocols_say():
+    from atesd.exposure.policies import BUILDERS, ExposurePolicy
+    from atesd.rollout import RolloutEngine
+
+    for protocol, methods in ((ExposurePolicy, doors.POLICY_METHODS), (RolloutEngine, doors.ENGINE_METHODS)):
+        public = {name for name, value in vars(protocol).items() if inspect.isfunction(value) and name[0] != "_"}
+        assert public == set(methods)
+    taken = {name: set(inspect.signature(builder).parameters) - {"name"} for name, builder in BUILDERS.items()}
+    own = {name: tuple(p for p in parameters if p not in doors.POLICY_SETTINGS) for name, parameters in taken.items()}
+    assert {name: set(words) for name, words in own.items() if words} == {
+        name: set(words) for name, words in doors.POLICY_KWARGS.items()
+    }
+
+
+def test_a_ramp_takes_its_ends_from_exposure_kwargs():
+    config = load_config("quickstart", ["--exposure_policy=linear", '--exposure_kwargs={"start_alpha": 1}'])
+    assert config.exposure_kwargs == '{"start_alpha": 1}'
+    with pytest.raises(ConfigError, match="start_alpha of exposure_kwargs is 2; it must be between 0 and 1"):
+        load_config("quickstart", ["--exposure_policy=linear", '--exposure_kwargs={"start_alpha": 2}'])
+    with pytest.raises(ConfigError, match="did you mean end_alpha"):
+        load_config("quickstart", ["--exposure_policy=cosine", '--exposure_kwargs={"end_alfa": 1}'])
+
+
+def test_keyword_arguments_may_be_a_mapping_in_yaml(tmp_path):
+    file = write_yaml(tmp_path / "mine.yaml", extends="quickstart", exposure_policy="linear",
+                      exposure_kwargs={"start_alpha": 1.0})  # fmt: skip
+    assert json.loads(load_config(file, []).exposure_kwargs) == {"start_alpha": 1.0}
+
+
+def test_an_evaluation_refuses_an_engine_that_is_not_known():
+    for flags, told in ((["--rollout_engine", "vlm"], "did you mean vllm"), (["--rollout_kwargs", "[]"], "JSON obj")):
+        with pytest.raises(ConfigError, match=told):
+            load_eval_config(["--model", "m", "--data", "aime24", *flags])
 
 
 def test_a_file_may_extend_a_recipe_or_a_file_beside_it(tmp_path):

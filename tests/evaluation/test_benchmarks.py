@@ -8,9 +8,9 @@ import datasets
 import pytest
 
 from atesd.config import load_config
-from atesd.config.checks import ConfigError
 from atesd.config.eval_config import EvalConfig
 from atesd.data.problems import load_problems
+from atesd.errors import ConfigError
 from atesd.evaluation.benchmarks import BENCHMARKS, load_benchmark, seen_in_training
 
 # a row of each data set, with all its columns

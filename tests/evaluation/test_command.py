@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from atesd import cli
-from atesd.config.checks import ConfigError
 from atesd.config.eval_config import EvalConfig, load_eval_config, short_name
 from atesd.data.problems import Problem
+from atesd.errors import ConfigError
 from atesd.evaluation import command as evaluation
 from atesd.evaluation.answers import Protocol, answers, summarise
 from atesd.evaluation.command import evaluate

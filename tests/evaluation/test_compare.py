@@ -142,4 +142,4 @@ def test_a_model_that_boxes_no_answer_is_told_what_to_do(written):
 def test_one_problem_has_no_interval_and_says_so(written):
     folder = written("a", [1])
     write_reports(folder)
-    assert "one problem has none" in (folder / "results.md").read_text()
+    assert "no interval: one problem" in (folder / "results.md").read_text()

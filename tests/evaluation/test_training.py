@@ -10,9 +10,9 @@ import torch
 
 from atesd import run as run_module
 from atesd.config import load_config
-from atesd.config.checks import ConfigError
 from atesd.data.prompts import PromptTooLong
 from atesd.data.run_data import load_run_data
+from atesd.errors import ConfigError
 from atesd.evaluation.grading.grader import Grader
 from atesd.models.loading import context_length, load_model_config, load_tokenizer
 from atesd.rollout import RolloutError

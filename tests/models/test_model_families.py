@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.integrations import flash_attention
 
-from atesd.config.checks import ConfigError
+from atesd.errors import ConfigError
 from atesd.models import loading as models
 from atesd.models.batching import hidden_rows, pack
 from atesd.models.loading import ModelLoadError

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from atesd.config.checks import ConfigError
+from atesd.errors import ConfigError
 from atesd.models.batching import ProblemSampler
 from atesd.rollout import Rollout, RolloutError
 from atesd.rollout.ahead import AheadEngine

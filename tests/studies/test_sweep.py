@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from atesd import cli
-from atesd.config.checks import ConfigError
+from atesd.errors import ConfigError
 from atesd.rollout import Sampling
 from atesd.run import Run
 from atesd.studies import sweep

@@ -1,1 +1,1 @@
-"""Whether an answer is right."""
+"""Grading: compares the final answer of a response with the reference answer."""

@@ -1,7 +1,7 @@
-r"""Answers compared as text and as plain numbers, before any computer algebra.
+r"""Compares answers as text and as plain numbers, before any computer algebra.
 
-Separate from ``grading.py`` because most answers ("42", "\text{Monday}", "1,000") need no algebra, and these rules are
-quick, exact and safe on any input; what they cannot decide goes to math-verify in another process.
+Most answers ("42", "\text{Monday}", "1,000") need no algebra. These rules are fast, exact and safe on any input.
+``grader.py`` sends what they cannot decide to math-verify in another process.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _TEXT_NUMBER_UNIT = re.compile(r"\\text\s*\{\s*([-+]?[\d.,]+)\s+[A-Za-z ]+\}")
 _GROUPED = re.compile(r"([-+]?\d{1,3})((?:(?:,|\{,\}|\\[,!;: ]|~| )\d{3})+)(\.\d+)?")
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?")
 _WORDS = re.compile(r"[^\W\d_]{3,}(?: [^\W\d_]+)*")
-_CLOSE = Fraction(1, 10**9)  # two decimals this close, relatively, differ by floating-point noise only
+_CLOSE = Fraction(1, 10**9)  # relative difference below which two decimals differ by floating-point noise only
 
 
 def clean(answer: str) -> str:
-    r"""The answer without dollars, spacing commands, digit grouping and a closing full stop.
+    r"""Removes dollar signs, spacing commands, digit grouping and a final full stop from an answer.
 
     >>> clean(r"\$1{,}000.50."), clean(r"\text{6 hours}"), clean(r"$\left(1, 2\right)$")
     ('1000.50', '6', '(1, 2)')
@@ -39,13 +39,13 @@ def clean(answer: str) -> str:
 
 
 def plain_number(answer: str) -> Fraction | None:
-    """The exact value of a cleaned answer that is one integer or decimal (``1e3`` included), else ``None``."""
+    """Returns the exact value of a cleaned answer that is an integer or decimal (e.g. ``1e3``), else ``None``."""
     number = answer.replace("+", "", 1) if answer.startswith("+") else answer
     return Fraction(number) if len(number) <= 200 and _NUMBER.fullmatch(number) else None
 
 
 def same_answer(gold: str, target: str) -> bool | None:
-    r"""Whether two answers agree, or ``None`` when text alone cannot tell.
+    r"""Returns whether two answers are equal, or ``None`` if text and plain numbers do not decide.
 
     >>> same_answer("1,000", "1000.0"), same_answer(r"\text{Even}", "even"), same_answer("odd", "even")
     (True, True, False)
@@ -63,12 +63,12 @@ def same_answer(gold: str, target: str) -> bool | None:
     words = _as_words(gold), _as_words(target)
     if words[0] == words[1] and words[0]:
         return True
-    # Read as algebra, a word is a product of its letters: "on" would equal "no".
+    # Do not pass words on: algebra reads a word as a product of letters, so "on" would equal "no".
     return False if all(_WORDS.fullmatch(word) for word in words) else None
 
 
 def _as_words(answer: str) -> str:
-    """Text without its LaTeX wrapper, brackets around a choice, case and spacing: "(\\text{C})" is "c"."""
+    """Removes LaTeX text wrappers, brackets around a choice, case and extra spaces: "(\\text{C})" becomes "c"."""
     unwrapped = _WRAPPER.sub(r"\1", answer).strip()
     choice = re.fullmatch(r"\(?([A-Za-z])\)?", unwrapped)
     return " ".join((choice[1] if choice else unwrapped).casefold().split())

@@ -1,8 +1,8 @@
-r"""Is a response's final answer right? math-verify behind a hard time limit, in reusable processes.
+r"""Grades final answers with math-verify, in reusable worker processes with a hard time limit.
 
-Separate from evaluation because training with a verifier reward grades too. An answer is first compared as text and
-as a plain number (``answer_text.py``); the rest goes to worker processes (``grading_worker.py``), each of which is
-ended and replaced when an answer takes longer than ``time_limit``. So one answer costs at most its limit, always.
+Evaluation and training with a verifier reward both use it. Answers are first compared as text and as plain numbers
+(``answer_text.py``). The rest goes to worker processes (``worker.py``). A worker that exceeds ``time_limit`` on an
+answer is killed and replaced, so no answer takes longer than the limit.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from atesd.evaluation.grading.worker import MEMORY_LIMIT
 
 __all__ = ["Grader", "Verdict", "grade"]
 
-_LONGEST_ANSWER = 2_000  # characters; no final answer is longer, and parsers are slow on what is
-_TEXT_SEARCHED = 1_000  # characters at the end of a response without a box or marker
+_LONGEST_ANSWER = 2_000  # characters; no real final answer is longer, and parsers are slow on longer ones
+_TEXT_SEARCHED = 1_000  # characters searched at the end of a response without a box or marker
 _START_LIMIT = 120.0  # seconds a worker may take to import math-verify on a busy machine
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """``correct``, the answer ``extracted`` from the response (``None`` without one), and the ``reason``:
+    """The verdict, the answer ``extracted`` from the response (``None`` if there is none), and the ``reason``:
     "equal", "different", "no answer", "answer too long", "cannot read the answer", "time limit", "memory limit", ...
     """
 
@@ -46,17 +46,16 @@ class Verdict:
 
 
 class Grader:
-    r"""A pool of grading processes; a context manager, safe to call from several threads.
+    r"""A pool of grading processes. A context manager. Thread-safe.
 
     Args:
         num_workers: processes (our choice: 2). They start with the first answer that needs one.
-        time_limit: seconds one answer may take (our choice: 5); a late one counts as wrong, reason "time limit".
-        box_only: count only the last ``\boxed{}``, as the papers do. By default a response without one may state its
-            answer on a ``####`` line, and one with neither is searched for the last expression near its end, as
-            math-verify does.
+        time_limit: seconds per answer (our choice: 5). A slower answer counts as wrong, with reason "time limit".
+        box_only: accept only the last ``\boxed{}``, as the papers do. By default the answer may also be on a ``####``
+            line; without box and line, it is the last expression near the end of the response, as in math-verify.
 
-    What is neither equal text nor two plain numbers is decided by math-verify, which takes a decimal and an exact value
-    for equal when they agree to six decimals.
+    math-verify decides if the answers are neither equal as text nor both plain numbers. It treats a decimal and an
+    exact value as equal if they agree to six decimals.
 
     Example::
 
@@ -83,18 +82,18 @@ class Grader:
         self.close()
 
     def close(self) -> None:
-        """End the worker processes; the next grading starts new ones."""
+        """Stops the worker processes. The next grading starts new ones."""
         with self._lock:
             for worker in self._workers:
                 worker.stop()
             self._workers = []
 
     def grade(self, prediction_text: str, answer: str) -> Verdict:
-        """Grade one response against the reference answer."""
+        """Grades one response against the reference answer."""
         return self.grade_many([prediction_text], [answer])[0]
 
     def grade_many(self, prediction_texts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        """Grade each response against the answer beside it; verdicts come back in the same order."""
+        """Grades each response against the answer at the same index. Returns verdicts in that order."""
         if len(prediction_texts) != len(answers):
             raise ValueError(f"{len(prediction_texts)} predictions but {len(answers)} answers")
         verdicts: list[Verdict | None] = []
@@ -110,10 +109,10 @@ class Grader:
         return verdicts  # type: ignore[return-value]  # every entry is filled by now
 
     def _decide_by_text(self, text: str, gold: str) -> Verdict | dict[str, Any]:
-        """A verdict, or the request that a worker must decide."""
+        """Returns a verdict if text and numbers decide, else the request to send to a worker."""
         extracted = boxed_answer(text) if self.box_only else final_answer(text)
         if extracted is None:
-            # A box that never closes is an answer cut short: what can be seen of it must not be taken for it.
+            # An unclosed box is a truncated answer: do not grade its visible part.
             if self.box_only or "\\boxed" in text or not text.strip():
                 return Verdict(False, None, "no answer")
             return {"gold": clean(gold), "target": text[-_TEXT_SEARCHED:], "whole_text": True}
@@ -141,14 +140,14 @@ class Grader:
                         index, verdict = finished
                         verdicts[index] = verdict
                         busy -= 1
-        except BaseException:  # an interrupt leaves workers in the middle of answers nobody will collect
+        except BaseException:  # after an interrupt, nobody collects the pending answers
             for worker in self._workers:
                 worker.stop()
             self._workers = []
             raise
 
     def _wait(self) -> None:
-        """Sleep until a worker has written something or the first deadline is reached."""
+        """Waits until a worker writes output or the earliest deadline passes."""
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
                 selector.register(worker.output, selectors.EVENT_READ)
@@ -156,7 +155,7 @@ class Grader:
 
 
 class _Worker:
-    """One grading process: starting, idle, or busy with the answer at ``index`` until ``deadline``."""
+    """One grading process. It is starting, idle, or busy with the answer at ``index`` until ``deadline``."""
 
     def __init__(self, time_limit: float):
         self.time_limit = time_limit
@@ -171,7 +170,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # an interrupt typed at the terminal goes to the parent, which ends its workers
+            start_new_session=True,  # Ctrl-C then reaches only the parent, which stops its workers
         )
         self.output = self.process.stdout
         self.received = b""
@@ -191,10 +190,10 @@ class _Worker:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # the process has ended: collect() sees its output closed
+            pass  # the process died: collect() sees its output closed
 
     def collect(self) -> tuple[int, Verdict] | None:
-        """The finished answer, if there is one; replaces a process that is late or gone."""
+        """Returns `(index, verdict)` of a finished answer, or None. Restarts a process that is late or dead."""
         message, closed = self._read()
         index, late = self.index, time.monotonic() >= self.deadline
         if not self.ready:
@@ -209,7 +208,7 @@ class _Worker:
             verdict = Verdict(message["correct"], message["extracted"], message["reason"])
             self.index, self.deadline = None, float("inf")
             if message["reason"] == MEMORY_LIMIT:
-                self.restart()  # it ends after this reply: the next answer must not be given to it
+                self.restart()  # the worker exits after this reply, so it must not get the next answer
         elif late or closed:
             target = None if index is None or self.request["whole_text"] else self.request["target"]
             verdict = Verdict(False, target, "time limit" if late else "the grading process died")
@@ -229,7 +228,7 @@ class _Worker:
         self.output.close()
 
     def _read(self) -> tuple[dict[str, Any] | None, bool]:
-        """A complete message if one has arrived, and whether the process has closed its end."""
+        """Returns `(message, closed)`: a complete message or None, and whether the process closed its output."""
         with selectors.DefaultSelector() as selector:
             selector.register(self.output, selectors.EVENT_READ)
             if not selector.select(0):
@@ -248,7 +247,7 @@ _shared_lock = threading.Lock()
 
 
 def grade(prediction_text: str, answer: str) -> Verdict:
-    r"""Grade one response with a pool shared by the process, ended at exit.
+    r"""Grades one response with a process-wide pool, which is stopped at exit.
 
     >>> grade(r"Half of it, so \boxed{\frac{2}{4}}.", "0.5").correct
     True

@@ -1,10 +1,10 @@
-r"""The process in which math-verify compares two answers: reads requests on stdin, writes verdicts on stdout.
+r"""Worker process that compares answers with math-verify. Reads requests from stdin, writes verdicts to stdout.
 
-Separate from ``grading.py`` because a parser that hangs inside C code can only be stopped by ending its process. What
-that process imports is here: it must not import torch.
+It is a process because a parser that hangs inside C code can only be stopped by killing its process. This file must
+not import torch.
 
-Protocol, one JSON object a line. On start ``{"ready": true}`` or ``{"failed": why}``. A request holds ``gold``,
-``target`` and ``whole_text`` (bool), its reply ``correct`` (bool), ``extracted`` (a string or null) and ``reason``.
+Protocol: one JSON object per line. On start, ``{"ready": true}`` or ``{"failed": why}``. A request has ``gold``,
+``target`` and ``whole_text`` (bool). A reply has ``correct`` (bool), ``extracted`` (string or null) and ``reason``.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import signal
 import sys
 from typing import Any
 
-MEMORY_LIMIT = "memory limit"  # the reason of a last reply: the process ends after it
-MEMORY_LIMIT_BYTES = 3 << 30  # address space, so that a tower of powers fails instead of filling the machine
+MEMORY_LIMIT = "memory limit"  # the reason in the last reply: the process exits after it
+MEMORY_LIMIT_BYTES = 3 << 30  # address space: a tower of powers fails instead of exhausting memory
 
 
 def serve(time_limit: float) -> None:
-    """Answer requests until stdin closes."""
+    """Answers requests until stdin closes."""
     reply = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # a library that prints must not break the protocol
+    os.dup2(2, 1)  # libraries that print must not break the protocol
     logging.disable(logging.CRITICAL)
     try:
         compare = load_compare()
@@ -35,13 +35,13 @@ def serve(time_limit: float) -> None:
     _limit_memory()
     _send(reply, {"ready": True})
     for line in sys.stdin:
-        # The parent kills a late worker; should the parent be gone, the CPU timer's default action ends it.
+        # The parent kills a late worker. If the parent is dead, the CPU timer's default action ends the process.
         signal.setitimer(signal.ITIMER_PROF, time_limit + 1)
         try:
             answer = compare(**json.loads(line))
         except MemoryError:
             _send(reply, {"correct": False, "extracted": None, "reason": MEMORY_LIMIT})
-            return  # the heap may be in pieces: a fresh process is started for the next answer
+            return  # the heap may be fragmented: the next answer gets a new process
         except (Exception, RecursionError) as error:
             answer = {"correct": False, "extracted": None, "reason": f"error: {type(error).__name__}"}
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -49,7 +49,7 @@ def serve(time_limit: float) -> None:
 
 
 def load_compare() -> Any:
-    """Import math-verify and return ``compare(gold, target, whole_text) -> dict``."""
+    """Imports math-verify and returns ``compare(gold, target, whole_text) -> dict``."""
     from math_verify import parse, verify
 
     @functools.lru_cache(maxsize=4096)
@@ -70,7 +70,7 @@ def load_compare() -> Any:
 
 
 def _limit_memory() -> None:
-    with contextlib.suppress(ImportError, ValueError, OSError):  # not every platform has or honours it
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not every platform supports it
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))

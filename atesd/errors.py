@@ -1,0 +1,26 @@
+"""Errors whose message is enough: it names the value seen and what to do, so the command line shows no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AtesdError(Exception):
+    """Base of the errors that atesd raises for its users. Each has a built-in error as its second base."""
+
+
+class ConfigError(AtesdError, ValueError):
+    """A setting that cannot be used: the message names it, the value seen and what to do."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """The end of a message about a mistyped word.
+
+    >>> suggest("foward_kl", ["forward_kl", "jsd"])
+    '; did you mean forward_kl?'
+    >>> suggest("squared", ["forward_kl", "jsd"])
+    ''
+    """
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -134,7 +134,7 @@ class PolicyGradient:
 
     With one update the ratio of the new to the old policy is 1. So its clip never applies, and the loss equals
     -mean(w A), which does not fall with training. The mean over all tokens of the step (not within each response first)
-    follows DAPO (arXiv 2503.14476). There is no KL term to a reference; `distill+grpo` distils from the teacher instead.
+    follows DAPO (arXiv 2503.14476). There is no KL term to a reference; `distill+grpo` distils the teacher instead.
 
     Attributes:
         temperature: temperature of the log-probabilities; the rollouts' sampling temperature.
@@ -190,8 +190,7 @@ def make_objective(config: ATESDConfig) -> Objective:
 
 
 def position_weights(lengths: tuple[int, ...], halflife: float) -> Tensor:
-    """Returns the weight of each token, `(N,)` float64. Token n of a response of T tokens has the weight
-    `2^(-n/halflife) * T / sum_m 2^(-m/halflife)`.
+    """Returns `(N,)` float64; token n of T in a response has `2^(-n/halflife) * T / sum_m 2^(-m/halflife)`.
 
     Early tokens decide the course of a solution; at late tokens student and teacher have diverged. The mean within
     each response is 1 (our choice), so a response's share of the loss does not change.

@@ -1,7 +1,7 @@
-"""Token-level teacher-student divergences and log-probabilities straight from hidden states.
+"""Token-level teacher-student divergences and log-probabilities, computed from hidden states.
 
-No `[tokens, vocab]` tensor, gradients that stay right in bf16 when teacher and student nearly agree, any PyTorch
-trainer. Start at `linear_divergence`.
+The losses materialise no `[tokens, vocab]` tensor. Their bf16 gradients stay accurate when teacher and student nearly
+agree. They work with any PyTorch trainer. Start at `linear_divergence`.
 """
 
 from .divergences import DivergenceTerm, register_divergence

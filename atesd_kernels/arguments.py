@@ -1,4 +1,4 @@
-"""From what users pass to what the operators take: options checked and resolved, masks and weights one per row."""
+"""Converts users' arguments to operators' inputs: checks and resolves options, flattens masks and weights to rows."""
 
 from __future__ import annotations
 
@@ -15,62 +15,50 @@ from .spec import accumulate_dtype
 
 
 class Checked(NamedTuple):
-    """What both divergences make of their options."""
+    """Checked options of a divergence, for its operator."""
 
     mask: Tensor | None  # [N] bool
     row_weight: Tensor | None  # [N], see row_weight_of
     targets: Tensor | None  # [N]
-    options: tuple  # in the operators' order
-
-    @property
-    def backend(self) -> str:
-        return self.options[0]
+    options: dict[str, Any]  # fields of DivergenceSpec
 
 
 def checked_divergence(
-    lead: torch.Size, device, dtype, *, divergence, beta, temperature, teacher_temperature, softcap, mask, token_weight,
-    targets, entry_clip, token_clip, reduction, num_tokens, backend, chunk_bytes,
+    lead: torch.Size, device, dtype, *, divergence, beta, mask, token_weight, targets, reduction, num_tokens, backend,
+    **numbers: float | None,
 ) -> Checked:  # fmt: skip
-    """Check the options that `linear_divergence` and `divergence` share."""
-    checks.check_scalars(
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        softcap=softcap,
-        entry_clip=entry_clip,
-        token_clip=token_clip,
-        chunk_bytes=chunk_bytes,
-        reduction=reduction,
-    )
+    """Checks the options that `linear_divergence` and `divergence` share, and returns them resolved."""
+    checks.check_scalars(reduction=reduction, **numbers)
     checks.check_token_tensors(lead, device, mask=mask, token_weight=token_weight, targets=targets)
     term = get_divergence(divergence, beta)
-    options = (
-        choose_backend(backend, device, dtype, term.triton is not None),
-        term.key,
-        float(beta),
-        float(temperature),
-        float(temperature if teacher_temperature is None else teacher_temperature),
-        softcap,
-        entry_clip,
-        token_clip,
-    )
+    options = plain_numbers(beta=beta, **numbers)
+    if options["teacher_temperature"] is None:
+        options["teacher_temperature"] = options["temperature"]
+    options["backend"] = choose_backend(backend, device, dtype, term.triton is not None)
+    options["divergence"] = term.key
     row_weight = row_weight_of(token_weight, mask, lead.numel(), device, dtype, reduction, num_tokens)
     return Checked(flat_mask(mask), row_weight, None if targets is None else targets.reshape(-1), options)
 
 
 def checked_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, mask, temperature, bias, softcap, backend, chunk_bytes,
-    logits_dtype,
-) -> tuple[str, torch.dtype]:  # fmt: skip
-    """Check the arguments of `linear_logprobs`; the backend that runs them and the dtype of its products."""
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, mask, bias, backend, logits_dtype, **numbers: float | None
+) -> dict[str, Any]:
+    """Checks the arguments of `linear_logprobs`. Returns fields of `LogprobSpec`."""
     checks.check_head("student", hidden, weight, bias)
-    checks.check_scalars(temperature=temperature, softcap=softcap, chunk_bytes=chunk_bytes)
+    checks.check_scalars(**numbers)
     checks.check_token_tensors(hidden.shape[:-1], hidden.device, mask=mask, targets=targets)
     dtype = checked_compute_dtype(hidden, logits_dtype, weight=weight)
-    return choose_backend(backend, hidden.device, dtype, True), dtype
+    backend = choose_backend(backend, hidden.device, dtype, True)
+    return {**plain_numbers(**numbers), "backend": backend, "logits_dtype": logits_dtype, "compute_dtype": dtype}
+
+
+def plain_numbers(**numbers: float | None) -> dict[str, float | None]:
+    """Returns Python floats, and an int for `chunk_bytes`: `LossSpec.encode` needs the `repr` of Python's own types."""
+    return {n: None if x is None else int(x) if n == "chunk_bytes" else float(x) for n, x in numbers.items()}
 
 
 def checked_compute_dtype(hidden: Tensor, logits_dtype: torch.dtype, **heads: Tensor | None) -> torch.dtype:
-    """The dtype of the matrix products: autocast's where it is on, which casts all operands, else the inputs'."""
+    """Checks dtypes and returns that of the GEMMs: autocast's if it is on (it casts all operands), else the inputs'."""
     device = hidden.device.type
     if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype, heads = torch.get_autocast_dtype(device), {}
@@ -80,9 +68,11 @@ def checked_compute_dtype(hidden: Tensor, logits_dtype: torch.dtype, **heads: Te
     return dtype
 
 
-def gradients_wanted(*tensors: Tensor | None) -> tuple[bool, ...]:
+def gradients_wanted(hidden: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> dict[str, Any]:
+    """Returns the fields of `LossSpec` that say which inputs need a gradient."""
     enabled = torch.is_grad_enabled()
-    return tuple(enabled and t is not None and t.requires_grad for t in tensors)
+    inputs = (("hidden_grad", hidden), ("weight_grad", weight), ("bias_grad", bias))
+    return {name: enabled and t is not None and t.requires_grad for name, t in inputs}
 
 
 def flat_mask(mask: Tensor | None) -> Tensor | None:
@@ -90,19 +80,19 @@ def flat_mask(mask: Tensor | None) -> Tensor | None:
 
 
 def teacher_bias_of(teacher_weight, teacher_bias, student_bias) -> Tensor | None:
-    """None where the shared head's bias cancels in the logit difference."""
+    """Returns the teacher's bias, or None if the bias of a shared head cancels in the logit difference."""
     if teacher_bias is None or (teacher_weight is None and teacher_bias is student_bias):
         return None
     return teacher_bias.detach()
 
 
 def row_weight_of(token_weight, mask, num_rows: int, device, dtype, reduction: str, num_tokens) -> Tensor | None:
-    """`[N]`, what each row's value counts for in the loss; None where that is 1."""
+    """Returns the factor of each row's value in the loss, `[N]`; None if all factors are 1."""
     checks.check_num_tokens(num_tokens)
     weight = None if token_weight is None else token_weight.detach().reshape(-1).to(accumulate_dtype(dtype))
     mask = flat_mask(mask)
     if weight is not None and mask is not None:
-        weight = torch.where(mask, weight, 0.0)  # a masked token's weight may be anything, NaN included
+        weight = torch.where(mask, weight, 0.0)  # a masked token's weight may be NaN
     if reduction != "mean":
         return weight
     if num_tokens is None:
@@ -112,9 +102,9 @@ def row_weight_of(token_weight, mask, num_rows: int, device, dtype, reduction: s
 
 
 def same_storage(a: Any, b: Any) -> bool:
-    """Whether `b` is `a`, or a view of all of it such as `a.detach()`."""
+    """Whether `b` is `a`, or a view of all its elements such as `a.detach()`."""
     if a is b or torch.compiler.is_compiling():
         return a is b
-    if is_dtensor(a) and is_dtensor(b):  # whose own pointer is 0
+    if is_dtensor(a) and is_dtensor(b):  # data_ptr() of a DTensor is 0
         return a.placements == b.placements and same_storage(a.to_local(), b.to_local())
     return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)

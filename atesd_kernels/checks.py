@@ -1,4 +1,4 @@
-"""Input checks, all before any matrix product: what was wrong, the value seen, what to do."""
+"""Input checks. All run before any GEMM; messages give the fault, the value seen and what to do."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def require(condition: bool, message: Callable[[], str], error: type[Exception] = ValueError) -> None:
-    """`message` is made only when needed: torch.compile cannot format the sizes it keeps symbolic."""
+    """Raises `error(message())` if `condition` is false. A function, as torch.compile cannot format symbolic sizes."""
     if not condition:
         raise error(message())
 
 
 def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """`hidden` `[..., H]`, `weight` `[V, H]`, `bias` `[V]`: shapes, devices, floating dtypes."""
+    """Checks shapes, devices and floating dtypes of `hidden` `[..., H]`, `weight` `[V, H]` and `bias` `[V]`."""
     require(
         hidden.dim() >= 2,
         lambda: (
@@ -53,7 +53,7 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
 
 
 def check_pair(student: Tensor, teacher: Tensor, what: str) -> None:
-    """Leading dimensions, dtype and device of the two models' inputs agree."""
+    """Checks that leading dimensions, dtype and device of the two models' inputs agree."""
     require(
         student.shape[:-1] == teacher.shape[:-1],
         lambda: (
@@ -83,7 +83,7 @@ def check_vocabulary(student: int, teacher: int) -> None:
 
 
 def check_num_tokens(num_tokens: int | float | Tensor | None) -> None:
-    """A number must be positive; a tensor is the caller's promise, because looking would stop a GPU's stream."""
+    """Checks that a number is positive. A tensor is not checked: reading it would synchronise with the GPU."""
     if isinstance(num_tokens, (int, float)):
         require(num_tokens > 0, lambda: f"num_tokens must be positive, got {num_tokens}; skip a step without tokens.")
 
@@ -92,7 +92,7 @@ INTEGER_TENSORS = ("targets", "lengths", "exposed")
 
 
 def check_token_tensors(lead: torch.Size, device: torch.device, **tensors: Tensor | None) -> None:
-    """One value for each token (or sequence): shape, device, and integers where integers are meant."""
+    """Checks tensors with one value per token (or sequence): shape, device, and integer dtype where required."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -109,7 +109,7 @@ def check_token_tensors(lead: torch.Size, device: torch.device, **tensors: Tenso
 
 
 def check_spans(lengths: Tensor, exposed: Tensor, max_length: int) -> None:
-    """Spans lie within `[0, max_length]`. On a GPU, or while torch.compile traces, this is the caller's promise."""
+    """Checks that spans lie in `[0, max_length]`. Skipped on a GPU and while torch.compile traces."""
     if lengths.device.type != "cpu" or torch.compiler.is_compiling() or not lengths.numel():
         return
     low, high = lengths.min().item(), lengths.max().item()
@@ -118,7 +118,7 @@ def check_spans(lengths: Tensor, exposed: Tensor, max_length: int) -> None:
         lambda: f"lengths must lie in [0, {max_length}], the tokens there are, got {low if low < 0 else high}.",
     )
     least = exposed.min().item()
-    require(least >= 0, lambda: f"exposed must not be negative, got {least}; 0 is a teacher that was shown nothing.")
+    require(least >= 0, lambda: f"exposed must not be negative, got {least}; pass 0 for a teacher without a prefix.")
 
 
 def check_scalars(
@@ -141,7 +141,7 @@ def check_scalars(
         require(value is None or 0 < value < math.inf, lambda: f"{name} must be positive and finite, got {value}.")
     require(
         entry_clip is None or 0 <= entry_clip < math.inf,
-        lambda: f"entry_clip must be finite and not negative, got {entry_clip}; None is no clip.",
+        lambda: f"entry_clip must be finite and not negative, got {entry_clip}; pass None for no clip.",
     )
     require(
         reduction in REDUCTIONS, lambda: f"unknown reduction {reduction!r}; known: {', '.join(map(repr, REDUCTIONS))}."
@@ -149,9 +149,9 @@ def check_scalars(
 
 
 def check_dtypes(compute_dtype: torch.dtype, logits_dtype: torch.dtype, **tensors: Tensor | None) -> None:
-    """Operands share a dtype (autocast brings them to one), and logits are not narrower than they are."""
+    """Checks that operands share a dtype (autocast casts them to one), and that logits are not narrower."""
     require(logits_dtype in FLOATS, lambda: f"logits_dtype must be one of {FLOATS}, got {logits_dtype}.", TypeError)
-    if compute_dtype != torch.float64:  # whose logits are float64 whatever was asked
+    if compute_dtype != torch.float64:  # float64 inputs always have float64 logits
         require(
             logits_dtype.itemsize >= compute_dtype.itemsize,
             lambda: (
@@ -173,7 +173,7 @@ def check_dtypes(compute_dtype: torch.dtype, logits_dtype: torch.dtype, **tensor
 def check_group(group: Any, backend: str) -> None:
     if group is None:
         return
-    # what new_group() gives to a rank outside of the group is a number
+    # for a rank outside the group, new_group() returns a number
     require(
         isinstance(group, torch.distributed.ProcessGroup),
         lambda: f"group must be a torch.distributed.ProcessGroup this rank belongs to, got {group!r}.",
@@ -186,7 +186,7 @@ def check_group(group: Any, backend: str) -> None:
 
 
 def check_targets(targets: Tensor, counted: Tensor | None, vocab: int) -> None:
-    """Counted targets lie in [0, V). On a GPU this is the caller's promise: looking would stop the stream."""
+    """Checks that unmasked targets lie in [0, V). Skipped on a GPU, where reading them would synchronise."""
     if targets.device.type != "cpu" or not targets.numel():
         return
     outside = (targets < 0) | (targets >= vocab)

@@ -1,12 +1,12 @@
-"""Every divergence on one screen: its term, its derivative, its Triton twin.
+"""The divergences: term, derivative and Triton function of each.
 
-A divergence between a teacher `p` and a student `q` is a sum of terms over the vocabulary, `D = sum_v l_v`. All a
-backend needs from it is the term and its derivative by the student's log-probability, `u_v = dl_v / d log q_v`;
-loss, gradient, clips, weights and statistics follow from these two (see `torch_chunked`).
+A divergence between a teacher `p` and a student `q` is a sum of terms over the vocabulary, `D = sum_v l_v`. A backend
+needs the term and its derivative by the student's log-probability, `u_v = dl_v / d log q_v`. Loss, gradient, clips,
+weights and statistics follow from these two (see `torch_chunked`).
 
-Self-distillation compares nearly equal distributions, where `l` and `u` as written in textbooks are differences of
-almost equal numbers. For an f-divergence, `D = sum q f(r)` with `r = p/q`, adding a multiple of `sum (p - q) = 0`
-changes nothing, so we also write the *centred* pair, whose values vanish at `p = q` to second and first order:
+Self-distillation compares nearly equal distributions. There the textbook forms of `l` and `u` are differences of almost
+equal numbers. For an f-divergence, `D = sum q f(r)` with `r = p/q`, adding a multiple of `sum (p - q) = 0` does not
+change D. So we also write the *centred* pair. At `p = q` its values vanish to second and first order:
 
     l' = l - k (p - q),    u' = u + k q,    k = f'(1),     x = log p - log q,    e = expm1(x) = (p - q) / q
 """
@@ -25,13 +25,14 @@ _BY_KEY: dict[str, DivergenceTerm] = {}
 
 @dataclass(frozen=True)
 class Shifted:
-    """A divergence from `y`, the logit differences less their mean under `q`, and `e = expm1(y)`, before `c` is known.
+    """Computes D and dD/ds from centred logit differences y, so the sweep need not know c = lse_t - lse_s.
 
-    With `E = sum q e`, so `x = y - log1p(E)`, and `L = sum q l`:
+    `y` is the logit difference minus its mean under `q`, and `e = expm1(y)`. The sweep sums `E = sum q e` and
+    `L = sum q l`. Then `x = y - log1p(E)`.
 
     Attributes:
-        term: `(y, e) -> (l, w)`, with `w` one of `y` and `e`.
-        finish: `(L, E) -> (D, a, scale)` such that `dD/ds = scale q (a - w)`; row vectors.
+        term: `(y, e) -> (l, w)`, elementwise; `w` is `y` or `e`.
+        finish: `(L, E) -> (D, a, scale)`, `[R]` each, such that `dD/ds = scale q (a - w)`.
     """
 
     term: Callable[[Tensor, Tensor], Pair]
@@ -40,21 +41,23 @@ class Shifted:
 
 @dataclass(frozen=True)
 class DivergenceTerm:
-    """One divergence, as two lines of mathematics.
+    """One divergence: its term and derivative, in one or more forms.
 
     Attributes:
-        name: what users pass as `divergence=`.
+        name: the name users pass as `divergence=`.
         term: `(log_p, log_q, beta) -> (l, u)`, elementwise, any shape and floating dtype. The definition.
         centred: `(x, q, beta) -> (l', u')`, accurate where `p` and `q` nearly agree. Optional: without it the backends
-            use `term`, which is right but loses digits at small divergences.
-        slope: `(beta) -> k`, the multiple of `p - q` that `centred` leaves out of `l`.
-        shifted: the plain loss and gradient of a term whose dependence on `c = lse_t - lse_s` factors out. Optional: it
-            saves a sweep over the vocabulary. See `Shifted`.
-        smooth: False if `u` jumps at `p = q`, in which case logit differences are kept in fp32.
-        triton: `"module:function"` of the `@triton.jit` twin. Optional: without it the torch backend is used.
-        needs_beta: `(beta) -> None`, raises ValueError where this divergence has no meaning.
-        key: what the operators, whose arguments are plain values, find this object by. Objects with a key live as long
-            as the process: make a divergence once, not at each step.
+            use `term`, which is correct but loses digits at small divergences.
+        slope: `(beta) -> k`, the multiple of `p - q` that `centred` subtracts from `l`.
+        shifted: a `Shifted` form, if the dependence on `c = lse_t - lse_s` factors out. Optional: it saves one sweep.
+        derivative_sum: the sum of `u'` over the vocabulary, if it is known before the sweep that would sum it: "zero"
+            (as of forward KL), or "reverse_kl", which is KL(q || p) (as of reverse KL and Jeffreys). Optional: backend
+            "triton" then computes loss and gradient in one sweep. A wrong value gives a wrong gradient.
+        smooth: False if `u` jumps at `p = q`. Logit differences are then fp32.
+        triton: `"module:function"` of the `@triton.jit` function. Optional: without it the torch backend is used.
+        needs_beta: `(beta) -> None`, raises ValueError if the divergence is undefined for this beta.
+        key: a string by which operators, which take plain values only, look up this object. Objects with a key live as
+            long as the process: create a divergence once, not at each step.
     """
 
     name: str
@@ -62,20 +65,23 @@ class DivergenceTerm:
     centred: Callable[[Tensor, Tensor, float], Pair] | None = None
     slope: Callable[[float], float] = lambda beta: 0.0
     shifted: Shifted | None = None
+    derivative_sum: str | None = None
     smooth: bool = True
     triton: str | None = None
     needs_beta: Callable[[float], None] = lambda beta: None
     key: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
+        if self.derivative_sum not in (None, "zero", "reverse_kl"):
+            raise ValueError(f"derivative_sum must be 'zero', 'reverse_kl' or None, got {self.derivative_sum!r}.")
         key = self.name if self.name not in _BY_KEY else f"{self.name}#{len(_BY_KEY)}"
         object.__setattr__(self, "key", key)
         _BY_KEY[key] = self
 
 
 def times_log(p: Tensor, log_ratio: Tensor) -> Tensor:
-    """`p * log_ratio`, with `0 * anything = 0`: an impossible token contributes nothing."""
-    return p * torch.where(p > 0, log_ratio, 0.0)  # this way round autograd, too, gets 0 and not NaN
+    """Returns `p * log_ratio`; 0 where `p = 0`, because an impossible token contributes nothing."""
+    return p * torch.where(p > 0, log_ratio, 0.0)  # where() is the inner function, so autograd gets 0 and not NaN
 
 
 # Forward KL, KL(p || q): f(r) = r log r, k = 1.
@@ -211,7 +217,7 @@ def alpha_divergence_centred(x: Tensor, q: Tensor, beta: float) -> Pair:
 
 
 def log1p_remainder(E: Tensor) -> Tensor:
-    """`E - log1p(E)`, to full precision for small `E`: `log1p(E) = 2 atanh(h)` with `h = E / (2 + E)`."""
+    """Returns `E - log1p(E)`, accurate for small `E`: `log1p(E) = 2 atanh(h)` with `h = E / (2 + E)`."""
     h = E / (2 + E)
     h2 = h * h
     series = 2 * h * h2 * (1 / 3 + h2 * (1 / 5 + h2 * (1 / 7 + h2 * (1 / 9 + h2 * (1 / 11 + h2 / 13)))))
@@ -219,7 +225,7 @@ def log1p_remainder(E: Tensor) -> Tensor:
 
 
 def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """`log(beta p + (1 - beta) q)`; -inf where neither distribution has mass."""
+    """Returns `log(beta p + (1 - beta) q)`; -inf where neither distribution has mass."""
     if beta == 0:
         return log_q
     if beta == 1:
@@ -245,6 +251,7 @@ FORWARD_KL = DivergenceTerm(
     forward_kl_centred,
     slope=lambda beta: 1.0,
     shifted=Shifted(forward_kl_shifted, forward_kl_finish),
+    derivative_sum="zero",
     triton=f"{_TRITON}:forward_kl",
 )
 REVERSE_KL = DivergenceTerm(
@@ -253,9 +260,12 @@ REVERSE_KL = DivergenceTerm(
     reverse_kl_centred,
     slope=lambda beta: -1.0,
     shifted=Shifted(reverse_kl_shifted, reverse_kl_finish),
+    derivative_sum="reverse_kl",
     triton=f"{_TRITON}:reverse_kl",
 )
-JEFFREYS = DivergenceTerm("jeffreys", jeffreys, jeffreys_centred, triton=f"{_TRITON}:jeffreys")
+JEFFREYS = DivergenceTerm(
+    "jeffreys", jeffreys, jeffreys_centred, derivative_sum="reverse_kl", triton=f"{_TRITON}:jeffreys"
+)
 _REGISTRY: dict[str, DivergenceTerm] = {
     d.name: d
     for d in (
@@ -295,13 +305,13 @@ BUILT_IN = frozenset(_REGISTRY)
 
 
 def register_divergence(term: DivergenceTerm) -> DivergenceTerm:
-    """Make a divergence of your own available by name to every loss of this package.
+    """Registers your own divergence, so that every loss accepts its name. Returns `term`.
 
-    Registering a name of yours again replaces it, as running a notebook's cell twice does. A `DivergenceTerm` can also
-    be passed as `divergence=` without being registered.
+    Registering one of your names again replaces it, for instance when you rerun a notebook cell. You can also pass a
+    `DivergenceTerm` as `divergence=` without registering it.
 
     Args:
-        term: its name and mathematics. `term.term` receives `(log_p, log_q, beta)` and returns `(l, u)`.
+        term: name and mathematics. `term.term` receives `(log_p, log_q, beta)` and returns `(l, u)`.
 
     Raises:
         ValueError: if the name is one of this package's own.
@@ -322,7 +332,7 @@ def register_divergence(term: DivergenceTerm) -> DivergenceTerm:
 
 
 def get_divergence(divergence: str | DivergenceTerm, beta: float) -> DivergenceTerm:
-    """The term of that name, or the given one, with its `beta` checked; JSD's endpoints are the KLs they stand for."""
+    """Returns the named or given term, after checking `beta`. JSD at beta 0 is forward KL, at 1 reverse KL."""
     if isinstance(divergence, str):
         if divergence not in _REGISTRY:
             known = [*sorted(BUILT_IN), *sorted(_REGISTRY.keys() - BUILT_IN)]
@@ -341,5 +351,5 @@ def get_divergence(divergence: str | DivergenceTerm, beta: float) -> DivergenceT
 
 
 def term_of_key(key: str) -> DivergenceTerm:
-    """The term an operator was given by its `key`."""
+    """Returns the term with this `key`."""
     return _BY_KEY[key]

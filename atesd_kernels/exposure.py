@@ -1,7 +1,7 @@
-"""Exposure spans: log-probabilities over a reference whose prefix the teacher was shown.
+"""Exposure spans: log-probabilities of a reference after the prefix that the teacher has in its context.
 
-A teacher that reads the first part of a reference solution repeats it at will. Scoring it on the part it has not seen
-asks the question that matters: does the exposed prefix help with the rest?
+A teacher can copy the part of a reference solution that is in its context. Its score on the remaining tokens measures
+whether the exposed prefix helps with the rest.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from .arguments import checked_logprobs, gradients_wanted
 from .losses import linear_logprobs
 from .planning import TORCH
 from .shards import backend_for, shard_of
+from .spec import LogprobSpec
 from .stats import TokenStats
 
 
 def exposure_mask(lengths: Tensor, exposed: Tensor, max_length: int) -> Tensor:
-    """`[B, max_length]` bool, true at tokens `exposed[b] <= i < lengths[b]`; computed on the tensors' device."""
+    """Returns a mask `[B, max_length]`, true at tokens `exposed[b] <= i < lengths[b]`, on the tensors' device."""
     position = torch.arange(max_length, device=lengths.device)
     return (position >= exposed[:, None]) & (position < lengths[:, None])
 
@@ -40,26 +41,26 @@ def exposure_logprobs(
     logits_dtype: torch.dtype = torch.float32,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """Mean log-probability of each sequence's tokens `[exposed, length)`: those after the exposed prefix.
+    """Returns the mean log-probability of each sequence's tokens `[exposed, length)`: those after the exposed prefix.
 
-    Without gradients and statistics the Triton backends skip all other tokens inside the kernel: no product, no copy.
-    With them they are masked rows of `linear_logprobs`.
+    Without gradients and statistics, backend "triton" skips all other tokens: they cost neither a product nor a copy.
+    Otherwise they are masked rows of `linear_logprobs`.
 
     Args:
         hidden: `[B, T, H]`; the state that predicts `targets[b, i]`.
         weight: `[V, H]`, or a `DTensor` sharded by its rows.
-        targets: `[B, T]` int; positions outside the span may hold anything.
-        lengths: `[B]` int, tokens of each sequence, from 0 to T.
-        exposed: `[B]` int, how many of them the teacher was shown, at least 0; from `lengths` on, nothing is left.
+        targets: `[B, T]` int; positions outside the span may have any value.
+        lengths: `[B]` int, number of tokens of each sequence, 0 to T.
+        exposed: `[B]` int, length of the exposed prefix, at least 0. A span with `exposed >= lengths` is empty.
         temperature, bias, softcap, backend, chunk_bytes, logits_dtype: as for `linear_logprobs`.
         return_stats: also return `linear_logprobs`' `TokenStats`, `[B, T]`, zero outside the span.
 
     Returns:
-        `[B]` fp32 (fp64 for fp64 inputs), in nats per token; 0 for a sequence with no token in its span.
+        `[B]` fp32 (fp64 for fp64 inputs), in nats per token; 0 for an empty span. With `return_stats`, also the stats.
 
     Raises:
-        ValueError: if shapes disagree, or a length or an exposure is out of range (looked at on a CPU; on a GPU that is
-            the caller's promise, because looking would stop its stream); TypeError for wrong dtypes.
+        ValueError: if shapes disagree, or a length or an exposure is out of range (not checked on a GPU).
+        TypeError: for wrong dtypes.
 
     Example:
         >>> import torch
@@ -74,16 +75,15 @@ def exposure_logprobs(
     checks.check_spans(lengths, exposed, hidden.shape[1])
     mask = exposure_mask(lengths, exposed, hidden.shape[1])
     backend = backend_for(shard_of("weight", weight, None)[1], backend)
-    if not return_stats and not any(gradients_wanted(hidden, weight, bias)):
-        road, dtype = checked_logprobs(
+    if not return_stats and not any(gradients_wanted(hidden, weight, bias).values()):
+        checked = checked_logprobs(
             hidden, weight, targets, mask=mask, temperature=temperature, bias=bias, softcap=softcap, backend=backend,
             chunk_bytes=chunk_bytes, logits_dtype=logits_dtype,
         )  # fmt: skip
-        if road not in TORCH:
-            # on a GPU, tokens outside the span take no part in any product
-            return ops.exposure_means_op(
-                hidden, weight, bias, targets, lengths, exposed, mask, float(temperature), softcap, logits_dtype, dtype
-            )
+        if checked["backend"] not in TORCH:
+            # on a GPU, no product includes tokens outside the span
+            spec = LogprobSpec(**checked, stats=False).encode()
+            return ops.exposure_means_op(hidden, weight, bias, targets, lengths, exposed, mask, spec)
     options: dict[str, Any] = dict(
         temperature=temperature, bias=bias, softcap=softcap, mask=mask, backend=backend, chunk_bytes=chunk_bytes,
         logits_dtype=logits_dtype, return_stats=return_stats,

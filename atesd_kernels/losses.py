@@ -1,4 +1,4 @@
-"""The public losses: check (`arguments`), flatten, run the operator (`ops`), reduce."""
+"""The public losses. Each checks its arguments (`arguments`), flattens them, runs its operator (`ops`) and reduces."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from .arguments import (
 )
 from .divergences import DivergenceTerm
 from .shards import backend_for, shard_of, whole
+from .spec import DivergenceSpec, LogprobSpec, accumulate_dtype
 from .stats import TokenStats
 
-if TYPE_CHECKING:  # the overloads say what `return_stats` changes; the definitions below say the rest
+if TYPE_CHECKING:  # the overloads type the effect of `return_stats`; the definitions below document the options
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
@@ -74,60 +75,60 @@ def linear_divergence(
     group: ProcessGroup | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """Divergence between teacher and student next-token distributions, straight from hidden states.
+    """Divergence between teacher and student next-token distributions, computed from hidden states.
 
-    With `s = student_hidden @ student_weight.T / temperature`, `q = softmax(s)`, and likewise `p` for the teacher, the
-    loss is the divergence of `p` and `q` summed over the vocabulary, computed in chunks: no `[tokens, vocab]` tensor
-    ever exists. The teacher gets no gradient.
+    The student's distribution is `q = softmax(student_hidden @ student_weight.T / temperature)`; the teacher's is `p`,
+    likewise. The loss is the divergence of `p` and `q`, summed over the vocabulary. It is computed in chunks and
+    materialises no `[tokens, vocab]` tensor. The teacher gets no gradient.
 
     Args:
         student_hidden: `[..., H]`, fp32, bf16, fp16, or fp64 (backend "torch"); at least one leading dimension.
         student_weight: `[V, H]`, the head as `nn.Linear` stores it, same dtype as the hidden states.
         teacher_hidden: `[..., H_t]`, same leading dimensions and dtype.
-        teacher_weight: `[V, H_t]`. None, or the student's own tensor, is the shared head: logit differences are then
-            computed from differences of hidden states, which is what keeps bf16 gradients right. Separate heads use
-            fp32 logits (fp64 for fp32 inputs on backend "torch").
+        teacher_weight: `[V, H_t]`. None, or the student's own tensor, means a shared head. Logit differences then come
+            from differences of hidden states; this keeps bf16 gradients accurate. Separate heads use fp32 logits (fp64
+            for fp32 inputs on backend "torch").
         divergence: "forward_kl" KL(p||q), "reverse_kl" KL(q||p), "jsd", "jeffreys", "skew_kl", "skew_reverse_kl",
             "total_variation", "alpha", or a `DivergenceTerm`. See `divergences.py` for the formulas.
         beta: shape of "jsd", "skew_*" and "alpha", in [0, 1]. For "jsd" as in TRL and Liger: 0 is forward KL, 1 is
             reverse KL, between them `beta KL(p||m) + (1-beta) KL(q||m)` with `m = beta p + (1-beta) q`.
         temperature: divides both models' logits. No T^2 factor is applied to the loss (OPSD applies none).
-        teacher_temperature: the teacher's, if it differs.
-        student_bias, teacher_bias: `[V]`, added to the logits. An entry at -inf on both sides does not exist. With a
-            shared head the teacher uses the student's bias unless given its own.
+        teacher_temperature: divides the teacher's logits, if it differs.
+        student_bias, teacher_bias: `[V]`, added to the logits. An entry at -inf in both is excluded from the
+            vocabulary. With a shared head, the teacher's bias defaults to the student's.
         softcap: logits become `softcap * tanh(logits / softcap)` before the temperature, as in Gemma.
-        mask: `[...]`, bool or 0/1; tokens where it is false cost nothing and have no influence.
-        token_weight: `[...]`, a constant factor per token (it gets no gradient); the mean's denominator ignores it.
+        mask: `[...]`, bool or 0/1; tokens where it is false cost nothing and do not affect the loss.
+        token_weight: `[...]`, a constant factor per token, without gradient. The mean's denominator ignores it.
         targets: `[...]` int, sampled tokens, for the log-probabilities in `TokenStats`.
-        entry_clip: upper bound on each (token, vocabulary entry) term before the sum, as OPSD does; the gradient of a
-            clipped entry's term is zero. The loss may then be negative, because terms of a KL may.
+        entry_clip: upper bound on each (token, vocabulary entry) term before the sum, as in OPSD. A clipped term has
+            zero gradient. The loss may then be negative, because terms of a KL may.
         token_clip: upper bound on each token's divergence; a clipped token has no gradient.
-        reduction: "mean" over counted tokens, "sum", or "none" (per-token values, zero where masked).
-        num_tokens: replaces the mean's denominator: for gradient accumulation, and for rows spread over ranks (data or
-            context parallelism). Each rank passes its rows and the count over all ranks. The losses then add up over
-            ranks to the whole batch's, the gradient of a rank's hidden states is that of its rows, and gradients of
-            weights are to be summed: where a wrapper averages them over P ranks (DDP, FSDP), multiply the loss by P.
-        backend: "auto", "torch", "torch_compiled" (its elementwise passes through Inductor: faster after a wait for the
-            compiler), "triton".
+        reduction: "mean" over unmasked tokens, "sum", or "none" (per-token values, zero where masked).
+        num_tokens: replaces the mean's denominator, for gradient accumulation and for data or context parallelism.
+            Each rank passes its rows and the count over all ranks. The sum of the losses over ranks is then the loss of
+            the global batch. A rank's hidden states get the gradient of its rows. Gradients of weights must be summed:
+            if a wrapper averages them over P ranks (DDP, FSDP), multiply the loss by P.
+        backend: "auto", "torch", "torch_compiled" (Inductor compiles the elementwise passes: faster, once compiled), or
+            "triton".
         chunk_bytes: budget for the chunk of logits, the only vocabulary-sized temporary. Our choice: 128 MiB on a CPU.
-            On a GPU what 1,024 to 2,047 rows take, 4,096 to 8,191 with a trained head, but at most an eighth of its
-            memory ("triton"); 1 GiB ("torch").
-        logits_dtype: of the student's logits (and of separate teacher logits). bf16 is faster and costs 2 to 3 % of
-            the gradient.
-        group: the process group over which the heads' rows are sharded, for backend "torch" only. Each rank passes its
-            rows (`[V_rank, H]`, any number, in the order of ranks), its entries of the biases, and the same hidden
-            states, options and (global) targets, and takes part in each backward; ranks exchange a few numbers a token
-            and the hidden states' gradient. Every rank gets the whole loss, the whole gradient of the hidden states,
-            and its share of the head's. A head that is a `DTensor` sharded by its rows names its group itself.
+            On a GPU, "torch" takes 1 GiB. "triton" takes 1,024 to 2,047 rows, or 4,096 to 8,191 with a trained head,
+            within an eighth of the GPU's memory.
+        logits_dtype: dtype of the student's logits, and of separate teacher logits. bf16 is faster and adds an error of
+            2 to 3 % to the gradient.
+        group: process group over which the heads' rows are sharded, for backend "torch" only. Each rank passes its rows
+            (`[V_rank, H]`, any number, in rank order), its entries of the biases, and the same hidden states, options
+            and (global) targets. Every rank must call backward. Ranks exchange a few numbers per token and all-reduce
+            the hidden states' gradient. Every rank gets the full loss, the full gradient of the hidden states, and its
+            shard of the head's gradient. A `DTensor` head sharded by its rows supplies its own group.
         return_stats: also return `TokenStats`.
 
     Returns:
-        The loss, fp32 (fp64 for fp64 inputs): a scalar, or `[...]` for `reduction="none"`. With `return_stats`, the
-        pair of it and `TokenStats`. All tokens masked, or none given: 0, with zero gradients. Non-finite hidden states
-        give a non-finite loss; they are not hidden.
+        The loss, fp32 (fp64 for fp64 inputs): a scalar, or `[...]` for `reduction="none"`. With `return_stats`, a pair
+        of it and `TokenStats`. Without unmasked tokens the loss is 0, with zero gradients. Non-finite hidden states
+        give a non-finite loss.
 
     Raises:
-        ValueError, TypeError: before any computation, naming the argument, the value seen and what to do.
+        ValueError, TypeError: before any computation. The message gives the argument, the value seen and what to do.
 
     Example:
         >>> import torch
@@ -165,7 +166,16 @@ def linear_divergence(
         entry_clip=entry_clip, token_clip=token_clip, reduction=reduction, num_tokens=num_tokens,
         backend=backend_for(group, backend), chunk_bytes=chunk_bytes,
     )  # fmt: skip
-    checks.check_group(group, call.backend)
+    checks.check_group(group, call.options["backend"])
+    spec = DivergenceSpec(
+        **call.options,
+        logits_dtype=logits_dtype,
+        compute_dtype=compute_dtype,
+        group=None if group is None else group.group_name,
+        stats=return_stats,
+        weighted=reduction != "none",
+        **gradients_wanted(student_hidden, student_weight, student_bias),
+    )
     value, stats, *_ = ops.linear_divergence_op(
         student_hidden.reshape(lead.numel(), student_hidden.shape[-1]),
         student_weight,
@@ -176,14 +186,7 @@ def linear_divergence(
         call.mask,
         None if reduction == "none" else call.row_weight,
         call.targets,
-        *call.options,
-        logits_dtype,
-        compute_dtype,
-        chunk_bytes,
-        None if group is None else group.group_name,
-        return_stats,
-        reduction != "none",
-        *gradients_wanted(student_hidden, student_weight, student_bias),
+        spec.encode(),
     )
     loss = _per_token(value, call.row_weight, lead) if reduction == "none" else value
     return (loss, _stats(stats, lead, targets is not None)) if return_stats else loss
@@ -221,10 +224,10 @@ def divergence(
     chunk_bytes: int | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """`linear_divergence` for those who already hold logits, `[..., V]` each; the same options, same results.
+    """`linear_divergence` for given logits, `[..., V]` each. It has the same options and results.
 
-    The arithmetic is fp32 whatever the logits' dtype, but digits that bf16 logits have lost stay lost: prefer
-    `linear_divergence`. Beside the gradient, which has the logits' size, memory is `chunk_bytes`.
+    Arithmetic is fp32 for every logits dtype, but it cannot recover digits that bf16 logits have lost: prefer
+    `linear_divergence`. It needs `chunk_bytes` of memory, and the gradient, which is as large as the logits.
 
     Example:
         >>> import torch
@@ -249,15 +252,19 @@ def divergence(
         entry_clip=entry_clip, token_clip=token_clip, reduction=reduction, num_tokens=num_tokens, backend=backend,
         chunk_bytes=chunk_bytes,
     )  # fmt: skip
+    spec = DivergenceSpec(
+        **call.options,
+        logits_dtype=accumulate_dtype(student_logits.dtype),
+        compute_dtype=student_logits.dtype,
+        stats=return_stats,
+        **gradients_wanted(student_logits),
+    )
     value, stats, _ = ops.divergence_op(
         student_logits.reshape(lead.numel(), student_logits.shape[-1]),
         teacher_logits.detach().reshape(lead.numel(), teacher_logits.shape[-1]),
         call.mask,
         call.targets,
-        *call.options,
-        chunk_bytes,
-        return_stats,
-        *gradients_wanted(student_logits),
+        spec.encode(),
     )
     loss = _per_token(value, call.row_weight, lead)
     loss = loss if reduction == "none" else loss.sum()
@@ -292,18 +299,18 @@ def linear_logprobs(
     group: ProcessGroup | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """Log-probability of each target token, differentiable, without a `[tokens, vocab]` tensor.
+    """Log-probability of each target token, differentiable. It materialises no `[tokens, vocab]` tensor.
 
     Args:
         hidden: `[..., H]`; the state that predicts `targets[...]` (shift before the call).
         weight: `[V, H]`; bias: `[V]`; softcap, temperature, chunk_bytes, logits_dtype: as in `linear_divergence`.
-        targets: `[...]` int in [0, V). Masked positions may hold anything, such as -100.
+        targets: `[...]` int in [0, V). Masked positions may have any value, such as -100.
         mask: `[...]`; masked tokens cost nothing and return 0.
         group: as in `linear_divergence`, for a head whose rows are sharded.
         return_stats: also return `TokenStats` with the student's fields; the teacher's are None.
 
     Returns:
-        `[...]` fp32 (fp64 for fp64 inputs), in nats. Arbitrary upstream gradients are exact.
+        `[...]` fp32 (fp64 for fp64 inputs), in nats. Backward is exact for arbitrary upstream gradients.
 
     Raises:
         ValueError, TypeError: before any computation.
@@ -319,11 +326,17 @@ def linear_logprobs(
     weight, group = shard_of("weight", weight, group)
     bias, group = shard_of("bias", bias, group)
     lead = hidden.shape[:-1]
-    backend, compute_dtype = checked_logprobs(
+    options = checked_logprobs(
         hidden, weight, targets, mask=mask, temperature=temperature, bias=bias, softcap=softcap,
         backend=backend_for(group, backend), chunk_bytes=chunk_bytes, logits_dtype=logits_dtype,
     )  # fmt: skip
-    checks.check_group(group, backend)
+    checks.check_group(group, options["backend"])
+    spec = LogprobSpec(
+        **options,
+        group=None if group is None else group.group_name,
+        stats=return_stats,
+        **gradients_wanted(hidden, weight, bias),
+    )
     value, stats, *_ = ops.linear_logprobs_op(
         hidden.reshape(lead.numel(), hidden.shape[-1]),
         weight,
@@ -331,16 +344,7 @@ def linear_logprobs(
         targets.reshape(-1),
         flat_mask(mask),
         None,
-        backend,
-        float(temperature),
-        softcap,
-        logits_dtype,
-        compute_dtype,
-        chunk_bytes,
-        None if group is None else group.group_name,
-        return_stats,
-        False,
-        *gradients_wanted(hidden, weight, bias),
+        spec.encode(),
     )
     value = value.reshape(lead)
     if not return_stats:

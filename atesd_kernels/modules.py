@@ -1,4 +1,4 @@
-"""The losses as `nn.Module`: options fixed once, tensors at each call."""
+"""The losses as `nn.Module`: pass options to the constructor and tensors to each call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Loss(nn.Module):
 
 
 class LinearDivergence(_Loss):
-    """`linear_divergence` with its options given to the constructor; `mask` and other tensors go to the call.
+    """`linear_divergence` as a module. The constructor takes its options; each call takes `mask` and other tensors.
 
     Example:
         >>> from atesd_kernels import LinearDivergence

@@ -1,25 +1,29 @@
-"""The losses as operators torch knows: fake implementations for torch.compile, autograd, and the choice of backend.
+"""The losses as torch custom operators: dispatch to a backend, fake implementations for torch.compile, and autograd.
 
-Gradients are formed in the forward pass, while the logits exist, and scaled in backward. A row's upstream gradient
-scales its row of the hidden-state gradient exactly. A trained head mixes rows, so there the caller's row weights go
-in (`weighted`, one scalar comes out), or, with arbitrary upstream gradients, backward runs the op again with them.
+An operator takes its tensors and one string, the encoded `LossSpec`.
+
+Forward computes the gradients, while the logits are in memory; backward scales them. A row's upstream gradient scales
+its row of the hidden-state gradient exactly. The gradient of a trained head sums over rows, so it must include row
+weights from the start. With a reduction, forward takes the row weights and returns a scalar (`LossSpec.weighted`). With
+arbitrary upstream gradients, backward runs the operator again with them as row weights (`LossSpec.runs_again`).
 """
 
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from . import checks, planning
 from .backends import elementwise
-from .planning import COMPILED, TORCH
+from .planning import TORCH
 from .shards import Shards
-from .spec import DivergenceSpec, LogprobSpec, RowResult, accumulate_dtype, gradient_dtype
+from .spec import DivergenceSpec, LogprobSpec, LossSpec, RowResult, accumulate_dtype, gradient_dtype
 from .stats import TokenStats
 
-Outputs = list[Tensor]  # value, stats, hidden_grad, weight_grad, bias_grad; empty where not asked for
+Outputs = list[Tensor]  # value, stats, hidden_grad, weight_grad, bias_grad; empty if not requested
 NUM_STATS = len(TokenStats._fields)
 
 
@@ -30,27 +34,22 @@ def _backend(name: str, function: str):
     return getattr(importlib.import_module(f".backends.{module}", __package__), function)
 
 
-def _outputs(result: RowResult, weighted: bool, row_weight: Tensor | None) -> Outputs:
+def _outputs(spec: LossSpec, result: RowResult, row_weight: Tensor | None) -> Outputs:
     value, *rest = result
-    if weighted:
+    if spec.weighted:
         value = (value if row_weight is None else value * row_weight.to(value.dtype)).sum()
     return [value, *(value.new_empty(0) if t is None else t for t in rest)]
 
 
-def _formed_now(weighted: bool, hidden: bool, weight: bool, bias: bool) -> dict[str, bool]:
-    """Which gradients the forward pass forms: none if backward must run the op again anyway."""
-    now = weighted or not (weight or bias)
-    return {"hidden_grad": now and hidden, "weight_grad": now and weight, "bias_grad": now and bias}
-
-
-def _fake(rows: Tensor, dtype, weighted: bool, stats: bool, hidden, weight, bias) -> Outputs:
-    acc, n = accumulate_dtype(dtype), rows.shape[0]
+def _fake_outputs(spec: LossSpec, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Outputs:
+    acc, n = accumulate_dtype(spec.compute_dtype), hidden.shape[0]
+    inputs = ((hidden, spec.hidden_grad), (weight, spec.weight_grad), (bias, spec.bias_grad))
     return [
-        rows.new_empty(() if weighted else (n,), dtype=acc),
-        rows.new_empty((NUM_STATS, n), dtype=acc) if stats else rows.new_empty(0, dtype=acc),
+        hidden.new_empty(() if spec.weighted else (n,), dtype=acc),
+        hidden.new_empty((NUM_STATS, n), dtype=acc) if spec.stats else hidden.new_empty(0, dtype=acc),
         *(
-            rows.new_empty(0, dtype=acc) if t is None else torch.empty_like(t, dtype=gradient_dtype(t.dtype))
-            for t in (hidden, weight, bias)
+            torch.empty_like(t, dtype=gradient_dtype(t.dtype)) if formed else hidden.new_empty(0, dtype=acc)
+            for t, formed in inputs
         ),
     ]
 
@@ -66,51 +65,25 @@ def linear_divergence_op(
     mask: Tensor | None,
     row_weight: Tensor | None,
     targets: Tensor | None,
-    backend: str,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    teacher_temperature: float,
-    softcap: float | None,
-    entry_clip: float | None,
-    token_clip: float | None,
-    logits_dtype: torch.dtype,
-    compute_dtype: torch.dtype,
-    chunk_bytes: int | None,
-    group: str | None,
-    stats: bool,
-    weighted: bool,
-    hidden_grad: bool,
-    weight_grad: bool,
-    bias_grad: bool,
+    spec: str,
 ) -> Outputs:
+    options = DivergenceSpec.decode_for_forward(spec)
     if targets is not None:
-        checks.check_targets(targets, mask, Shards(group, student_weight.shape[0], targets.device).vocab)
-    grads = _formed_now(weighted, hidden_grad, weight_grad, bias_grad)
-    spec = DivergenceSpec(
-        divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
-        softcap=softcap, entry_clip=entry_clip, token_clip=token_clip, logits_dtype=logits_dtype,
-        compute_dtype=compute_dtype, chunk_bytes=chunk_bytes, stats=stats, compiled=backend == COMPILED, **grads,
-        group=group,
-    )  # fmt: skip
-    run = _backend(backend, "divergence_rows")
+        checks.check_targets(targets, mask, Shards(options.group, student_weight.shape[0], targets.device).vocab)
+    run = _backend(options.backend, "divergence_rows")
     result = run(
-        spec, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias, mask,
+        options, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias, mask,
         row_weight, targets,
     )  # fmt: skip
-    return _outputs(result, weighted, row_weight)
+    return _outputs(options, result, row_weight)
 
 
 @linear_divergence_op.register_fake
 def _(
     student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, mask, row_weight,
-    targets, backend, divergence, beta, temperature, teacher_temperature, softcap, entry_clip, token_clip,
-    logits_dtype, compute_dtype, chunk_bytes, group, stats, weighted, hidden_grad, weight_grad, bias_grad,
+    targets, spec,
 ):  # fmt: skip
-    grads = _formed_now(weighted, hidden_grad, weight_grad, bias_grad)
-    tensors = (student_hidden, student_weight, student_bias)
-    formed = [t if g else None for t, g in zip(tensors, grads.values(), strict=True)]
-    return _fake(student_hidden, compute_dtype, weighted, stats, *formed)
+    return _fake_outputs(DivergenceSpec.decode_for_forward(spec), student_hidden, student_weight, student_bias)
 
 
 @torch.library.custom_op("atesd_kernels::linear_logprobs", mutates_args=())
@@ -121,37 +94,17 @@ def linear_logprobs_op(
     targets: Tensor,
     mask: Tensor | None,
     row_weight: Tensor | None,
-    backend: str,
-    temperature: float,
-    softcap: float | None,
-    logits_dtype: torch.dtype,
-    compute_dtype: torch.dtype,
-    chunk_bytes: int | None,
-    group: str | None,
-    stats: bool,
-    weighted: bool,
-    hidden_grad: bool,
-    weight_grad: bool,
-    bias_grad: bool,
+    spec: str,
 ) -> Outputs:
-    checks.check_targets(targets, mask, Shards(group, weight.shape[0], targets.device).vocab)
-    grads = _formed_now(weighted, hidden_grad, weight_grad, bias_grad)
-    spec = LogprobSpec(
-        temperature=temperature, softcap=softcap, logits_dtype=logits_dtype, compute_dtype=compute_dtype,
-        chunk_bytes=chunk_bytes, stats=stats, compiled=backend == COMPILED, group=group, **grads,
-    )  # fmt: skip
-    result = _backend(backend, "logprob_rows")(spec, hidden, weight, bias, targets, mask, row_weight)
-    return _outputs(result, weighted, row_weight)
+    options = LogprobSpec.decode_for_forward(spec)
+    checks.check_targets(targets, mask, Shards(options.group, weight.shape[0], targets.device).vocab)
+    run = _backend(options.backend, "logprob_rows")
+    return _outputs(options, run(options, hidden, weight, bias, targets, mask, row_weight), row_weight)
 
 
 @linear_logprobs_op.register_fake
-def _(
-    hidden, weight, bias, targets, mask, row_weight, backend, temperature, softcap, logits_dtype, compute_dtype,
-    chunk_bytes, group, stats, weighted, hidden_grad, weight_grad, bias_grad,
-):  # fmt: skip
-    grads = _formed_now(weighted, hidden_grad, weight_grad, bias_grad)
-    formed = [t if g else None for t, g in zip((hidden, weight, bias), grads.values(), strict=True)]
-    return _fake(hidden, compute_dtype, weighted, stats, *formed)
+def _(hidden, weight, bias, targets, mask, row_weight, spec):
+    return _fake_outputs(LogprobSpec.decode_for_forward(spec), hidden, weight, bias)
 
 
 @torch.library.custom_op("atesd_kernels::exposure_means", mutates_args=())
@@ -163,81 +116,51 @@ def exposure_means_op(
     lengths: Tensor,
     exposed: Tensor,
     mask: Tensor,
-    temperature: float,
-    softcap: float | None,
-    logits_dtype: torch.dtype,
-    compute_dtype: torch.dtype,
+    spec: str,
 ) -> Tensor:
     checks.check_targets(targets, mask, weight.shape[0])
-    spec = LogprobSpec(
-        temperature=temperature, softcap=softcap, logits_dtype=logits_dtype, compute_dtype=compute_dtype,
-        chunk_bytes=None, stats=False, hidden_grad=False, weight_grad=False, bias_grad=False,
-    )  # fmt: skip
     from .backends.triton_exposure import exposure_means
 
-    return exposure_means(spec, hidden, weight, bias, targets, lengths, exposed, mask)
+    return exposure_means(LogprobSpec.decode(spec), hidden, weight, bias, targets, lengths, exposed, mask)
 
 
 @exposure_means_op.register_fake
-def _(hidden, weight, bias, targets, lengths, exposed, mask, temperature, softcap, logits_dtype, compute_dtype):
+def _(hidden, weight, bias, targets, lengths, exposed, mask, spec):
     return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("atesd_kernels::divergence", mutates_args=())
 def divergence_op(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    mask: Tensor | None,
-    targets: Tensor | None,
-    backend: str,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    teacher_temperature: float,
-    softcap: float | None,
-    entry_clip: float | None,
-    token_clip: float | None,
-    chunk_bytes: int | None,
-    stats: bool,
-    logits_grad: bool,
+    student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, targets: Tensor | None, spec: str
 ) -> Outputs:
+    """Divergence of given logits `[N, V]`. `hidden_grad` of spec and outputs refers to the student's logits."""
+    options = DivergenceSpec.decode(spec)
     if targets is not None:
         checks.check_targets(targets, mask, student_logits.shape[1])
-    dtype = student_logits.dtype
-    spec = DivergenceSpec(
-        divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
-        softcap=softcap, entry_clip=entry_clip, token_clip=token_clip, logits_dtype=accumulate_dtype(dtype),
-        compute_dtype=dtype, chunk_bytes=chunk_bytes, stats=stats, compiled=backend == COMPILED,
-        hidden_grad=logits_grad, weight_grad=False, bias_grad=False,
-    )  # fmt: skip
-    run = _backend(backend, "divergence_logits")
-    return _outputs(run(spec, student_logits, teacher_logits, mask, None, targets), False, None)[:3]
+    run = _backend(options.backend, "divergence_logits")
+    return _outputs(options, run(options, student_logits, teacher_logits, mask, None, targets), None)[:3]
 
 
 @divergence_op.register_fake
-def _(
-    student_logits, teacher_logits, mask, targets, backend, divergence, beta, temperature, teacher_temperature,
-    softcap, entry_clip, token_clip, chunk_bytes, stats, logits_grad,
-):  # fmt: skip
-    grad = student_logits if logits_grad else None
-    return _fake(student_logits, student_logits.dtype, False, stats, grad, None, None)[:3]
+def _(student_logits, teacher_logits, mask, targets, spec):
+    return _fake_outputs(DivergenceSpec.decode(spec), student_logits, None, None)[:3]
 
 
 def last_use() -> bool:
-    """Whether the backward pass under way frees its graph: what was saved for it may then be overwritten."""
+    """Whether the current backward pass frees its graph. If so, saved tensors may be overwritten."""
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keeps is not None and not torch.compiler.is_compiling() and not keeps()
 
 
 def times(grad: Tensor, scale: Tensor) -> Tensor:
-    """`grad * scale`, with `scale` one number or one for each row; in the place of `grad` where the graph is freed.
+    """Returns `grad * scale`, in place if the graph is freed. `scale` is a scalar, or `[N, 1]` for rows.
 
-    Batched gradients (functorch's) are one tensor for several backward passes: nothing is overwritten for those.
+    Never overwrites batched gradients (functorch's): one tensor serves several backward passes.
     """
     functorch = torch._C._functorch
     batched = functorch.is_functorch_wrapped_tensor(scale) or functorch.is_legacy_batchedtensor(scale)
     if batched or not last_use():
-        if scale.dim() == 0 and grad.is_cuda:  # a GPU would round a number without dimensions to grad's dtype
+        if scale.dim() == 0 and grad.is_cuda:  # a GPU would round a 0-dim scale to grad's dtype
             return (grad * scale.reshape([1] * grad.dim())).to(grad.dtype)
         return grad * scale
     grad = grad.detach()
@@ -247,24 +170,23 @@ def times(grad: Tensor, scale: Tensor) -> Tensor:
     return grad.mul_(scale)
 
 
-def _register_autograd(op, names: tuple[str, ...], differentiable: tuple[str, ...]) -> None:
-    """Backward of an op whose outputs from the third on are the gradients of the inputs named `differentiable`."""
+def _register_autograd(op, spec_type: type[LossSpec], differentiable: tuple[str, ...]) -> None:
+    """Registers the backward pass of an operator. Its outputs from the third on are the gradients of the inputs named
+    `differentiable`: hidden states, and weight and bias if it has them."""
+    names = [argument.name for argument in op._opoverload._schema.arguments]
     where = {name: names.index(name) for name in names}
-    flags = [names.index(f) for f in names if f.endswith("_grad")]
 
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        weighted = "weighted" in where and inputs[where["weighted"]]
-        asked = [inputs[i] for i in flags]
-        # rows of a trained head: nothing was formed (_formed_now), backward runs the op again
-        ctx.again = any(asked[1:]) and not weighted
-        ctx.asked, ctx.weighted = asked, weighted
+        spec = spec_type.decode(inputs[where["spec"]])
+        ctx.wanted = (spec.hidden_grad, spec.weight_grad, spec.bias_grad)
+        ctx.weighted = spec.weighted
         ctx.dtypes = {n: inputs[where[n]].dtype for n in differentiable if inputs[where[n]] is not None}
-        ctx.options = [None if isinstance(v, Tensor) else v for v in inputs]
-        tensors = {i: v for i, v in enumerate(inputs) if isinstance(v, Tensor)}
-        kept = tensors if ctx.again else {}
+        # spec of the operator's second run, in backward; None if forward computed the gradients
+        ctx.again = replace(spec, weighted=True, stats=False).encode() if spec.runs_again else None
+        kept = {i: v for i, v in enumerate(inputs) if isinstance(v, Tensor)} if spec.runs_again else {}
         ctx.tensor_positions = list(kept)
-        ctx.save_for_backward(*kept.values(), *([] if ctx.again else output[2:]))
+        ctx.save_for_backward(*kept.values(), *([] if spec.runs_again else output[2:]))
 
     def backward(ctx, grads):
         upstream, *others = grads
@@ -276,19 +198,18 @@ def _register_autograd(op, names: tuple[str, ...], differentiable: tuple[str, ..
         result = [None] * len(names)
         if upstream is None:
             return tuple(result)
-        if ctx.again:
-            arguments = list(ctx.options)
+        if ctx.again is not None:
+            arguments = [None] * len(names)
             for position, tensor in zip(ctx.tensor_positions, ctx.saved_tensors, strict=True):
                 arguments[position] = tensor
-            arguments[where["row_weight"]], arguments[where["weighted"]] = upstream.contiguous(), True
-            arguments[where["stats"]] = False
+            arguments[where["row_weight"]], arguments[where["spec"]] = upstream.contiguous(), ctx.again
             formed = op(*arguments)[2:]
         else:
             formed = ctx.saved_tensors
             scale = upstream if ctx.weighted else upstream[:, None]
-        for name, grad, asked in zip(differentiable, formed, ctx.asked, strict=True):
-            if asked:
-                if not ctx.again:
+        for name, grad, wanted in zip(differentiable, formed, ctx.wanted, strict=False):
+            if wanted:
+                if ctx.again is None:
                     grad = times(grad, scale)
                 result[where[name]] = grad.to(ctx.dtypes[name])
         return tuple(result)
@@ -296,12 +217,6 @@ def _register_autograd(op, names: tuple[str, ...], differentiable: tuple[str, ..
     op.register_autograd(backward, setup_context=setup_context)
 
 
-def _names(op) -> tuple[str, ...]:
-    return tuple(argument.name for argument in op._opoverload._schema.arguments)
-
-
-_register_autograd(
-    linear_divergence_op, _names(linear_divergence_op), ("student_hidden", "student_weight", "student_bias")
-)
-_register_autograd(linear_logprobs_op, _names(linear_logprobs_op), ("hidden", "weight", "bias"))
-_register_autograd(divergence_op, _names(divergence_op), ("student_logits",))
+_register_autograd(linear_divergence_op, DivergenceSpec, ("student_hidden", "student_weight", "student_bias"))
+_register_autograd(linear_logprobs_op, LogprobSpec, ("hidden", "weight", "bias"))
+_register_autograd(divergence_op, DivergenceSpec, ("student_logits",))

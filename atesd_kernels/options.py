@@ -1,7 +1,7 @@
-"""The keyword options of the public losses, for type checkers: `losses.py` documents them.
+"""Keyword options of the public losses, for type checkers. `losses.py` documents them.
 
-Separate because nobody imports them at run time: `return_stats` changes what a loss returns, and saying so takes
-each option's type a second time.
+The overloads of a loss need each option's type a second time, because `return_stats` changes the return type. Nothing
+imports this file at run time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Byte budget -> chunk shape; which backend runs where.
+"""Plans chunk shapes for a byte budget, and chooses the backend for a device.
 
-The chunk of logits is the only vocabulary-sized temporary of an op. How large it gets is a budget in bytes
-(`chunk_bytes`), never a function of the number of tokens.
+The chunk of logits is the only vocabulary-sized temporary of an operator. A byte budget (`chunk_bytes`) bounds it for
+any number of tokens.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ COMPILED = "torch_compiled"
 TORCH = ("torch", COMPILED)
 BACKENDS = ("torch", COMPILED, "triton")
 
-# Asked once, here: torch 2.11's Dynamo cannot trace find_spec, and users compile functions that ask. Finding triton
-# does not import it.
+# Evaluated once, at import: torch 2.11's Dynamo cannot trace find_spec, and users compile functions that need it.
+# find_spec does not import triton.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 NO_TRITON = "triton is not installed (pip install triton)"
 
-# Our choice. CPU: rows enough for the GEMMs to run at full speed (bench/chunk_size.py), at 5 % of the memory of dense
-# logits at N = 2048, V = 49,152. GPU: 1,024 rows of a 152k vocabulary in fp32 S and bf16 D take 0.9 GiB; backend
-# "triton" counts in rows (gpu_chunk_bytes).
+# Our choice. CPU: enough rows for the GEMMs to run at full speed (bench/chunk_size.py), with 5 % of the memory of dense
+# logits at N = 2048, V = 49,152. GPU: 1,024 rows of a 152k vocabulary in fp32 S and bf16 D take 0.9 GiB. Backend
+# "triton" has a budget in rows (gpu_chunk_bytes).
 DEFAULT_CHUNK_BYTES = {"cpu": 128 * MIB, "cuda": 1024 * MIB}
 
-# CPU only. A block of the vocabulary is one GEMM; a tile, a few rows of a block, is what the elementwise passes work
-# on while it lies in the processor's cache.
+# CPU only. One GEMM computes a block of the vocabulary. The elementwise passes process tiles: a few rows of a block,
+# which fit the processor's cache.
 CPU_BLOCK_COLUMNS = 4096
 CPU_TILE_ROWS = 128
-GPU_BLOCK_COLUMNS = 16_384  # backend "torch" on a GPU: bounds what the eager passes leave between their kernels
+GPU_BLOCK_COLUMNS = 16_384  # backend "torch" on a GPU: bounds the temporaries of the eager passes
 
 
 def default_chunk_bytes(device: torch.device) -> int:
@@ -41,7 +41,7 @@ def default_chunk_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """How the torch backend walks over `[rows, vocab]`."""
+    """Sizes of the torch backend's chunks, blocks and tiles of `[rows, vocab]`."""
 
     rows: int  # rows of a chunk
     columns: int  # vocabulary entries of a block
@@ -57,15 +57,15 @@ class ChunkPlan:
         block_bytes: int = 0,
         whole_blocks: bool = False,
     ) -> ChunkPlan:
-        """Rows for a budget of `bytes_per_logit` for the whole vocabulary and `block_bytes` for the entries of a block.
+        """Returns a plan within `chunk_bytes`. A row costs `bytes_per_logit` per entry, and `block_bytes` in one block.
 
-        `whole_blocks` makes a tile of a block: compiled passes keep their own intermediate values in registers.
+        `whole_blocks` makes each block one tile: compiled passes keep intermediate values in registers.
         """
         budget = chunk_bytes or default_chunk_bytes(device)
         columns = min(vocab, CPU_BLOCK_COLUMNS if device.type == "cpu" else GPU_BLOCK_COLUMNS if block_bytes else vocab)
         rows = max(1, min(num_rows, budget // (bytes_per_logit * vocab + block_bytes * columns)))
         if num_rows:
-            # equal chunks: a last chunk of three rows would run its GEMMs at a tenth of the speed
+            # equal chunks: the GEMMs of a last chunk of three rows would run at a tenth of the speed
             most, rows = rows, -(-num_rows // -(-num_rows // rows))
             if device.type != "cpu" and rows < num_rows:
                 rows = aligned_rows(rows, most, num_rows)
@@ -82,9 +82,9 @@ class ChunkPlan:
 
 
 def aligned_rows(rows: int, most: int, num_rows: int) -> int:
-    """`rows` of a GPU's chunk, rounded to what its GEMM works on (128), or at least to what keeps the alignment of
-    per-row tensors (16): Triton compiles a kernel anew for each alignment. Unrounded if there is no room for either, or
-    if that left a last chunk of less than a quarter of the others' rows."""
+    """Returns a GPU chunk's `rows`, rounded to a multiple of 128 (the GEMM's tile), else of 16: that keeps per-row
+    tensors aligned, and Triton recompiles a kernel for each alignment. Unrounded if neither fits into `most`, or if the
+    last chunk would have less than a quarter of the others' rows."""
     for unit, least in ((128, 512), (16, 16)):
         for rounded in (-(-rows // unit) * unit, rows // unit * unit):
             last = num_rows % rounded if rounded else 0
@@ -94,42 +94,42 @@ def aligned_rows(rows: int, most: int, num_rows: int) -> int:
 
 
 def chunk_plan(spec, source, num_rows: int, buffers: int) -> ChunkPlan:
-    """The torch backend's plan: `buffers` of the chunk's size, and what the passes over a block need beside them."""
+    """Returns the torch backend's plan for `buffers` of the chunk's size and the temporaries of the block passes."""
     itemsize = source.dtype.itemsize
     plan = ChunkPlan.make(
         num_rows, source.vocab, buffers * itemsize, source.device, spec.chunk_bytes, 4 * itemsize, spec.compiled
     )
-    return replace(plan, rows=source.shards.least(plan.rows, source.device))
+    return replace(plan, rows=source.shards.all_reduce_min(plan.rows, source.device))
 
 
 def gpu_chunk_bytes(num_rows: int, vocab: int, bytes_per_logit: int, trained_head: bool, memory: int | None) -> int:
-    """The default budget of backend "triton": chunks of at least 1,024 rows, 4,096 with a trained head (each chunk
-    reads and writes its gradient once), and fewer than twice that, where that is an eighth of the GPU's memory or less.
+    """Returns backend "triton"'s default budget: 1,024 to 2,047 rows, within an eighth of the GPU's memory (or 1 GiB if
+    that is more). A trained head takes 4,096 to 8,191 rows: each chunk reads and writes its gradient once.
 
-    `memory` is `gpu_memory`'s, or that of a GPU planned for; None gives the CPU's budget.
+    `memory` is in bytes: `gpu_memory()`, or that of a GPU to plan for. None gives the CPU's budget.
     """
     if memory is None:
         return DEFAULT_CHUNK_BYTES["cpu"]
     chunks = max(1, num_rows // (4096 if trained_head else 1024))
-    rows = -(-num_rows // chunks // 128) * 128  # whole tiles of the GEMM
+    rows = -(-num_rows // chunks // 128) * 128  # a multiple of the GEMM's tile
     return min(rows * vocab * bytes_per_logit, max(memory // 8, DEFAULT_CHUNK_BYTES["cuda"]))
 
 
 def gpu_memory(device: torch.device) -> int | None:
-    """Bytes; None where there is no GPU."""
+    """Returns the memory of the GPU in bytes; None without a GPU."""
     if device.type == "cpu" or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_properties(device).total_memory
 
 
 def unavailable(backend: str, device: torch.device) -> str | None:
-    """Why `backend` cannot run on `device`, or None if it can."""
+    """Returns why `backend` cannot run on `device`, or None if it can."""
     if backend == "torch":
         return None
     if backend == COMPILED:
         if device.type != "cpu":
             return None if HAS_TRITON else NO_TRITON
-        # a caller that is being compiled has a compiler, and the search for one cannot be traced
+        # torch.compile cannot trace the search for a compiler; while it runs, there is one
         return None if torch.compiler.is_compiling() else _no_compiler()
     if not HAS_TRITON:
         return NO_TRITON
@@ -140,7 +140,7 @@ def unavailable(backend: str, device: torch.device) -> str | None:
 
 @cache
 def _no_compiler() -> str | None:
-    """Why Inductor cannot compile for the CPU, or None if it can."""
+    """Returns why Inductor cannot compile for the CPU, or None if it can."""
     from torch._inductor import config, cpp_builder, exc
 
     try:
@@ -151,10 +151,10 @@ def _no_compiler() -> str | None:
 
 
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, has_triton_twin: bool) -> str:
-    """Resolve `"auto"`, or check an explicit choice.
+    """Returns the backend to use: resolves `"auto"`, or checks an explicit choice.
 
     Raises:
-        ValueError: unknown backend, or one that cannot run this, with the reason.
+        ValueError: if the backend is unknown or cannot run this call; the message gives the reason.
     """
     if backend == "auto":
         fits = device.type == "cuda" and dtype != torch.float64 and has_triton_twin
@@ -170,7 +170,7 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, has_t
     if reason is None and backend not in TORCH and dtype == torch.float64:
         reason = "it has no float64 path; use backend='torch'"
     if reason is None and backend not in TORCH and not has_triton_twin:
-        reason = "this divergence has no Triton twin (DivergenceTerm.triton); use backend='torch'"
+        reason = "this divergence has no Triton function (DivergenceTerm.triton); use backend='torch'"
     if reason is not None:
         raise ValueError(f"backend {backend!r} is not available: {reason}.")
     return backend

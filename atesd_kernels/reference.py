@@ -1,7 +1,7 @@
-"""The dense float64 oracle: slow, obvious, the meaning of every op.
+"""Dense float64 oracle: a slow, simple definition of every operator. Tests compare every backend against it.
 
-It holds whole `[tokens, vocab]` tensors and takes its gradients from torch autograd, so it shares with the backends
-nothing but each divergence's definition, and not its hand-written derivative. Tests compare everything against it.
+It materialises `[tokens, vocab]` tensors and gets gradients from torch autograd. It shares with the backends only each
+divergence's definition, not the hand-written derivative.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .stats import TokenStats
 
 
 def logits(hidden, weight, bias=None, softcap=None, temperature=1.0) -> Tensor:
-    """`softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature` in float64: `[..., V]`."""
+    """Returns `softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature` in float64, `[..., V]`."""
     z = hidden.double() @ weight.double().T
     if bias is not None:
         z = z + bias.double()
@@ -36,7 +36,7 @@ def token_divergence(
     entry_clip: float | None = None,
     token_clip: float | None = None,
 ) -> Tensor:
-    """Divergence of each token from float64 logits `s`, `t` of shape `[..., V]`: `[...]`."""
+    """Returns the divergence of each token, `[...]`, from float64 logits `s`, `t` `[..., V]`."""
     term = get_divergence(divergence, beta).term
     log_q, log_p = log_softmax_pair(s, t)
     entries = term(log_p, log_q, beta)[0]
@@ -49,14 +49,14 @@ def token_divergence(
 
 
 def log_softmax_pair(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-softmax of both; entries at -inf on both sides get a finite value whose exponential is exactly zero."""
+    """Returns both log-softmaxes, `[..., V]`. Entries at -inf in both get a finite value with exponential exactly 0."""
     absent = torch.isneginf(s) & torch.isneginf(t)
     s, t = (z.masked_fill(absent, -1e4) for z in (s, t))
     return s.log_softmax(-1), t.log_softmax(-1)
 
 
 def reduce(tokens: Tensor, mask=None, token_weight=None, reduction="mean", num_tokens=None) -> Tensor:
-    """What the ops do with per-token values: masked tokens are exactly zero, the mean is over counted tokens."""
+    """Reduces per-token values as the losses do: masked tokens are exactly 0; the mean is over unmasked tokens."""
     if mask is not None:
         tokens = torch.where(mask.bool(), tokens, 0.0)
     if token_weight is not None:
@@ -86,7 +86,7 @@ def linear_divergence(
     num_tokens=None,
     **divergence_options,
 ) -> Tensor:
-    """`atesd_kernels.linear_divergence`, dense and in float64. The teacher gets no gradient."""
+    """Dense float64 version of `atesd_kernels.linear_divergence`. The teacher gets no gradient."""
     shared = teacher_weight is None
     teacher_weight = student_weight if shared else teacher_weight
     teacher_bias = student_bias if shared and teacher_bias is None else teacher_bias
@@ -97,13 +97,13 @@ def linear_divergence(
 
 
 def linear_logprobs(hidden, weight, targets, *, temperature=1.0, bias=None, softcap=None, mask=None) -> Tensor:
-    """`atesd_kernels.linear_logprobs`, dense and in float64."""
+    """Dense float64 version of `atesd_kernels.linear_logprobs`."""
     log_q = logits(hidden, weight, bias, softcap, temperature).log_softmax(-1)
     return reduce(log_q.gather(-1, targets.long().clamp_min(0).unsqueeze(-1)).squeeze(-1), mask, reduction="none")
 
 
 def token_stats(s: Tensor, t: Tensor, targets=None, *, divergence="forward_kl", beta=0.5) -> TokenStats:
-    """`TokenStats` of float64 logits `[..., V]`."""
+    """Returns `TokenStats` of float64 logits `[..., V]`."""
     log_q, log_p = log_softmax_pair(s, t)
 
     def at_target(log_probs):

@@ -1,8 +1,8 @@
-"""A head whose vocabulary is sharded over the ranks of a process group: what the ranks tell each other.
+"""Collectives for a head whose vocabulary is sharded over the ranks of a process group.
 
-Each rank holds some rows of the head, in the order of ranks, and the same hidden states. A sweep over its share leaves
-a few numbers a row (normalisers, sums, the largest logit): those are exchanged, logits never are. Without a group every
-method gives back what it was given, so that the sweeps are written once.
+Each rank has a block of the head's rows, in rank order, and the same hidden states. A sweep over a shard gives a few
+numbers per row (normalisers, sums, the largest logit). Ranks exchange these numbers, never logits. Without a group
+every method returns its input, so the sweeps need no second version.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-SAMPLE = 16  # values of a row that are compared over ranks
+SAMPLE = 16  # values of a row to compare across ranks
 
 
 class Shards:
-    """This rank's share of the vocabulary.
+    """This rank's shard of the vocabulary, and the collectives over all shards.
 
     Args:
-        group: name of the process group; None for a head that is whole.
-        vocab: entries of this rank's share.
-        device: where the tensors are.
+        group: name of the process group; None for a head that is not sharded.
+        vocab: number of entries in this rank's shard.
+        device: device of the tensors.
 
     Attributes:
-        start: the first entry of this rank's share.
-        vocab: entries of all shares together.
+        start: first entry of this rank's shard.
+        vocab: number of entries in all shards.
 
     Raises:
-        ValueError: a rank has no row.
+        ValueError: if a rank has no rows.
     """
 
     def __init__(self, group: str | None, vocab: int, device: torch.device):
@@ -39,17 +39,17 @@ class Shards:
         if group is not None:
             self.group = torch.distributed.distributed_c10d._resolve_process_group(group)
             sizes = [int(size) for size in self._gather(torch.tensor(vocab, device=device))]
-            if not all(sizes):  # said on every rank: one that went on alone would wait for the others
-                raise ValueError(f"each rank needs a row of the head, but the ranks of group= hold {sizes} rows.")
+            if not all(sizes):  # raised on every rank: a single rank that continues would hang
+                raise ValueError(f"each rank needs at least one row of the head; the ranks of group= have {sizes}.")
             self.start, self.vocab = sum(sizes[: self.group.rank()]), sum(sizes)
 
     def require_same(self, hidden: Tensor) -> None:
-        """Refuse, on every rank, hidden states `[N, H]` that are not those of the other ranks: a sample is compared.
+        """Checks, by a sample, that all ranks have the same hidden states `[N, H]`.
 
-        A head that FSDP2 has sharded looks the same, but its ranks hold different data.
+        This catches a head sharded by FSDP2, whose ranks process different data.
 
         Raises:
-            ValueError: another number of rows, or other values.
+            ValueError: on every rank, if the number of rows or the sampled values differ.
         """
         if self.group is None:
             return
@@ -58,13 +58,13 @@ class Shards:
         mine[0] = len(hidden)
         ranks = torch.stack(self._gather(mine))
         rows, values = ranks[:, 0], ranks[:, 1:]
-        # models that are run redundantly may differ by rounding, and NaN does not differ from NaN
+        # replicas of a model may differ by rounding; NaN counts as equal to NaN
         apart = (values - values[0]).abs() > 0.05 * values.abs().amax()
         if bool((rows != rows[0]).any() | apart.any()):
             raise ValueError(
-                "over a head sharded by its vocabulary every rank passes the same hidden states, but those of the "
-                f"ranks of group= differ ({[int(n) for n in rows]} rows). Where ranks hold different data (FSDP2), "
-                "pass the whole head: weight.full_tensor()."
+                "a head sharded by its vocabulary needs the same hidden states on every rank, but those of the ranks "
+                f"of group= differ ({[int(n) for n in rows]} rows). If ranks process different data (FSDP2), pass the "
+                "full head: weight.full_tensor()."
             )
 
     def _gather(self, value: Tensor) -> list[Tensor]:
@@ -77,17 +77,17 @@ class Shards:
         return value
 
     def sum(self, *vectors: Tensor) -> list[Tensor]:
-        """Each vector, summed over ranks."""
+        """Returns each vector `[R]`, summed over ranks (one all-reduce)."""
         if self.group is None:
             return list(vectors)
         return list(self._reduce(torch.stack(vectors), torch.distributed.ReduceOp.SUM))
 
     def logsumexp(self, vector: Tensor) -> Tensor:
-        """The normaliser over the whole vocabulary from that over each share."""
+        """Returns the normaliser over the full vocabulary, `[R]`, from that over each shard."""
         return vector if self.group is None else torch.stack(self._gather(vector)).logsumexp(0)
 
-    def at_largest(self, height: Tensor, *vectors: Tensor) -> list[Tensor]:
-        """Row by row, the largest `height` over ranks and what `vectors` are on the rank that has it (the first)."""
+    def select_at_global_argmax(self, height: Tensor, *vectors: Tensor) -> list[Tensor]:
+        """Returns the largest `height` over ranks and the `vectors` of the first rank that has it, for each row."""
         if self.group is None:
             return [height, *vectors]
         parts = torch.stack(self._gather(torch.stack([height, *(v.to(height.dtype) for v in vectors)])))
@@ -95,35 +95,35 @@ class Shards:
         found = parts.gather(0, best.expand(1, parts.shape[1], -1))[0]
         return [found[0], *(f.to(v.dtype) for f, v in zip(found[1:], vectors, strict=True))]
 
-    def of_first(self, vector: Tensor) -> Tensor:
-        """The first rank's vector."""
+    def broadcast_from_first(self, vector: Tensor) -> Tensor:
+        """Broadcasts the first rank's vector and returns it."""
         if self.group is not None:
             vector = vector.contiguous()
             torch.distributed.broadcast(vector, group=self.group, group_src=0)
         return vector
 
     def all(self, condition: bool, device: torch.device) -> bool:
-        """Whether it holds on every rank: all of them go the same way."""
-        return condition if self.group is None else bool(self.least(int(condition), device))
+        """Returns whether the condition is true on every rank, so that all ranks take the same branch."""
+        return condition if self.group is None else bool(self.all_reduce_min(int(condition), device))
 
-    def least(self, number: int, device: torch.device) -> int:
+    def all_reduce_min(self, number: int, device: torch.device) -> int:
         if self.group is None:
             return number
         return int(self._reduce(torch.tensor(number, device=device), torch.distributed.ReduceOp.MIN))
 
 
 def backend_for(group: ProcessGroup | None, backend: str) -> str:
-    """The backend that knows of shards, where the caller leaves the choice open."""
+    """Resolves "auto" to "torch", the backend that supports shards, if there is a group. Else returns `backend`."""
     return "torch" if group is not None and backend == "auto" else backend
 
 
 def shard_of(name: str, head: Tensor | None, group: ProcessGroup | None) -> tuple[Any, ProcessGroup | None]:
-    """A head, or its bias, as this rank holds it, and the group over which its rows are sharded.
+    """Returns `(local shard, group)` of a head `[V, H]` or its bias `[V]`: the process group that shards its rows.
 
-    A `DTensor` names its own group; its gradient comes back as a DTensor.
+    A `DTensor` supplies its own group. Its gradient is again a DTensor.
 
     Raises:
-        ValueError: a DTensor that is sharded otherwise than by its rows, or over another group than `group`.
+        ValueError: if a DTensor is not sharded by its rows, or is sharded over another group than `group`.
     """
     if not is_dtensor(head):
         return head, group
@@ -133,33 +133,31 @@ def shard_of(name: str, head: Tensor | None, group: ProcessGroup | None) -> tupl
     sharded = [axis for axis, placement in enumerate(placements) if placement != Replicate()]
     if len(sharded) > 1 or any(placements[axis] != Shard(0) for axis in sharded):
         raise ValueError(
-            f"{name} is a DTensor with placements {placements}; a head may be sharded by its rows (Shard(0)) over one "
-            "mesh dimension. Redistribute it, or pass full_tensor()."
+            f"{name} is a DTensor with placements {placements}; a head may only be sharded by its rows (Shard(0)), "
+            "over one mesh dimension. Redistribute it, or pass full_tensor()."
         )
     own = mesh.get_group(sharded[0]) if sharded else None
     if group is not None and own is not None and own.group_name != group.group_name:
-        raise ValueError(
-            f"group= is {group.group_name!r}, but {name} is sharded over {own.group_name!r}; leave it out."
-        )
+        raise ValueError(f"group= is {group.group_name!r}, but {name} is sharded over {own.group_name!r}; omit group=.")
     return head.to_local(), own or group
 
 
 def whole(name: str, hidden: Tensor) -> Tensor:
-    """Hidden states as a plain tensor, of which every rank holds all.
+    """Returns hidden states as a plain tensor that is the same on every rank.
 
     Raises:
-        ValueError: a DTensor that is not replicated.
+        ValueError: if a DTensor is not replicated.
     """
     if not is_dtensor(hidden):
         return hidden
     if not all(placement.is_replicate() for placement in hidden.placements):
         raise ValueError(
-            f"{name} is a DTensor with placements {hidden.placements}; every rank needs all of it: redistribute it to "
-            "Replicate() first."
+            f"{name} is a DTensor with placements {hidden.placements}, but every rank needs all of it; redistribute it "
+            "to Replicate() first."
         )
     return hidden.to_local()
 
 
 def is_dtensor(tensor: Any) -> bool:
-    # torch.distributed.tensor takes half a second to import: whoever holds a DTensor has imported it
+    # avoids importing torch.distributed.tensor, which takes half a second
     return type(tensor).__name__ == "DTensor" and hasattr(tensor, "device_mesh")

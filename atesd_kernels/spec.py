@@ -1,43 +1,93 @@
-"""What every backend is asked, and what it answers: the seam between the public losses and the backends.
+"""Inputs and outputs of a backend: `LossSpec`, a record of options, and `RowResult`, a record of tensors.
 
-A backend sees flat rows (`[N, H]`), validated input, and these two records. It never sees reductions or autograd.
+A backend gets flat rows (`[N, H]`), validated inputs and a `LossSpec`. Reductions and autograd are in `ops.py`. Its
+operators take plain values only, so they pass a spec as one string.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import ast
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .divergences import DivergenceTerm, term_of_key
+from .planning import COMPILED
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSpec:
-    """The options that both ops have."""
+    """Options common to all losses.
 
+    `encode` and `decode` convert to a string and back without loss: Python's `repr` of a float is exact.
+    """
+
+    backend: str
     temperature: float
     softcap: float | None
     logits_dtype: torch.dtype
     compute_dtype: torch.dtype  # of the GEMM operands: the inputs', or autocast's
     chunk_bytes: int | None
     stats: bool
-    hidden_grad: bool
-    weight_grad: bool
-    bias_grad: bool
-    compiled: bool = False  # backend "torch": the elementwise passes through Inductor
+    hidden_grad: bool = False  # gradients that the caller needs; in a backend, those it must compute
+    weight_grad: bool = False
+    bias_grad: bool = False
+    weighted: bool = False  # the operator returns the sum over rows times row_weight, not each row's value
     group: str | None = None  # backend "torch": the process group over which the head's rows are sharded
 
     @property
     def any_grad(self) -> bool:
         return self.hidden_grad or self.weight_grad or self.bias_grad
 
+    @property
+    def compiled(self) -> bool:
+        """Whether Inductor compiles the elementwise passes of backend "torch"."""
+        return self.backend == COMPILED
+
+    @property
+    def runs_again(self) -> bool:
+        """Whether backward runs the operator again: a trained head sums over rows with different upstream gradients."""
+        return not self.weighted and (self.weight_grad or self.bias_grad)
+
+    def encode(self) -> str:
+        return "{" + ", ".join([f"{f.name!r}: {_literal(getattr(self, f.name))}" for f in fields(self)]) + "}"
+
+    @classmethod
+    @lru_cache(maxsize=1024)
+    def decode(cls, text: str) -> Self:
+        options: dict[str, Any] = ast.literal_eval(text)
+        for name in ("logits_dtype", "compute_dtype"):
+            options[name] = getattr(torch, options[name].removeprefix("torch."))
+        return cls(**options)
+
+    @classmethod
+    @lru_cache(maxsize=1024)
+    def decode_for_forward(cls, text: str) -> Self:
+        """As `decode`, without the gradients that backward computes."""
+        spec = cls.decode(text)
+        return replace(spec, hidden_grad=False, weight_grad=False, bias_grad=False) if spec.runs_again else spec
+
+
+def _literal(value: Any) -> str:
+    """Returns a Python literal. torch.compile can format constants only, so this specialises symbolic numbers."""
+    if isinstance(value, torch.dtype):
+        return f"'{value}'"
+    if isinstance(value, (int, float)) and torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+        value = guard_scalar(value)
+    return f"{value!r}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DivergenceSpec(LossSpec):
-    """The options of one divergence call."""
+    """Options of one divergence call."""
 
     divergence: str  # the term's key
     beta: float
@@ -49,30 +99,27 @@ class DivergenceSpec(LossSpec):
     def term(self) -> DivergenceTerm:
         return term_of_key(self.divergence)
 
-    @property
-    def clipped(self) -> bool:
-        return self.entry_clip is not None
-
 
 class LogprobSpec(LossSpec):
-    """The options of one `linear_logprobs` call."""
+    """Options of one `linear_logprobs` call."""
 
 
 class RowResult(NamedTuple):
-    """A backend's answer for `N` rows. Gradients are those of `sum_i row_weight[i] * value[i]` (weight 1 if None)."""
+    """Result of a backend for `N` rows. Gradients are of `sum_i row_weight[i] * value[i]` (None: weight 1)."""
 
     value: Tensor  # [N] divergence after clips, or log-probability; 0 in masked rows
     stats: Tensor | None  # [len(TokenStats), N], in TokenStats' order
-    hidden_grad: Tensor | None  # [N, H], in gradient_dtype of the input's, as the others
+    hidden_grad: Tensor | None  # [N, H]; each gradient has the gradient_dtype of its input
     weight_grad: Tensor | None  # [V, H]
     bias_grad: Tensor | None  # [V]
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for everything but float64."""
+    """Returns the dtype of accumulators: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In what a gradient waits for its upstream factor: a loss scaler's would come too late for an fp16 underflow."""
+    """Dtype in which gradients are stored between forward and backward. fp32 for fp16 inputs: a loss scaler multiplies
+    too late to undo an underflow."""
     return torch.float32 if dtype == torch.float16 else dtype

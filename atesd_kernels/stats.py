@@ -1,4 +1,4 @@
-"""What the losses report about each token, from the sweeps they make anyway."""
+"""Per-token statistics of the losses. They come from the loss's own sweeps."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from torch import Tensor
 
 
 class TokenStats(NamedTuple):
-    """Per-token statistics, without gradient, each of the shape of the batch's leading dimensions; 0 where masked.
+    """Per-token statistics, without gradient. Each has the batch's leading dimensions; 0 where masked.
 
-    Floating fields are fp32 (fp64 for fp64 inputs), entropies and log-probabilities in nats, all of the
-    temperature-scaled distributions the loss compares.
+    Floating fields are fp32 (fp64 for fp64 inputs). Entropies and log-probabilities are in nats. All refer to the
+    temperature-scaled distributions that the loss compares.
     """
 
     divergence: Tensor
     """The divergence before any clip."""
     student_entropy: Tensor
     teacher_entropy: Tensor | None
-    """None where there is no teacher (`linear_logprobs`)."""
+    """None without a teacher (`linear_logprobs`)."""
     student_logprob: Tensor | None
-    """Log-probability of `targets` under the student; None if no targets were given."""
+    """Log-probability of `targets` under the student; None without targets."""
     teacher_logprob: Tensor | None
     student_top1_prob: Tensor
-    """The student's largest probability: its confidence."""
+    """The student's confidence: its largest probability."""
     top1_agree: Tensor | None
-    """bool: whether both models' most likely token is the same."""
+    """bool: whether both models have the same most likely token."""

@@ -55,13 +55,13 @@ def run_one(run: str, flags: list[str], work: Path) -> Path:
         (run_dir / METRICS).unlink(missing_ok=True)
         config = load_config("quickstart", [*METHODS[method], *own, *flags])
     start_file = work / f"start-{seed}.json"  # no method has done anything yet: both start from the same numbers
-    with closing(Trainer(Run.build(config))) as trainer:
+    with closing(Run.build(config)) as built:
         if not start_file.exists():
             run_dir.mkdir(parents=True, exist_ok=True)
-            start = [asdict(m) for m in measure(trainer, trainer.run.data.problems.eval, 1.0)]
+            start = [asdict(m) for m in measure(built, built.data.problems.eval, 1.0)]
             start_file.write_text(json.dumps(start), encoding="utf-8")
-        trainer.train()
-        end = [asdict(m) for m in measure(trainer, trainer.run.data.problems.eval, 1.0)]
+        Trainer(built).train()
+        end = [asdict(m) for m in measure(built, built.data.problems.eval, 1.0)]
     rows = [{name: row[name] for name in KEPT if name in row} for row in read_jsonl(run_dir / METRICS)]
     shares = [row["seconds_policy"] / row["seconds_step"] for row in rows if "seconds_policy" in row]
     return save(

@@ -27,8 +27,8 @@ def plot(result: dict, path: Path, source: str) -> None:
         Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2])))
         for picture in (
             plots.exposure_plot(rows),
-            plots.line_plot(rows, {"mismatch": "mismatch"}, "mismatch, nats a token"),
-            plots.line_plot(rows, {"probe_nll": "probe NLL"}, "probe NLL, nats a token"),
+            plots.line_plot(rows, {"mismatch": "mismatch"}, "mismatch, nats per token"),
+            plots.line_plot(rows, {"probe_nll": "probe NLL"}, "probe NLL, nats per token"),
         )
     )
     width = max(exposure.width, mismatch.width + GAP + probe.width)

@@ -16,6 +16,7 @@ import yaml
 
 from atesd import cli
 from atesd.config import doors
+from atesd.exposure.policies import make_policy
 from atesd.rollout import make_engine
 from atesd_kernels import DivergenceTerm, divergences, linear_divergence
 
@@ -40,6 +41,16 @@ def silent():
     return Silent()
 
 
+def by_position(hold_window, /):
+    return Silent()
+
+
+def imports_later():
+    import my_policy
+
+    return my_policy.Alternating(hold_window=1)
+
+
 def needs_size(config, model, tokenizer, processes, size):
     return None
 
@@ -58,9 +69,8 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(divergences, "_REGISTRY", dict(divergences._REGISTRY))
     monkeypatch.chdir(tmp_path)
-    before = list(sys.path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(Path.cwd()))])
     yield tmp_path
-    assert sys.path == before
     for name in modules:
         sys.modules.pop(name, None)
 
@@ -116,6 +126,15 @@ def test_the_examples_train_by_the_command_beside_them_and_resume(train, folder,
     assert (last["step"], last["alpha"]) == (3, 1.0)
 
 
+def test_the_engine_writes_the_answers_of_an_evaluation(folder, tiny_model_path):
+    (folder / "data.jsonl").write_text('{"problem": "What is 1 + 1?", "answer": "2"}\n', encoding="utf-8")
+    flags = ["--model", str(tiny_model_path), "--data", "data.jsonl", "--k", "2", "--max_new_tokens", "8"]
+    flags += ["--output_dir", "evaluation", "--rollout_engine", "my_engine:Parrot"]
+    assert cli.main(["eval", *flags, "--rollout_kwargs", '{"repeats": 3}']) == 0
+    lines = (folder / "evaluation" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["num_tokens"] for line in lines] == [3, 3]
+
+
 def test_the_triton_twin_computes_what_the_torch_term_does(folder):
     term = doors.load_divergence("my_divergence:TERM")
     torch.manual_seed(0)
@@ -150,6 +169,8 @@ def test_the_triton_twin_computes_what_the_torch_term_does(folder):
         ("--exposure_policy extra:Silent", "lacks alphas, observe, finish, state_dict, load_state_dict: a run calls"),
         ('--exposure_kwargs {"low":1}', "names 'low', which exposure_policy 'atesd' does not take: it takes none"),
         ("--exposure_kwargs [1]", "exposure_kwargs is '\\[1\\]'; it must be a JSON object"),
+        ("--exposure_policy extra:by_position", "which takes hold_window by position only: a run passes every arg"),
+        ("--exposure_policy extra:number.size", "has no 'number.size': correct the name"),
         ("--rollout_engine sglang", "rollout_engine is 'sglang'; it must be one of hf, vllm, vllm_server, or module"),
         ("--rollout_engine extra:needs_size", "'extra:needs_size' needs 'size': give it in rollout_kwargs"),
         ("--rollout_engine extra:deaf", "does not take config, model, tokenizer, processes, by position"),
@@ -183,6 +204,12 @@ def test_an_argument_that_a_policy_does_not_take_or_the_run_passes_is_refused(re
 )
 def test_an_argument_that_an_engine_does_not_take_or_the_run_passes_is_refused(refused, kwargs, told):
     assert told in refused("--rollout_engine", "my_engine:Parrot", "--rollout_kwargs", json.dumps(kwargs))
+
+
+def test_code_of_the_working_directory_may_import_its_neighbours_when_it_is_called(folder):
+    assert str(folder) not in sys.path
+    assert make_policy("extra:imports_later").alpha(1) == 0.0
+    assert sys.path.count(str(folder)) == 1
 
 
 def test_an_unknown_engine_is_no_longer_hf(tiny_config):

@@ -1,26 +1,24 @@
 """What a configuration may not say: each refusal names the field, the value seen and what to do instead.
 
-Nothing here loads a model, a dataset or torch. Code of the user's, named as `module:object`, is imported here and may.
+options.py checks each field alone; this file checks what several say together. Nothing here loads a model, a dataset or
+torch. Code of the user's, named as `module:object`, is imported here and may.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
-import math
 from collections.abc import Collection
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from atesd.config import doors
 from atesd.config.fields import MAY_CHANGE, RolloutFields, Settings
+from atesd.config.options import check_fields, parse_json
 from atesd.errors import ConfigError, suggest
 
 SPECIAL_MODEL = "smollm2-135m-instruct"
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab", "trackio")
-JSON_OBJECT = 'a JSON object like {"key": true}'
 LEARNED_POLICIES = ("atesd", "one_step")
 # the module that attn_implementation needs, and how to get it
 FLASH_PACKAGES = {
@@ -33,32 +31,11 @@ FLASH_PACKAGES = {
         "FlashAttention-3, which is built from the folder hopper of https://github.com/Dao-AILab/flash-attention",
     ),
 }
-AT_LEAST_ONE = (
-    "lora_r lora_alpha max_prompt_length num_generations max_completion_length hold_window lookahead policy_batch_size "
-    "policy_hidden_size probe_every max_steps per_device_train_batch_size gradient_accumulation_steps "
-    "max_nonfinite_steps logging_steps save_steps save_total_limit eval_k"
-).split()
-AT_LEAST_ZERO = (
-    "num_probe_problems num_eval_problems rollout_retries top_k warmup_steps weight_decay lambda_gt entropy_coef seed "
-    "eval_steps"
-).split()
-POSITIVE = (
-    "rollout_timeout learning_rate temperature scoring_temperature eval_temperature adam_epsilon max_grad_norm "
-    "policy_learning_rate reward_weight"
-).split()
-POSITIVE_OR_ABSENT = (
-    "entry_clip token_clip chunk_bytes num_train_problems eval_max_completion_length importance_clip "
-    "vllm_kv_cache_bytes position_halflife early_stopping_patience"
-).split()
-FRACTIONS = "beta ema_decay alpha_min alpha_max reward_gamma".split()
-BELOW_ONE = "lora_dropout adam_beta1 adam_beta2".split()
 
 
 def check(config: Settings) -> None:
     """Raises ConfigError for the first setting that cannot be used."""
-    for name, value in asdict(config).items():
-        require(config, name, not isinstance(value, float) or math.isfinite(value), "a finite number")
-    check_ranges(config)
+    check_fields(config)
     check_engine(config)
     check_policy(config)
     check_combinations(config)
@@ -70,30 +47,9 @@ def require(config: Settings, name: str, holds: bool, what: str) -> None:
         raise ConfigError(f"{name} is {getattr(config, name)!r}; it must be {what}")
 
 
-def check_ranges(config: Settings) -> None:
-    for name in AT_LEAST_ONE:
-        require(config, name, getattr(config, name) >= 1, "at least 1")
-    for name in AT_LEAST_ZERO:
-        require(config, name, getattr(config, name) >= 0, "at least 0")
-    for name in POSITIVE:
-        require(config, name, getattr(config, name) > 0, "a positive number")
-    for name in POSITIVE_OR_ABSENT:
-        value = getattr(config, name)
-        require(config, name, value is None or value > 0, "positive, or 0 for off")
-    for name in FRACTIONS:
-        require(config, name, 0 <= getattr(config, name) <= 1, "between 0 and 1")
-    for name in BELOW_ONE:
-        require(config, name, 0 <= getattr(config, name) < 1, "at least 0 and below 1")
-    require(config, "top_p", 0 < config.top_p <= 1, "above 0 and at most 1")
-    for name in ("student_chat_template_kwargs", "teacher_chat_template_kwargs", "exposure_kwargs"):
-        require(config, name, isinstance(parse_json(getattr(config, name)), dict), JSON_OBJECT)
-
-
 def check_engine(config: RolloutFields) -> None:
     """Raises ConfigError for an engine that is not known, or cannot be imported, or does not take `rollout_kwargs`."""
     kwargs = parse_json(config.rollout_kwargs)
-    if not isinstance(kwargs, dict):
-        raise ConfigError(f"rollout_kwargs is {config.rollout_kwargs!r}; it must be {JSON_OBJECT}")
     doors.check_name("rollout_engine", config.rollout_engine)
     if doors.is_object(config.rollout_engine):
         doors.engine_factory(config.rollout_engine, kwargs)
@@ -183,7 +139,6 @@ def check_combinations(config: Settings) -> None:
 
 
 def check_staleness(config: Settings) -> None:
-    require(config, "max_staleness", config.max_staleness in (0, 1), "0 or 1")
     if config.max_staleness == 0:
         return
     if config.objective == "sft":
@@ -269,10 +224,3 @@ def check_same_settings(saved: Settings, given: Settings, may_change: Collection
             raise ConfigError(
                 f"{name} is {value!r}, but {what} was started with {before!r}: leave the flag out, {advice}"
             )
-
-
-def parse_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None

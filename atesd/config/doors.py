@@ -12,12 +12,11 @@ imports nothing. `module:object` imports your module, and torch where your modul
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -92,9 +91,9 @@ def load_object(text: str, field: str) -> Any:
             f"{seen}; it must be module:object, as in my_module:MyClass for the MyClass of my_module.py (no folder, no "
             ".py)"
         )
+    put_working_directory_on_path()
     try:
-        with working_directory_on_path():
-            found = importlib.import_module(module_name)
+        found = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise ConfigError(
@@ -109,22 +108,17 @@ def load_object(text: str, field: str) -> Any:
         if not hasattr(found, word):
             raise ConfigError(
                 f"{seen}, and {getattr(found, '__file__', None) or module_name} has no {path!r}: correct the name"
-                f"{suggest(word, vars(found))}"
+                f"{suggest(word, dir(found))}"
             )
         found = getattr(found, word)
     return found
 
 
-@contextlib.contextmanager
-def working_directory_on_path() -> Iterator[None]:
-    here = os.getcwd()
+def put_working_directory_on_path() -> None:
+    """As `python -m` does. It stays there: your code may import its neighbours later, inside a function."""
     importlib.invalidate_caches()  # the module may have been written a moment ago
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(here)
+    if os.getcwd() not in map(os.path.abspath, sys.path):  # "" is the working directory too
+        sys.path.insert(0, os.getcwd())
 
 
 def one_line(error: BaseException) -> str:
@@ -176,6 +170,12 @@ def policy_factory(text: str, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
     if isinstance(factory, type):
         require_methods("exposure_policy", text, factory, POLICY_METHODS)
     check_kwargs("exposure_policy", text, factory, kwargs, "exposure_kwargs", POLICY_SETTINGS)
+    unnamed = [p.name for p in inspect.signature(factory).parameters.values() if p.kind is p.POSITIONAL_ONLY]
+    if unnamed:
+        raise ConfigError(
+            f"exposure_policy is {text!r}, which takes {', '.join(unnamed)} by position only: a run passes every "
+            "argument by its name"
+        )
     return factory
 
 

@@ -1,6 +1,6 @@
 """The settings of an evaluation: every one with its default, what it does and where the default comes from.
 
-Separate from config_fields.py because an evaluation has a protocol of its own: the papers', as OPSD published it
+Separate from fields.py because an evaluation has a protocol of its own: the papers', as OPSD published it
 (arXiv 2601.18734, evaluation settings of its code release). Rollout settings are those of training, with other
 defaults, so that one factory makes the engine of both.
 """
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from atesd.config.checks import check_engine, parse_json, require
-from atesd.config.fields import RolloutFields, option
+from atesd.config.checks import check_engine, require
+from atesd.config.fields import RolloutFields
 from atesd.config.load import config_parser, parse
+from atesd.config.options import check_fields, option
 from atesd.errors import ConfigError
 
 # Settings that neither samples nor verdicts depend on: they may differ when an evaluation goes on.
@@ -57,13 +58,21 @@ class EvalDataFields:
     dataset_split: str | None = option(None, "our choice", "Split to read; absent, the benchmark's, else train.")
     problem_column: str | None = option(None, "our choice", "Column with the problem; absent, the benchmark's.")
     answer_column: str | None = option(None, "our choice", "Column with the answer; absent, the benchmark's.")
-    num_problems: int | None = option(None, "our choice", "Problems to draw; absent, all. gsm_symbolic needs a number.")
+    num_problems: int | None = option(
+        None, "our choice", "Problems to draw; absent, all. gsm_symbolic needs a number.", at_least=1
+    )
     data_seed: int = option(
-        1000, "our choice", "Draws the problems; gsm_symbolic's are then others than a training run's with its seed."
+        1000,
+        "our choice",
+        "Draws the problems; gsm_symbolic's are then others than a training run's with its seed.",
+        at_least=0,
     )
     prompt_templates: str | None = option(None, "our choice", "YAML or JSON file with another student prompt.")
     chat_template_kwargs: str = option(
-        '{"enable_thinking": true}', "OPSD", "JSON passed to the chat template: thinking on, where the model has it."
+        '{"enable_thinking": true}',
+        "OPSD",
+        "JSON passed to the chat template: thinking on, where the model has it.",
+        json_object=True,
     )
 
 
@@ -71,15 +80,17 @@ class EvalDataFields:
 class EvalRolloutFields(RolloutFields):
     _argument_group_name = "samples"
 
-    num_generations: int = option(12, "paper", "k: samples of each problem.", "--k")
-    max_completion_length: int = option(38912, "OPSD", "Longest response in tokens.", "--max_new_tokens")
-    temperature: float = option(1.0, "OPSD", "Sampling temperature.")
-    top_p: float = option(1.0, "OPSD", "Nucleus sampling; 1 is off, as OPSD states (its script falls back to 0.95).")
-    top_k: int = option(0, "OPSD", "Top-k sampling; 0 is off.")
-    batch_size: int | None = option(
-        None, "our choice", "Responses asked of the engine at a time; absent, 16 of hf and 512 of vllm."
+    num_generations: int = option(12, "paper", "k: samples of each problem.", "--k", at_least=1)
+    max_completion_length: int = option(38912, "OPSD", "Longest response in tokens.", "--max_new_tokens", at_least=1)
+    temperature: float = option(1.0, "OPSD", "Sampling temperature.", above=0)
+    top_p: float = option(
+        1.0, "OPSD", "Nucleus sampling; 1 is off, as OPSD states (its script falls back to 0.95).", above=0, at_most=1
     )
-    seed: int = option(0, "our choice", "Seed of the samples; each has one of its own, drawn from this.")
+    top_k: int = option(0, "OPSD", "Top-k sampling; 0 is off.", at_least=0)
+    batch_size: int | None = option(
+        None, "our choice", "Responses asked of the engine at a time; absent, 16 of hf and 512 of vllm.", at_least=1
+    )
+    seed: int = option(0, "our choice", "Seed of the samples; each has one of its own, drawn from this.", at_least=0)
 
 
 @dataclass
@@ -89,10 +100,12 @@ class EvalGradingFields:
     box_only: bool = option(
         True, "OPSD", "Count the last \\boxed{} only; off, a #### line or the last expression is an answer as well."
     )
-    grading_time_limit: float = option(5.0, "OPSD", "Seconds math-verify may take for one answer; then it is wrong.")
-    grading_processes: int = option(2, "our choice", "Processes that grade.")
-    confidence: float = option(0.95, "our choice", "Level of the bootstrap intervals.")
-    num_bootstrap: int = option(10_000, "our choice", "Resamples of the problems.")
+    grading_time_limit: float = option(
+        5.0, "OPSD", "Seconds math-verify may take for one answer; then it is wrong.", above=0
+    )
+    grading_processes: int = option(2, "our choice", "Processes that grade.", at_least=1)
+    confidence: float = option(0.95, "our choice", "Level of the bootstrap intervals.", above=0, below=1)
+    num_bootstrap: int = option(10_000, "our choice", "Resamples of the problems.", at_least=1)
 
 
 @dataclass
@@ -125,21 +138,10 @@ class EvalConfig(EvalRunFields, EvalGradingFields, EvalRolloutFields, EvalDataFi
             raise ConfigError("there is nothing to evaluate on: give --data, e.g. aime24, gsm_symbolic or a JSONL file")
         if self.dataset_name == "gsm_symbolic" and self.num_problems is None:
             raise ConfigError("gsm_symbolic makes as many problems as are asked for: give --num_problems, 100 say")
-        for name in ("num_generations", "max_completion_length", "grading_processes", "num_bootstrap"):
-            require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("num_problems", "batch_size"):
-            require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1, or left out")
-        for name in ("temperature", "grading_time_limit"):
-            require(self, name, 0 < getattr(self, name) < float("inf"), "a positive number")
-        for name in ("seed", "data_seed", "top_k"):
-            require(self, name, getattr(self, name) >= 0, "at least 0")
-        require(self, "top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        check_fields(self)
         for name in ("importance_clip", "max_staleness"):
             require(self, name, not getattr(self, name), "left out: it is a setting of training")
         check_engine(self)
-        require(self, "confidence", 0 < self.confidence < 1, "between 0 and 1")
-        kwargs = isinstance(parse_json(self.chat_template_kwargs), dict)
-        require(self, "chat_template_kwargs", kwargs, 'a JSON object like {"enable_thinking": true}')
         for name in ("adapter", "prompt_templates"):
             path = getattr(self, name)
             require(self, name, path is None or Path(path).exists(), "a path that exists")

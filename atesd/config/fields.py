@@ -1,14 +1,17 @@
 """Every setting of a run, in groups, with its default, what it does and where the default comes from.
 
-Separate from config.py so that this file can be read as the manual it is: `atesd train --help` prints it. Sources:
+This file is the manual of a run: `atesd train --help` prints it. Its checks are in options.py (one field) and checks.py
+(fields together). Sources:
 [paper] ATESD, arXiv 2605.11458; [OPSD] arXiv 2601.18734, March 2026 settings; [HF] the name and default of
 Hugging Face's transformers or TRL; [our choice] this project's, where the papers give no number.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
+
+from atesd.config.options import option, switch_off_zeros
 
 # What `--resume` may change. Everything else decides what the checkpoint holds or how the run would have gone on.
 MAY_CHANGE = (
@@ -16,10 +19,6 @@ MAY_CHANGE = (
     "gradient_checkpointing_mode chunk_bytes keep_freed_memory logging_steps "
     "save_steps save_total_limit report_to eval_steps early_stopping_patience stop_on_collapse save_best"
 ).split()
-
-
-def option(default: Any, source: str, help: str, *aliases: str) -> Any:
-    return field(default=default, metadata={"help": f"[{source}] {help}", "aliases": list(aliases)})
 
 
 @dataclass
@@ -36,9 +35,9 @@ class ModelFields:
         False, "HF", "Run the forward passes under bfloat16 autocast; null in YAML: where the processor multiplies it."
     )
     use_peft: bool = option(True, "OPSD", "Train a LoRA adapter; without it, all weights.")
-    lora_r: int = option(64, "OPSD", "LoRA rank.")
-    lora_alpha: int = option(128, "OPSD", "LoRA scale; updates are multiplied by lora_alpha / lora_r.")
-    lora_dropout: float = option(0.0, "our choice", "Dropout inside the adapter.")
+    lora_r: int = option(64, "OPSD", "LoRA rank.", at_least=1)
+    lora_alpha: int = option(128, "OPSD", "LoRA scale; updates are multiplied by lora_alpha / lora_r.", at_least=1)
+    lora_dropout: float = option(0.0, "our choice", "Dropout inside the adapter.", at_least=0, below=1)
     lora_target_modules: str = option(
         "all-linear", "OPSD", "all-linear (every projection, not the head), or module names with commas between."
     )
@@ -80,10 +79,16 @@ class DataFields:
     answer_column: str = option(
         "answer", "our choice", "Column with the final answer; absent, it is found in the solution."
     )
-    num_train_problems: int | None = option(None, "our choice", "Training problems to keep; absent, all there are.")
-    num_probe_problems: int = option(16, "our choice", "Held-out problems on which the probe NLL is measured.")
-    num_eval_problems: int = option(0, "our choice", "Held-out problems for evaluation.")
-    max_prompt_length: int = option(2048, "HF", "Longest prompt in tokens; a longer one is refused, never cut.")
+    num_train_problems: int | None = option(
+        None, "our choice", "Training problems to keep; absent, all there are.", at_least=1
+    )
+    num_probe_problems: int = option(
+        16, "our choice", "Held-out problems on which the probe NLL is measured.", at_least=0
+    )
+    num_eval_problems: int = option(0, "our choice", "Held-out problems for evaluation.", at_least=0)
+    max_prompt_length: int = option(
+        2048, "HF", "Longest prompt in tokens; a longer one is refused, never cut.", at_least=1
+    )
     overlong_problems: Literal["refuse", "skip", "cut"] = option(
         "refuse",
         "our choice",
@@ -92,10 +97,10 @@ class DataFields:
     )
     prompt_templates: str | None = option(None, "our choice", "YAML or JSON file with other prompt templates.")
     student_chat_template_kwargs: str = option(
-        '{"enable_thinking": false}', "OPSD", "JSON passed to the chat template for student prompts."
+        '{"enable_thinking": false}', "OPSD", "JSON passed to the chat template for student prompts.", json_object=True
     )
     teacher_chat_template_kwargs: str = option(
-        '{"enable_thinking": true}', "OPSD", "JSON passed to the chat template for teacher prompts."
+        '{"enable_thinking": true}', "OPSD", "JSON passed to the chat template for teacher prompts.", json_object=True
     )
 
 
@@ -110,24 +115,34 @@ class RolloutFields:
         "serve`), or module:object, your own: a callable that takes config, model, tokenizer and processes.",
     )
     rollout_kwargs: str = option(
-        "{}", "our choice", "JSON object of further keyword arguments for a rollout_engine of your own."
+        "{}",
+        "our choice",
+        "JSON object of further keyword arguments for a rollout_engine of your own.",
+        json_object=True,
     )
-    num_generations: int = option(1, "OPSD", "Responses sampled for each problem.")
-    max_completion_length: int = option(1024, "OPSD", "Longest response in tokens.")
-    temperature: float = option(1.1, "OPSD", "Sampling temperature of the rollouts.")
-    top_p: float = option(0.95, "OPSD", "Nucleus sampling of the rollouts.")
-    top_k: int = option(20, "OPSD", "Top-k sampling of the rollouts; 0 is off.")
+    num_generations: int = option(1, "OPSD", "Responses sampled for each problem.", at_least=1)
+    max_completion_length: int = option(1024, "OPSD", "Longest response in tokens.", at_least=1)
+    temperature: float = option(1.1, "OPSD", "Sampling temperature of the rollouts.", above=0)
+    top_p: float = option(0.95, "OPSD", "Nucleus sampling of the rollouts.", above=0, at_most=1)
+    top_k: int = option(20, "OPSD", "Top-k sampling of the rollouts; 0 is off.", at_least=0)
     importance_clip: float | None = option(
-        None, "our choice", "Weigh tokens by trainer/vLLM probability, at most this; absent, no weights."
+        None,
+        "our choice",
+        "Truncated importance sampling: clip the trainer/vLLM probability ratio at this value; absent: off.",
+        above=0,
     )
-    max_staleness: int = option(
+    max_staleness: Literal[0, 1] = option(
         0,
         "our choice",
         "1 generates the rollouts of the next step while this one trains, so that they are one update old (after those "
         "of the first step); needs a vLLM server. 0: each step's rollouts come from the student as it is.",
     )
-    rollout_timeout: float = option(1800.0, "our choice", "Seconds after which vLLM's answer is no longer waited for.")
-    rollout_retries: int = option(2, "our choice", "How often a response that vLLM did not give is asked for again.")
+    rollout_timeout: float = option(
+        1800.0, "our choice", "Seconds after which vLLM's answer is no longer waited for.", above=0
+    )
+    rollout_retries: int = option(
+        2, "our choice", "How often a response that vLLM did not give is asked for again.", at_least=0
+    )
     vllm_server_base_url: str = option("http://localhost:8000", "HF", "Where the server answers.")
     vllm_server_weights: Literal["adapter", "merged"] = option(
         "adapter",
@@ -135,7 +150,10 @@ class RolloutFields:
         "What a server is sent where LoRA is trained: its adapter, or all weights: faster to decode with on a CPU.",
     )
     vllm_kv_cache_bytes: int | None = option(
-        None, "our choice", "vLLM's key-value cache; absent, the memory plan's: a step's rollouts at their longest."
+        None,
+        "our choice",
+        "vLLM's key-value cache; absent, the memory plan's: a step's rollouts at their longest.",
+        at_least=1,
     )
     vllm_enable_sleep_mode: bool = option(
         True, "our choice", "Release vLLM's GPU memory while the student is updated; nothing is released on a CPU."
@@ -152,9 +170,15 @@ class LossFields:
         "What is trained: distillation from the teacher, imitation of the references, GRPO with a verifier's reward "
         "(needs math-verify and num_generations of 2 or more), or distillation and reward together.",
     )
-    reward_weight: float = option(1.0, "our choice", "Weight of the GRPO term where objective is distill+grpo.")
+    reward_weight: float = option(
+        1.0, "our choice", "Weight of the GRPO term where objective is distill+grpo.", above=0
+    )
     position_halflife: float | None = option(
-        None, "our choice", "Tokens after which a response token counts half as much in the distillation; 0 is off."
+        None,
+        "our choice",
+        "Tokens after which a response token counts half as much in the distillation; 0 is off.",
+        above=0,
+        zero_is_off=True,
     )
     divergence: str = option(
         "forward_kl",
@@ -162,17 +186,27 @@ class LossFields:
         "Divergence of the student from the teacher: forward_kl, reverse_kl, jsd, jeffreys, skew_kl, skew_reverse_kl, "
         "total_variation, alpha, or module:object, a DivergenceTerm of your own.",
     )
-    beta: float = option(0.5, "HF", "Mixture weight where the divergence is jsd: 0 forward KL, 1 reverse KL.")
-    scoring_temperature: float = option(1.1, "OPSD", "Temperature of both distributions in the loss.")
-    entry_clip: float | None = option(
-        0.05, "OPSD", "Clip on each vocabulary entry's term of a token's divergence (0.06 for 8B); 0 is off."
+    beta: float = option(
+        0.5, "HF", "Mixture weight where the divergence is jsd: 0 forward KL, 1 reverse KL.", between=(0, 1)
     )
-    token_clip: float | None = option(None, "our choice", "Clip on a token's whole divergence; 0 is off.")
-    chunk_bytes: int | None = option(None, "our choice", "Byte budget of the loss's logit chunk; absent, automatic.")
+    scoring_temperature: float = option(1.1, "OPSD", "Temperature of both distributions in the loss.", above=0)
+    entry_clip: float | None = option(
+        0.05,
+        "OPSD",
+        "Clip on each vocabulary entry's term of a token's divergence (0.06 for 8B); 0 is off.",
+        above=0,
+        zero_is_off=True,
+    )
+    token_clip: float | None = option(
+        None, "our choice", "Clip on a token's whole divergence; 0 is off.", above=0, zero_is_off=True
+    )
+    chunk_bytes: int | None = option(
+        None, "our choice", "Byte budget of the loss's logit chunk; absent, automatic.", above=0, zero_is_off=True
+    )
     teacher: Literal["frozen", "ema", "live"] = option(
         "frozen", "OPSD", "Whose weights teach: the base model, a moving average of the student, the student itself."
     )
-    ema_decay: float = option(0.999, "our choice", "Decay of the moving average where teacher is ema.")
+    ema_decay: float = option(0.999, "our choice", "Decay of the moving average where teacher is ema.", between=(0, 1))
 
 
 @dataclass
@@ -191,14 +225,15 @@ class ExposureFields:
         "our choice",
         "JSON object of further keyword arguments for the policy: start_alpha and end_alpha of linear and cosine, or "
         "what one of your own takes.",
+        json_object=True,
     )
-    fixed_alpha: float | None = option(None, "paper", "The exposure where exposure_policy is fixed.")
-    alpha_min: float = option(0.0, "our choice", "Lower clip of alpha.")
-    alpha_max: float = option(1.0, "our choice", "Upper clip of alpha.")
-    hold_window: int = option(2, "our choice", "H: optimizer steps for which a sampled alpha is held.")
-    lookahead: int = option(4, "our choice", "L: steps whose outcome is credited to a decision.")
-    reward_gamma: float = option(0.9, "our choice", "Discount of the outcomes inside the lookahead.")
-    lambda_gt: float = option(0.01, "our choice", "Weight of the teacher-grounded score in the reward.")
+    fixed_alpha: float | None = option(None, "paper", "The exposure where exposure_policy is fixed.", between=(0, 1))
+    alpha_min: float = option(0.0, "our choice", "Lower clip of alpha.", between=(0, 1))
+    alpha_max: float = option(1.0, "our choice", "Upper clip of alpha.", between=(0, 1))
+    hold_window: int = option(2, "our choice", "H: optimizer steps for which a sampled alpha is held.", at_least=1)
+    lookahead: int = option(4, "our choice", "L: steps whose outcome is credited to a decision.", at_least=1)
+    reward_gamma: float = option(0.9, "our choice", "Discount of the outcomes inside the lookahead.", between=(0, 1))
+    lambda_gt: float = option(0.01, "our choice", "Weight of the teacher-grounded score in the reward.", at_least=0)
     progress_signal: Literal["probe_nll", "distill_loss"] = option(
         "probe_nll",
         "our choice",
@@ -208,44 +243,53 @@ class ExposureFields:
     grounding: Literal["reference", "answer", "none"] = option(
         "reference", "paper", "Tokens the teacher-grounded score is taken on, without those it was shown."
     )
-    policy_batch_size: int = option(4, "our choice", "B: completed decisions in a policy update, 2 at least.")
-    policy_learning_rate: float = option(0.02, "our choice", "Learning rate of the policy (Adam).")
-    policy_hidden_size: int = option(32, "our choice", "Width of the policy's MLP.")
+    policy_batch_size: int = option(
+        4, "our choice", "B: completed decisions in a policy update, 2 at least.", at_least=1
+    )
+    policy_learning_rate: float = option(0.02, "our choice", "Learning rate of the policy (Adam).", above=0)
+    policy_hidden_size: int = option(32, "our choice", "Width of the policy's MLP.", at_least=1)
     entropy_target: float = option(
         -0.5,
         "our choice",
         "H_target: Beta entropy, in nats, above which it is penalised; Beta(2, 2) has -0.125.",
     )
-    entropy_coef: float = option(1.0, "our choice", "Weight c_t of the entropy bound at the end of the run.")
+    entropy_coef: float = option(
+        1.0, "our choice", "Weight c_t of the entropy bound at the end of the run.", at_least=0
+    )
     per_example_exposure: bool = option(
         False,
         "our choice",
         "Let the policy pick an alpha for each problem, reading how hard the student finds its reference; costs a "
         "forward of the student over the step's references.",
     )
-    probe_every: int = option(1, "our choice", "Steps between measurements of the probe NLL.")
+    probe_every: int = option(1, "our choice", "Steps between measurements of the probe NLL.", at_least=1)
 
 
 @dataclass
 class TrainingFields:
     _argument_group_name = "optimization"
 
-    seed: int = option(0, "our choice", "Seed of everything random.")
-    max_steps: int = option(100, "our choice", "Optimizer steps.")
-    per_device_train_batch_size: int = option(4, "our choice", "Problems in a micro-batch.")
-    gradient_accumulation_steps: int = option(8, "OPSD", "Micro-batches in an optimizer step; 4 x 8 = OPSD's 32.")
-    learning_rate: float = option(5e-6, "OPSD", "Peak learning rate of AdamW.")
+    seed: int = option(0, "our choice", "Seed of everything random.", at_least=0)
+    max_steps: int = option(100, "our choice", "Optimizer steps.", at_least=1)
+    per_device_train_batch_size: int = option(4, "our choice", "Problems in a micro-batch.", at_least=1)
+    gradient_accumulation_steps: int = option(
+        8, "OPSD", "Micro-batches in an optimizer step; 4 x 8 = OPSD's 32.", at_least=1
+    )
+    learning_rate: float = option(5e-6, "OPSD", "Peak learning rate of AdamW.", above=0)
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = option(
         "constant_with_warmup", "our choice", "Shape of the learning rate after warm-up; skipped steps count."
     )
-    warmup_steps: int = option(0, "HF", "Steps over which the learning rate rises from 0.")
-    weight_decay: float = option(0.0, "HF", "AdamW weight decay.")
-    adam_beta1: float = option(0.9, "HF", "AdamW beta1.")
-    adam_beta2: float = option(0.999, "HF", "AdamW beta2.")
-    adam_epsilon: float = option(1e-8, "HF", "AdamW epsilon.")
-    max_grad_norm: float = option(0.1, "OPSD", "Clip on the gradient's norm.")
+    warmup_steps: int = option(0, "HF", "Steps over which the learning rate rises from 0.", at_least=0)
+    weight_decay: float = option(0.0, "HF", "AdamW weight decay.", at_least=0)
+    adam_beta1: float = option(0.9, "HF", "AdamW beta1.", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "HF", "AdamW beta2.", at_least=0, below=1)
+    adam_epsilon: float = option(1e-8, "HF", "AdamW epsilon.", above=0)
+    max_grad_norm: float = option(0.1, "OPSD", "Clip on the gradient's norm.", above=0)
     max_nonfinite_steps: int = option(
-        3, "our choice", "Steps in a row whose loss or gradient may be non-finite (skipped) before the run stops."
+        3,
+        "our choice",
+        "Steps in a row whose loss or gradient may be non-finite (skipped) before the run stops.",
+        at_least=1,
     )
 
 
@@ -253,13 +297,15 @@ class TrainingFields:
 class EvaluationFields:
     _argument_group_name = "evaluation during training"
 
-    eval_steps: int = option(0, "HF", "Steps between evaluations on the num_eval_problems held out; 0 is off.")
-    eval_on_start: bool = option(True, "our choice", "Evaluate the untrained student as well, as step 0.")
-    eval_k: int = option(4, "our choice", "Samples of each problem.")
-    eval_max_completion_length: int | None = option(
-        None, "our choice", "Longest response in tokens; absent, max_completion_length."
+    eval_steps: int = option(
+        0, "HF", "Steps between evaluations on the num_eval_problems held out; 0 is off.", at_least=0
     )
-    eval_temperature: float = option(1.0, "OPSD", "Sampling temperature, without top-p and top-k.")
+    eval_on_start: bool = option(True, "our choice", "Evaluate the untrained student as well, as step 0.")
+    eval_k: int = option(4, "our choice", "Samples of each problem.", at_least=1)
+    eval_max_completion_length: int | None = option(
+        None, "our choice", "Longest response in tokens; absent, max_completion_length.", at_least=1
+    )
+    eval_temperature: float = option(1.0, "OPSD", "Sampling temperature, without top-p and top-k.", above=0)
     eval_box_only: bool = option(
         True, "OPSD", "Count the last \\boxed{} only; off, a #### line or the last expression is an answer as well."
     )
@@ -270,7 +316,10 @@ class RunFields:
     _argument_group_name = "run directory, logging and checkpoints"
 
     early_stopping_patience: int | None = option(
-        None, "our choice", "Probe measurements in a row without a new best NLL that end the run; absent, none do."
+        None,
+        "our choice",
+        "Stop after this many probe measurements without improvement; absent: never.",
+        at_least=1,
     )
     stop_on_collapse: bool = option(
         False,
@@ -287,9 +336,11 @@ class RunFields:
     dry_run: bool = option(
         False, "our choice", "Load configuration and data, print the memory plan and the first prompts, and stop."
     )
-    logging_steps: int = option(1, "our choice", "Steps between lines to trackers; metrics.jsonl gets every step.")
-    save_steps: int = option(10, "our choice", "Steps between checkpoints.")
-    save_total_limit: int = option(2, "our choice", "Checkpoints kept.")
+    logging_steps: int = option(
+        1, "our choice", "Steps between lines to trackers; metrics.jsonl gets every step.", at_least=1
+    )
+    save_steps: int = option(10, "our choice", "Steps between checkpoints.", at_least=1)
+    save_total_limit: int = option(2, "our choice", "Checkpoints kept.", at_least=1)
     report_to: str = option("none", "HF", "none, or trackers of accelerate with commas between: tensorboard, wandb.")
 
 
@@ -312,9 +363,7 @@ class Settings(
     """All fields of a run. A clip, a byte budget or a half-life of 0 means "off" and becomes None."""
 
     def __post_init__(self) -> None:
-        for name in ("entry_clip", "token_clip", "chunk_bytes", "position_halflife"):
-            if getattr(self, name) == 0:
-                setattr(self, name, None)
+        switch_off_zeros(self)
 
     @property
     def eval_completion_length(self) -> int:

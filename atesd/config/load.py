@@ -1,7 +1,8 @@
 """The configuration of a run: one flat dataclass, and how it is read from a recipe or YAML file and then from flags.
 
-The fields themselves, with defaults and sources, are in fields.py; what they may not say is in
-checks.py. Nothing here imports torch: a mistyped key is refused before anything heavy loads.
+The fields themselves, with defaults, sources and ranges, are in fields.py; what they may not say is in options.py (one
+field) and checks.py (several together). Nothing here imports torch: a mistyped key is refused before anything heavy
+loads.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import os
 import time
 from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from copy import copy
+from dataclasses import Field, asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -20,8 +22,9 @@ import yaml
 
 from atesd.config import fields as groups
 from atesd.config.checks import check, check_resumable
+from atesd.config.options import with_range
 from atesd.errors import ConfigError, suggest
-from atesd.files import write_whole
+from atesd.files import write_atomically
 
 CONFIG_FILE = "config.yaml"
 
@@ -43,7 +46,7 @@ class ATESDConfig(groups.Settings):
     def save(self, run_dir: str | os.PathLike[str]) -> Path:
         """Writes the resolved settings as RUN_DIR/config.yaml, atomically; `load_config` reads them back."""
         path = Path(run_dir) / CONFIG_FILE
-        write_whole(path, yaml.safe_dump(asdict(self) | {"resume": None}, sort_keys=False))
+        write_atomically(path, yaml.safe_dump(asdict(self) | {"resume": None}, sort_keys=False))
         return path
 
 
@@ -161,6 +164,13 @@ def config_parser(field_groups: tuple[type, ...] = groups.GROUPS, prog: str = "a
     class Parser(HfArgumentParser):
         def error(self, message: str) -> None:
             raise ConfigError(message)
+
+        @staticmethod
+        def _parse_dataclass_field(parser: Any, field: Field[Any]) -> None:
+            # HfArgumentParser hands all of a field's metadata to argparse, which refuses words of our own.
+            shown = copy(field)
+            shown.metadata = {"help": with_range(field.metadata), "aliases": field.metadata["aliases"]}
+            HfArgumentParser._parse_dataclass_field(parser, shown)
 
     return Parser(field_groups, prog=prog, usage=usage, allow_abbrev=False, formatter_class=HelpFormatter)
 

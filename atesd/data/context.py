@@ -19,7 +19,7 @@ ALPHA_TOLERANCE = 1e-7
 def num_exposed(alpha: float, num_segments: int) -> int:
     """Returns ``floor(alpha * m)``, the number of ``m = num_segments`` segments that the teacher reads.
 
-    The result is 0 at ``alpha = 0``, ``m`` at ``alpha = 1``, and monotonic in alpha.
+    The result is 0 at ``alpha = 0``, ``m`` at ``alpha = 1``, and never decreases with alpha.
 
     >>> num_exposed(0.3, 10), num_exposed(0.29, 100), num_exposed(0.99, 4), num_exposed(1.0, 4)
     (3, 29, 3, 4)

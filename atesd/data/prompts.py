@@ -1,13 +1,13 @@
-r"""Student and teacher chat prompts as token ids, and the reference solution as a reply.
+r"""Builds the token ids of student prompts, teacher prompts and reference replies.
 
-Separate from ``exposure.py`` (what the teacher may read) and ``templates.py`` (in which words): this file is where text
-becomes ids, once. Prompts are rendered by the tokenizer's chat template with the generation prompt appended, then
-tokenised without adding special tokens again; they are never cut, and an over-long one is refused by its problem's id.
+``context.py`` decides what the teacher reads, ``templates.py`` has the wording, and this file converts text to ids. The
+tokenizer's chat template renders a prompt with the generation prompt; tokenisation adds no further special tokens.
+Prompts are never truncated: one that is too long raises an error with its problem's id.
 
-The response follows the generation prompt in both prompts, so its first token sits at the same place: right after the
-same closing tokens. They differ only if the chat kwargs ask for it. With Qwen3, ``enable_thinking=False`` closes the
-prompt with an empty ``<think></think>`` block; OPSD's published settings do that for the student and leave thinking on
-for the teacher. ``PromptBuilder`` warns about such a difference, and refuses one the kwargs do not explain.
+In both prompts the response follows the generation prompt, so it comes right after the same closing tokens unless the
+chat kwargs differ. For example, Qwen3's ``enable_thinking=False`` ends the prompt with an empty ``<think></think>``
+block. OPSD's published settings use it for the student only. ``PromptBuilder`` warns if the closing tokens differ, and
+raises an error if they differ although the kwargs agree.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SENTINEL = "the-content-ends-here"
 
 
 class PromptTooLong(AtesdError, ValueError):
-    """A prompt that does not fit; carries ``problem_id``, ``kind``, ``length`` and ``limit`` in tokens."""
+    """A prompt does not fit. Has ``problem_id``, ``kind``, and ``length`` and ``limit`` in tokens."""
 
     def __init__(self, problem_id: str, kind: str, length: int, limit: int, advice: str):
         self.problem_id, self.kind, self.length, self.limit = problem_id, kind, length, limit
@@ -44,10 +44,10 @@ class PromptBuilder:
         tokenizer: a Hugging Face tokenizer with a chat template.
         templates: the wording; see ``PromptTemplates``.
         student_chat_kwargs, teacher_chat_kwargs: for ``apply_chat_template``, e.g. ``{"enable_thinking": False}``.
-        max_prompt_length: longest student prompt, in tokens. Teacher prompts are longer by design: they are held to
-            ``context_length - max_completion_length``, like the student's.
+        max_prompt_length: longest student prompt, in tokens. Student and teacher prompts must also fit in
+            ``context_length - max_completion_length``; that is the only limit on teacher prompts, which are longer.
         max_completion_length: longest response, in tokens.
-        context_length: the model's context, in tokens.
+        context_length: the model's context length, in tokens.
 
     Example::
 
@@ -56,8 +56,8 @@ class PromptBuilder:
         student_ids = builder.student(problem)
         teacher_ids = builder.teacher(problem, reference, alpha=0.5)
 
-    Raises ValueError for a tokenizer without a chat template, a template that refuses the system prompt or the kwargs,
-    and student and teacher templates whose generation prompts differ although their kwargs do not.
+    Raises ValueError if the tokenizer has no chat template, the template rejects the system prompt or the kwargs, or
+    the closing tokens of student and teacher prompts differ although their kwargs agree.
     """
 
     def __init__(
@@ -93,15 +93,15 @@ class PromptBuilder:
         self._check_suffixes()
 
     def student_text(self, problem: Problem) -> str:
-        """What the student is asked, before the chat template: the problem only."""
+        """Returns the student's user message, before the chat template: the problem only."""
         return fill(self.templates.student, problem=problem.problem)
 
     def teacher_text(self, problem: Problem, reference: Reference, alpha: float) -> str:
-        """What the teacher is asked at exposure ``alpha``, before the chat template.
+        """Returns the teacher's user message at exposure ``alpha``, before the chat template.
 
-        alpha = 1: ``templates.teacher`` around the solution to the letter, OPSD's prompt. No segment exposed
-        (floor(alpha*m) = 0): ``templates.teacher_answer_only``. Between: ``templates.teacher_partial`` around the
-        exposed segments, without the white space after the last of them.
+        alpha = 1: ``templates.teacher`` with the exact solution, OPSD's prompt. floor(alpha*m) = 0 (no segment
+        exposed): ``templates.teacher_answer_only``. In between: ``templates.teacher_partial`` with the exposed
+        segments, without trailing white space.
         """
         exposed = exposed_text(reference, alpha)
         if is_full(alpha):
@@ -116,7 +116,7 @@ class PromptBuilder:
         )
 
     def student(self, problem: Problem) -> list[int]:
-        """Token ids of the student's prompt, generation prompt included."""
+        """Returns the token ids of the student's prompt, including the generation prompt."""
         ids = self._ids(self._render(self.student_text(problem), self.student_chat_kwargs))
         if len(ids) > self.max_prompt_length:
             advice = "raise max_prompt_length or drop the problem"
@@ -124,16 +124,16 @@ class PromptBuilder:
         return self._fits(problem, "student prompt", ids)
 
     def teacher(self, problem: Problem, reference: Reference, alpha: float) -> list[int]:
-        """Token ids of the teacher's prompt at exposure ``alpha``, generation prompt included."""
+        """Returns the token ids of the teacher's prompt at ``alpha``, including the generation prompt."""
         ids = self._ids(self._render(self.teacher_text(problem, reference, alpha), self.teacher_chat_kwargs))
         return self._fits(problem, f"teacher prompt at alpha={alpha:g}", ids)
 
     def reference_completion(self, reference: Reference) -> tuple[list[int], list[int]]:
-        r"""The reference solution as the assistant's reply: ``(ids, ends)``.
+        r"""Returns the reference solution as an assistant reply, ``(ids, ends)``.
 
-        ``ids`` is the solution tokenised as one text and closed by the end-of-sequence token. ``ends[i]`` is the number
-        of tokens up to and including segment ``i`` (a token that straddles the border counts as exposed, white space
-        aside); ``ids[ends[-1]:]`` is the answer: the tail. A solution without a tail is given one,
+        ``ids`` are the tokens of the full solution, then the end-of-sequence token. ``ends[i]`` is the number of tokens
+        up to and including segment ``i``; a token across a border counts as exposed, white space aside.
+        ``ids[ends[-1]:]`` is the tail, which states the answer. A solution without a tail gets the tail
         ``Final answer: \boxed{answer}``, so that there is always an answer to score.
         """
         text = reference.solution
@@ -142,7 +142,7 @@ class PromptBuilder:
         if not getattr(self.tokenizer, "is_fast", False):
             raise ValueError(f"{type(self.tokenizer).__name__} gives no character offsets: use a fast tokenizer")
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        # Where the first character that is not white space starts in each token: BPE tokens may carry a leading space.
+        # Offset of the first non-space character of each token: BPE tokens may start with a space.
         first_ink = []
         for start, end in encoded["offset_mapping"]:
             token = text[start:end]
@@ -156,17 +156,16 @@ class PromptBuilder:
         return [*encoded["input_ids"], self.tokenizer.eos_token_id], ends
 
     def check_answer_fits(self, problem: Problem, max_new_tokens: int) -> None:
-        """Raise ``PromptTooLong`` if an answer of ``max_new_tokens`` to this problem's prompt would not fit."""
+        """Raises ``PromptTooLong`` if the student's prompt and ``max_new_tokens`` exceed the context."""
         length, limit = len(self.student(problem)), self.context_length - max_new_tokens
         if length > limit:
             advice = f"the context less eval_max_completion_length={max_new_tokens}; lower it, or drop the problem"
             raise PromptTooLong(problem.id, "evaluation prompt", length, limit, advice)
 
     def check(self, problem: Problem, reference: Reference, max_alpha: float = 1.0) -> None:
-        """Raise ``PromptTooLong`` now if any prompt of this problem, at any alpha up to ``max_alpha``, would be
-        refused later.
+        """Raises ``PromptTooLong`` if any prompt of this problem, at any alpha up to ``max_alpha``, does not fit.
 
-        Also refuses a reference reply that does not fit behind the longest of them.
+        Also raises it if the reference reply does not fit after the longest prompt.
         """
         m = len(reference.segments)
         exposures = {0.0, max_alpha} | ({(m - 1) / m} if m and is_full(max_alpha) else set())
@@ -178,13 +177,13 @@ class PromptBuilder:
             raise PromptTooLong(problem.id, "prompt and reference reply", total, self.context_length, advice)
 
     def largest_alpha(self, problem: Problem, reference: Reference) -> float:
-        """The largest exposure ``check`` accepts: 1.0, or k/m for the most segments k that fit.
+        """Returns the largest exposure that ``check`` accepts: 1.0, or k/m for the largest k that fits.
 
-        Raises ``PromptTooLong`` where not even the answer alone fits.
+        Raises ``PromptTooLong`` if even the prompt with the answer alone does not fit.
         """
         m = len(reference.segments) or 1
         self.check(problem, reference, 0.0)
-        fits, too_many = 0, m + 1  # bisection: more segments never make a shorter prompt
+        fits, too_many = 0, m + 1  # bisection: prompt length never decreases with k
         while too_many - fits > 1:
             k = (fits + too_many) // 2
             try:
@@ -207,7 +206,7 @@ class PromptBuilder:
             raise ValueError(f"the chat template refuses kwargs {chat_kwargs}{with_system}: {error}") from error
 
     def _ids(self, text: str) -> list[int]:
-        # The template has written the special tokens (BOS among them): the tokenizer must not add them again.
+        # The template already wrote the special tokens, BOS included: the tokenizer must not add them again.
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _fits(self, problem: Problem, kind: str, ids: list[int]) -> list[int]:
@@ -221,7 +220,7 @@ class PromptBuilder:
         return ids
 
     def _suffix(self, chat_kwargs: dict[str, Any]) -> str:
-        """What the chat template writes after the user's words: end of turn and generation prompt."""
+        """Returns what the chat template writes after the user's text: end of turn and generation prompt."""
         _, found, suffix = self._render(_SENTINEL, chat_kwargs).rpartition(_SENTINEL)
         if not found or suffix == self._render(_SENTINEL, chat_kwargs, False).rpartition(_SENTINEL)[2]:
             raise ValueError("the chat template writes no generation prompt: responses would continue the user's turn")
@@ -235,7 +234,6 @@ class PromptBuilder:
             raise ValueError(f"student and teacher prompts end differently although their chat kwargs agree: {seen}")
         warnings.warn(
             f"student and teacher prompts end differently because their chat kwargs do: {seen}. The response follows "
-            "either ending; OPSD trains so on purpose (student thinking off, teacher on). Give both the same kwargs to "
-            "avoid it.",
+            "either ending. OPSD does so on purpose (student thinking off, teacher on). To avoid it, use equal kwargs.",
             stacklevel=3,
         )

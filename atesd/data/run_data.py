@@ -1,7 +1,6 @@
-"""The problems of a run with their references and prompts, and which of them cannot be used.
+"""Loads the problems, references and prompts of a run, and handles problems that do not fit the context.
 
-Separate from the run's state so that `--dry-run` and the sweep read exactly what a run would read, without a model.
-Everything here is checked before anything long is loaded.
+Needs no model, so `--dry-run` and the sweep load exactly the data of a run. All checks happen before slow loading.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from atesd.data.segmentation import Reference, split_reference
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run trains and probes on.
+    """Training, probe and evaluation data of a run.
 
     Attributes:
-        problems: the splits; all of their problems fit.
-        references: by problem id, the reference solution cut into segments.
+        problems: the splits. All of their problems fit the context.
+        references: {problem id: reference split into segments}.
         prompts: builds the token ids.
-        exposure_limit: by problem id, the largest alpha whose teacher prompt fits, where that is not 1
+        exposure_limit: {problem id: largest alpha whose teacher prompt fits}, for problems where it is below 1
             (`overlong_problems: cut`).
-        too_long: how many problems were left out because they do not fit (`overlong_problems: skip` or `cut`).
+        too_long: number of problems dropped because they do not fit (`overlong_problems: skip` or `cut`).
     """
 
     problems: ProblemSplits
@@ -38,11 +37,11 @@ class RunData:
     too_long: int
 
     def alpha(self, problem: Problem, alpha: float) -> float:
-        """`alpha`, or the most of this problem's reference that fits into the teacher's context."""
+        """Returns `alpha`, clipped to the largest exposure of this problem that fits the teacher's context."""
         return min(alpha, self.exposure_limit.get(problem.id, 1.0))
 
     def counts(self) -> dict[str, int]:
-        """For the summary at the end of the run."""
+        """Returns counts for the summary at the end of the run."""
         return {
             "problems_used": len(self.problems.train),
             "problems_without_answer": self.problems.skipped,
@@ -53,7 +52,7 @@ class RunData:
 
 
 def load_splits(config: ATESDConfig) -> ProblemSplits:
-    """The problems `config` names, as `load_problems` splits them."""
+    """Loads and splits the problems that `config` names; see `load_problems`."""
     return load_problems(
         config.dataset_name,
         num_train=config.num_train_problems,
@@ -68,11 +67,11 @@ def load_splits(config: ATESDConfig) -> ProblemSplits:
 
 
 def load_run_data(config: ATESDConfig, tokenizer: Any, context_length: int) -> RunData:
-    """Load, segment and check the problems `config` names.
+    """Loads, segments and checks the problems that `config` names.
 
     Raises:
-        ValueError: problems that cannot be read; PromptTooLong, a ValueError, for one that does not fit, unless
-            `overlong_problems` says otherwise.
+        ValueError: the problems cannot be read.
+        PromptTooLong: a problem does not fit and `overlong_problems` is `refuse`, or no problem of a split fits.
     """
     problems = load_splits(config)
     prompts = PromptBuilder(
@@ -95,7 +94,7 @@ def load_run_data(config: ATESDConfig, tokenizer: Any, context_length: int) -> R
                 prompts.check(problem, references[problem.id])
             elif config.eval_steps:
                 prompts.check_answer_fits(problem, config.eval_completion_length)
-            else:  # a study measures student and teacher on it
+            else:  # a study measures student and teacher on this problem
                 prompts.check(problem, split_reference(problem.solution, problem.answer))
         except PromptTooLong as error:
             if config.overlong_problems == "refuse":

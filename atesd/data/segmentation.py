@@ -1,16 +1,15 @@
-r"""A reference solution cut into segments of working and a final answer.
+r"""Splits a reference solution into segments of working, a final answer and a tail.
 
-Separate from ``exposure.py`` because cutting is about text (steps, paragraphs, sentences, LaTeX), while exposure is
-about how many of the pieces a teacher may read. The paper defines the reference as segments r_1..r_m and an answer; how
-to find them is our choice, and is this:
+``context.py`` decides how many of the segments a teacher reads. The paper defines the reference as segments r_1..r_m
+and an answer. How to find them is our choice:
 
 1. The *tail* is the end of the solution that states the answer: a last line ``#### N``, or else the last sentence if it
-   holds the last ``\boxed{}``. The tail is not working: it is not counted in m and no alpha below 1 exposes it (the
-   answer itself is always shown, see ``prompts.py``). ``"".join(segments) + tail`` is the solution, to the letter.
-2. What comes before the tail is working, cut at the coarsest structure that gives at least two segments: steps
-   ("Step 1:", numbered lists), else paragraphs (blank lines), else sentences and lines.
+   holds the last ``\boxed{}``. The tail does not count in m, and only alpha = 1 exposes it. The answer itself is always
+   shown, see ``prompts.py``. ``"".join(segments) + tail`` equals the solution exactly.
+2. The text before the tail is the working. It is split at the coarsest structure that gives at least two segments:
+   steps ("Step 1:", numbered lists), else paragraphs (blank lines), else sentences and lines.
 
-White space between two segments belongs to the first of them. No cut falls inside LaTeX, a code fence, a number or an
+White space between two segments belongs to the first. No cut falls inside LaTeX, a code fence, a number or an
 abbreviation.
 """
 
@@ -29,28 +28,28 @@ _STEP = re.compile(r"^[ \t]*(?:#{1,6}[ \t]*)?(?:\*\*|__)?(?:Step|STEP)[ \t]+\d+[
 # "1. ", "1) ", "(1) ", "**1.** ", "### 1. "
 _NUMBERED = re.compile(r"^([ \t]*)(?:#{1,6}[ \t]*)?(?:\*\*)?\(?(\d{1,2})[.)](?:\*\*)?[ \t]+(?=\S)", re.MULTILINE)
 _BLANK_LINE = re.compile(r"\n[ \t]*\n\s*")
-# What may end a sentence: a stop, its closing marks and white space; a full-width stop; or the end of a line.
+# Candidate sentence ends: a stop with closing marks and white space, a full-width stop, or the end of a line.
 _END = re.compile(
     r"""(?P<stop>[.?!…])['"”’)\]}*_$]*(?:\\[\])])?(?P<gap>\s+)|(?P<wide>[。？！]+\s*)|(?P<line>[ \t]*\n\s*)"""
 )
 _WORD_BEFORE = re.compile(r"(?P<previous>\S*)\s*(?<![A-Za-z.])(?P<word>[A-Za-z](?:[A-Za-z.]*[A-Za-z])?)$")
 _INITIAL = re.compile(r"[A-Z]\.")
 _ENUMERATOR = re.compile(r"^[ \t>*_#-]*\(?(?:\d{1,3}|[A-Za-z]|[ivxIVX]{1,4})$")
-# Abbreviations that a name, a number or a formula follows; and those that end a sentence unless a number follows.
+# Abbreviations that never end a sentence, and those that end one unless a number follows.
 _NEVER_LAST = "e.g i.e cf vs mr mrs ms dr prof st fig figs eq eqs sec thm prop lem cor def ch approx resp w.r.t viz pt"
 _NOT_BEFORE_NUMBER = "no nos p pp vol ex a.m p.m u.s ft lb lbs oz hr hrs min sq mi yd in"
 _NEVER_LAST_WORDS, _NOT_BEFORE_NUMBER_WORDS = frozenset(_NEVER_LAST.split()), frozenset(_NOT_BEFORE_NUMBER.split())
 _DISPLAY_ENDS = re.compile(r"(?:\\\]|\$\$|\\end\{[^{}]*\})$")
 _OPENS_MATH = ("$", "\\(", "\\[", "\\begin")
-_WRAPPED = 40  # a line this long whose successor opens in lower case is one sentence wrapped, not two lines of working
+_WRAPPED = 40  # a line this long, followed by one in lower case, is a wrapped sentence, not two lines of working
 _PLAIN_NUMBER = re.compile(r"[-+]?[$£€]?\s*[-+]?[\d.,/]+\s*%?")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A solution as the exposure sees it: ``segments`` of working, the ``answer``, and the ``tail`` that states it.
+    """A split solution: ``segments`` of working, the ``answer``, and the ``tail`` that states the answer.
 
-    ``tail`` is empty when the solution does not end by stating its answer; ``solution`` is the original text.
+    ``tail`` is empty if the solution does not end by stating its answer. ``solution`` is the original text.
     """
 
     segments: tuple[str, ...]
@@ -63,7 +62,7 @@ class Reference:
 
 
 def segment(solution: str) -> list[str]:
-    r"""Cut ``solution`` into steps, else paragraphs, else sentences; ``"".join(segment(s)) == s`` for every string.
+    r"""Splits ``solution`` into steps, else paragraphs, else sentences. ``"".join(segment(s)) == s`` for every s.
 
     >>> segment("Step 1: add.\n2 + 3 = 5.\nStep 2: double it.")
     ['Step 1: add.\n2 + 3 = 5.\n', 'Step 2: double it.']
@@ -79,14 +78,14 @@ def segment(solution: str) -> list[str]:
 
 
 def split_reference(solution: str, answer: str | None) -> Reference:
-    r"""The segments of working, the final answer and the tail of ``solution``.
+    r"""Splits ``solution`` into segments of working, the final answer and the tail.
 
-    ``answer`` (a dataset's column) wins over what the solution states; a ``\boxed{}`` or ``####`` in it is unwrapped.
+    ``answer`` (the dataset's column) overrides the answer in the solution, without its ``\boxed{}`` or ``####``.
 
     >>> split_reference("2 + 3 = 5.\nTwice that is 10.\n#### 10", None)
     Reference(segments=('2 + 3 = 5.\n', 'Twice that is 10.\n'), answer='10', tail='#### 10')
 
-    Raises ValueError when neither the column nor the solution gives an answer.
+    Raises ValueError if neither the column nor the solution has an answer.
     """
     given = (answer or "").strip()
     found = final_answer(given) or given or final_answer(solution)
@@ -100,9 +99,9 @@ def split_reference(solution: str, answer: str | None) -> Reference:
 
 
 def final_answer(text: str) -> str | None:
-    r"""The last ``\boxed{...}`` (braces nest), else the last ``#### ...`` line, else ``None``.
+    r"""Returns the last ``\boxed{...}`` (braces nest), else the last ``#### ...`` line, else ``None``.
 
-    A ``####`` line counts when nothing follows it or when it holds a plain number: elsewhere it is a heading.
+    A ``####`` line counts only if it is last or holds a plain number; otherwise it is a heading.
 
     >>> final_answer(r"so $x = \boxed{\frac{1}{2}}$"), final_answer("5 + 5\n#### 10"), final_answer("ten")
     ('\\frac{1}{2}', '10', None)
@@ -115,14 +114,14 @@ def final_answer(text: str) -> str | None:
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""The last ``\boxed{...}`` that holds something, else ``None``."""
+    r"""Returns the content of the last non-empty ``\boxed{...}``, else ``None``."""
     box = last_boxed(text)
     return None if box is None else box[2]
 
 
 def _marker_line(text: str) -> int | None:
-    """Start of the line ``#### answer`` that states the answer, or None. A line is looked at once, however many
-    markers a response that repeats itself puts on it."""
+    """Returns the start of the ``#### answer`` line that states the answer, or None. Examines each line once, however
+    many markers it has: responses may repeat themselves."""
     end, last = len(text), True
     while (start := text.rfind("####", 0, end)) >= 0:
         line_start = text.rfind("\n", 0, start) + 1
@@ -140,7 +139,7 @@ def _marker_line(text: str) -> int | None:
 
 
 def _tail_start(solution: str) -> int:
-    """Where the text that states the answer begins; ``len(solution)`` when the solution does not end that way."""
+    """Returns the start of the tail, or ``len(solution)`` if the solution does not end by stating its answer."""
     marker = _marker_line(solution)
     if marker is not None and "\n" not in solution[marker:].strip():
         return marker
@@ -153,7 +152,7 @@ def _tail_start(solution: str) -> int:
 
 
 def _cut(text: str, cuts: list[int], spans: list[tuple[int, int]]) -> list[str]:
-    """``text`` cut at ``cuts`` outside ``spans``; a piece of white space only joins its neighbour."""
+    """Splits ``text`` at those ``cuts`` that are outside ``spans``. Merges white-space pieces into a neighbour."""
     starts = [start for start, _ in spans]
     pieces: list[str] = []
     begin = 0
@@ -164,13 +163,13 @@ def _cut(text: str, cuts: list[int], spans: list[tuple[int, int]]) -> list[str]:
             continue
         pieces.append(text[begin:cut])
         begin = cut
-    if begin < len(text):  # white space is left over
+    if begin < len(text):  # trailing white space
         pieces[-1:] = [(pieces[-1] if pieces else "") + text[begin:]]
     return pieces
 
 
 def _step_cuts(text: str) -> list[int]:
-    """Line starts of "Step n" headings, or of the outermost numbered list that counts 1, 2, 3."""
+    """Returns line starts of "Step n" headings, else of the items of the outermost numbered list (1, 2, 3)."""
     steps = [m.start() for m in _STEP.finditer(text)]
     if len(steps) >= 2:
         return steps
@@ -179,7 +178,7 @@ def _step_cuts(text: str) -> list[int]:
     cuts, previous = [], None
     for item in items:
         number = int(item.group(2))
-        # A list starts at 1 (or 0) and counts up; anything else is a number that happens to open a line.
+        # A list starts at 0 or 1 and counts up. Any other number at the start of a line is not an item.
         if len(item.group(1)) == indent and (number <= 1 or (previous is not None and number == previous + 1)):
             cuts.append(item.start())
             previous = number
@@ -195,18 +194,18 @@ def _sentence_cuts(text: str) -> list[int]:
 
 
 def _line_start(text: str, gap_start: int, gap_end: int) -> int:
-    """The cut within a gap: after its last newline, so that an indent stays with its line; else after the gap."""
+    """Returns the cut in a gap: after its last newline, so that the indent stays with its line, else at its end."""
     newline = text.rfind("\n", gap_start, gap_end)
     return newline + 1 if newline >= 0 else gap_end
 
 
 def _ends_sentence(text: str, match: re.Match[str]) -> bool:
-    """Whether a stop, or the end of a line, ends a sentence; where it is unclear the answer is no."""
+    """Whether a candidate (a stop or the end of a line) ends a sentence. False if unclear."""
     before, after = text[max(0, match.start() - 60) : match.start()], text[match.end() : match.end() + 8]
     line = before.rsplit("\n", 1)[-1]
     if not after or match["wide"]:
         return bool(after)
-    if match["line"]:  # a line of working without a stop ends here, unless it wraps or a formula follows or precedes
+    if match["line"]:  # ends a line of working without a stop, unless it wraps or a formula comes before or after
         goes_on = after[0].islower() and (len(line) >= _WRAPPED or _DISPLAY_ENDS.search(before) is not None)
         return not (goes_on or after.startswith(_OPENS_MATH))
     new_line = "\n" in match["gap"]

@@ -1,9 +1,8 @@
-r"""The wording of the student's and the teacher's prompts, and how a user replaces it.
+r"""Templates of the student's and teacher's prompts, which a user can replace.
 
-Separate from ``prompts.py`` because this is text a user edits, while that file turns it into token ids. The structure
-follows OPSD (arXiv 2601.18734): the student reads the problem, the teacher reads problem, reference and a transition
-that asks it to solve the problem itself. The words, and the two forms for a partly or wholly hidden reference, are
-our choice.
+``prompts.py`` turns them into token ids. The structure follows OPSD (arXiv 2601.18734): the student reads the problem;
+the teacher reads the problem, the reference and a transition that asks it to solve the problem itself. The wording, and
+the templates for a partly or fully hidden reference, are our choice.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ _TRANSITION = (
     "Read this until it is clear to you, but do not copy it. Now solve the problem yourself, in your own words: "
     "reason step by step, and put your final answer within \\boxed{}."
 )
-# What each template must and must not show; a slot that is neither is optional.
+# (required slots, forbidden slots) of each template. All other slots are optional.
 _RULES = {
     "student": ({"problem"}, {"reference", "transition"}),
     "teacher": ({"problem", "reference"}, set()),
     "teacher_partial": ({"problem", "reference", "answer"}, set()),
     "teacher_answer_only": ({"problem", "answer"}, {"reference"}),
-    # put in as they are: a slot would be read as its name (\boxed{answer} is LaTeX)
+    # inserted verbatim, so slots are not filled ({answer} is allowed: \boxed{answer} is LaTeX)
     "transition": (set(), {"problem", "reference", "transition"}),
     "system": (set(), {"problem", "reference", "transition"}),
 }
@@ -36,19 +35,19 @@ _RULES = {
 
 @dataclass(frozen=True)
 class PromptTemplates:
-    r"""Templates with the slots ``{problem}``, ``{reference}``, ``{answer}``, ``{transition}``; other braces are text.
+    r"""Templates with slots ``{problem}``, ``{reference}``, ``{answer}`` and ``{transition}``. Other braces are text.
 
     ``student``             the problem only.
-    ``teacher``             alpha = 1: the whole solution. This is OPSD's prompt.
-    ``teacher_partial``     alpha between: the first floor(alpha*m) segments (at least one) and the final answer.
-    ``teacher_answer_only`` floor(alpha*m) = 0: the final answer only, with no word about a reference solution.
-    ``transition``          what the teacher is told to do, the same at every alpha.
-    ``system``              a system message for both, or ``None`` for the chat template's own default.
+    ``teacher``             alpha = 1: the full solution. This is OPSD's prompt.
+    ``teacher_partial``     in between: the first floor(alpha*m) segments (at least one) and the final answer.
+    ``teacher_answer_only`` floor(alpha*m) = 0: the final answer only; does not mention a reference solution.
+    ``transition``          the instruction to the teacher, the same at every alpha.
+    ``system``              a system message for both, or ``None`` for the chat template's default.
 
     >>> PromptTemplates(system="You are a careful mathematician.").system
     'You are a careful mathematician.'
 
-    Raises ValueError when a template lacks a slot it needs or shows the student what it must not see.
+    Raises ValueError if a template lacks a required slot or contains a forbidden one.
     """
 
     student: str = "{problem}\n\nReason step by step, and put your final answer within \\boxed{}."
@@ -71,7 +70,7 @@ class PromptTemplates:
 
     @classmethod
     def from_file(cls, path: str | Path) -> PromptTemplates:
-        """Read templates from a YAML or JSON file holding any of the fields; the others keep their defaults."""
+        """Reads templates from a YAML or JSON file with any of the fields. Missing fields keep their defaults."""
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"prompt_templates: no such file: {path}")
@@ -91,7 +90,7 @@ class PromptTemplates:
 
 
 def fill(template: str, **values: str) -> str:
-    r"""Replace the slots in one pass: braces in LaTeX, and slot names inside the inserted text, stay as they are.
+    r"""Fills the slots in one pass. LaTeX braces, and slot names inside inserted values, stay unchanged.
 
     >>> fill("{problem} in \\boxed{}", problem="Simplify {answer}")
     'Simplify {answer} in \\boxed{}'

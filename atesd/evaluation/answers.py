@@ -26,7 +26,7 @@ Sample = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Protocol:
+class EvalProtocol:
     """Sampling settings of an evaluation: `k` samples per problem, `batch_size` of them at a time."""
 
     k: int
@@ -47,7 +47,7 @@ def answers(
     engine: RolloutEngine,
     tokenizer: Any,
     grader: Grader,
-    protocol: Protocol,
+    protocol: EvalProtocol,
     done: frozenset[tuple[str, int]] = frozenset(),
 ) -> Iterator[list[Sample]]:
     """Samples `k` answers per problem and grades them. Yields them batch by batch, without those in `done`.

@@ -8,21 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from atesd import __version__
+from atesd.config import ATESDConfig
 from atesd.config.eval_config import FREE, EvalConfig
 from atesd.data.problems import Problem
 from atesd.data.prompts import PromptBuilder
 from atesd.data.templates import PromptTemplates
 from atesd.errors import ConfigError
-from atesd.evaluation.answers import Protocol, Sample, answers, summarise
+from atesd.evaluation.answers import EvalProtocol, Sample, answers, summarise
 from atesd.evaluation.benchmarks import load_benchmark, seen_in_training
 from atesd.evaluation.files import RESULTS, EvalError, SampleFile, claim, fingerprint, read_json, seed_of
 from atesd.evaluation.grading.grader import Grader
@@ -100,7 +100,7 @@ def draw(
     done: frozenset[tuple[str, int]],
 ) -> None:
     """Generates the missing samples, appends them to `file`, and shows a progress bar."""
-    protocol = Protocol(
+    protocol = EvalProtocol(
         config.num_generations, config.max_completion_length, config.temperature, config.top_p, config.top_k,
         config.seed, config.batch_size,
     )  # fmt: skip
@@ -114,7 +114,7 @@ def draw(
             bar.update(len(batch))
 
 
-def engine_settings(config: EvalConfig, prompts: list[list[int]], device: torch.device) -> Any:
+def engine_settings(config: EvalConfig, prompts: list[list[int]], device: torch.device) -> ATESDConfig:
     """Returns the settings for `make_engine`: those of the evaluation, and batch sizes under their training names.
 
     On a GPU, vLLM's KV cache gets most of the free memory, since nothing else needs it."""
@@ -126,7 +126,8 @@ def engine_settings(config: EvalConfig, prompts: list[list[int]], device: torch.
     }
     if device.type == "cuda" and config.vllm_kv_cache_bytes is None:
         sizes["vllm_kv_cache_bytes"] = int(CACHE_SHARE * torch.cuda.mem_get_info(device)[0])
-    return SimpleNamespace(**{**asdict(config), **sizes})
+    shared = {field.name for field in fields(ATESDConfig)}
+    return ATESDConfig(**{name: value for name, value in asdict(config).items() if name in shared} | sizes)
 
 
 def build_prompts(config: EvalConfig, tokenizer: Any, problems: list[Problem]) -> list[list[int]]:

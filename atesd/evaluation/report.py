@@ -71,7 +71,7 @@ def write_reports(folder: Path) -> Path:
 def markdown_report(run: EvalRun) -> str:
     header, rows = metric_table(run)
     parts = [f"# {run.name}", headline(run), markdown_table(header, rows)]
-    parts += [f"**{warning}**" for warning in warnings(run)]
+    parts += [f"**{warning}**" for warning in warning_lines(run)]
     settings = [[name, f"`{json.dumps(value)}`"] for name, value in run.settings.items()]
     parts += ["## Settings", markdown_table(["setting", "value"], settings)]
     parts += [f"Prompt: `{json.dumps(run.record['prompt'])}`", f"Versions: {versions(run)}"]
@@ -84,7 +84,7 @@ def html_report(run: EvalRun) -> str:
     average = next(iter(run.metrics))
     by_problem = {name: row[average] for name, row in run.results["problems"].items()}
     told = f"{average} of each problem, best first. Problems at 0 or 1 do not distinguish models."
-    warned = "".join(f"<p><b>{text(warning)}</b></p>" for warning in warnings(run))
+    warned = "".join(f"<p><b>{text(warning)}</b></p>" for warning in warning_lines(run))
     body = (
         f"<h1>{text(run.name)}</h1><p>{text(headline(run))}</p>{warned}"
         f'<h2>Results</h2><div class="card">{html_table(header, rows)}</div>'
@@ -144,7 +144,7 @@ def headline(run: EvalRun) -> str:
     )
 
 
-def warnings(run: EvalRun) -> list[str]:
+def warning_lines(run: EvalRun) -> list[str]:
     """Returns warnings about results that are easily misread: leaked problems, missing boxes."""
     told = []
     if run.results.get("seen_in_training"):

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from atesd.config import ATESDConfig
 from atesd.data.problems import Problem
 from atesd.data.prompts import PromptBuilder
-from atesd.evaluation.answers import Protocol, Sample, answers, summarise
+from atesd.evaluation.answers import EvalProtocol, Sample, answers, summarise
 from atesd.evaluation.grading.grader import Grader
 from atesd.models.memory import FreedMemory
 from atesd.parallel.processes import Processes
@@ -53,7 +53,7 @@ class TrainingEvaluation:
         self.engine, self.tokenizer, self.processes = engine, tokenizer, processes
         self.freed_memory = freed_memory
         length = config.eval_completion_length
-        self.protocol = Protocol(
+        self.protocol = EvalProtocol(
             config.eval_k, length, config.eval_temperature, 1.0, 0, config.seed, batch_size=ANSWERS_AT_ONCE
         )
         self.problems = problems[processes.rank :: processes.count]

@@ -1,1 +1,1 @@
-"""How much of the reference the teacher reads: policies, the learned controller, its signals and rewards."""
+"""Chooses how much of the reference the teacher reads: policies, the learned controller, its signals and rewards."""

@@ -1,22 +1,21 @@
-"""Delayed credit: what an exposure decision earned, from the steps that followed it.
+"""Delayed credit: computes the reward of an exposure decision from the steps that follow it.
 
-Pure functions on plain numbers, apart from the controller so that they can be checked by hand; `Trace`, which answers
-"what was this signal at step t" where it was not measured at every step; and `Ledger`, which pays each decision when
-its steps are known.
+Pure functions on plain numbers define the rewards. `Trace` interpolates a signal that is not measured at every step.
+`Ledger` computes the reward of each decision once its steps are known.
 
-A decision made at step t0 is paid for the L steps after it. l_t and g_t are the progress signal and the grounded score
-that step t measured *before* its own weight update, so that l_{t0} - l_{t0+1} is the work of the update made at t0.
+The reward of a decision at step t0 covers the L steps after it. l_t and g_t are the progress signal and the grounded
+score, which step t measures *before* its own weight update. So l_{t0} - l_{t0+1} is the effect of the update at t0.
 
-Two readings of l exist because the distillation loss at step t depends on alpha_t itself (a teacher that reads less is
-closer to the student, whatever the student learned):
+There are two choices of l, because the distillation loss at step t depends on alpha_t itself: a teacher that reads less
+is closer to the student, even if the student has learned nothing.
 
-- `distill_loss`, the paper's reading. Within one hold window alpha is constant and a fall of l is learning. Where the L
-  steps cross into the next window, a smaller next alpha also makes l fall, and the decision before it is paid for that.
-- `probe_nll`, the student's NLL of reference solutions on a fixed held-out set. No exposure enters it, so only a better
-  student lowers it.
+- `distill_loss`, the paper's choice. Within one hold window alpha is constant, so a fall of l is learning. If the L
+  steps cross into the next window, a smaller next alpha also lowers l, which rewards the decision before it.
+- `probe_nll`, the student's NLL of reference solutions on a fixed held-out set. It does not depend on exposure, so only
+  a better student lowers it.
 
-In both, max(0, .) lets noise pay too: a noisier signal has a larger positive part. It pays every decision alike only
-if the noise does not depend on alpha, which holds better for the probe (the same problems each time).
+In both, max(0, .) also rewards noise: a noisier signal has a larger positive part. This is the same for all decisions
+only if the noise does not depend on alpha, which holds better for the probe (the same problems each time).
 """
 
 import math
@@ -28,15 +27,15 @@ from atesd.exposure.signals import finite
 
 
 def discount_mass(n: int, gamma: float) -> float:
-    """sum_{i=1..n} gamma^(i-1)."""
+    """Returns sum_{i=1..n} gamma^(i-1)."""
     return sum(gamma ** (i - 1) for i in range(1, n + 1))
 
 
 def learning_progress(losses: Sequence[float], gamma: float, lookahead: int | None = None) -> float:
-    """G_lp of a decision whose progress signal went `losses` = l_{t0}, ..., l_{t0+n} (n >= 1).
+    """Returns G_lp of a decision with the progress signal `losses` = l_{t0}, ..., l_{t0+n} (n >= 1).
 
-    `lookahead` is L; where the run ended after n < L steps, the sum is scaled to the discount mass of L steps
-    (our choice), so that being cut off is not itself a punishment.
+    `lookahead` is L. If the run ended after n < L steps, the sum is scaled to the discount mass of L steps (our
+    choice), so that the early end does not lower the reward.
     """
     n = len(losses) - 1
     if n < 1:
@@ -51,7 +50,7 @@ def learning_progress(losses: Sequence[float], gamma: float, lookahead: int | No
 
 
 def grounded_score(scores: Sequence[float], gamma: float) -> float:
-    """G_gt of a decision whose grounded scores were `scores` = g_{t0+1}, ..., g_{t0+n} (n >= 1)."""
+    """Returns G_gt of a decision with the grounded scores `scores` = g_{t0+1}, ..., g_{t0+n} (n >= 1)."""
     if not scores:
         raise ValueError("grounded_score needs at least one score, got none")
     # G_gt = sum_i gamma^(i-1) g_{t0+i} / sum_i gamma^(i-1)
@@ -59,15 +58,15 @@ def grounded_score(scores: Sequence[float], gamma: float) -> float:
 
 
 def reward(progress: float, grounded: float, lambda_gt: float) -> float:
-    """R = G_lp + lambda_gt G_gt."""
+    """Returns R = G_lp + lambda_gt G_gt."""
     return progress + lambda_gt * grounded
 
 
 def advantages(rewards: Sequence[float], eps: float = 1e-8) -> list[float]:
-    """A = (R - mean) / (std + eps) over the B decisions of one update.
+    """Returns A = (R - mean) / (std + eps) over the B decisions of one update.
 
-    `std` is that of the B values themselves (divided by B) and eps = 1e-8: our choice. Equal rewards, and a batch of
-    one, give zero: there is nothing to prefer.
+    `std` is the population standard deviation (divided by B), and eps = 1e-8: our choice. Equal rewards, or a batch of
+    one, give zero.
     """
     mean = math.fsum(rewards) / len(rewards)
     std = math.sqrt(math.fsum((r - mean) ** 2 for r in rewards) / len(rewards))
@@ -75,13 +74,12 @@ def advantages(rewards: Sequence[float], eps: float = 1e-8) -> list[float]:
 
 
 class Trace:
-    """One signal by step, linear between its measurements.
+    """One signal by step, interpolated linearly between its measurements.
 
-    A signal may be measured only every k steps (the probe), and a skipped step measures nothing. Between two
-    measurements the signal is taken as linear (our choice): whatever the phase of a decision against the
-    measurements, it is paid its share of the change around it, and none looks bad because no measurement fell into
-    its window. Until the next measurement is in, the steps after the last one are unknown and the decisions that need
-    them wait. Before the first measurement the signal is taken to be equal to it.
+    A signal may be measured only every k steps (the probe), and a skipped step measures nothing. We interpolate
+    linearly between two measurements (our choice). So every decision gets its share of the change around it, even if
+    no measurement falls into its window. Steps after the last measurement are unknown, and decisions that need them
+    wait for the next one. Before the first measurement the signal equals the first measurement.
     """
 
     def __init__(self) -> None:
@@ -89,11 +87,11 @@ class Trace:
 
     @property
     def known_until(self) -> int | None:
-        """The last measured step; None before the first."""
+        """The last measured step; None if there is none."""
         return max(self.values, default=None)
 
     def record(self, step: int, value: float | None) -> None:
-        """Take the measurement of `step`; None and non-finite values are no measurement."""
+        """Adds the measurement of `step`. Ignores None and non-finite values."""
         value = finite(value)
         if value is None:
             return
@@ -107,12 +105,12 @@ class Trace:
         self.values[step] = value
 
     def window(self, start: int, stop: int) -> list[float]:
-        """The signal at steps start..stop, both included; `stop` must be known."""
+        """Returns the signal at steps start..stop, both included. `stop` must be known."""
         earliest = self.values[min(self.values)]
         return [self.values.get(t, earliest) if t < stop else self.values[t] for t in range(start, stop + 1)]
 
     def forget_before(self, step: int) -> None:
-        """Drop what no pending decision can ask for; the last measurement stays, the next line starts from it."""
+        """Drops steps before `step`, which no pending decision needs. Keeps the last measurement for interpolation."""
         last = self.known_until
         self.values = {t: v for t, v in self.values.items() if t >= step or t == last}
 
@@ -125,9 +123,9 @@ class Trace:
 
 @dataclass
 class Decision:
-    """One hold window: its first step t0, and what was sampled for it.
+    """One hold window: its first step t0, and the states and samples at that step.
 
-    `states` and `samples` have one entry, or one for each problem with per-example exposure. Samples are not clipped.
+    `states` and `samples` have one entry, or with per-example exposure one per problem. Samples are not clipped.
     """
 
     start: int
@@ -136,7 +134,7 @@ class Decision:
 
 
 class Ledger:
-    """The pending decisions, and the two traces that pay them. With `lambda_gt` = 0 no grounded score is waited for."""
+    """The pending decisions, and the two traces that reward them. `lambda_gt` = 0 does not wait for grounded scores."""
 
     def __init__(self, lookahead: int, gamma: float, lambda_gt: float) -> None:
         self.L, self.gamma, self.lambda_gt = lookahead, gamma, lambda_gt
@@ -145,7 +143,7 @@ class Ledger:
 
     @property
     def known_until(self) -> int:
-        """The last step at which every needed signal is known; -1 before."""
+        """The last step at which every needed signal is known; -1 if there is none."""
         traces = [self.progress] + ([self.grounding] if self.lambda_gt else [])
         return min(-1 if trace.known_until is None else trace.known_until for trace in traces)
 
@@ -154,9 +152,9 @@ class Ledger:
         self.grounding.record(step, grounded)
 
     def settle(self, final: bool = False) -> tuple[list[tuple[Decision, float]], dict[str, float]]:
-        """Take out the decisions that can be paid now: (decision, reward) in order, and their mean rewards to log.
+        """Removes the decisions that are due. Returns (decision, reward) pairs in order, and mean rewards to log.
 
-        A decision is due when step t0+L is known; at the end of the run (`final`), when step t0+1 is. The others stay.
+        A decision is due when step t0+L is known; at the end of the run (`final`), when step t0+1 is known.
         """
         known = self.known_until
         wait = 1 if final else self.L

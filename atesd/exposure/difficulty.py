@@ -1,7 +1,4 @@
-"""How hard each problem is for the student, for per-example exposure (beyond the paper, off by default).
-
-Separate from the exposure policy, which only reads numbers, and from the trainer, which only passes them on.
-"""
+"""Measures how hard each problem is for the student, for per-example exposure (beyond the paper, off by default)."""
 
 from __future__ import annotations
 
@@ -11,21 +8,21 @@ from typing import Any
 
 
 class Difficulty:
-    """One number for each problem of a step: 0 for an average one, positive for a hard one.
+    """Computes one number per problem of a step: 0 for an average problem, positive for a hard one.
 
-    `x` is the mean over the reference's tokens of the student's own -log p, the problem alone in its prompt, with the
-    student as it stands. `z = (x - mean) / std`, with running mean and standard deviation over all problems seen so
-    far, the step's own included (our choice). The policy reads `tanh(z)`.
+    `x` is the current student's mean -log p over the reference's tokens, with only the problem in the prompt.
+    `z = (x - mean) / std`, with running mean and standard deviation over all problems so far, including this step's
+    (our choice). The policy reads `tanh(z)`.
 
-    It costs a forward of the student over the step's references, without gradient: that is why it is off by default.
-    How a reward is shared among the problems of a window is defined in `ExposureController`.
+    It costs a forward pass of the student over the step's references, without gradient, so it is off by default.
+    `ExposureController` defines how the problems of a window share a reward.
     """
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
     def normalise(self, values: Sequence[float]) -> list[float]:
-        """Take in `values` and return their z; a value that is not finite has 0."""
+        """Adds `values` to the running statistics and returns their z; 0 for a value that is not finite."""
         for x in filter(math.isfinite, values):
             self.count += 1
             delta = x - self.mean

@@ -1,7 +1,6 @@
-"""What the exposure policy is told of a step beyond the loss: the probe NLL and the teacher-grounded score.
+"""Measures a step's probe NLL and teacher-grounded score, which the exposure policy reads in addition to the loss.
 
-Separate from the trainer because these are measurements on reference solutions, without gradient, taken before the
-step's update; the loop only passes them on.
+Both are measured on reference solutions, without gradient, before the step's update.
 """
 
 from __future__ import annotations
@@ -21,22 +20,22 @@ from atesd.objectives import token_logprobs
 from atesd.parallel.processes import Processes
 from atesd_kernels.integrations.head import hidden_states_and_head
 
-GROUNDING_PROBLEMS = 2  # problems of a step the grounded score is taken on (our choice: 2 % of a step's time)
+GROUNDING_PROBLEMS = 2  # problems per step for the grounded score (our choice: 2 % of a step's time)
 
 
 class OutcomeMeter:
-    """Measures with the model as it stands.
+    """Measures the model's current weights.
 
     Args:
         model, teacher: the student and its teacher.
-        prompts, references: how problems and their reference solutions (by problem id) become tokens.
-        probe: held-out problems; none switches the probe NLL off.
+        prompts, references: the prompt builder, and the reference solutions by problem id.
+        probe: held-out problems; an empty list switches the probe NLL off.
         probe_every: steps between probe measurements.
-        grounding: "reference" scores all reference tokens the teacher was not shown, "answer" the final answer only,
-            "none" nothing.
-        batch_size: problems in one forward.
+        grounding: "reference" scores all reference tokens outside the teacher's context, "answer" the final answer
+            only, "none" nothing.
+        batch_size: problems per forward pass.
         chunk_bytes: as in `atesd_kernels.linear_logprobs`.
-        processes: those that train together; each takes its turn at the problems.
+        processes: the processes of the run; the problems are divided among them.
     """
 
     def __init__(
@@ -61,10 +60,10 @@ class OutcomeMeter:
 
     @torch.no_grad()
     def measure(self, step: int, alphas: Sequence[float], problems: list[Problem]) -> dict[str, float | None]:
-        """`{"probe_nll": ..., "grounded": ...}` of step `step`, None for what is not due.
+        """Returns `{"probe_nll": ..., "grounded": ...}` of step `step`; None for a value that is not due.
 
         Args:
-            alphas, problems: of the whole step, whichever process answers them: each problem once, with its exposure.
+            alphas, problems: of the step, over all processes: each problem once, with its exposure.
         """
         due = bool(self.probe) and step % self.probe_every == 0
         with eval_mode(self.model):
@@ -74,7 +73,7 @@ class OutcomeMeter:
             }
 
     def probe_nll(self) -> float:
-        """Mean over tokens of `-log p_S(y*|x)`: how well the student alone predicts the held-out references."""
+        """Returns the mean over tokens of `-log p_S(y*|x)`: how well the student predicts the held-out references."""
         mine, counted = self.processes.padded_round_robin(self.probe)
         logprobs = self.reference_logprobs(mine)[:counted]
         total, tokens = self.processes.all_reduce_sum(
@@ -84,12 +83,12 @@ class OutcomeMeter:
 
     @torch.no_grad()
     def reference_nll(self, problems: Sequence[Problem]) -> list[float]:
-        """Of each problem, the mean over its tokens of `-log p_S(y*|x)`: how hard the student finds it."""
+        """Returns, for each problem, the mean over tokens of `-log p_S(y*|x)`: its difficulty for the student."""
         with eval_mode(self.model):
             return [-float(logprobs.mean()) for logprobs in self.reference_logprobs(problems)]
 
     def reference_logprobs(self, problems: Sequence[Problem]) -> list[torch.Tensor]:
-        """Of each problem, `log p_S` of its reference's tokens, float64."""
+        """Returns, for each problem, `log p_S` of its reference's tokens, `(tokens,)` float64."""
         parts: list[torch.Tensor] = []
         for part in chunks(len(problems), self.batch_size):
             replies = [self.prompts.reference_completion(self.references[p.id])[0] for p in problems[part]]
@@ -99,10 +98,10 @@ class OutcomeMeter:
         return parts
 
     def grounded(self, alphas: Sequence[float], problems: list[Problem]) -> float:
-        """Mean over problems of the mean `log p_T^alpha` of the reference tokens the teacher was not shown.
+        """Returns the mean over problems of the mean `log p_T^alpha` of reference tokens outside the teacher's context.
 
-        What it was shown it could copy, so that part of the reply is context here, and costs nothing in the head. The
-        answer, which it is given at every alpha, is always scored: otherwise nothing would be left at alpha = 1.
+        The teacher could copy the exposed tokens, so they are context here and not scored. The answer is in its context
+        at every alpha but is always scored: otherwise nothing would be scored at alpha = 1.
         """
         contexts, scored = [], []
         mine, counted = self.processes.padded_round_robin(list(zip(problems, alphas, strict=False)))

@@ -1,8 +1,7 @@
-"""The training state the exposure policy reads: six bounded running statistics.
+"""The training state that the exposure policy reads: six bounded running statistics.
 
-Kept apart from the controller because these are the only things the policy knows about training; each is defined here
-by its formula and normalisation. All come from numbers the step has computed anyway (no forward pass is made for
-them).
+The policy has no other input. This file defines the formula and normalisation of each statistic. All use numbers that
+the step computes anyway; none needs an extra forward pass.
 """
 
 import math
@@ -13,7 +12,7 @@ SIGNAL_NAMES = ("step", "alpha", "loss", "mismatch", "probe_nll", "confidence")
 
 
 def finite(value: float | None) -> float | None:
-    """`value` as a float, or None where it is missing, NaN or infinite (a skipped step measures nothing)."""
+    """Returns `value` as a float, or None if it is missing, NaN or infinite (a skipped step measures nothing)."""
     if value is None:
         return None
     value = float(value)
@@ -24,20 +23,20 @@ def finite(value: float | None) -> float | None:
 class TrainingSignals:
     """The state s of the policy (the six statistics are the paper's, normalisation and decay are our choice).
 
-    With `ema_x` the exponential moving average of x, started at its first value and updated by
-    `ema_x <- decay * ema_x + (1 - decay) * x` at each step that measured x, and `x_0` that first value:
+    `ema_x` is the exponential moving average of x. It starts at the first value `x_0`. Each step that measures x
+    updates it by `ema_x <- decay * ema_x + (1 - decay) * x`.
 
         step        2 min(1, t / max_steps) - 1            t = optimizer steps done
-        alpha       2 ema_alpha - 1                        the exposure of late
-        loss        tanh((ema_loss - loss_0) / |loss_0|)   the distillation loss against its start
-        mismatch    the same, of the mean token divergence without clips: how far the teacher is
-        probe_nll   the same, of the student's NLL on the probe set: how well the student does alone
+        alpha       2 ema_alpha - 1                        the recent exposure
+        loss        tanh((ema_loss - loss_0) / |loss_0|)   the distillation loss relative to its start
+        mismatch    the same for the mean token divergence without clips: distance to the teacher
+        probe_nll   the same for the student's NLL on the probe set: the student without a teacher
         confidence  2 c - 1                                c = mean top-1 probability of the student in the last batch
 
-    Where a reward is mixed into the loss, `loss` is the mismatch: the policy hears what the teacher taught, no more.
-    Each is in [-1, 1]. Relative to the start, because losses of different models and divergences differ by orders of
-    magnitude while the policy's inputs must be O(1). A signal that was never measured is 0, the middle of its range.
-    Missing (None) and non-finite values leave their signal as it was.
+    If the loss includes a reward, `loss` is the mismatch, so the policy reads only the distillation. Each signal is in
+    [-1, 1]. Three are relative to their start, because losses of different models and divergences differ by orders of
+    magnitude, but the policy's inputs must be O(1). A signal without a measurement is 0, the middle of its range.
+    Missing (None) and non-finite values do not change their signal.
 
     >>> signals = TrainingSignals()
     >>> signals.update(0, alpha=0.5, loss=0.2, mismatch=0.4, confidence=0.75, probe_nll=None)
@@ -60,7 +59,7 @@ class TrainingSignals:
         confidence: float | None,
         probe_nll: float | None,
     ) -> None:
-        """Take in what step `step` (counted from 0) measured; None for what it did not."""
+        """Adds the measurements of step `step` (counted from 0); None for a value it did not measure."""
         self.steps_done = step + 1
         for name, value in (("alpha", alpha), ("loss", loss), ("mismatch", mismatch), ("probe_nll", probe_nll)):
             value = finite(value)
@@ -76,11 +75,11 @@ class TrainingSignals:
     def relative(self, name: str) -> float:
         if name not in self.ema:
             return 0.0
-        # tanh((ema_x - x_0) / |x_0|); the floor keeps a first value of zero from dividing by it
+        # tanh((ema_x - x_0) / |x_0|); the floor avoids a division by zero
         return math.tanh((self.ema[name] - self.first[name]) / max(abs(self.first[name]), 1e-8))
 
     def state(self, max_steps: int) -> list[float]:
-        """The six signals in the order of `SIGNAL_NAMES`, each in [-1, 1]."""
+        """Returns the six signals in the order of `SIGNAL_NAMES`, each in [-1, 1]."""
         return [
             2 * min(1.0, self.steps_done / max_steps) - 1,
             2 * self.ema.get("alpha", 0.5) - 1,

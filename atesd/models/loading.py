@@ -47,7 +47,7 @@ def load_tokenizer(config: ATESDConfig | EvalConfig) -> PreTrainedTokenizerBase:
     """Loads the tokenizer. It pads left and has a pad token. Raises ModelLoadError."""
     from transformers import AutoTokenizer
 
-    with errors_for_people(config):
+    with reraise_as_model_load_error(config):
         tokenizer = AutoTokenizer.from_pretrained(model_path(config.model_name_or_path))
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
@@ -60,7 +60,7 @@ def load_model_config(config: ATESDConfig | EvalConfig) -> PreTrainedConfig:
     """Loads the model's configuration, without weights. Raises ModelLoadError."""
     from transformers import AutoConfig
 
-    with errors_for_people(config):
+    with reraise_as_model_load_error(config):
         return AutoConfig.from_pretrained(model_path(config.model_name_or_path))
 
 
@@ -82,7 +82,7 @@ def load_base(config: ATESDConfig | EvalConfig, attn_implementation: str | None 
 
     path = model_path(config.model_name_or_path)
     attn_implementation = attn_implementation or default_attention(load_model_config(config))
-    with errors_for_people(config):
+    with reraise_as_model_load_error(config):
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, config.torch_dtype), attn_implementation=attn_implementation
         )
@@ -148,7 +148,7 @@ def use_liger_kernels(model: Any) -> None:
 
 
 @contextmanager
-def errors_for_people(config: ATESDConfig | EvalConfig) -> Iterator[None]:
+def reraise_as_model_load_error(config: ATESDConfig | EvalConfig) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:

@@ -178,8 +178,8 @@ def low_bytes(config: ATESDConfig) -> int:
 
 
 def logit_bytes(config: ATESDConfig) -> int:
-    """Returns the bytes per logit of the loss's chunk on a GPU: S in fp32, and D in the GEMMs' dtype, which the gradient
-    overwrites. A separate teacher head needs S, T and the gradient; in an fp32 run S and T are float64."""
+    """Returns the bytes per logit of the loss's chunk on a GPU: S in fp32, and D in the GEMMs' dtype (overwritten by
+    the gradient). A separate teacher head needs S, T and the gradient; in an fp32 run S and T are float64."""
     low = low_bytes(config)
     if config.use_peft or config.teacher == "live":
         return FP32 + low
@@ -267,7 +267,7 @@ def plan_memory(
 
 
 @dataclass(frozen=True)
-class Accelerator:
+class GPUSpec:
     """A GPU by its data sheet, and the shares of it we expect to reach (our assumptions, not measured).
 
     Attributes:
@@ -299,7 +299,7 @@ class Accelerator:
 
 # From NVIDIA's data sheets: H100 and H200 SXM (NVLink 900 GB/s, half of it each way), and DGX H100 (400 Gb/s of network
 # per GPU)
-H100 = Accelerator("H100 SXM 80 GB", memory=80e9, flops=989e12, bandwidth=3.35e12, link=450e9, network=50e9)
+H100 = GPUSpec("H100 SXM 80 GB", memory=80e9, flops=989e12, bandwidth=3.35e12, link=450e9, network=50e9)
 H200 = replace(H100, name="H200 SXM 141 GB", memory=141e9, bandwidth=4.8e12)
 
 
@@ -381,7 +381,7 @@ class LayerTraffic:
 
 
 def layer_traffic(shape: ModelShape, config: ATESDConfig, prompt_tokens: int) -> LayerTraffic:
-    """Returns a step's traffic for layers like Qwen3's, with bf16 weights. Backward moves about twice forward's bytes."""
+    """Returns a step's traffic for layers like Qwen3's in bf16. Backward moves about twice the bytes of forward."""
     hidden, heads, mlp = KERNEL_BYTES["liger" if config.use_liger_kernel else "transformers"]
     forward = hidden * shape.hidden + heads * (shape.query + shape.kv) + mlp * shape.intermediate
     outputs = shape.query + 2 * shape.kv + 2 * shape.hidden + 2 * shape.intermediate
@@ -406,7 +406,7 @@ class TimePlan:
         return self.rollout + max(self.teacher + self.student + self.loss, self.communication)
 
 
-def plan_time(shape: ModelShape, config: ATESDConfig, prompt_tokens: int, gpu: Accelerator, layout: Layout) -> TimePlan:
+def plan_time(shape: ModelShape, config: ATESDConfig, prompt_tokens: int, gpu: GPUSpec, layout: Layout) -> TimePlan:
     """Returns the time of a step that decodes all responses at once. Omits checkpoints, probes and evaluations."""
     products, speed = plan_products(shape, config, prompt_tokens), gpu.flops * gpu.of_flops
     between, moved = layer_traffic(shape, config, prompt_tokens), gpu.bandwidth * gpu.of_bandwidth

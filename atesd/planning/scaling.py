@@ -16,7 +16,7 @@ from atesd.config import ATESDConfig, load_config
 from atesd.planning.memory_plan import (
     GIB,
     H100,
-    Accelerator,
+    GPUSpec,
     Layout,
     MemoryPlan,
     ModelShape,
@@ -72,7 +72,7 @@ def shape_of(model: str, use_peft: bool, lora_r: int, lora_target_modules: str) 
     return model_shape(MODELS[model](), settings)
 
 
-def predict(model: str, config: ATESDConfig, gpus: int, gpu: Accelerator = H100) -> Prediction | None:
+def predict(model: str, config: ATESDConfig, gpus: int, gpu: GPUSpec = H100) -> Prediction | None:
     """Returns the layout that fits with the fewest shards, then the largest micro-batch; None if none fits.
 
     Fewer shards are better because every micro-batch gathers sharded weights again.
@@ -136,7 +136,7 @@ MEMORY = (
 SECONDS = "rollout teacher student loss communication total".split()
 
 
-def assumptions(config: ATESDConfig, gpu: Accelerator = H100) -> str:
+def assumptions(config: ATESDConfig, gpu: GPUSpec = H100) -> str:
     trained = f"LoRA of rank {config.lora_r}" if config.use_peft else "all weights trained"
     return (
         f"{PROBLEMS} problems a step, prompts of {PROMPT_TOKENS:,} tokens, responses of "
@@ -149,6 +149,6 @@ def assumptions(config: ATESDConfig, gpu: Accelerator = H100) -> str:
 
 
 def main(flags: list[str]) -> str:
-    """Returns the output of `atesd scaling [--flag value ...]`. Flags are those of `atesd train` and override RECIPE."""
+    """Returns the output of `atesd scaling [--flag value ...]`. The flags of `atesd train` override RECIPE."""
     config = load_config(RECIPE, flags)
     return f"{details(config)}\n\n{overview(config)}"

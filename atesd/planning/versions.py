@@ -6,8 +6,7 @@ from importlib import metadata
 
 
 def installed_version(package: str) -> str | None:
-    """Returns the version, or None if not installed. For torch it includes the build ("2.11.0+cu130"), which metadata
-    may omit."""
+    """Returns the version, or None if not installed. torch's includes its build ("2.11.0+cu130"); metadata may not."""
     if package == "torch":
         import torch
 

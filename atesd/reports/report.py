@@ -13,7 +13,7 @@ import yaml
 
 from atesd.config import CONFIG_FILE, ATESDConfig
 from atesd.errors import AtesdError
-from atesd.files import write_whole
+from atesd.files import write_atomically
 from atesd.reports import markup, plots
 from atesd.reports.markup import card, sample_cards, text
 from atesd.reports.metrics import METRICS, SAMPLES, read_jsonl
@@ -77,7 +77,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     config_file = run_dir / CONFIG_FILE
     config = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     path = run_dir / REPORT
-    write_whole(path, run_page(run_dir.resolve().name, rows, samples, config))
+    write_atomically(path, run_page(run_dir.resolve().name, rows, samples, config))
     return path
 
 

@@ -1,4 +1,4 @@
-"""Engines that write the student's responses, behind one protocol."""
+"""Rollout engines: they generate the student's responses. All implement one protocol."""
 
 from atesd.rollout.engine import BaseEngine, Rollout, RolloutEngine, RolloutError, Sampling
 from atesd.rollout.make import check_processes, make_engine

@@ -1,9 +1,8 @@
-"""Rollouts of the next batch, generated while the current one trains: sampled from the student of one update ago.
+"""Generates the next batch's rollouts while the current batch trains. They come from the student of one update ago.
 
-Separate from the engines because none of them knows of it: a second thread asks the engine, which holds its own copy of
-the student's weights, and whatever else it is asked for waits until that batch is there. A checkpoint waits for it too
-and saves it, so a resumed run trains on the same responses. A batch that failed is not saved: after a resume it is
-generated from the student as it was saved, and is not stale.
+A second thread calls the engine, which has its own copy of the student's weights. Every other call of the engine waits
+until the batch is complete. A checkpoint also waits, and saves the batch, so a resumed run trains on the same
+responses. A failed batch is not saved. After a resume it is generated from the saved student and is not stale.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from atesd.rollout.engine import Rollout, RolloutEngine, Sampling
 
 
 class AheadEngine:
-    """`engine`, which can be told what it will be asked for next.
+    """Wraps `engine`, so that it can generate the next batch in advance.
 
     Args:
-        engine: samples from a copy of the student's weights, taken at its `sync`; one that reads the weights being
-            trained would sample from half of an update.
+        engine: samples from a copy of the student's weights, taken in `sync`. An engine that reads the trained weights
+            themselves would sample in the middle of an update.
     """
 
     def __init__(self, engine: RolloutEngine):
@@ -29,24 +28,24 @@ class AheadEngine:
         self.coming: tuple[list[list[int]], Future[list[Rollout]]] | None = None
 
     def begin(self, prompts: list[list[int]]) -> None:
-        """Start on the prompts of the next `generate`, from the weights of the last `sync`."""
+        """Starts to generate for the prompts of the next `generate`, with the weights of the last `sync`."""
         self.wait()
         self.coming = prompts, self.thread.submit(self.engine.generate, prompts)
 
     def wait(self) -> None:
-        """Until nothing is being generated; what went wrong is told by the `generate` that asks for the batch."""
+        """Waits until the batch is complete. Its errors are raised by the `generate` that returns the batch."""
         if self.coming is not None:
             wait([self.coming[1]])
 
     def generate(self, prompts: list[list[int]], sampling: Sampling | None = None) -> list[Rollout]:
-        """What `begin` was told to generate, marked as one update old; without that, the engine's own."""
+        """Returns the batch that `begin` started, with staleness 1. Without one, calls the engine."""
         self.wait()
         if sampling is not None or self.coming is None:
             return self.engine.generate(prompts, sampling)
         (announced, batch), self.coming = self.coming, None
         rollouts = batch.result()
         if announced != prompts:
-            raise AssertionError("the rollouts generated ahead answer other prompts than those of this step.")
+            raise AssertionError("the rollouts generated ahead answer other prompts than those of this step: a bug.")
         return [replace(rollout, staleness=1) for rollout in rollouts]
 
     def sync(self) -> None:
@@ -58,7 +57,7 @@ class AheadEngine:
         self.engine.release()
 
     def close(self) -> None:
-        """Nobody will ask for what is under way: the engine ends it, so that its thread is not waited for at exit."""
+        """Closes the engine, which aborts a running batch, so that the thread does not delay the exit."""
         self.engine.close()
         self.thread.shutdown()
 

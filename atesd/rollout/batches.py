@@ -1,4 +1,4 @@
-"""The batches of a run: a step's problems, and the student's response to each."""
+"""The batches of a run: a step's problems and the student's responses."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from atesd.rollout.engine import Rollout, RolloutEngine, RolloutError
 
 
 class RolloutBatches:
-    """Draws the problems of each step and has this process's share of them answered.
+    """Selects the problems of each step and generates the responses of this process.
 
     Args:
         data: problems, references and prompts.
-        sampler: the order in which problems are visited.
-        engine: answers them; an `AheadEngine` answers the next step's while this one trains.
-        processes: those that train together.
-        num_generations: responses to each problem.
-        from_references: the reference solutions stand in for rollouts (supervised fine-tuning).
-        phase: `phase(name)` is a context that times that part of a step.
+        sampler: chooses the order of problems.
+        engine: generates responses; an `AheadEngine` generates the next step's while this one trains.
+        processes: the processes of the run.
+        num_generations: responses per problem.
+        from_references: use reference solutions instead of rollouts (supervised fine-tuning).
+        phase: `phase(name)` is a context manager that times that part of a step.
 
     Attributes:
-        problems_per_step: of all processes.
+        problems_per_step: number over all processes.
     """
 
     def __init__(
@@ -46,18 +46,18 @@ class RolloutBatches:
         self.from_references = from_references
 
     def next(self, last: bool) -> tuple[list[Problem], list[Rollout]]:
-        """The next step's problems, of all processes, and the responses to this process's share of them.
+        """Returns the next step's problems of all processes, and the responses to this process's block of them.
 
-        Each problem stands as often as it is answered. `last`: no batch follows, so none is generated ahead.
+        Each problem is repeated for each of its responses. `last`: no batch follows, so none is generated ahead.
 
         Raises:
-            RolloutError: on every process, if the engine of one failed. Sampler and engine are then as before the
-                call, so a resumed run draws the same batch.
+            RolloutError: on every process, if one engine failed. The states of sampler and engine are then restored, so
+                a resumed run gets the same batch.
         """
         ahead = self.engine if isinstance(self.engine, AheadEngine) else None
         if ahead:
             with self.phase("rollout"):
-                ahead.wait()  # for what was begun a step ago
+                ahead.wait()  # for the batch that the last step began
         before = [part.state_dict() for part in (self.sampler, self.engine)]
         batch = self.problems_of(self.sampler.draw)
         try:
@@ -73,13 +73,13 @@ class RolloutBatches:
         return batch, rollouts
 
     def problems_of(self, draw: Callable[[int], list[int]]) -> list[Problem]:
-        """The problems of a step, as `sampler.draw` or `sampler.peek` chooses them."""
+        """Returns the problems of a step. `draw` is `sampler.draw` or `sampler.peek`."""
         train = self.data.problems.train
         return [train[i] for i in draw(self.problems_per_step) for _ in range(self.num_generations)]
 
     def responses(self, problems: list[Problem]) -> list[Rollout]:
-        """y ~ p_S(.|x): one response to each problem, from the student as it is now (with `max_staleness`, as it was
-        one update ago). The reference solutions instead where the objective imitates them."""
+        """Returns one response y ~ p_S(.|x) per problem, from the current student (with `max_staleness`, the student of
+        one update ago). With `from_references`, returns the reference solutions."""
         prompts = [self.data.prompts.student(problem) for problem in problems]
         if self.from_references:
             replies = [self.data.prompts.reference_completion(self.data.references[p.id])[0] for p in problems]

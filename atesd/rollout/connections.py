@@ -1,7 +1,7 @@
-"""HTTP requests that another thread can end.
+"""HTTP requests that another thread can abort.
 
-Separate because urllib knows only a time limit: a rollout may take half an hour, and an error or an interrupt in the
-trainer is not to wait for it. A server sees the connection closed, and stops generating.
+urllib has only a timeout. A rollout may take half an hour, and an error or interrupt in the trainer must not wait for
+it. A server stops generating when its connection is closed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 
 class Connections:
-    """Opens requests until `cut`, which ends those under way: they fail with an OSError or HTTPException, as they do
-    where a server goes away."""
+    """Opens requests until `cut`, which aborts running ones. These fail with an OSError or HTTPException, as if the
+    server had stopped."""
 
     def __init__(self) -> None:
         self.is_cut = threading.Event()
@@ -27,7 +27,7 @@ class Connections:
         self.opener = urllib.request.build_opener(*(self.noting(kind) for kind in kinds))
 
     def noting(self, handler: type[urllib.request.AbstractHTTPHandler]) -> Any:
-        """A `handler` whose sockets are known here from the moment they are connected."""
+        """Returns a `handler` that records each socket here as soon as it is connected."""
         connections = self
 
         class Noting(handler):  # type: ignore[misc, valid-type]
@@ -53,9 +53,9 @@ class Connections:
         return self.opener.open(request, timeout=timeout)
 
     def cut(self) -> None:
-        """End all requests, and refuse later ones."""
+        """Aborts all requests, and refuses later ones."""
         with self.lock:
             self.is_cut.set()
             for each in self.sockets:
-                with contextlib.suppress(OSError):  # not connected any more
+                with contextlib.suppress(OSError):  # already disconnected
                     each.shutdown(socket.SHUT_RDWR)

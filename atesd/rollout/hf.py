@@ -1,11 +1,11 @@
 """Rollouts by Hugging Face `generate`.
 
-`generate` prepares prompts, masks and cache; the decoding loop is ours (`custom_generate`), because the one inside
-sorts the whole vocabulary for top-p and copies the cache at every token. On a CPU the weights are packed once per call
-for the processor's matrix units, adapters merged: reading weights is the cost of decoding there.
+`generate` prepares prompts, masks and cache. The decoding loop is ours (`custom_generate`), because the built-in one
+sorts the full vocabulary for top-p and copies the cache at every token. On a CPU, decoding is bound by reading weights,
+so each call packs them once for the processor's matrix units, with adapters merged.
 
-On a GPU the loop runs ahead of the device. It looks at what was decoded only every `CHECK_INTERVAL` tokens, since each
-look waits for the GPU to finish.
+On a GPU the loop runs ahead of the device. It reads the decoded tokens only every `CHECK_INTERVAL` tokens, because each
+read synchronises with the GPU.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ from atesd.rollout.packed import decoding_model
 from atesd.rollout.seeds import ResponseSeeds
 from atesd_kernels.integrations.head import unwrap
 
-# Tokens a GPU decodes between two looks at which responses have ended (our choice): at most this many, less one, are
-# decoded in vain.
+# Tokens a GPU decodes between two checks for ended responses (our choice). At most this many minus one are wasted.
 CHECK_INTERVAL = 8
-ROOM = 1024  # tokens a cache grows by: an evaluation may ask for 38,912, and few responses take them
+ROOM = 1024  # tokens a cache grows by: an evaluation may allow 38,912, but few responses need them
 
 
 class HFEngine:
@@ -40,11 +39,11 @@ class HFEngine:
 
     Args:
         model: the student, bare or under peft.
-        tokenizer: names the pad and end tokens.
-        max_completion_length: most new tokens of a response.
+        tokenizer: provides the pad and end tokens.
+        max_completion_length: maximum number of new tokens.
         temperature, top_p, top_k: sampling; `top_k=0` and `top_p=1.0` switch the filters off.
-        seeds: of the engine's own sampling, whose count is checkpointed.
-        bf16: decode in bfloat16 as autocast would (the residual stream stays float32).
+        seeds: seeds of training rollouts; checkpoints include their count.
+        bf16: decode in bfloat16 like autocast (the residual stream stays float32).
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class HFEngine:
     ):
         self.model, self.bf16 = model, bf16
         self.device = next(model.parameters()).device
-        self.runs_ahead = self.device.type != "cpu"  # a CPU never waits, and a token decoded in vain costs it time
+        self.runs_ahead = self.device.type != "cpu"  # a CPU has no synchronisation cost, and wasted tokens take time
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
         self.pad_id, self.stop_ids = tokenizer.pad_token_id, stop_token_ids(unwrap(model), tokenizer)
         self.seeds = ResponseSeeds(0) if seeds is None else seeds
@@ -76,7 +75,7 @@ class HFEngine:
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], sampling: Sampling | None = None) -> list[Rollout]:
-        """One response for each prompt, all decoded as one left-padded batch."""
+        """Returns one response per prompt, all decoded as one left-padded batch."""
         if sampling is not None:
             return self.sampling_as(sampling).decode_batch(prompts)
         seeds = self.seeds.following(len(prompts))
@@ -115,12 +114,12 @@ class HFEngine:
         ]
 
     def sampling_as(self, sampling: Sampling) -> HFEngine:
-        """This engine as `sampling` asks: each response draws from its own seed, whatever else is in the batch."""
+        """Returns a copy of this engine with `sampling`. Each response uses its own seed, independent of its batch."""
         other = copy.copy(self)
         other.temperature, other.top_p, other.top_k = sampling.temperature, sampling.top_p, sampling.top_k
         other.config = copy.deepcopy(self.config)
         other.config.max_new_tokens = sampling.max_completion_length
-        # drawn beforehand, and on the CPU: the same numbers on every device, for every length and batch
+        # generated in advance and on the CPU: the same numbers for every device, length and batch
         rows = [
             torch.rand(other.config.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
             for seed in sampling.seeds
@@ -131,10 +130,10 @@ class HFEngine:
     def decode(
         self, model: nn.Module, input_ids: Tensor, generation_config: GenerationConfig, **inputs: Any
     ) -> list[tuple[list[int], bool]]:
-        """The decoding loop `generate` calls: responses, and whether the logits of each were finite.
+        """The decoding loop, called by `generate`. Returns each response, and whether its logits were finite.
 
-        Rows that have ended write the pad token. They leave the batch at the first look that finds half of it done. A
-        row without finite logits ends there.
+        Ended rows write the pad token. They are removed at the first check that finds half of the batch ended. A row
+        ends if its logits are not finite.
         """
         name = cache_argument(unwrap(model))
         mask, cache, padding = inputs.get("attention_mask"), inputs[name], self.padding
@@ -143,7 +142,7 @@ class HFEngine:
         limit, check_interval = generation_config.max_new_tokens, CHECK_INTERVAL if self.runs_ahead else 1
         stop_ids = to_device(torch.tensor(self.stop_ids), self.device)
         tokens, position = input_ids, mask.cumsum(1).sub(1).clamp(min=0)
-        running = torch.arange(len(input_ids), device=self.device)  # which response each row of the batch writes
+        running = torch.arange(len(input_ids), device=self.device)  # the response that each row of the batch writes
         ended = torch.zeros_like(running, dtype=torch.bool)
         responses = input_ids.new_full((len(input_ids), limit), self.pad_id)
         lengths = torch.full_like(running, limit)
@@ -162,7 +161,7 @@ class HFEngine:
             sampled = torch.where(ended | ~drawn, self.pad_id, sampled)
             responses[running, step] = sampled
             finite[running] &= drawn | ended
-            stopped = (sampled[:, None] == stop_ids).any(1)  # isin would sort many ids, and wait for it
+            stopped = (sampled[:, None] == stop_ids).any(1)  # isin would sort many ids and synchronise
             ending = (stopped | ~drawn) & ~ended  # the pad token may itself be an end token
             lengths[running] = torch.where(ending, step + 1, lengths[running])
             ended |= ending
@@ -181,17 +180,17 @@ class HFEngine:
         return [(row[:n], drawn) for row, n, drawn in rows]
 
     def sync(self) -> None:
-        """This engine decodes with the student itself, whose weights, where they are sharded, are whole from here on:
-        responses of different length then cost no process a message."""
+        """Gathers sharded weights until `release`: this engine decodes with the student itself. Processes then need no
+        collectives while they decode responses of different lengths."""
         self.whole.close()
         self.whole.enter_context(unsharded(self.model))
 
     def release(self) -> None:
-        """Back to shards. Cache and packed matrices live as long as `generate`."""
+        """Frees the gathered weights. `generate` has already freed cache and packed matrices."""
         self.whole.close()
 
     def close(self) -> None:
-        """Nothing to do: it holds nothing of its own."""
+        """No-op: the engine owns no resources."""
 
     def state_dict(self) -> dict[str, Any]:
         return self.seeds.state_dict()
@@ -202,9 +201,9 @@ class HFEngine:
 
 @contextlib.contextmanager
 def masks_built_unread(config: Any) -> Iterator[None]:
-    """Within it, transformers builds the mask of a padded batch without first asking the GPU whether all of it is ones.
+    """Context in which transformers builds the mask of a padded batch without reading from the GPU if it is all ones.
 
-    `decode` gives no mask for a batch without padding, so the answer would always be no. flash-attn's mask still asks.
+    `decode` passes no mask for a batch without padding, so the answer would always be no. flash-attn still reads.
     """
     name = config._attn_implementation
     build = ALL_MASK_ATTENTION_FUNCTIONS[name]
@@ -226,12 +225,12 @@ def masks_built_unread(config: Any) -> Iterator[None]:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What `forward` and `generate` call the cache: transformers renamed it in 5.24."""
+    """Returns the name of the cache argument of `forward` and `generate`: transformers renamed it in 5.24."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def stop_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Every id that ends a response: the tokenizer's and those the model's generation config adds (end of turn)."""
+    """Returns all ids that end a response: the tokenizer's, and the model's generation config's (end of turn)."""
     declared = getattr(model.generation_config, "eos_token_id", None)
     declared = declared if isinstance(declared, list) else [declared]
     ids = dict.fromkeys(i for i in [tokenizer.eos_token_id, *declared] if i is not None)
@@ -241,46 +240,47 @@ def stop_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
 
 
 def candidates(logits: Tensor, temperature: float, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
-    """`(batch, vocab)` logits -> weights `(batch, k)` and tokens: temperature, then top-k, then top-p among those.
+    """Filters logits `(batch, vocab)`: temperature, then top-k, then top-p among those, as in transformers.
 
-    The order is that of transformers. Only the `top_k` best are ever sorted; top-p keeps the smallest set of tokens
-    whose mass reaches `top_p`. The weights of the rest are 0, and need not sum to 1.
+    Sorts only the `top_k` best. top-p keeps the smallest set of tokens whose mass reaches `top_p`. Returns weights
+    `(batch, k)`, which are 0 for removed tokens and need not sum to 1, and tokens `(batch, k)` or `(1, k)`.
     """
     if not top_k and top_p == 1.0:
         return (logits.float() / temperature).softmax(-1), torch.arange(logits.shape[-1], device=logits.device)[None]
     values, tokens = (logits.float() / temperature).topk(min(top_k or logits.shape[-1], logits.shape[-1]))
     probs = values.softmax(-1)
     if top_p < 1.0:
-        probs = torch.where(probs.cumsum(-1) - probs >= top_p, 0.0, probs)  # this way round NaN stays NaN
+        probs = torch.where(probs.cumsum(-1) - probs >= top_p, 0.0, probs)  # this order of arguments keeps NaN
     return probs, tokens
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """`(batch, vocab)` logits and `(batch,)` uniform numbers, float64 in [0, 1) -> `(batch,)` tokens, and `(batch,)`
-    whether they were drawn from finite logits.
+    """Samples from logits `(batch, vocab)` with `uniform` `(batch,)`, float64 in [0, 1). Returns tokens `(batch,)`, and
+    whether each row's logits were finite, `(batch,)`.
 
-    A row with a NaN or an infinity among its candidates (or nothing but -inf) has no distribution: its token is any.
+    A row with a NaN or an infinity among its candidates, or only -inf, has no distribution: its token is arbitrary.
     """
     probs, tokens = candidates(logits, temperature, top_p, top_k)
-    # one uniform number a row against the cumulative sum: multinomial on a whole vocabulary is far slower
+    # compares one uniform number per row with the cumulative sum: multinomial on a full vocabulary is far slower
     mass = probs.cumsum(-1, dtype=torch.float64)
     total = mass[:, -1:]
     u = uniform[:, None] * total
-    u = torch.minimum(u, total.nextafter(torch.zeros_like(total)))  # the product may round up to the total
+    u = torch.minimum(u, total.nextafter(torch.zeros_like(total)))  # uniform * total may round up to the total
     choice = torch.searchsorted(mass, u, right=True)  # right: an entry of weight 0 is never the first to exceed u
-    choice = choice.clamp(max=mass.shape[1] - 1)  # nothing exceeds NaN
+    choice = choice.clamp(max=mass.shape[1] - 1)  # no comparison with NaN is true
     return tokens.expand(len(probs), -1).gather(1, choice).flatten(), total.flatten().isfinite()
 
 
 class BufferedLayer(DynamicLayer):
-    """A growing cache layer that writes into a buffer instead of concatenating at every token, in `dtype`."""
+    """A growing cache layer in `dtype` that writes to a buffer; it does not concatenate at every token."""
 
     def __init__(self, dtype: torch.dtype, room: int):
         super().__init__()
         self.wanted, self.room = dtype, room
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append `(batch, heads, new, head_dim)` and return everything so far."""
+        """Appends keys and values `(batch, heads, new, head_dim)`. Returns all of them, `(batch, heads, length,
+        head_dim)` each."""
         start, new = self.get_seq_length(), key_states.shape[-2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -300,7 +300,7 @@ class BufferedLayer(DynamicLayer):
 
 
 def buffered_cache(config: Any, dtype: torch.dtype, room: int) -> DynamicCache:
-    """The cache transformers would make for `config`, its plain growing layers replaced by buffered ones."""
+    """Returns transformers' cache for `config`, with its plain growing layers replaced by buffered ones."""
     cache = DynamicCache(config=config)
     cache.layers = [BufferedLayer(dtype, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -1,7 +1,7 @@
-"""How far an engine's log-probabilities are from the trainer's, and the weight that makes up for it.
+"""Measures the difference between an engine's log-probabilities and the trainer's, and the weight that corrects it.
 
-Separate because it is about two programs computing one distribution, not about a loss. Both sides are taken at
-temperature 1 and before top-k and top-p: that distribution both define alike, whatever the rollouts were filtered with.
+Both are at temperature 1 and before top-k and top-p. Engine and trainer define this distribution in the same way, for
+all sampling settings of the rollouts.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from atesd_kernels.integrations.head import HeadSpec
 
 
 class EngineMismatch:
-    """Measures every micro-batch of a step, and weighs its tokens on request.
+    """Measures every micro-batch of a step, and optionally computes token weights.
 
     Args:
         clip: c of the token weight `min(exp(log p_trainer - log p_engine), c)` (truncated importance sampling); None
-            leaves all tokens as they are.
+            for no weights.
         chunk_bytes: as in `atesd_kernels.linear_logprobs`.
     """
 
@@ -32,10 +32,10 @@ class EngineMismatch:
 
     @torch.no_grad()
     def measure(self, rollouts: Sequence[Rollout], hidden: Tensor, head: HeadSpec, targets: Tensor) -> Tensor | None:
-        """Token weights `(N,)`, or None for all ones: no clip, or an engine without log-probabilities.
+        """Returns token weights `(N,)`; None for all ones: without a clip, or without the engine's log-probabilities.
 
         Args:
-            hidden: `(N, hidden)`, the student's hidden states of the response tokens of `rollouts`, end to end.
+            hidden: `(N, hidden)`, the student's hidden states of the response tokens of `rollouts`, concatenated.
             targets: `(N,)`, those tokens.
         """
         if any(r.logprobs is None for r in rollouts):
@@ -47,12 +47,12 @@ class EngineMismatch:
         return None if self.clip is None else difference.exp().clamp(max=self.clip)
 
     def take(self, gather: Callable[[Tensor], Tensor] = torch.clone) -> dict[str, float]:
-        """Metrics of the step so far, and start again. Nothing where the engine gave no log-probabilities.
+        """Returns the metrics of the step and resets; {} without the engine's log-probabilities.
 
-        `gather` gives the differences of all processes for those of this one.
+        `gather` all-gathers the differences over processes.
 
-        `engine_logprob_diff` is the mean over response tokens of `|log p_trainer - log p_engine|`; with a clip,
-        `importance_weight` is the mean weight and `importance_clipped` the share of tokens at the clip.
+        `engine_logprob_diff` is the mean over response tokens of `|log p_trainer - log p_engine|`. With a clip,
+        `importance_weight` is the mean weight and `importance_clipped` the share of clipped tokens.
         """
         if not self.differences:
             return {}

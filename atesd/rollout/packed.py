@@ -1,7 +1,6 @@
-"""The student's linear layers as a CPU decodes with them fastest: packed once a call, adapters merged, then freed.
+"""Packs the student's linear layers for fast decoding on a CPU: once per call, with adapters merged, then freed.
 
-Separate from hf.py because it is about the processor, not about sampling: reading weights is the cost of decoding a
-small batch, and oneDNN reads them best in a layout of its own.
+Decoding a small batch is bound by reading weights, and oneDNN reads them fastest in its own layout.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from atesd_kernels.integrations.head import unwrap
 
 
 class PackedLinear(nn.Module):
-    """A linear layer (and its LoRA update) as one matrix in oneDNN's own layout, which is faster to decode with."""
+    """A linear layer and its LoRA update as one matrix in oneDNN's own layout, for fast decoding."""
 
     def __init__(self, source: nn.Module):
         super().__init__()
-        self.sources = [source]  # in a list, so that it is not a child
+        self.sources = [source]  # in a list, so that it is not registered as a child module
         self.weight = self.bias = None
 
     def pack(self, dtype: torch.dtype) -> None:
@@ -40,7 +39,7 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(module: nn.Module) -> bool:
-    """Plain linear layers and plain LoRA around them; DoRA and the like keep their own forward."""
+    """Whether `module` is a plain linear layer, bare or with plain LoRA. DoRA and others keep their own forward."""
     if type(module) is nn.Linear:
         return True
     plain = hasattr(module, "get_delta_weight") and type(getattr(module, "base_layer", None)) is nn.Linear
@@ -48,7 +47,7 @@ def can_pack(module: nn.Module) -> bool:
 
 
 def packed_twin(model: nn.Module) -> nn.Module:
-    """`model` again, sharing every parameter, its linear layers replaced by `PackedLinear`."""
+    """Returns a copy of `model` that shares every parameter, with its linear layers replaced by `PackedLinear`."""
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
 
     def replace_linear(twin: nn.Module, source: nn.Module) -> None:
@@ -63,7 +62,7 @@ def packed_twin(model: nn.Module) -> nn.Module:
 
 
 def onednn_packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has a layout of its own for matrices of `dtype` on this processor."""
+    """Whether oneDNN has its own layout for matrices of `dtype` on this processor."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
         return False
     return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -71,8 +70,8 @@ def onednn_packs(dtype: torch.dtype) -> bool:
 
 @contextlib.contextmanager
 def decoding_model(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
-    """The model to decode with: on a CPU the packed twin, its matrices freed afterwards; elsewhere, and where the
-    weights are in shards, `model` itself."""
+    """Yields the model for decoding: on a CPU a packed copy, whose matrices are freed afterwards; on other devices, or
+    if the weights are sharded, `model` itself."""
     training = model.training
     packed = []
     if next(model.parameters()).device.type == "cpu" and onednn_packs(dtype) and not is_sharded(model):
@@ -85,5 +84,5 @@ def decoding_model(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
         yield model
     finally:
         model.train(training)
-        for module in packed:  # now, not when Python looks for cycles
+        for module in packed:  # free them now, not at the next garbage collection
             module.weight = module.bias = None

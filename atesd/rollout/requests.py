@@ -1,7 +1,7 @@
-"""Rollouts from an engine that answers requests: what is asked, what counts as an answer, and what is asked again.
+"""Base class of engines that answer requests: builds requests, checks the answers, and retries.
 
-Separate because vLLM in this process and vLLM behind a server differ only in how a request travels. Every response has
-a seed of its own, so that neither the order of the answers nor the company in a batch decides what is sampled.
+vLLM in this process and vLLM behind a server differ only in how they send a request. Every response has its own seed,
+so sampling does not depend on the order of answers or on the other requests in a batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STOPPED = "the engine was stopped while it was generating."
 
 @dataclass(frozen=True)
 class Completion:
-    """An engine's answer, as it came."""
+    """An engine's answer, not checked yet."""
 
     token_ids: list[int]
     logprobs: list[float] | None
@@ -30,17 +30,17 @@ class Completion:
 
 
 class RequestEngine(ABC):
-    """Turns prompts into requests with seeds, repeats those that fail, and refuses what stays unusable.
+    """Converts prompts to requests with seeds, retries those that fail, and raises an error if they keep failing.
 
     Args:
-        stop_ids: tokens that end a response; the engine's own list is not used, so that all engines stop alike.
-        context_length: longest prompt and response together.
-        max_completion_length, temperature, top_p, top_k, seeds: the engine's own sampling.
-        retries: how often a response that failed is asked for again.
-        timeout: seconds after which a request is given up.
+        stop_ids: tokens that end a response. They replace the engine's own list: all engines stop at the same tokens.
+        context_length: maximum length of prompt plus response.
+        max_completion_length, temperature, top_p, top_k, seeds: sampling of training rollouts.
+        retries: number of times to retry a failed response.
+        timeout: seconds after which a request fails.
     """
 
-    pause = 0.0  # seconds before the first repetition; the second waits twice as long
+    pause = 0.0  # seconds before the first retry; the second waits twice as long
 
     def __init__(
         self,
@@ -60,14 +60,14 @@ class RequestEngine(ABC):
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
         self.seeds = ResponseSeeds(0) if seeds is None else seeds
         self.retries, self.timeout = retries, timeout
-        self.stopped = threading.Event()  # set by another thread than that which generates
+        self.stopped = threading.Event()  # set by a thread other than the generating one
 
     @abstractmethod
     def complete(self, prompts: list[list[int]], parameters: list[dict[str, Any]]) -> list[Completion | Exception]:
-        """An answer, or what went wrong, for each prompt, under vLLM's sampling parameters."""
+        """Returns an answer or an exception for each prompt. `parameters` are vLLM's sampling parameters."""
 
     def generate(self, prompts: list[list[int]], sampling: Sampling | None = None) -> list[Rollout]:
-        """One response for each prompt. Log-probabilities come with the engine's own sampling only."""
+        """Returns one response per prompt. They have log-probabilities only if `sampling` is None."""
         if sampling is not None:
             return self.ask_for(prompts, sampling, logprobs=False)
         seeds = self.seeds.following(len(prompts))
@@ -108,7 +108,7 @@ class RequestEngine(ABC):
         raise RolloutError(f"{failed} of {len(prompts)} rollouts failed {1 + self.retries} times. The last: {problem}")
 
     def what_is_wrong(self, answer: Completion | Exception, logprobs: bool) -> str | None:
-        """Why an answer cannot be trained on; None where it can."""
+        """Returns why an answer is not usable for training; None if it is usable."""
         if isinstance(answer, RolloutError):
             raise answer
         if isinstance(answer, Exception):
@@ -131,7 +131,7 @@ class RequestEngine(ABC):
 
 
 def request_parameters(sampling: Sampling, seed: int, stop_ids: list[int], logprobs: bool) -> dict[str, Any]:
-    """Sampling parameters under vLLM's names; what a model's generation config might add is switched off by name."""
+    """Returns sampling parameters under vLLM's names. Sets all that a model's generation config could override."""
     return {
         "max_tokens": sampling.max_completion_length,
         "temperature": sampling.temperature,

@@ -1,7 +1,7 @@
 """Rollouts by vLLM inside the training process ("colocated").
 
-The student's merged weights are handed over as tensors before each batch of rollouts. On a GPU the engine sleeps while
-the student is updated, so that both need not fit at once; vLLM knows no sleep on a CPU, where nothing is released.
+vLLM loads the student's merged weights, as tensors, before each batch of rollouts. On a GPU the engine sleeps during
+training, so that both need not fit in memory at once. vLLM has no sleep mode on a CPU, where nothing is released.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ BLOCK = 128  # tokens in a block of the cache on a CPU; on a GPU they are smalle
 
 
 class VLLMEngine(RequestEngine):
-    """Samples from a copy of `model` that vLLM holds.
+    """Samples from vLLM's own copy of `model`.
 
     Args:
         model: the student, bare or under peft.
-        path: the folder or Hub id `model` was loaded from, for its architecture.
-        dtype: of the engine's weights and cache.
-        kv_cache_bytes: size of its key-value cache; requests beyond it wait.
+        path: the folder or Hub id of `model`, for its architecture.
+        dtype: dtype of the engine's weights and cache.
+        kv_cache_bytes: size of its key-value cache; requests that do not fit wait.
         sleep: release the engine's memory between `release` and `sync`; ignored on a CPU.
         **requests: as in `RequestEngine`.
     """
@@ -68,7 +68,7 @@ class VLLMEngine(RequestEngine):
                     max_model_len=self.context_length,
                     kv_cache_memory_bytes=kv_cache_bytes,
                     enable_sleep_mode=self.sleep,
-                    enforce_eager=on_cpu,  # a compiled CPU graph keeps the packed matrices it was traced with
+                    enforce_eager=on_cpu,  # a compiled CPU graph would keep the packed matrices of its trace
                     skip_tokenizer_init=True,
                     use_tqdm_on_load=False,
                     worker_extension_cls=WORKER_EXTENSION,
@@ -81,7 +81,7 @@ class VLLMEngine(RequestEngine):
     def from_config(
         cls, config: ATESDConfig, model: nn.Module, tokenizer: Any, seeds: ResponseSeeds | None = None
     ) -> VLLMEngine:
-        """As `config` says, with a cache for all rollouts of a step where its size is left open."""
+        """Builds the engine from `config`. By default its cache fits all rollouts of a step."""
         dtype = torch.bfloat16 if config.bf16 else getattr(torch, config.torch_dtype)
         return cls(
             model,
@@ -105,7 +105,7 @@ class VLLMEngine(RequestEngine):
 
     def release(self) -> None:
         if self.sleep and not self.asleep:
-            self.llm.sleep(level=2)  # nothing is kept: `sync` brings every weight
+            self.llm.sleep(level=2)  # level 2 discards the weights: `sync` reloads all of them
             self.asleep = True
 
     def close(self) -> None:
@@ -140,7 +140,7 @@ class VLLMEngine(RequestEngine):
 
 
 def completion(output: Any) -> Completion:
-    """vLLM's output, its log-probs reduced to those of the sampled tokens."""
+    """Converts vLLM's output. Keeps only the log-probabilities of the sampled tokens."""
     ids = list(output.token_ids)
     logprobs = None
     if output.logprobs is not None:
@@ -149,7 +149,7 @@ def completion(output: Any) -> Completion:
 
 
 def request_settings(config: ATESDConfig, model: nn.Module, tokenizer: Any) -> dict[str, Any]:
-    """What both vLLM engines take from a configuration."""
+    """Returns the arguments of `RequestEngine` from a configuration, for both vLLM engines."""
     return {
         "context_length": longest_sequence(config, unwrap(model).config),
         "stop_ids": stop_token_ids(unwrap(model), tokenizer),
@@ -163,14 +163,14 @@ def request_settings(config: ATESDConfig, model: nn.Module, tokenizer: Any) -> d
 
 
 def longest_sequence(config: ATESDConfig, model_config: Any) -> int:
-    """Tokens of the longest prompt with the longest response, an evaluation's during training among them."""
+    """Returns the tokens of the longest prompt plus the longest response, including evaluations during training."""
     response = max(config.max_completion_length, getattr(config, "eval_max_completion_length", None) or 0)
     return min(context_length(model_config), config.max_prompt_length + response)
 
 
 def kv_cache_bytes(model_config: Any, config: ATESDConfig, dtype: torch.dtype) -> int:
-    """The memory plan's cache, all rollouts of a step at their longest, in whole blocks and one that vLLM keeps; or one
-    sequence of an evaluation, where that is longer: vLLM does not start with less."""
+    """Returns the size of a cache for all rollouts of a step at full length, rounded up to blocks, plus one block that
+    vLLM reserves. It fits at least one sequence of an evaluation, which vLLM requires to start."""
     rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.num_generations
     blocks = rollouts * -(-(config.max_prompt_length + config.max_completion_length) // BLOCK)
     blocks = max(blocks, -(-longest_sequence(config, model_config) // BLOCK))
@@ -179,7 +179,7 @@ def kv_cache_bytes(model_config: Any, config: ATESDConfig, dtype: torch.dtype) -
 
 @contextmanager
 def global_randomness_kept() -> Iterator[None]:
-    """vLLM draws from the global generators, though every request has a seed, and seeds them all when it starts."""
+    """Restores the global random states. vLLM seeds all of them at its start, and uses them despite request seeds."""
     states = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
@@ -192,8 +192,8 @@ def global_randomness_kept() -> Iterator[None]:
 
 @contextmanager
 def as_a_guest() -> Iterator[None]:
-    """vLLM in this very process, quiet, and without the trace it leaves on a CPU: a `torch.set_num_threads` that does
-    nothing."""
+    """Context to start vLLM in this process: quiet, with random states restored, and with `torch.set_num_threads`
+    restored, which vLLM disables on a CPU."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     for name, value in (("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_NO_USAGE_STATS", "1")):
         os.environ.setdefault(name, value)

@@ -1,7 +1,7 @@
 """Rollouts by a vLLM server that the user has started (`vllm serve`, OpenAI-compatible).
 
-Token ids travel both ways, never text. The student's weights travel as files in a folder both sides see: the adapter
-alone, or a whole checkpoint with the adapter merged. The commands that start such a server are in atesd/README.md.
+Requests and answers are token ids, not text. The student's weights are files in a folder that both sides can read: the
+adapter alone, or a full checkpoint with the adapter merged. atesd/README.md has the commands to start such a server.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from atesd.rollout.weights import merged_weights
 from atesd_kernels.integrations.head import unwrap
 
 MAX_CONNECTIONS = 256
-CLOSE_SECONDS = 30.0  # a server that does not answer is not waited for longer when a run ends
+CLOSE_SECONDS = 30.0  # timeout of the last requests when a run ends
 NOT_FOUND, BUSY = 404, (408, 429, 502, 503, 504)
 FOR_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank {rank}"
 FOR_ALL_WEIGHTS = f"VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls {WORKER_EXTENSION}"
@@ -48,11 +48,11 @@ class VLLMServerEngine(RequestEngine):
 
     Args:
         model: the student, bare or under peft.
-        base_url: of the server, e.g. `http://localhost:8000`.
-        folder: the engine's own, where weights are written for the server to read; removed at the end.
-        dtype: the weights are written in.
-        merged: send merged weights where LoRA is trained, instead of the adapter.
-        processes: those that train together: each asks for its own responses, the main one alone sends the weights.
+        base_url: URL of the server, e.g. `http://localhost:8000`.
+        folder: folder for the weights that the server reads; the engine owns it and removes it at the end.
+        dtype: dtype of the written weights.
+        merged: with LoRA, send merged weights, not the adapter.
+        processes: the processes of the run: each requests its own responses; only the main one sends weights.
         **requests: as in `RequestEngine`; the server's own context length must be at least `context_length`.
     """
 
@@ -114,8 +114,8 @@ class VLLMServerEngine(RequestEngine):
             ) from error
 
     def sync(self) -> None:
-        """The main process writes the student's weights down and has the server load them; all go on when it has, or
-        none does."""
+        """Sends the student's weights: the main process writes them and makes the server load them. All processes wait
+        for the result, and all raise an error if it fails."""
         write = self.writer()
         self.served, problem = self.processes.broadcast_from_main(self.try_to_send, write)
         self.lost = False
@@ -123,8 +123,8 @@ class VLLMServerEngine(RequestEngine):
             raise RolloutError(problem)
 
     def try_to_send(self, write: Callable[[Path], None]) -> tuple[str, str | None]:
-        """The name to ask under and what went wrong, if anything; again where the connection fails."""
-        # the files stay until the next ones: a server started anew is given these, not a student in mid-update
+        """Writes and loads the weights; retries if the connection fails. Returns (served name, error or None)."""
+        # keep the files until the next `sync`: a restarted server must load these, not a student in mid-update
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         write(self.folder)
@@ -142,12 +142,12 @@ class VLLMServerEngine(RequestEngine):
         )
 
     def writer(self) -> Callable[[Path], None]:
-        """Writes what the server is to read. All processes make one, as sharded weights are gathered for it."""
+        """Returns a function that writes the weights. All processes must call this: it gathers sharded weights."""
         reshard(self.model)
         if self.lora:
             trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
             return partial(writer(self.model, trained), save_embedding_layers=False)
-        if not is_sharded(self.model):  # one matrix after another, whenever it is written
+        if not is_sharded(self.model):  # merges one matrix at a time while writing
             return lambda folder: self.write_checkpoint(folder, merged_weights(self.model, self.dtype))
         return partial(self.write_checkpoint, weights=list(merged_weights(self.model, self.dtype)))
 
@@ -158,7 +158,7 @@ class VLLMServerEngine(RequestEngine):
             self.load_checkpoint()
 
     def load_adapter(self) -> None:
-        """Under a name no run has used: the server's prefix cache tells adapters apart by name alone."""
+        """Loads the adapter under a new unique name: the server's prefix cache identifies adapters by name only."""
         name, previous = f"atesd-{uuid.uuid4().hex[:12]}", self.adapter
         rank = max(peft.r for peft in self.model.peft_config.values())
         with refused_as(f"take LoRA adapters. Start it as: {FOR_LORA.format(rank=rank)}"):
@@ -168,7 +168,7 @@ class VLLMServerEngine(RequestEngine):
 
     def unload(self, adapter: str | None, timeout: float | None = None) -> None:
         if adapter is not None:
-            with contextlib.suppress(urllib.error.HTTPError):  # a server started anew never had it
+            with contextlib.suppress(urllib.error.HTTPError):  # a restarted server does not have it
                 self.ask("/v1/unload_lora_adapter", {"lora_name": adapter}, timeout)
 
     def write_checkpoint(self, folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -184,10 +184,10 @@ class VLLMServerEngine(RequestEngine):
             raise ConnectionError("it still answers other requests, with keys and values of the old weights")
 
     def complete(self, prompts: list[list[int]], parameters: list[dict[str, Any]]) -> list[Completion | Exception]:
-        if self.lost and self.processes.count > 1 and not self.lora:  # an adapter's name is its own safeguard
+        if self.lost and self.processes.count > 1 and not self.lora:  # an adapter's unique name already detects this
             lost = f"the vLLM server at {self.url} did not answer, and may have lost the student's weights since"
             return [RolloutError(f"{lost}: they are sent again when the run is resumed.")] * len(prompts)
-        if self.lost and self.processes.count == 1:  # a server that was started anew holds the base model's weights
+        if self.lost and self.processes.count == 1:  # a restarted server has the base model's weights
             try:
                 self.load()
             except OSError as error:
@@ -196,19 +196,19 @@ class VLLMServerEngine(RequestEngine):
         with ThreadPoolExecutor(min(len(prompts), MAX_CONNECTIONS)) as pool:
             try:
                 return list(pool.map(self.complete_one, prompts, parameters))
-            except KeyboardInterrupt:  # which leaving the pool would have wait for every answer
+            except KeyboardInterrupt:  # leaving the pool would wait for every answer
                 self.stop()
                 raise
 
     def complete_one(self, prompt: list[int], parameters: dict[str, Any]) -> Completion | Exception:
-        if self.stopped.is_set():  # it has waited in the pool
+        if self.stopped.is_set():  # set while this request waited in the pool
             return RolloutError(STOPPED)
         body = {"model": self.served, "prompt": prompt, "return_token_ids": True, **parameters}
         try:
             answer = self.ask("/v1/completions", body)
             choice = answer["choices"][0]
         except urllib.error.HTTPError as error:
-            self.lost |= error.code == NOT_FOUND  # the adapter's name
+            self.lost |= error.code == NOT_FOUND  # the server lost the adapter
             again = error.code in (NOT_FOUND, *BUSY) or error.code >= 500
             kind = ConnectionError if again else RolloutError
             return kind(f"the vLLM server at {self.url} refused a request: {reason(error)}")
@@ -216,11 +216,10 @@ class VLLMServerEngine(RequestEngine):
             self.lost = True
             return error
         except (KeyError, IndexError, TypeError):
-            return ConnectionError(f"the server at {self.url} answers with no completion but {str(answer)[:200]!r}")
+            return ConnectionError(f"the server at {self.url} did not return a completion but {str(answer)[:200]!r}")
         if choice.get("token_ids") is None:
             return RolloutError(
-                f"the server at {self.url} does not answer with token ids (return_token_ids): vLLM 0.10.2 is the first "
-                "that does."
+                f"the server at {self.url} does not return token ids (return_token_ids): use vLLM 0.10.2 or later."
             )
         logprobs = choice.get("logprobs")
         return Completion(
@@ -228,15 +227,15 @@ class VLLMServerEngine(RequestEngine):
         )
 
     def release(self) -> None:
-        """Nothing to do: the server's memory is its own."""
+        """No-op: this process does not manage the server's memory."""
 
     def stop(self) -> None:
-        """End the requests under way: whoever waits for them gets a RolloutError, and no more can be asked."""
+        """Aborts running requests, which raise a RolloutError, and refuses new ones."""
         self.stopped.set()
         self.connections.cut()
 
     def close(self) -> None:
-        """The server belongs to whoever started it; what was sent there is taken back."""
+        """Unloads the adapter and removes the weights' folder. The user's server keeps running."""
         self.stop()
         if self.processes.is_main:
             self.connections = Connections()
@@ -245,14 +244,14 @@ class VLLMServerEngine(RequestEngine):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def ask(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
-        """GET, or POST with a body; the answer's JSON, or its text where it is none."""
+        """Sends a GET, or a POST if there is a body. Returns the answer as JSON, or as text if it is not JSON."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
             with self.connections.open(request, timeout or self.timeout) as response:
                 text = response.read().decode()
-        except http.client.HTTPException as error:  # an answer that breaks off, or is none
-            raise ConnectionError(f"the answer of the vLLM server at {self.url} is not whole: {error!r}") from error
+        except http.client.HTTPException as error:  # the answer is incomplete or not HTTP
+            raise ConnectionError(f"the answer of the vLLM server at {self.url} is incomplete: {error!r}") from error
         try:
             return json.loads(text)
         except ValueError:
@@ -260,7 +259,7 @@ class VLLMServerEngine(RequestEngine):
 
 
 class refused_as:
-    """A server's refusal as a RolloutError: `with refused_as("take ...")` says what it does not do, and the remedy."""
+    """Context that converts a server's refusal to a RolloutError. `what`: what it does not do, and the remedy."""
 
     def __init__(self, what: str):
         self.what = what
@@ -274,7 +273,7 @@ class refused_as:
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, with the server's own words where it gave any."""
+    """Returns a description of an error, with the server's own message if it sent one."""
     if isinstance(error, urllib.error.HTTPError):
         return f"{error.code} {error.reason}: {error.read().decode(errors='replace')[:500]}"
     return f"{type(error).__name__}: {error}"

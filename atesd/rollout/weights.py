@@ -1,6 +1,6 @@
-"""The student's weights as an engine loads them: one tensor per checkpoint name, adapters merged.
+"""The student's weights in the form that engines load: one tensor per checkpoint name, with adapters merged.
 
-Separate from the engines because what is streamed into one and written down for another is the same.
+One engine takes them as a stream, another from files.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from atesd_kernels.integrations.head import unwrap
 
 @torch.no_grad()
 def merged_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """`(name, tensor)` under the names of the model's checkpoint, in `dtype`; `W + scale * B A` where LoRA is on.
+    """Yields `(name, tensor)` pairs in `dtype`, under the names of the model's checkpoint; `W + scale * B A` with LoRA.
 
-    One matrix is merged at a time, and the model's own weights are not touched: adding and subtracting an update
-    would not give a bfloat16 base back. Tied tensors come once. All processes go through sharded
-    ones together; they come whole to the main one, and as None to the others.
+    Merges one matrix at a time and does not change the model's weights, because adding and subtracting an update does
+    not restore a bfloat16 base. Yields tied tensors once. If weights are sharded, all processes must iterate together;
+    the main one gets full tensors, the others None.
 
     Raises:
-        ValueError: an adapter that is more than `W + scale * B A` (DoRA), or one on an embedding.
+        ValueError: for an adapter that is not `W + scale * B A` (DoRA), or is on an embedding.
     """
     base = unwrap(model)
     updates = {}

@@ -76,7 +76,7 @@ def run_config(recipe: str | None, flags: list[str], folder: Path, alpha: float,
         ConfigError: the existing run has other settings. The runs of a study may differ only in alpha and seed.
     """
     run_dir = folder / f"alpha-{alpha:g}-seed-{seed}"
-    fixed = {"exposure_policy": "fixed", "fixed_alpha": alpha, "seed": seed}
+    fixed = {"exposure_policy": "fixed", "exposure_kwargs": "{}", "fixed_alpha": alpha, "seed": seed}
     of_the_sweep = [flag for name, value in fixed.items() for flag in (f"--{name}", str(value))]
     goes_on = (run_dir / STUDY).exists() or latest_checkpoint(run_dir)
     if run_dir.exists() and not goes_on:  # its saved measurement may come from other settings

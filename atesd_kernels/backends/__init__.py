@@ -1,4 +1,4 @@
-"""What computes. Every backend is a module with the functions of `Backend`; `ops.py` picks one by name.
+"""Backends compute the losses. Each is a module with the functions of `Backend`; `ops.py` selects one by name.
 
 | name             | divergence_rows, divergence_logits | logprob_rows     |
 |------------------|------------------------------------|------------------|
@@ -6,8 +6,8 @@
 | "torch_compiled" | the same, elementwise passes through Inductor | the same |
 | "triton"         | `triton_chunked`                   | `triton_chunked` |
 
-`exposure_means`, log-probabilities without gradients, is in `triton_exposure` and has no twin in torch: the public
-function masks rows of `linear_logprobs` there.
+`triton_exposure.exposure_means` computes mean log-probabilities without gradients. The torch backends have no such
+function: there `exposure_logprobs` masks rows of `linear_logprobs`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..spec import DivergenceSpec, LogprobSpec, RowResult
 
 
 class Backend(Protocol):
-    """The functions of a backend. Rows are flat, inputs are validated, and a backend sees neither reductions nor
-    autograd. Masked rows have no influence, whatever they hold, and the value 0. `row_weight` scales gradients only."""
+    """The functions of a backend. Rows are flat and inputs are validated. Reductions and autograd happen in `ops.py`.
+    Masked rows have value 0 and affect no result, even if they contain NaN. `row_weight` scales gradients only."""
 
     def divergence_rows(
         self,

@@ -1,4 +1,4 @@
-"""Launchers of `kernels/elementwise.py`. Separate from it, for this file can be imported without Triton."""
+"""Launchers of `kernels/elementwise.py`. This file can be imported without Triton; the kernels cannot."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ BLOCK = 4096
 
 
 def on(device: torch.device):
-    """The device a kernel is launched on."""
+    """Context manager that makes a GPU the current device for a kernel launch; a no-op on a CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def filled_rows(values: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """`[R, columns]` with `values[i]` in row i. On an H200 0.06 ms for 1,024 rows of 128,256, where torch's
-    copy of an expanded tensor takes 0.22."""
+    """Returns `[R, columns]` with `values[i]` in all of row i. On an H200, 1,024 rows of 128,256 take 0.06 ms; torch's
+    copy of an expanded tensor takes 0.22 ms."""
     from ..kernels.elementwise import fill_rows
 
     out = torch.empty(len(values), columns, dtype=dtype, device=values.device)
@@ -29,7 +29,7 @@ def filled_rows(values: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
-    """`x *= factor` in fp32, for a contiguous `x` and one number on its device. Nothing is written if that is 1."""
+    """Multiplies contiguous `x` in place by `factor`, a scalar on its device, in fp32. A factor of 1 is a no-op."""
     from ..kernels.elementwise import scale
 
     if x.numel():

@@ -1,4 +1,4 @@
-"""Where the torch backend's logits come from and where their gradient goes: a linear head, or given logits."""
+"""Sources of the torch backend's logits, and sinks of their gradient: a linear head, or logits from the caller."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class LinearGradients:
         self.shards = Shards(spec.group, self.vocab, self.device)
         self.shards.require_same(hidden)
         self.dtype = accumulate_dtype(spec.compute_dtype)
-        # in which the logits' gradient is multiplied by head and hidden states
+        # dtype of the GEMMs that multiply the logits' gradient by head and hidden states
         self.product_dtype = matmul.product_dtype(spec.compute_dtype, self.device)
         self.work = matmul.Workspace(self.device)
-        self.grad_scale: Tensor | None = None  # what take_gradient's input is multiplied by, to be divided out
+        self.grad_scale: Tensor | None = None  # factor in take_gradient's input; `unscaled` divides by it
         self.hidden_grad = torch.zeros_like(hidden, dtype=gradient_dtype(hidden.dtype)) if spec.hidden_grad else None
         self.weight_grad = torch.zeros(weight.shape, dtype=self.dtype, device=self.device) if spec.weight_grad else None
         self.bias_grad = torch.zeros(self.vocab, dtype=self.dtype, device=self.device) if spec.bias_grad else None
 
     def scale_gradients(self, row_weight: Tensor | None) -> None:
-        """fp16 ends at 6e-8, and entries of q - p below that carry the gradient's direction: lift them."""
+        """Sets `grad_scale` for fp16, which underflows at 6e-8: smaller entries of q - p carry the direction."""
         if self.product_dtype == torch.float16 and self.spec.any_grad:
             largest = torch.ones((), device=self.device) if row_weight is None else row_weight.abs().amax()
             self.grad_scale = 1024 / largest.float().clamp_min(torch.finfo(torch.float32).tiny)
@@ -37,7 +37,7 @@ class LinearGradients:
         return grad if self.grad_scale is None else grad.div_(self.grad_scale)
 
     def load(self, index: Tensor) -> None:
-        """Fix the chunk's rows."""
+        """Selects the chunk's rows and casts them to the compute dtype."""
         self.index = index
         self.rows = self.hidden[index].to(self.spec.compute_dtype)
         self.rows_grad = (
@@ -46,16 +46,16 @@ class LinearGradients:
 
     @property
     def scales_late(self) -> bool:
-        """Whether a row's factor may wait for the `[R, H]` product: no head mixes rows, and nothing underflows."""
+        """Whether row factors may be applied to the `[R, H]` product: no head mixes rows, and nothing underflows."""
         return not (self.spec.weight_grad or self.spec.bias_grad) and self.product_dtype != torch.float16
 
     def gradient_storage(self, block: Tensor) -> Tensor:
-        """Where a block's gradient is written, in the products' dtype: into `block` itself if it has that."""
+        """Returns a tensor for a block's gradient, in the products' dtype: `block` itself if its dtype matches."""
         same = block.dtype == self.product_dtype
         return block if same else torch.empty_like(block, dtype=self.product_dtype)
 
     def take_gradient(self, cols: slice, g: Tensor, factor: Tensor | None) -> None:
-        """Propagate a block's gradient `[R, C]` to hidden states, times a late row `factor`, to head and bias."""
+        """Adds a block's gradient `g` `[R, C]` to those of hidden states (times row `factor` `[R]`), head and bias."""
         if self.rows_grad is not None:
             product = matmul.hidden_grad(g, self.work.cast("head", self.weight[cols], g.dtype))
             self.rows_grad += product if factor is None else product * factor[:, None]
@@ -77,11 +77,11 @@ class LinearGradients:
 
 
 class LinearLogits(LinearGradients):
-    """Teacher and student logits of a chunk, block by block, from hidden states and heads.
+    """Computes teacher and student logits of a chunk, block by block, from hidden states and heads.
 
-    With a shared head the teacher is read through `D = (H_t - H_s) W^T`: the difference of two nearly equal hidden
-    states is rounded once and then multiplied, instead of subtracting two rounded logits. With separate heads both
-    models' logits are formed, for fp32 inputs in fp64: their difference is what the loss is made of.
+    A shared head gives the logit differences directly, as `D = (H_t - H_s) W^T`. The difference of two nearly equal
+    hidden states is rounded once, before the product; two rounded logits are not subtracted. Separate heads give both
+    models' logits. For fp32 inputs these are fp64, because the loss depends on their difference.
     """
 
     def __init__(self, spec: DivergenceSpec, h_s, w_s, h_t, w_t, bias_s, bias_t):
@@ -95,7 +95,7 @@ class LinearLogits(LinearGradients):
             self.s_dtype = self.other_dtype = torch.float64
 
     def _delta_dtype(self) -> torch.dtype:
-        """The products' dtype, if D is a plain one; fp32 if more than its rounding error would be rounded away."""
+        """Dtype of D: the products' if D is a bare matmul and its term smooth; else fp32, where rounding costs more."""
         spec = self.spec
         plain = self.bias_t is None and not self.needs_logits and spec.term.smooth
         return self.product_dtype if plain else self.dtype
@@ -106,7 +106,7 @@ class LinearLogits(LinearGradients):
         return self.is_delta and self.other_dtype != self.dtype
 
     def keep_difference(self) -> None:
-        """Do not round D from now on."""
+        """Stops rounding D."""
         self.other_dtype = self.dtype
 
     def load(self, index: Tensor) -> None:
@@ -117,13 +117,13 @@ class LinearLogits(LinearGradients):
             self.rows_t = difference.to(self.product_dtype if self.spec.term.smooth else self.dtype)
 
     def student(self, cols: slice) -> Tensor:
-        """Scaled student logits for the vocabulary entries `cols`: `[R, C]`."""
+        """Returns the scaled student logits of the vocabulary entries `cols`, `[R, C]`."""
         w = self.work.cast("head", self.weight[cols], self.spec.compute_dtype)
         s = matmul.logits(self.rows, w, self.s_dtype, work=self.work, use="student")
         return scale_logits(s, self.spec.temperature, _cols(self.bias, cols), self.spec.softcap)
 
     def teacher(self, cols: slice) -> Tensor:
-        """Scaled teacher logits, `[R, C]`."""
+        """Returns the scaled teacher logits, `[R, C]`."""
         weight, bias = (self.weight, self.bias) if self.is_delta else (self.w_t, self.bias_t)
         bias = bias if self.bias_t is None else self.bias_t
         rows = self.h_t[self.index].to(self.spec.compute_dtype)
@@ -132,17 +132,17 @@ class LinearLogits(LinearGradients):
         return scale_logits(t, self.spec.teacher_temperature, _cols(bias, cols), self.spec.softcap)
 
     def centre(self, top: Tensor, height: Tensor) -> None:
-        """Subtract a constant from each row of a D that is rounded: its value at the token `top` `[R]`, whose logit is
-        `height`.
+        """Makes `difference` subtract from each row D's value at the token `top` `[R]`, whose logit is `height` `[R]`.
 
-        A constant changes no softmax, but D is rounded relative to its size: let it be small where q is large.
+        A constant changes no softmax. D's rounding error is relative to D, so D should be small where q is large. With
+        shards, the rank with the largest `height` gives the value.
         """
         w = self.weight[top].to(self.rows_t.dtype)
         offset = torch.linalg.vecdot(self.rows_t.to(self.dtype), w.to(self.dtype)).neg_()
-        _, self.offset = self.shards.at_largest(height, offset)
+        _, self.offset = self.shards.select_at_global_argmax(height, offset)
 
     def _bias_shift(self, cols) -> Tensor | None:
-        """By how much the teacher's bias differs; a token both models exclude differs by nothing."""
+        """Returns teacher bias minus student bias `[C]`, or None. It is 0 where both biases exclude the token."""
         if self.bias_t is None:
             return None
         shift = self.bias_t[cols].to(self.dtype) - (0 if self.bias is None else self.bias[cols].to(self.dtype))
@@ -155,11 +155,11 @@ class LinearLogits(LinearGradients):
 
     @property
     def scale(self) -> float:
-        """What is left to multiply `difference` by: where it is a plain product, a sweep does that on its way."""
+        """Factor still to be applied to `difference()`. The sweep applies it when the difference is a bare matmul."""
         return 1.0 if self.needs_logits else 1 / self.spec.temperature
 
     def difference(self, cols: slice, s: Tensor | None) -> Tensor:
-        """The logit difference divided by `scale`, `[R, C]`, given the scaled student logits if it needs them."""
+        """Returns the logit difference divided by `scale`, `[R, C]`. Reads the scaled logits `s` if `needs_logits`."""
         spec = self.spec
         w = self.work.cast("head", self.weight[cols], self.spec.compute_dtype)
         w = self.work.cast("head of the difference", w, self.rows_t.dtype)
@@ -179,7 +179,7 @@ class LinearLogits(LinearGradients):
 
 
 class StudentLogits(LinearGradients):
-    """One model's logits, for log-probabilities."""
+    """Computes one model's logits, for log-probabilities."""
 
     def block(self, cols: slice) -> Tensor:
         out_dtype = torch.float64 if self.spec.compute_dtype == torch.float64 else self.spec.logits_dtype
@@ -189,7 +189,7 @@ class StudentLogits(LinearGradients):
 
 
 class GivenLogits:
-    """The same interface over logits the caller holds; the gradient goes to a tensor of their size."""
+    """The interface of `LinearLogits` over the caller's logits. The gradient is `[N, V]`, like the logits."""
 
     is_delta = needs_logits = rounds_difference = False
     may_be_infinite = scales_late = True

@@ -1,4 +1,4 @@
-"""The torch backend's sums for `TokenStats`, tile by tile: apart from the loss, which does not need them."""
+"""The torch backend's sums for `TokenStats`, accumulated tile by tile. The loss does not need them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..shards import Shards
 
 
 class RowStats:
-    """Statistics of a chunk's rows. Tiles are `[r, C]`, vectors `[R]`; a block's columns start at `start`."""
+    """Accumulates statistics of a chunk's rows. Tiles are `[r, C]`, vectors `[R]`; a block starts at column `start`."""
 
     def __init__(self, like: Tensor, target: Tensor | None):
         self.target = target  # [R]
@@ -19,11 +19,11 @@ class RowStats:
         self.argtop_t = torch.zeros_like(like, dtype=torch.long)
 
     def see_student(self, start: int, tile: slice, s: Tensor) -> None:
-        """Note the student's logits at the targets."""
+        """Stores the student's logits at the targets."""
         self._gather_target(self.s_target[tile], start, tile, s)
 
     def add(self, start: int, tile: slice, q: Tensor, p: Tensor, x: Tensor) -> None:
-        """Both distributions and x = log p - log q."""
+        """Adds a tile, given both distributions and x = log p - log q."""
         self.entropy_s[tile] += torch.special.entr(q).sum(1)
         self.entropy_t[tile] += torch.special.entr(p).sum(1)
         self._gather_target(self.x_target[tile], start, tile, x)
@@ -41,12 +41,12 @@ class RowStats:
             out.copy_(torch.where(here, found, out))
 
     def result(self, divergence: Tensor, top_s: Tensor, argtop_s: Tensor, lse_s: Tensor, shards: Shards) -> Tensor:
-        """`[len(TokenStats), R]`, given the student's largest logit, its token and the normaliser."""
-        # a target is found in one share only, and counts 0 in the others
+        """Returns `[len(TokenStats), R]`, given the student's largest logit, its token and the normaliser `[R]`."""
+        # only one shard contains a target; the others add 0
         self.entropy_s, self.entropy_t, self.s_target, self.x_target = shards.sum(
             self.entropy_s, self.entropy_t, self.s_target, self.x_target
         )
-        _, argtop_t = shards.at_largest(self.top_p, self.argtop_t + shards.start)
+        _, argtop_t = shards.select_at_global_argmax(self.top_p, self.argtop_t + shards.start)
         logprob = self.s_target - lse_s
         agree = (argtop_s == argtop_t).to(divergence.dtype)
         confidence = (top_s - lse_s).exp()

@@ -1,4 +1,4 @@
-"""Backend "torch" for log-probabilities of given tokens: the one-model sibling of `torch_chunked`."""
+"""Backend "torch" for log-probabilities of given tokens: like `torch_chunked`, but for one model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def logprob_rows(
 
 
 class Chunk:
-    """Some rows against the whole vocabulary, block by block: their logits, replaced by the gradient at the end."""
+    """Holds the logits of some rows, block by block. `gradient` replaces the logits by their gradient in place."""
 
     def __init__(self, spec: LogprobSpec, source: StudentLogits, plan: ChunkPlan, buffer: Tensor, target: Tensor):
         self.spec, self.source, self.target = spec, source, target
@@ -60,11 +60,11 @@ class Chunk:
                 out = scratch[: z[tile].shape[0], : z.shape[1]]
                 top_b[b, tile], lse_b[b, tile] = self.run(passes.block_softmax)(z[tile], out)
         shards = source.shards
-        self.lse, (self.top,) = shards.logsumexp(lse_b.logsumexp(0)), shards.at_largest(top_b.amax(0))
-        (self.at_target,) = shards.sum(self.at_target)  # found in one share only
+        self.lse, (self.top,) = shards.logsumexp(lse_b.logsumexp(0)), shards.select_at_global_argmax(top_b.amax(0))
+        (self.at_target,) = shards.sum(self.at_target)  # only one shard contains the target
 
     def _target_in(self, b: int) -> tuple[Tensor, Tensor]:
-        """Whose target lies in the block `[R]`, and its column there `[R, 1]` (any column for the others)."""
+        """Returns whether each row's target is in the block, `[R]`, and its column `[R, 1]` (arbitrary if not)."""
         column, width = self.target - self.cols[b].start, self.z[b].shape[1]
         return (column >= 0) & (column < width), column.clamp(0, width - 1)[:, None]
 
@@ -77,7 +77,7 @@ class Chunk:
         return torch.stack([zero, entropy, zero, value, zero, (self.top - self.lse).exp(), zero])
 
     def gradient(self, weight: Tensor | None) -> None:
-        """d log q[target] / d z = (1[j = target] - q_j) / temperature, times the row's weight, goes to the source."""
+        """Passes d log q[target] / d z = (1[j = target] - q_j) / temperature, times the row's weight, to the source."""
         source, spec = self.source, self.spec
         factor = torch.full_like(self.lse, 1 / spec.temperature)
         for f in (weight, source.grad_scale):

@@ -1,17 +1,17 @@
-"""Backend "triton": the GPU default. Chunks of tokens, the vendor's GEMMs, fused row kernels between them.
+"""Backend "triton": the GPU default. It runs the vendor's GEMMs on chunks of tokens, and fused row kernels between.
 
-A chunk's logits are formed by two GEMMs (S in `logits_dtype`; with a shared head D = (H_t - H_s) W^T in the compute
-dtype, else T), read by two or three sweeps of `kernels/rows.py`, and overwritten by the gradient, which two more
-GEMMs carry to hidden states and head. Bias, softcap and temperatures are applied inside the kernels, so D stays a
-plain product. Nothing here waits for the device: shapes and options alone decide what is launched, and a call can be
-captured in a CUDA graph. Masked rows go through the GEMMs but not through the kernels. Before D is rounded, the GEMM
-subtracts its value at a likely token of the row (`centre`).
+Two GEMMs form a chunk's logits: S in `logits_dtype`, and D = (H_t - H_s) W^T in the compute dtype for a shared head,
+else T. Two or three sweeps of `kernels/rows.py` read them and overwrite them with the gradient. Two more GEMMs
+propagate it to hidden states and head. The kernels apply bias, softcap and temperatures, so D is a bare matmul.
+Before D is rounded, the GEMM subtracts its value at a likely token of the row (`centre`). Masked rows go through the
+GEMMs but not through the kernels. Nothing synchronises with the device: launches depend on shapes and options only,
+so a CUDA graph can capture a call.
 
 GEMM work is 3U with a frozen head and 4U with a trained one, U = 2 N H V. Total variation of 16-bit inputs with a
 shared head takes one U more: u jumps at p = q, so H_t - H_s enters D as two rounded parts.
 
-Memory is a chunk of logits plus outputs. Where the gradient is narrower than D or T it cannot overwrite them without
-a race, and gets a buffer of its own within the same budget.
+Memory is a chunk of logits plus outputs. A gradient narrower than D or T cannot overwrite them without a race, so it
+gets its own buffer within the same budget.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def divergence_rows(
     w_t = w_s if shared else teacher_weight.to(dtype)
     s_dtype, o_dtype = logit_dtypes(spec, shared)
     in_place = o_dtype == dtype
-    # a softcap is no function of differences alone: it needs D itself
+    # softcap is not a function of differences alone: it needs D without an offset
     centred = shared and o_dtype.itemsize == 2 and spec.softcap is None
     num_rows, vocab = student_hidden.shape[0], student_weight.shape[0]
     bytes_per_logit = s_dtype.itemsize + o_dtype.itemsize + (0 if in_place or not spec.any_grad else dtype.itemsize)
@@ -80,7 +80,7 @@ def divergence_rows(
             del s, o
             if g is not None:
                 gradients.take(rows, h_s, g, w_s)
-                del g  # before the next chunk's logits are made
+                del g  # free it before allocating the next chunk's logits
     return RowResult(sweeps.value, sweeps.stats, *gradients.finish())
 
 
@@ -92,7 +92,7 @@ def divergence_logits(
     row_weight: Tensor | None,
     targets: Tensor | None,
 ) -> RowResult:
-    """The same sweeps over logits the caller holds; `hidden_grad` is then the gradient of `student_logits`."""
+    """Runs the same sweeps over the caller's logits. The result's `hidden_grad` is the gradient of `student_logits`."""
     s, t = (z if z.stride(1) == 1 else z.contiguous() for z in (student_logits, teacher_logits))
     grad = torch.empty(s.shape, dtype=gradient_dtype(s.dtype), device=s.device) if spec.any_grad else None
     sweeps = Sweeps(spec, *s.shape, 0, (None, None), s.device)
@@ -141,7 +141,10 @@ def logprob_rows(
             if spec.any_grad:
                 gradients.take(rows, h, g, w)
             del s, g
-    value, entropy, confidence, _ = out.unbind(1)
+    value, entropy, confidence = (
+        out[:, column.value]
+        for column in (logprob_kernels.OUT_LOGPROB, logprob_kernels.OUT_ENTROPY, logprob_kernels.OUT_CONFIDENCE)
+    )
     stats = None
     if spec.stats:
         zero = torch.zeros_like(value)
@@ -150,17 +153,17 @@ def logprob_rows(
 
 
 def logit_dtypes(spec: DivergenceSpec, shared: bool) -> tuple[torch.dtype, torch.dtype]:
-    """Of S, and of D (shared head) or T."""
+    """Returns the dtypes of S, and of D (shared head) or T."""
     if not shared:
-        # the difference of separately rounded logits is what the loss is made of
+        # the loss depends on the difference of separately rounded logits
         exact = torch.float64 if spec.compute_dtype == spec.logits_dtype == torch.float32 else spec.logits_dtype
         return exact, exact
-    # D rounded to 16 bits costs 0.3 % of a smooth gradient; where u jumps at p = q it would cost its sign
+    # rounding D to 16 bits costs 0.3 % of a smooth gradient; if u jumps at p = q, it could flip the sign of u
     return spec.logits_dtype, spec.compute_dtype if spec.term.smooth else torch.float32
 
 
 def teacher_operand(spec: DivergenceSpec, shared: bool, h_s: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What the head is multiplied by for D or T; and the rest of it, where rounding would cost u its sign."""
+    """Returns the head's operand `[R, H]` for D or T, and its rounding remainder where u jumps at p = q, else None."""
     if not shared:
         return h_t.to(spec.compute_dtype), None
     wide = h_t.float() - h_s.float()
@@ -169,17 +172,17 @@ def teacher_operand(spec: DivergenceSpec, shared: bool, h_s: Tensor, h_t: Tensor
 
 
 def delta_parts(spec: DivergenceSpec, shared: bool) -> int:
-    """Of how many tensors in the compute dtype H_t - H_s is the sum; 0 where T is computed instead of D."""
+    """Returns the number of compute-dtype tensors that sum to H_t - H_s; 0 if T is computed, not D."""
     return shared * (1 if spec.term.smooth or spec.compute_dtype == torch.float32 else 2)
 
 
 def centre(s: Tensor, h_o: Tensor, w: Tensor) -> Tensor:
-    """What to add to each row of D `[R]`, so that it is small where q is large: a constant changes no softmax, but
-    D is rounded relative to its size. The likely token is looked for among CENTRE_COLUMNS entries only: the row's
-    true maximum would cost one more sweep over S and is no better. With the same roundings in float64 arithmetic on
-    SmolLM2's states, the gradient's error is 0.33 to 0.45 % for mean KLs from 1e-4 to 0.9, and 0.35 to 0.50 %
-    without a centre: unlike the torch backend, whose look at the KL a GPU would have to wait for, D needs no fp32
-    there."""
+    """Returns the offset of each row of D, `[R]`: minus D's value at a likely token. A constant changes no softmax.
+    D's rounding error is relative to D, so D should be small where q is large. The token is the most likely of the
+    first CENTRE_COLUMNS entries; the true maximum costs one more sweep over S and is no better. With the same roundings
+    in float64 arithmetic on SmolLM2's states, the gradient's error is 0.33 to 0.45 % for mean KLs from 1e-4 to 0.9, and
+    0.35 to 0.50 % without an offset. So D needs no fp32 here at large KLs. The torch backend does switch to fp32, but
+    reading the KL would synchronise with a GPU."""
     top = s[:, :CENTRE_COLUMNS].argmax(1)
     return torch.linalg.vecdot(h_o.float(), w[top].float()).neg_()
 
@@ -192,8 +195,8 @@ def row_chunks(num_rows: int, vocab: int, bytes_per_logit: int, spec, device) ->
 
 
 def pair_of_biases(bias_s: Tensor | None, bias_t: Tensor | None, shared: bool, like: Tensor):
-    """Both models' biases, None and None if there is none. The shared head's is the teacher's too unless it has its
-    own."""
+    """Returns both models' biases `[V]`, or None twice if neither model has one. With a shared head, the teacher's bias
+    defaults to the student's."""
     if bias_s is None and bias_t is None:
         return None, None
     zeros = like.new_zeros(like.shape[0]) if bias_s is None or bias_t is None else None
@@ -202,7 +205,7 @@ def pair_of_biases(bias_s: Tensor | None, bias_t: Tensor | None, shared: bool, l
 
 
 def cut(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    """A chunk of a per-row tensor."""
+    """Returns the `rows` of a per-row tensor, or None."""
     return None if tensor is None else tensor[rows]
 
 
@@ -212,7 +215,7 @@ def triton_term(term: DivergenceTerm):
 
 
 def bounded_term(term: DivergenceTerm):
-    """The shorter form for rows of bounded differences, which the built-in divergences have."""
+    """Returns the shorter form of a built-in divergence for rows of bounded differences; else the term itself."""
     module, function = term.triton.split(":")
     return getattr(bounded, function) if module == terms.__name__ else triton_term(term)
 
@@ -223,25 +226,24 @@ class Sweeps:
     def __init__(self, spec: DivergenceSpec, num_rows: int, vocab: int, is_delta: int, biases, device: torch.device):
         self.spec, self.vocab, self.biases = spec, vocab, biases
         term = spec.term
-        self.known_sum = {"forward_kl": "zero", "reverse_kl": "mean", "jeffreys": "mean"}.get(term.name)
         clipped = spec.entry_clip is not None or spec.token_clip is not None
-        self.one_pass = self.known_sum is not None and not clipped
+        self.one_pass = term.derivative_sum is not None and not clipped
         self.config = tuning.row_config(device, vocab)
         self.value = torch.zeros(num_rows, device=device)
         self.stats = torch.zeros(len(TokenStats._fields), num_rows, device=device) if spec.stats else None
         self.scalars = (1 / spec.temperature, 1 / spec.teacher_temperature, spec.softcap)
         self.clips = (spec.entry_clip, spec.token_clip, term.slope(spec.beta))
         self.flags = dict(IS_DELTA=is_delta, STATS=spec.stats)
-        self.tile_flags = dict(TERM=triton_term(term), BETA=spec.beta, SUM_U=self.known_sum or "sum")
+        self.tile_flags = dict(TERM=triton_term(term), BETA=spec.beta, DERIVATIVE_SUM=term.derivative_sum)
         self.term_flags = dict(self.tile_flags, BOUNDED_TERM=bounded_term(term))
 
     def run(self, s, o, g, rows: slice, mask, row_weight, targets, grad_scale: float) -> None:
-        """Value, statistics and, into `g` `[R, V]`, the gradient of the chunk's rows."""
+        """Computes value and statistics of the chunk's rows. Writes their gradient to `g` `[R, V]`, if not None."""
         num_rows = s.shape[0]
         if num_rows == 0:
             return
         splits = tuning.row_splits(num_rows, self.vocab, self.config.block, s.device)
-        # masked rows leave theirs untouched
+        # the kernels do not write the entries of masked rows
         new = torch.zeros if mask is not None else torch.empty
         parts = new(num_rows, splits, row_kernels.NUM_PARTS.value, device=s.device)
         sums = new(num_rows, splits, row_kernels.NUM_SUMS.value, device=s.device)
@@ -261,32 +263,32 @@ class Sweeps:
         self.collect(rows, sums, parts, mask_c, target_c)
 
     def collect(self, rows: slice, sums: Tensor, parts: Tensor, mask, targets) -> None:
-        """Add up what the programs of each row left: `sums` and `parts` are `[R, splits, ...]`."""
+        """Adds up the partial sums of each row's programs: `sums` and `parts` are `[R, splits, ...]`."""
         totals = sums.sum(1)
-        value = totals[:, 1]
+        value = totals[:, row_kernels.CLIPPED_LOSS.value]
         self.value[rows] = value if self.spec.token_clip is None else value.clamp_max(self.spec.token_clip)
         if self.spec.stats:
             row_stats = sums.new_zeros(len(sums), row_kernels.NUM_ROW_STATS.value)
-            row_kernels.settle[(len(sums),)](parts, mask, targets, row_stats, SPLITS=parts.shape[1])
-            confidence, agree, logprob_s, logprob_t = row_stats.unbind(1)
-            self.stats[:, rows] = torch.stack(
-                [totals[:, 0], totals[:, 4], totals[:, 5], logprob_s, logprob_t, confidence, agree]
-            )
+            row_kernels.finish_stats[(len(sums),)](parts, mask, targets, row_stats, SPLITS=parts.shape[1])
+            k = row_kernels
+            columns = [totals[:, i.value] for i in (k.LOSS, k.ENTROPY_S, k.ENTROPY_T)]
+            columns += [row_stats[:, i.value] for i in (k.LOGPROB_S, k.LOGPROB_T, k.CONFIDENCE, k.AGREE)]
+            self.stats[:, rows] = torch.stack(columns)
 
 
 class Gradients:
-    """Carries a chunk's gradient to hidden states, head and bias; the head's in fp32 if there are several chunks."""
+    """Propagates gradients of chunks to hidden states, head and bias. Several chunks accumulate the head's in fp32."""
 
     def __init__(self, spec, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, chunks: int = 0):
         self.hidden, self.weight, self.bias, self.mask = hidden, weight, bias, mask
-        # entries of q - p as small as 1e-6 carry the gradient's direction; fp16 ends there
+        # entries of q - p as small as 1e-6 carry the gradient's direction, and fp16 underflows there
         self.scale = 1024.0 if spec.compute_dtype == torch.float16 else 1.0
         self.hidden_grad = torch.empty_like(hidden, dtype=gradient_dtype(hidden.dtype)) if spec.hidden_grad else None
         fp32 = dict(dtype=torch.float32, device=hidden.device)
-        # one product is rounded once, by the GEMM; a sum of several when it is complete
+        # the GEMM rounds a single product once; a sum of several is rounded when it is complete
         once = chunks == 1 and self.scale == 1 and spec.compute_dtype == weight.dtype
         head = fp32 | (dict(dtype=weight.dtype) if once else {})
-        # the first chunk overwrites it; without a row there is none
+        # the first chunk overwrites the buffer; without rows there is no first chunk
         new = torch.empty if len(hidden) else torch.zeros
         self.weight_grad = new(weight.shape, **head) if spec.weight_grad else None
         self.bias_grad = torch.zeros(weight.shape[0], **fp32) if spec.bias_grad else None
@@ -297,7 +299,7 @@ class Gradients:
             self.hidden_grad[rows] = grad if self.scale == 1 else grad.float() / self.scale
         if self.weight_grad is not None:
             if self.mask is not None:
-                h = torch.where(self.mask[rows, None], h, 0)  # whatever a masked row holds, NaN included
+                h = torch.where(self.mask[rows, None], h, 0)  # a masked row may contain NaN
             matmul.add_weight_grad(self.weight_grad, g, h, overwrite=rows.start == 0)
         if self.bias_grad is not None:
             self.bias_grad += g.sum(0, dtype=torch.float32)

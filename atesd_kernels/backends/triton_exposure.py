@@ -1,7 +1,7 @@
-"""Backend "triton" of `exposure_logprobs` without gradients: logits never leave the chip.
+"""Backend "triton" of `exposure_logprobs` without gradients. It never writes logits to memory.
 
-A kernel works through tiles of rows by vocabulary and keeps running statistics. Tokens that do not count are in no
-tile: no product, no copy.
+A kernel visits tiles of rows by vocabulary and keeps running statistics. Tiles contain unmasked tokens only, so a
+masked token costs neither a product nor a copy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def exposure_means(
     exposed: Tensor,  # [B]
     mask: Tensor,  # [B, T] bool: exposed <= i < length
 ) -> Tensor:
-    """Mean log-probability of each sequence's tokens after its exposed prefix, `[B]`; no gradient."""
+    """Returns the mean log-probability of each sequence's tokens after its exposed prefix, `[B]`. No gradient."""
     num_sequences, length = targets.shape
     flat = hidden.reshape(-1, hidden.shape[-1])
     out = row_logprobs(spec, flat, weight, bias, targets.reshape(-1), mask.reshape(-1))
@@ -46,7 +46,7 @@ def row_logprobs(
     targets: Tensor,  # [N]
     mask: Tensor,  # [N] bool
 ) -> Tensor:
-    """Log-probability, entropy, confidence and lse of each counted row, `[N, 4]` fp32; 0 in the others."""
+    """Returns log-probability, entropy, confidence and lse of each unmasked row, `[N, 4]` fp32; 0 in masked rows."""
     dtype, device = spec.compute_dtype, hidden.device
     h, w = unit_stride(hidden.to(dtype)), unit_stride(weight.to(dtype))
     (num_rows, size), vocab = h.shape, w.shape[0]
@@ -72,12 +72,12 @@ def row_logprobs(
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """`x` with the entries of a row side by side; rows may lie anywhere. Anything else is copied."""
+    """Returns `x` if its last dimension has stride 1, else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def head_operand(w: Tensor, config: TileConfig) -> tuple[object, int | None]:
-    """The head `[V, H]` as the kernel takes it, with its stride; for TMA, a descriptor without a stride."""
+    """Returns the head `[V, H]` and its row stride for the kernel; with TMA, a tensor descriptor and None."""
     aligned = (w.stride(0) * w.itemsize) % 16 == 0 and w.data_ptr() % 16 == 0
     if not (config.tma and aligned):
         return w, w.stride(0)
@@ -87,6 +87,6 @@ def head_operand(w: Tensor, config: TileConfig) -> tuple[object, int | None]:
 
 
 def counted_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows that count, first in the list `[N]`, and their number, `[1]`; made without asking the device."""
+    """Returns row indices `[N]`, unmasked rows first, and the number of those, `[1]`. Does not synchronise."""
     order = torch.argsort(mask.to(torch.uint8), descending=True, stable=True)
     return order.to(torch.int32), mask.sum(dtype=torch.int32).reshape(1)

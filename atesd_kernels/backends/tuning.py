@@ -1,8 +1,8 @@
 """Launch parameters of the Triton kernels per architecture.
 
-The table is chosen from what `compile_report` shows (registers, spills, shared memory, occupancy). On an H200 twelve
-row configurations (512 to 8,192 entries, 4 to 16 warps) were timed for three losses: the table's is within 4 % of the
-best of each, and no other is better for all. Nothing is measured or compiled twice at run time.
+We chose the table from `compile_report` (registers, spills, shared memory, occupancy). On an H200 we timed twelve row
+configurations (512 to 8,192 entries, 4 to 16 warps) for three losses: the table's is within 4 % of the best of each,
+and no other is better for all three. There is no autotuning at run time.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 
 @dataclass(frozen=True)
 class RowConfig:
-    """A row kernel: vocabulary entries a program reads at once, and its warps. Four entries a thread are a 16-byte load
-    of fp32 S and an 8-byte load of 16-bit D; eight cost twice the registers and half the occupancy."""
+    """Launch of a row kernel. `block` is the number of vocabulary entries a program loads at once. Four entries per
+    thread give a 16-byte load of fp32 S and an 8-byte load of 16-bit D; eight double registers and halve occupancy."""
 
     block: int
     num_warps: int
@@ -31,15 +31,15 @@ ROWS = {
     "sm_80": RowConfig(1024, 8),
     "sm_90": RowConfig(1024, 8, 1),
     "sm_100": RowConfig(1024, 8),
-    "gfx942": RowConfig(1024, 4),  # 64 threads a warp
+    "gfx942": RowConfig(1024, 4),  # a warp has 64 threads
 }
 INTERPRETED = RowConfig(1024, 4)
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """The tile kernel: rows and vocabulary entries of a tile, depth of a step over the hidden size; whether the head is
-    read through a tensor descriptor (TMA, sm_90 and later) where its alignment allows."""
+    """Launch of the tile kernel. A tile has `block_m` rows and `block_n` vocabulary entries; a step covers `block_k` of
+    the hidden size. `tma` reads an aligned head through a tensor descriptor (sm_90 and later)."""
 
     block_m: int
     block_n: int
@@ -59,20 +59,20 @@ class TileConfig:
         )
 
 
-# One product and running statistics. The limit was spilling, as `compile_report` shows it. No TMA: over one model it
-# takes more registers than computing addresses does.
+# The kernel computes one product and running statistics. `compile_report` shows that spilling limits its tiles. No TMA:
+# with one model it takes more registers than address arithmetic.
 TILES = {
     **dict.fromkeys(("sm_80", "sm_90"), TileConfig(128, 64, 64, 8, 3)),
     "sm_100": TileConfig(128, 64, 64, 8, 2),
     "gfx942": TileConfig(128, 64, 32, 8, 1),
 }
 INTERPRETED_TILE = TileConfig(16, 256, 64, 4, 1)
-PROGRAMS_PER_PROCESSOR = 4  # what hides memory latency on a row kernel
+PROGRAMS_PER_PROCESSOR = 4  # enough to hide a row kernel's memory latency
 
 
 @functools.lru_cache
 def architecture(device: torch.device) -> str | None:
-    """A key of the table; the nearest older entry for an architecture it does not list; None without a GPU."""
+    """Returns the GPU's key in the table, or the nearest older key if it is not listed; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(device)
@@ -92,7 +92,7 @@ def row_config(device: torch.device, vocab: int) -> RowConfig:
 
 
 def row_splits(rows: int, vocab: int, block: int, device: torch.device) -> int:
-    """Programs per row: a power of two, 1 as soon as the rows alone fill the GPU."""
+    """Returns the number of programs per row: a power of two, and 1 if the rows alone fill the GPU."""
     wanted = PROGRAMS_PER_PROCESSOR * num_processors(device) // max(rows, 1)
     return 1 << (max(1, min(wanted, -(-vocab // block), 64)).bit_length() - 1)
 
@@ -104,6 +104,6 @@ def tile_config(device: torch.device, dtype: torch.dtype) -> TileConfig:
 
 
 def tile_splits(rows: int, columns: int, config: TileConfig, device: torch.device) -> int:
-    """Programs that share a tile of rows: a power of two, enough to give every processor work."""
+    """Returns the number of programs that share a tile of rows: a power of two that occupies every processor."""
     wanted = 2 * num_processors(device) // max(1, -(-rows // config.block_m))
     return 1 << (max(1, min(wanted, -(-columns // config.block_n), 64)).bit_length() - 1)

@@ -1,1 +1,1 @@
-"""Thin adapters between the losses and other people's models and trainers."""
+"""Thin adapters that connect the losses to models and trainers of other libraries."""

@@ -1,9 +1,9 @@
-"""Where a causal language model keeps its backbone and its head.
+"""Splits a causal language model into its backbone and its head.
 
-A loss on hidden states needs the two apart: the part that turns tokens into hidden states, and the linear map (with its
-bias, softcap and scale) that turns those into logits. This file finds both under the wrappers people use, and refuses
-by name what a linear head cannot express; leaving out a bias or a softcap would train silently on wrong logits.
-It is duck-typed: nothing but torch is imported.
+A loss on hidden states needs both parts: the backbone maps tokens to hidden states; the head is the linear map (with
+bias, softcap and scale) to logits. This file finds them under the usual wrappers. It raises an error for a head that is
+not such a linear map, because a missing bias or softcap would silently train on wrong logits. It is duck-typed and
+imports torch only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class HeadSpec:
     """`logits = softcap(scale * (hidden @ weight.T + bias))`, with `softcap(z) = softcap * tanh(z / softcap)`.
 
     Attributes:
-        weight: `(vocab, hidden)`, the very parameter the model holds.
+        weight: `(vocab, hidden)`, the model's own parameter, not a copy.
         bias: `(vocab,)` or None.
         softcap: final logit softcap (Gemma) or None.
         scale: factor on the logits (Cohere, Granite, Falcon-H1); 1.0 for most models.
@@ -38,18 +38,18 @@ class HeadSpec:
     scale: float = 1.0
 
     def temperature(self, temperature: float) -> float:
-        """The temperature that also applies `scale`: `softmax(scale * z / T) = softmax(z / (T / scale))`."""
+        """Returns a temperature that includes `scale`: `softmax(scale * z / T) = softmax(z / (T / scale))`."""
         return temperature / self.scale
 
     def divergence_options(self, temperature: float = 1.0, teacher: HeadSpec | None = None) -> dict[str, Any]:
-        """What `linear_divergence` must be told beside the weights: biases, softcap, and scales as temperatures.
+        """Returns the options of `linear_divergence` for this head: biases, softcap, and scales as temperatures.
 
         Args:
             temperature: of both distributions.
-            teacher: the teacher's head; None where it is this one.
+            teacher: the teacher's head (default: this one).
 
         Raises:
-            ValueError: if the two heads have different softcaps, for which the losses have no argument.
+            ValueError: if the two heads have different softcaps. The losses take only one.
         """
         teacher = self if teacher is None else teacher
         if teacher._inner_softcap != self._inner_softcap:
@@ -66,36 +66,36 @@ class HeadSpec:
         }
 
     def logprob_options(self, temperature: float = 1.0) -> dict[str, Any]:
-        """The same for `linear_logprobs`."""
+        """Returns the options of `linear_logprobs` for this head."""
         return {"temperature": self.temperature(temperature), "softcap": self._inner_softcap, "bias": self.bias}
 
     @property
     def _inner_softcap(self) -> float | None:
-        """The losses cap first and scale then: cap tanh(scale z / cap) = scale (cap/scale) tanh(z / (cap/scale))."""
+        """The losses cap before they scale: cap tanh(scale z / cap) = scale (cap/scale) tanh(z / (cap/scale))."""
         return self.softcap / self.scale if self.softcap else None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The logits themselves, dense. For checks and single rows, never for a batch."""
+        """Returns dense logits `[..., V]`. Use it for checks and single rows, not for a batch."""
         z = self.scale * nn.functional.linear(hidden, self.weight, self.bias)
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
 def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., Any], HeadSpec]:
-    """Split `model` into its backbone and its head.
+    """Splits `model` into its backbone and its head.
 
     Args:
-        model: a causal language model as transformers loads it, bare or wrapped by peft, DDP, FSDP2 (`fully_shard`) or
-            torch.compile (the backbone then runs uncompiled). The wrapper's own forward is what runs the backbone.
+        model: a causal language model of transformers, bare or wrapped by peft, DDP, FSDP2 (`fully_shard`) or
+            torch.compile (the backbone then runs uncompiled). The wrapper's own forward runs the backbone.
 
     Returns:
-        `(backbone, head)`: calling `backbone(input_ids=..., ...)` gives an output whose `last_hidden_state` is
-        `(batch, length, hidden)`, adapters included; `head` maps its rows to logits. A head that FSDP2 or DeepSpeed's
-        ZeRO-3 has sharded is whole here: see `sharded_head`.
+        `(backbone, head)`. `backbone(input_ids=..., ...)` returns an output whose `last_hidden_state` is
+        `(batch, length, hidden)`, adapters included. `head` is a `HeadSpec` that maps its rows to logits. A head
+        sharded by FSDP2 or DeepSpeed's ZeRO-3 is gathered: see `sharded_head`.
 
     Raises:
-        ValueError: naming what stands in the way: no head, an adapter or a wrapper on the head, a head that is not a
-            plain linear layer, FSDP1, a trained head under FSDP2 or ZeRO-3 before `gather_head`, a softcap together
-            with a scale.
+        ValueError: if there is no head, the head has an adapter or a wrapper or is not a plain linear layer, the model
+            is under FSDP1, a trained head is under FSDP2 (before `gather_head`) or ZeRO-3, or there are both a softcap
+            and a scale.
 
     Example:
         >>> backbone, head = hidden_states_and_head(model)
@@ -104,14 +104,14 @@ def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., Any], HeadSp
     """
     if isinstance(model, FullyShardedDataParallel):
         raise ValueError(
-            "the model is wrapped by FullyShardedDataParallel (FSDP1), which keeps its head out of reach. "
+            "the model is wrapped by FullyShardedDataParallel (FSDP1), so its head cannot be accessed. "
             "Use fully_shard (FSDP2) or DDP."
         )
     base = unwrap(model)
     name = type(base).__name__
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if head is None:
-        raise ValueError(f"{name} has no output embeddings: a causal language model with a linear head is needed.")
+        raise ValueError(f"{name} has no output embeddings; pass a causal language model with a linear head.")
     if hasattr(head, "lora_A") or hasattr(head, "base_layer"):
         raise ValueError(
             f"the head of {name} carries an adapter ({type(head).__name__}), which the fused losses would ignore. "
@@ -127,8 +127,8 @@ def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., Any], HeadSp
     zero3 = hasattr(head.weight, "ds_id")
     if head.weight.dim() != 2 and not zero3:
         raise ValueError(
-            f"the head weight of {name} has shape {tuple(head.weight.shape)}: it is sharded by FSDP1, so its values "
-            "are not here. Use DDP, ZeRO or fully_shard (FSDP2)."
+            f"the head weight of {name} has shape {tuple(head.weight.shape)}: it is sharded by FSDP1 and this rank "
+            "lacks its values. Use DDP, ZeRO or fully_shard (FSDP2)."
         )
     weight: Tensor = head.weight
     bias: Tensor | None = head.bias
@@ -159,12 +159,12 @@ def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., Any], HeadSp
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Run two tokens and compare `HeadSpec.logits` with the model's own logits.
+    """Runs two tokens and compares `HeadSpec.logits` with the model's own logits.
 
-    This catches every transformation of the logits that no configuration name announces.
+    This detects transformations of the logits that the configuration does not name.
 
     Raises:
-        ValueError: when they differ by more than 1 % of the logits' norm.
+        ValueError: if they differ by more than 1 % of the logits' norm.
     """
     base = unwrap(model)
     backbone, head = hidden_states_and_head(model)
@@ -180,6 +180,6 @@ def check_head(model: nn.Module) -> None:
     error = float((got - expected).norm() / expected.norm())
     if not error < 1e-2:
         raise ValueError(
-            f"{type(base).__name__} changes its logits after the linear head in a way that is not known here "
-            f"(relative difference {error:.2g}): a loss on its hidden states would be wrong."
+            f"{type(base).__name__} changes its logits after the linear head in an unknown way (relative difference "
+            f"{error:.2g}): a loss on its hidden states would be wrong."
         )

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer with a divergence for its loss; rows are those of `pairs.collate`.
+"""The Hugging Face Trainer with a divergence as its loss. Its dataset has rows for `pairs.collate`.
 
 trainer = SelfDistillationTrainer(model, args, train_dataset=rows, loss_options={"entry_clip": 0.05})
 trainer.train()
@@ -18,10 +18,10 @@ class SelfDistillationTrainer(Trainer):
     """`transformers.Trainer` on rows with `prompt_ids`, `teacher_prompt_ids` and `response_ids`.
 
     Args:
-        teacher: see `pair_divergence`; None is the model without its peft adapters.
-        loss_options: further options of `pair_divergence`.
+        teacher: see `pair_divergence`; None means the model without its peft adapters.
+        loss_options: more options for `pair_divergence`.
 
-    The others are the Trainer's. The loss is the mean over the response tokens of the whole optimizer step.
+    The other arguments are the Trainer's. The loss is the mean over the response tokens of the optimizer step.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class SelfDistillationTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.teacher, self.loss_options = teacher, loss_options or {}
         self.args.remove_unused_columns = False
-        self.model_accepts_loss_kwargs = True  # the Trainer then counts the tokens of the step for us
+        self.model_accepts_loss_kwargs = True  # makes the Trainer count the tokens of the step
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -1,10 +1,10 @@
-"""A LightningModule whose loss is a divergence; batches are those of `pairs.collate`.
+"""A LightningModule with a divergence as its loss. Its batches come from `pairs.collate`.
 
 module = SelfDistillationModule(model, learning_rate=5e-6, loss_options={"entry_clip": 0.05})
 Trainer(max_steps=100).fit(module, DataLoader(rows, batch_size=4, collate_fn=collate))
 
-Lightning knows no count of a step's tokens before its last batch. So each batch's loss is a sum, and the gradient is
-divided by the count when the optimizer is about to step, before it is clipped.
+Lightning does not count a step's tokens in advance. So each batch's loss is a sum, and a hook divides the gradient by
+the count before it is clipped and the optimizer steps.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from .pairs import IGNORED, pair_divergence
 
 
 class SelfDistillationModule(LightningModule):
-    """Distils `teacher` (None: the model without its peft adapters) into `model`, with AdamW on what is trained.
+    """Distils `teacher` (None: the model without its peft adapters) into `model`, with AdamW on trainable parameters.
 
-    The loss is the mean over the response tokens of the whole optimizer step, on all devices: batches accumulated with
-    `accumulate_grad_batches` make the step of one large batch.
+    The loss is the mean over the response tokens of the optimizer step, on all devices. Accumulating batches with
+    `accumulate_grad_batches` equals one large batch.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class SelfDistillationModule(LightningModule):
         super().__init__()
         self.model, self.teacher = model, teacher
         self.learning_rate, self.loss_options = learning_rate, loss_options or {}
-        self.num_tokens = 0  # since the last step, here
+        self.num_tokens = 0  # since the last step, on this device
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         total = pair_divergence(self.model, batch, self.teacher, num_tokens=1, **self.loss_options)
@@ -46,7 +46,7 @@ class SelfDistillationModule(LightningModule):
         return total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Lightning has divided by the batches of a step, and DDP by the devices
+        # Lightning divided by the number of batches in a step, and DDP by the number of devices
         strategy = self.trainer.strategy
         everyones = float(strategy.reduce(torch.tensor(float(self.num_tokens), device=self.device), reduce_op="sum"))
         factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(everyones, 1)

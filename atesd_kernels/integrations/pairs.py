@@ -1,7 +1,6 @@
-"""Self-distillation on pairs: one response, read by the student behind its prompt and by the teacher behind another.
+"""Self-distillation on pairs: student and teacher read the same response after different prompts.
 
-What a training loop needs around `linear_divergence`, whatever runs the loop; `hf_trainer` and `lightning` are glue
-around it. Nothing but torch is imported.
+It provides collation and the loss for any training loop; `hf_trainer` and `lightning` use it. It imports torch only.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ IGNORED = -100
 
 
 def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int = 0) -> dict[str, Tensor]:
-    """Rows of token ids `prompt_ids`, `teacher_prompt_ids`, `response_ids` to a batch padded on the right.
+    """Collates rows of token ids `prompt_ids`, `teacher_prompt_ids`, `response_ids` to a batch padded on the right.
 
     Returns:
-        `input_ids`, `attention_mask`, `labels` (-100 outside the response), each `[B, L]`, and the same three with
-        `teacher_` in front, `[B, L_t]`.
+        A dict of `input_ids`, `attention_mask`, `labels` (-100 outside the response), each `[B, L]`, and the same
+        three with the prefix `teacher_`, `[B, L_t]`.
 
     Example:
         >>> from atesd_kernels.integrations.pairs import collate
@@ -36,7 +35,7 @@ def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int = 0) 
     batch = {}
     for prefix, key in (("", "prompt_ids"), ("teacher_", "teacher_prompt_ids")):
         if any(not row[key] for row in rows):
-            raise ValueError(f"an empty {key}: there is no position to predict the first response token from.")
+            raise ValueError(f"a row has an empty {key}; predicting the first response token needs one prompt token.")
         ids = [torch.tensor([*row[key], *row["response_ids"]]) for row in rows]
         labels = [torch.tensor([IGNORED] * len(row[key]) + [*row["response_ids"]]) for row in rows]
         masks = [torch.ones_like(x) for x in ids]
@@ -58,26 +57,28 @@ def pair_divergence(
     num_tokens: int | float | Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """The mean over response tokens of the divergence between teacher and student, for a batch of `collate`.
+    """Returns the mean divergence between teacher and student over the response tokens of a batch, a scalar.
 
     Args:
-        model: the student, under peft, DDP or torch.compile as the trainer has it.
+        model: the student, bare or wrapped by peft, DDP or torch.compile.
         batch: see `collate`.
-        teacher: another model; None is the student without its adapters (peft), which shares its head.
+        teacher: another model; None means the student without its peft adapters, which shares its head.
         temperature: of both distributions.
-        num_tokens: the mean's denominator where an optimizer step is more than this batch.
-        options: further ones of `linear_divergence`, such as `divergence` and `entry_clip`.
+        num_tokens: the mean's denominator, if an optimizer step has more than this batch.
+        options: more options for `linear_divergence`, such as `divergence` and `entry_clip`.
 
     Raises:
-        ValueError: no teacher and no adapters to switch off; what `hidden_states_and_head` refuses.
+        ValueError: if there is neither a teacher nor an adapter, or `hidden_states_and_head` raises.
     """
     student, head = _response_states(model, batch, "")
     inner: Any = without_wrappers(model)
     if teacher is None and not hasattr(inner, "disable_adapter"):
-        raise ValueError("teacher=None means the model without its adapters, but it has none: pass a frozen copy.")
+        raise ValueError(
+            "teacher=None means the model without its adapters, but the model has none: pass a frozen copy."
+        )
     other = inner if teacher is None else teacher
     training = other.training
-    other.eval()  # a teacher has no dropout
+    other.eval()  # no dropout for the teacher
     with torch.no_grad(), inner.disable_adapter() if teacher is None else contextlib.nullcontext():
         states, teacher_head = _response_states(other, batch, "teacher_")
     other.train(training)
@@ -93,7 +94,7 @@ def pair_divergence(
 
 
 def _response_states(model: nn.Module, batch: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, HeadSpec]:
-    """`[N, H]`: the hidden states that predict the response tokens."""
+    """Returns the hidden states that predict the response tokens, `[N, H]`, and the head."""
     backbone, head = hidden_states_and_head(model)
     ids, mask = batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"]
     hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state

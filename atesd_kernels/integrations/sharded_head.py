@@ -1,15 +1,15 @@
-"""The head of a model that FSDP2 (`fully_shard`) shards, whole on every rank: once a step, not once a micro-batch.
+"""Gathers the head of a model sharded by FSDP2 (`fully_shard`) on every rank, once per step.
 
-Between a forward and its backward FSDP2 lends a module's weights unsharded and frees them then, and it reduces
-gradients around that module's own forward only. A loss on hidden states uses the head outside of its forward, so it
-gets a whole tensor of its own here, the same object for all callers. A frozen head is gathered when it is first asked
-for. A trained one takes two calls a step:
+FSDP2 gathers a module's weights for the module's own forward and backward only, then frees them. It also reduces
+gradients around that forward only. A loss on hidden states uses the head outside its forward, so this file gathers the
+head into a separate tensor, the same object for all callers. A frozen head is gathered at its first use. A trained one
+needs two calls per step:
 
     gather_head(model)             # at the start, and after each optimizer step
     ... any number of forward and backward passes over hidden_states_and_head(model) ...
     reduce_head_gradient(model)    # after the last backward, before the gradient's norm is clipped
 
-Memory on every rank, beside the shards: the whole weight, and its gradient where it is trained.
+Every rank needs memory for the full weight in addition to its shard, and for the full gradient if the head is trained.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from .wrappers import unwrap
 class _Whole:
     weight: Tensor
     bias: Tensor | None
-    version: int  # of the shards the values came from
+    version: int  # version of the shards when they were gathered
 
 
 _WHOLE: WeakKeyDictionary[nn.Module, _Whole] = WeakKeyDictionary()
 
 
 def whole_head(head: nn.Linear, name: str) -> tuple[Tensor, Tensor | None]:
-    """The whole weight and bias of a head that FSDP2 manages; `name` is the model's, for the error."""
+    """Returns the gathered weight `[V, H]` and bias `[V]` of a sharded head. `name` is the model's, for messages."""
     known = _WHOLE.get(head)
     if head.weight.requires_grad:
         if known is None and hasattr(head.weight, "ds_id"):
             raise ValueError(
-                f"the head of {name} is trained and sharded by DeepSpeed ZeRO-3, which takes gradients from its "
-                "engine's own forward only: freeze it (LoRA), or use ZeRO-2, DDP or fully_shard (FSDP2)."
+                f"the head of {name} is trained and sharded by DeepSpeed ZeRO-3, which reduces gradients inside its "
+                "engine's own forward only. Freeze the head (LoRA), or use ZeRO-2, DDP or fully_shard (FSDP2)."
             )
         if known is None:
             raise ValueError(
@@ -70,13 +70,13 @@ def _gathered(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
 
 @torch.no_grad()
 def gather_head(model: Any) -> None:
-    """Make a trained head's weight (and bias) whole, as its shards are now. All ranks call it.
+    """Gathers the current weight (and bias) of a trained head. All ranks must call it.
 
-    The tensors of an earlier call are written anew, so that a `HeadSpec` from before stays valid.
+    A later call overwrites the tensors of the first in place, so an earlier `HeadSpec` stays valid.
     """
     base = unwrap(model)
     head = base.get_output_embeddings()
-    for module in (base, model, head):  # what a forward without gradient has left unsharded
+    for module in (base, model, head):  # a forward without gradient leaves them unsharded
         if isinstance(module, FSDPModule):
             module.reshard()
     weight, bias = _gathered(head)
@@ -92,11 +92,11 @@ def gather_head(model: Any) -> None:
 
 @torch.no_grad()
 def reduce_head_gradient(model: Any, average: bool = False) -> None:
-    """Add the gradient that losses have left on the whole head to that of its shards, summed over ranks, and clear it.
+    """Reduce-scatters the gathered head's gradient into the gradient of its shards, and clears it. All ranks must call
+    it.
 
     Args:
-        average: divide by the number of ranks, as FSDP2 does unless it is told otherwise
-            (`set_gradient_divide_factor`). All ranks call it.
+        average: divide by the number of ranks, like FSDP2's default (see `set_gradient_divide_factor`).
     """
     head = unwrap(model).get_output_embeddings()
     known = _WHOLE[head]

@@ -1,7 +1,6 @@
-"""Whether another library's functions are the ones an adapter was written against, and how to reuse one of them.
+"""Checks that another library's functions have the source an adapter was written for, and reuses such functions.
 
-Apart from the adapters because it knows none of them. A version number says too little: a loss can change in a patch
-release, and most releases leave it alone.
+It compares source, not version numbers: a loss can change in a patch release, and most releases do not change it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 
 
 def installed_version(library: str) -> str:
-    """For a message. A library that is only on the path has no metadata."""
+    """Returns the version, for messages. A library that is only on the path has no metadata."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
@@ -26,7 +25,7 @@ def installed_version(library: str) -> str:
 
 
 def fingerprint(function: Callable) -> str:
-    """12 hex digits of `function`'s source without comments, docstring and indentation."""
+    """Returns 12 hex digits of a hash of `function`'s source, without comments, docstring and indentation."""
     lines = textwrap.dedent(inspect.getsource(function)).splitlines()
     node: Any = ast.parse("\n".join(lines)).body[0]
     first = node.body[0]
@@ -37,9 +36,9 @@ def fingerprint(function: Callable) -> str:
 
 
 def unexpected(cls: type, name: str, expected: dict[str, str]) -> list[str]:
-    """Which of the functions in `expected` (name -> fingerprint) are missing or differ.
+    """Returns those functions of `expected` (name -> fingerprint) that are missing or differ.
 
-    Each is looked up as a method of `cls`, so that a subclass's own counts, then in the module of its base `name`.
+    Looks up each as a method of `cls` (a subclass may override it), then in the module of its base class `name`.
     """
     module = next(inspect.getmodule(c) for c in cls.__mro__ if c.__name__ == name)
     differing = []
@@ -47,28 +46,36 @@ def unexpected(cls: type, name: str, expected: dict[str, str]) -> list[str]:
         found = getattr(cls, function, None) or getattr(module, function, None)
         try:
             same = found is not None and fingerprint(inspect.unwrap(found)) == digits
-        except OSError:  # no source at hand
+        except OSError:  # source is not available
             same = False
         if not same:
             differing.append(function)
     return differing
 
 
-def is_as_expected(cls: type, name: str, expected: dict[str, str], library: str, version: str) -> bool:
-    """Whether nothing is `unexpected`; warns, with both versions of `library`, where something is."""
+class UnexpectedSourceError(RuntimeError):
+    """An installed library's functions differ from those an adapter was written for."""
+
+
+def is_as_expected(
+    cls: type, name: str, expected: dict[str, str], library: str, version: str, strict: bool = False
+) -> bool:
+    """Returns whether nothing is `unexpected`. If something is, warns, or raises if `strict`."""
     differing = unexpected(cls, name, expected)
     if differing:
-        warnings.warn(
-            f"{name} is left as it is: {', '.join(differing)} of {cls.__name__} in the installed {library} "
+        message = (
+            f"{name} is unchanged: {', '.join(differing)} of {cls.__name__} in the installed {library} "
             f"{installed_version(library)} differ from {library} {version}, which this adapter was written "
-            f"for. Install {library}=={version}.",
-            stacklevel=3,
+            f"for. Install {library}=={version}."
         )
+        if strict:
+            raise UnexpectedSourceError(message)
+        warnings.warn(message, stacklevel=3)
     return not differing
 
 
 def with_globals(owner: Any, method: str, **replaced: Any) -> Callable:
-    """The method of `owner`'s class, bound to `owner`, with functions of its module exchanged for this object only."""
+    """Returns a copy of the method, bound to `owner`, in which functions of the method's module are replaced."""
     f = getattr(type(owner), method)
     copy = types.FunctionType(f.__code__, {**f.__globals__, **replaced}, f.__name__, f.__defaults__, f.__closure__)
     copy.__kwdefaults__ = f.__kwdefaults__

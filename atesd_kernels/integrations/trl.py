@@ -1,11 +1,11 @@
-"""TRL's distillation trainers with their loss computed from hidden states: one call on a trainer about to train.
+"""Computes the loss of TRL's distillation trainers from hidden states: one call, before `train()`.
 
-Teacher and student stop at their hidden states, and one `linear_divergence` takes the whole micro-batch, so neither
-side ever holds `[batch, tokens, vocab]`. What the trainer does around the loss (rollouts, prompts, teachers, logging)
-stays TRL's. Only methods of the one trainer object are replaced.
+Teacher and student stop at their hidden states, and one `linear_divergence` processes the micro-batch, so neither
+materialises `[batch, tokens, vocab]`. Everything around the loss (rollouts, prompts, teachers, logging) stays TRL's.
+Only methods of the given trainer object are replaced.
 
-TRL's trainers change from release to release, and a loss put into the wrong place trains on something else. So the
-source of every function that is replaced, or relied on, is compared with the one this file was written against.
+TRL's trainers change from release to release, and a loss in the wrong place would train on something else. So we check
+the source of every function that this file replaces or relies on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .source import is_as_expected, with_globals
 
 WRITTEN_FOR = "1.16.0"
 
-# The functions that are replaced, called or relied on, with the fingerprints of their source in that release.
+# Functions that are replaced, called or relied on, with the fingerprints of their source in that release.
 _SHARED = {
     "_compute_self_distillation_loss": "ac3576c4a516",
     "_forward_logits": "1fd940095a8e",
@@ -52,25 +52,28 @@ def use_linear_divergence(
     token_clip: float | None = None,
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    strict: bool = True,
 ) -> bool:
-    """Make a TRL trainer compute its loss with `linear_divergence`. Call it between constructing it and `train()`.
+    """Makes a TRL trainer compute its loss with `linear_divergence`. Call it after the constructor, before `train()`.
 
-    The loss is the trainer's own, `distillation_alpha` / `beta`, temperature, masks, importance weights and reduction
-    included: equal in fp32, and better in bf16 where teacher and student share their head (LoRA with the frozen base
-    as teacher). GKD's loss ignores `args.temperature`, with and without this. SDFT and SDPO also log entropies, top-1
-    agreement and the student's confidence under `self_distillation/`; their `distillation_loss` is logged before clips.
+    The loss is the trainer's own, with its `distillation_alpha` / `beta`, temperature, masks, importance weights and
+    reduction. It is equal in fp32, and more accurate in bf16 if teacher and student share their head (LoRA with the
+    frozen base as teacher). GKD's loss always ignores `args.temperature`. SDFT and SDPO also log entropies, top-1
+    agreement and the student's confidence under `self_distillation/`; they log `distillation_loss` before clips.
 
     Args:
-        trainer: an `SDFTTrainer`, `SDPOTrainer`, `GKDTrainer` or `DistillationTrainer`, or one of a subclass.
+        trainer: an `SDFTTrainer`, `SDPOTrainer`, `GKDTrainer` or `DistillationTrainer`, or a subclass.
         entry_clip, token_clip, backend, chunk_bytes: as for `linear_divergence`.
+        strict: raise if the installed TRL (or the subclass) has other source than this adapter was written for. False
+            warns instead and leaves the trainer unchanged, so that it trains with TRL's own loss.
 
     Returns:
-        True. False, with a warning that names both versions and what differs, where the installed TRL (or the subclass)
-        is not what this adapter was written against; the trainer is then as it was.
+        True if the loss was replaced, False if not (`strict=False` only).
 
     Raises:
-        ValueError: for settings it cannot serve: another trainer, top-k distillation, a teacher on a server, sharded
-            parameters (FSDP, DeepSpeed; `DistillationTrainer` gathers its heads itself), a head that is not linear.
+        UnexpectedSourceError: a `RuntimeError` that names both versions and the differing functions; see `strict`.
+        ValueError: for another trainer, top-k distillation, a teacher on a server, a head that is not linear, or
+            sharded parameters (FSDP, DeepSpeed; `DistillationTrainer` gathers its heads itself).
 
     Example:
         >>> from trl.experimental.sdft import SDFTConfig, SDFTTrainer  # doctest: +SKIP
@@ -87,9 +90,9 @@ def use_linear_divergence(
     names = [c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.")]
     name = next((n for n in names if n in adapters), None)
     if name is None:
-        raise ValueError(f"{type(trainer).__name__} is none of TRL's {', '.join(adapters)}.")
+        raise ValueError(f"{type(trainer).__name__} is none of TRL's {', '.join(adapters)}; pass one of these.")
     expected, patch = adapters[name]
-    if not is_as_expected(type(trainer), name, expected, "trl", WRITTEN_FOR):
+    if not is_as_expected(type(trainer), name, expected, "trl", WRITTEN_FOR, strict):
         return False
     clips = {"entry_clip": entry_clip, "token_clip": token_clip}
     patch(trainer, clips, {"backend": backend, "chunk_bytes": chunk_bytes})
@@ -97,14 +100,14 @@ def use_linear_divergence(
 
 
 class Hidden(NamedTuple):
-    """Stands where TRL passes logits: hidden states and the head that would make logits of them."""
+    """Replaces TRL's logits: hidden states, and the head that maps them to logits."""
 
     states: Tensor  # [B, T, H]
     head: HeadSpec
 
 
 def hidden_states(trainer: Any, model: nn.Module, **inputs: Tensor) -> Hidden:
-    """Run `model` as far as its last hidden states, `[B, L, H]`, in the trainer's precision."""
+    """Runs the backbone of `model` in the trainer's precision. Returns its last hidden states `[B, L, H]` and head."""
     backbone, head = hidden_states_and_head(model)
     with trainer.accelerator.autocast():
         return Hidden(backbone(use_cache=False, **inputs).last_hidden_state, head)
@@ -113,7 +116,7 @@ def hidden_states(trainer: Any, model: nn.Module, **inputs: Tensor) -> Hidden:
 def _require_whole_heads(trainer: Any) -> None:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
-            f"{type(trainer).__name__} shards its parameters (FSDP or DeepSpeed), so its head is not at hand outside "
+            f"{type(trainer).__name__} shards its parameters (FSDP or DeepSpeed), so its head is not available outside "
             "the forward pass. Use DDP, or train with `atesd`."
         )
     for model in (trainer.model, trainer.teacher_model):
@@ -128,11 +131,11 @@ def _patch_self_distillation(trainer: Any, clips: dict[str, Any], options: dict[
     if args.distillation_mode == "topk_logits" or args.use_teacher_server:
         raise ValueError(
             f"distillation_mode={args.distillation_mode!r}, use_teacher_server={args.use_teacher_server}: a top-k loss "
-            "is not a divergence of whole distributions. Set distillation_mode='full_logits', which here needs no more "
-            "memory, or 'sampled_token', and a local teacher."
+            "is not a divergence of full distributions. Set distillation_mode='full_logits', which here needs no more "
+            "memory, or 'sampled_token', and use a local teacher."
         )
     if args.distillation_mode == "sampled_token" and any(clip is not None for clip in clips.values()):
-        raise ValueError("entry_clip and token_clip clip a divergence; distillation_mode='sampled_token' has none.")
+        raise ValueError("entry_clip and token_clip need a divergence; distillation_mode='sampled_token' has none.")
     _require_whole_heads(trainer)
 
     def logprobs(hidden: Hidden, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -148,7 +151,7 @@ def _patch_self_distillation(trainer: Any, clips: dict[str, Any], options: dict[
 
 
 def _forward_hidden(trainer: Any, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int):
-    """The states that predict the last `logits_to_keep` tokens."""
+    """Returns the hidden states `[B, logits_to_keep, H]` that predict the last `logits_to_keep` tokens."""
     states, head = hidden_states(trainer, model, input_ids=input_ids, attention_mask=attention_mask)
     return Hidden(states[:, -logits_to_keep - 1 : -1], head)
 
@@ -156,10 +159,10 @@ def _forward_hidden(trainer: Any, model: nn.Module, input_ids: Tensor, attention
 def _self_distillation_loss(
     trainer: Any, logprobs: Callable, options: dict[str, Any], model: nn.Module, inputs: dict[str, Any], pair: Any
 ) -> Tensor:
-    """TRL's `_compute_self_distillation_loss`: the mean over each sequence's tokens, then over the batch.
+    """Replaces TRL's `_compute_self_distillation_loss`: a mean over each sequence's tokens, then over the batch.
 
-    The mean over tokens becomes a weight for each token, so that the gradient is formed in the forward pass. A batch
-    without tokens has weights of zero and gives a zero loss that is attached to the graph.
+    Token weights express the mean over tokens, so that the forward pass can compute the gradient. A batch without
+    tokens has zero weights and gives a zero loss that is attached to the graph.
     """
     args, ids, mask = trainer.args, pair.completion_ids, pair.loss_mask
     student, teacher = pair.student_logits, pair.teacher_logits
@@ -220,7 +223,7 @@ def _patch_gkd(trainer: Any, clips: dict[str, Any], options: dict[str, Any]) -> 
     dense = trainer.compute_loss
 
     def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
-        if return_outputs:  # an evaluation that wants logits
+        if return_outputs:  # an evaluation that needs logits
             return dense(model, inputs, True, num_items_in_batch)
         trainer.teacher_model.eval()
         tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -245,7 +248,7 @@ def _patch_gkd(trainer: Any, clips: dict[str, Any], options: dict[str, Any]) -> 
     trainer.compute_loss = compute_loss
 
 
-# DistillationTrainer, which has a chunked loss of its own
+# DistillationTrainer, which has its own chunked loss
 
 
 def _patch_distillation(trainer: Any, clips: dict[str, Any], options: dict[str, Any]) -> None:
@@ -291,5 +294,5 @@ def _patch_distillation(trainer: Any, clips: dict[str, Any], options: dict[str, 
 
 
 def _whole(tensor: Any) -> Any:
-    """A sharded (DTensor) parameter gathered, once a call; FSDP2 shards the head like any other."""
+    """Gathers a sharded (DTensor) parameter. FSDP2 shards the head like any other parameter."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,14 +1,14 @@
-"""verl: this library's divergences under names of your own in its registry of distillation losses.
+"""Registers this library's divergences as distillation losses of verl, under names you choose.
 
-verl gives a loss the student's logits and the log-probabilities of the teacher's top k tokens, no hidden states: what
-`linear_divergence` saves cannot be saved here. What its own top-k loss lacks is a divergence. It sums p (log p - log q)
-over the k tokens, whose probabilities do not sum to one: the sum may be negative, and is then cut off at zero together
-with its gradient. Here the other tokens are one more entry, the rest. Both sides are then distributions over k + 1
-entries, and any divergence and clip applies. Merging entries never increases an f-divergence: without a clip, the value
-is a lower bound of the whole one.
+verl gives a loss the student's logits and the log-probabilities of the teacher's top k tokens, but no hidden states, so
+the memory savings of `linear_divergence` do not apply. verl's own top-k loss is not a divergence. It sums
+p (log p - log q) over the k tokens, whose probabilities do not sum to one. The sum may be negative, and is then clamped
+to zero, which also zeroes its gradient. Here one more entry, the rest, stands for all other tokens. Both models then
+have distributions over k + 1 entries, to which every divergence and clip applies. Merging entries never increases an
+f-divergence, so without a clip the value is a lower bound of the full divergence.
 
-Put `register` into a module of yours and name that module in VERL_USE_EXTERNAL_MODULES, which verl imports in every
-process; then set `distillation.distillation_loss.loss_mode` to the name and `use_policy_gradient` to false.
+Call `register` in a module of yours and name that module in VERL_USE_EXTERNAL_MODULES; verl imports it in every
+process. Then set `distillation.distillation_loss.loss_mode` to the name and `use_policy_gradient` to false.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from atesd_kernels import divergence
-from atesd_kernels.integrations.source import fingerprint, installed_version
+from atesd_kernels.integrations.source import UnexpectedSourceError, fingerprint, installed_version
 
 VERSION = "0.9.1"
 EXPECTED = {
@@ -29,23 +29,23 @@ EXPECTED = {
     "compute_forward_kl_topk": "b01907bd74d6",
     "distillation_ppo_loss": "e9a369f27afa",
 }
-STRATEGIES = ("fsdp", "fsdp2", "veomni")  # those whose student logits hold the whole vocabulary
+STRATEGIES = ("fsdp", "fsdp2", "veomni")  # strategies whose student logits cover the full vocabulary
 LEAST_REST = 1e-6  # a rest below fp32's spacing at one is noise (our choice)
 
 registered: dict[str, dict[str, Any]] = {}
 
 
 def register(name: str, **options: Any) -> None:
-    """Make `loss_mode: name` the divergence of the teacher's and the student's top-k-and-rest distributions.
+    """Registers `loss_mode: name`: a divergence of the teacher's and the student's top-k-and-rest distributions.
 
     Args:
-        name: for verl's configuration; must be new to its registry.
-        options: of `divergence`: `divergence`, `beta`, `entry_clip`, `token_clip`. verl has divided the student's
-            logits by the temperature. Its `loss_max_clamp` applies to a token's value, `log_prob_min_clamp` to nothing.
+        name: name in verl's configuration; must not be registered yet.
+        options: `divergence`, `beta`, `entry_clip`, `token_clip`. verl already divides the student's logits by the
+            temperature. Its `loss_max_clamp` clamps a token's value; its `log_prob_min_clamp` has no effect.
 
     Raises:
-        RuntimeError: the installed verl's functions are not those this adapter was written for.
-        ValueError, TypeError: an option that `divergence` refuses, or a name already registered.
+        UnexpectedSourceError: if functions of the installed verl differ from those this adapter was written for.
+        ValueError, TypeError: if `divergence` rejects an option, or the name is already registered.
 
     Example:
         `register("atesd_jsd", divergence="jsd", beta=0.5, token_clip=1.0)`, then `loss_mode: atesd_jsd`.
@@ -57,12 +57,12 @@ def register(name: str, **options: Any) -> None:
             f for f, digits in EXPECTED.items() if not hasattr(losses, f) or fingerprint(getattr(losses, f)) != digits
         ]
         if differing:
-            raise RuntimeError(
+            raise UnexpectedSourceError(
                 f"{', '.join(differing)} in the installed verl {installed_version('verl')} differ from verl "
                 f"{VERSION}, which this adapter was written for. Install verl=={VERSION}."
             )
     settings = losses.DistillationLossSettings(names=[name], use_topk=True)
-    # the registered function collects what the logits' processor has computed, and is the same for every top-k loss
+    # the registered function only collects the results of the logits' processor; it is the same for every top-k loss
     losses.register_distillation_loss(settings)(losses.compute_forward_kl_topk)
     if not registered:
         losses.compute_topk_loss = _dispatching(losses.compute_topk_loss)
@@ -70,7 +70,7 @@ def register(name: str, **options: Any) -> None:
 
 
 def _dispatching(original: Callable) -> Callable:
-    """verl calls one top-k loss whatever the mode: for modes registered here, call ours."""
+    """Returns a top-k loss that calls ours for modes registered here. verl calls one function for all modes."""
 
     def compute_topk_loss(config, distillation_config, data, student_logits: Tensor, data_format: str):
         options = registered.get(distillation_config.distillation_loss.loss_mode)
@@ -87,14 +87,14 @@ def _dispatching(original: Callable) -> Callable:
 
 
 def topk_divergence(student_logits: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, **options: Any) -> dict:
-    """Divergence over the teacher's top k and the rest, in the form of verl's top-k losses.
+    """Divergence over the teacher's top k tokens and the rest, with the interface of verl's top-k losses.
 
     Args:
         student_logits: `(1, tokens, V)`, this rank's tokens under sequence parallelism.
-        teacher_logprobs, teacher_ids: nested `(sequences, tokens, k)`, all tokens.
+        teacher_logprobs, teacher_ids: nested `(sequences, tokens, k)`, all ranks' tokens.
 
     Returns:
-        `distillation_losses`, `student_mass` and `teacher_mass`, `(1, tokens)` each.
+        A dict of `distillation_losses`, `student_mass` and `teacher_mass`, `(1, tokens)` each.
     """
     ulysses = importlib.import_module("verl.utils.ulysses")
     log_p, ids = (t.values().unsqueeze(0) for t in (teacher_logprobs, teacher_ids))
@@ -108,7 +108,7 @@ def topk_divergence(student_logits: Tensor, teacher_logprobs: Tensor, teacher_id
 
 
 def _with_rest(logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """`(..., k)` -> `(..., k + 1)`, the last entry being log(1 - sum of probabilities), and that sum."""
+    """Appends the entry log(1 - sum of probabilities): returns `(..., k + 1)`, and the sum, `(...)`."""
     mass = logprobs.exp().sum(-1)
     rest = torch.log1p(-mass.clamp_max(1 - LEAST_REST))
     return torch.cat([logprobs, rest[..., None]], -1), mass

@@ -1,4 +1,4 @@
-"""The model under what torch.compile, DDP and peft wrap around it, and calls that go through such a wrapper."""
+"""Unwraps models from torch.compile, DDP and peft, and runs a function through such a wrapper."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import nn
 
 
 def without_wrappers(model: Any) -> Any:
-    """What torch.compile and DDP / DataParallel have wrapped: a causal language model, or peft's model of one."""
+    """Removes torch.compile and DDP / DataParallel. Returns a causal language model, or peft's model of one."""
     while True:
-        if "_orig_mod" in getattr(model, "_modules", ()):  # its own: peft shows its model's attributes as well
+        if "_orig_mod" in getattr(model, "_modules", ()):  # not hasattr: peft forwards its model's attributes
             model = model._orig_mod
         elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
@@ -20,7 +20,7 @@ def without_wrappers(model: Any) -> Any:
 
 
 def unwrap(model: Any) -> Any:
-    """The causal language model under torch.compile, DDP / DataParallel and peft wrappers."""
+    """Removes torch.compile, DDP / DataParallel and peft. Returns the causal language model."""
     while True:
         model = without_wrappers(model)
         if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
@@ -36,9 +36,9 @@ def unwrap(model: Any) -> Any:
 
 
 def through(wrapper: nn.Module, inner: nn.Module, function: Callable[..., Any], **inputs: object) -> object:
-    """Call `function` as the forward of `inner`, so that `wrapper` sees a forward pass and prepares its gradients.
+    """Calls `function` in place of the forward of `inner`, through a call of `wrapper`. Returns its result.
 
-    DDP exchanges gradients, and FSDP gathers parameters, only around a call of the wrapper itself.
+    DDP reduces gradients, and FSDP gathers parameters, only around a call of the wrapper itself.
     """
     had_own = "forward" in vars(inner)
     forward = inner.forward

@@ -1,1 +1,1 @@
-"""Only `@triton.jit` functions live here; the host side is in `backends/`."""
+"""Triton kernels: `@triton.jit` functions only. `backends/` launches them."""

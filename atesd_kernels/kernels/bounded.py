@@ -1,9 +1,8 @@
-"""The terms of `terms.py` in rows where no x = log p - log q is large: fewer instructions, and the same values to
-rounding.
+"""Shorter forms of the terms in `terms.py`, for rows without a large x = log p - log q. Values agree to rounding.
 
-There p = q (1 + e), q e never overflows, and most near forms hold for every x: far below 0 they cancel terms as large
-as x, which costs |x| ulps of an entry the teacher excludes. `rows.py` takes a term's form here if the row allows it; a
-term without one is used as it is.
+In such rows p = q (1 + e), q e never overflows, and most near forms hold for every x. Far below 0 they cancel terms as
+large as x; this costs |x| ulps of an entry that the teacher excludes. `rows.py` uses these forms if the row allows it,
+and the term itself if it has no shorter form.
 """
 
 import triton
@@ -14,7 +13,7 @@ from .terms import expm1_parts, log1p_parts, reciprocal
 
 @triton.jit
 def log_mixture(e, near, BETA: tl.constexpr):
-    """y = BETA e, and with m = BETA p + (1 - BETA) q: log(m / q) = log1p(y), and log1p(y) - y."""
+    """Returns y = BETA e, log(m / q) = log1p(y) with m = BETA p + (1 - BETA) q, and log1p(y) - y."""
     y = BETA * e
     near_log, near_bend = log1p_parts(y)
     far_log = tl.log(1 + y)

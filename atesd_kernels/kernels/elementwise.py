@@ -1,4 +1,4 @@
-"""Two passes torch makes slowly on a GPU: a value for each row, and a product with a number that lies on the device."""
+"""Two passes that torch does slowly on a GPU: fill each row with a value, and multiply by a scalar on the device."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def fill_rows(OUT, VALUES, stride, V, BLOCK: tl.constexpr):
-    """OUT[i, :V] = VALUES[i]."""
+    """Stores VALUES[i] in OUT[i, :V]."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.zeros([BLOCK], tl.float32) + tl.load(VALUES + row).to(tl.float32)
@@ -15,7 +15,7 @@ def fill_rows(OUT, VALUES, stride, V, BLOCK: tl.constexpr):
 
 @triton.jit
 def scale(X, FACTOR, numel, BLOCK: tl.constexpr):
-    """X *= FACTOR, in fp32. With a factor of 1 there is nothing to do."""
+    """Multiplies X by FACTOR in place, in fp32. A factor of 1 is a no-op."""
     factor = tl.load(FACTOR).to(tl.float32)
     if factor != 1:
         place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

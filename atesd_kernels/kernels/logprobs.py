@@ -3,16 +3,27 @@
 import triton
 import triton.language as tl
 
-from .rows import LOWEST, grow, load_bias, put, span
+from .rows import LOWEST, load_bias, online_softmax_step, span, store_tuple
 from .terms import exp, tanh
 
-NUM_LOGPROB_PARTS = tl.constexpr(8)  # m, a, sum w (s - s0), s0, target's logit
-NUM_LOGPROB_OUT = tl.constexpr(4)  # log-probability, entropy, confidence, lse
+# Positions of a program's partial results in PARTS, which `normalise_one` stores. w = exp(s - PART_MAX).
+PART_MAX = tl.constexpr(0)
+PART_SUM = tl.constexpr(1)  # sum w
+PART_MEAN = tl.constexpr(2)  # sum w (s - PART_SHIFT)
+PART_SHIFT = tl.constexpr(3)
+PART_TARGET = tl.constexpr(4)  # the target's logit, 0 if another program has it
+NUM_LOGPROB_PARTS = tl.constexpr(8)
+# Positions in OUT, which `finish_logprob` stores.
+OUT_LOGPROB = tl.constexpr(0)
+OUT_ENTROPY = tl.constexpr(1)
+OUT_CONFIDENCE = tl.constexpr(2)
+OUT_LSE = tl.constexpr(3)
+NUM_LOGPROB_OUT = tl.constexpr(4)
 
 
 @triton.jit
 def scaled(s, bias, exists, inv_t, softcap):
-    """softcap * tanh((s + bias) / softcap) / temperature in fp32; -inf where `exists` is false."""
+    """Returns softcap * tanh((s + bias) / softcap) / temperature in fp32; -inf where `exists` is false."""
     s = s.to(tl.float32)
     if bias is not None:
         s += bias
@@ -29,7 +40,7 @@ def load_logits(S, BIAS, cols, exists, inv_t, softcap):
 
 @triton.jit
 def logprob_gradient(s, lse, hit, exists, inv_t, softcap):
-    """d log q[target] / d(raw logit), but for the factor 1 / T: 1[j = target] - q_j."""
+    """Returns T d log q[target] / d(raw logit) = 1[j = target] - q_j, times the derivative of softcap."""
     g = tl.where(hit, 1.0, 0.0) - exp(s - lse)
     if softcap is not None:
         tanh_s = s / (inv_t * softcap)
@@ -41,7 +52,7 @@ def logprob_gradient(s, lse, hit, exists, inv_t, softcap):
 def normalise_one(
     S, BIAS, MASK, TARGETS, PARTS, stride_s, V, inv_t, softcap, STATS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """First sweep: the normaliser, and the mean logit for the entropy."""
+    """First sweep: stores the partial sums for the normaliser and for the entropy's mean logit."""
     row = tl.program_id(0).to(tl.int64)
     start, stop = span(V, BLOCK)
     if MASK is not None:
@@ -57,18 +68,18 @@ def normalise_one(
         s0 = tl.maximum(tl.max(first, 0), LOWEST)
     for j in range(start, stop, BLOCK):
         s = load_logits(S, BIAS, j + lanes, j + lanes < stop, inv_t, softcap)
-        m, shrink, w, _ = grow(m, s)
+        m, shrink, w, _ = online_softmax_step(m, s)
         a = a * shrink + w
         if STATS:
             b = b * shrink + tl.where(w > 0, w * (s - s0), 0.0)
     top = tl.max(m, 0)
     w = exp(m - top)
-    # the target's logit here, because the next kernel may overwrite it before another program of the row reads it
+    # read the target's logit now: a program of the next kernel may overwrite it before another one reads it
     target = tl.load(TARGETS + row)
     here = (target >= start) & (target < stop)
     at_target = tl.where(here, load_logits(S, BIAS, target, here, inv_t, softcap), 0.0)
     PARTS += (row * tl.num_programs(1) + tl.program_id(1)) * NUM_LOGPROB_PARTS
-    put(PARTS, (top, tl.sum(a * w, 0), tl.sum(b * w, 0), s0, at_target), True)
+    store_tuple(PARTS + PART_MAX, (top, tl.sum(a * w, 0), tl.sum(b * w, 0), s0, at_target), True)
 
 
 @triton.jit
@@ -76,7 +87,7 @@ def finish_logprob(
     S, G, BIAS, MASK, TARGETS, WEIGHT, PARTS, OUT, stride_s, stride_g, V, inv_t, softcap, grad_scale,
     GRAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """log q[target], statistics, and d log q[target] / dz_j into G."""
+    """Stores log q[target] and statistics in OUT, and d log q[target] / dz_j in G."""
     row = tl.program_id(0).to(tl.int64)
     start, stop = span(V, BLOCK)
     lanes = tl.arange(0, BLOCK)
@@ -86,18 +97,21 @@ def finish_logprob(
     G += row * stride_g
     if counted:
         P = PARTS + (row * SPLITS + tl.arange(0, SPLITS)) * NUM_LOGPROB_PARTS
-        m = tl.load(P)
+        m = tl.load(P + PART_MAX)
         top = tl.max(m, 0)
         w = exp(m - top)
-        a = tl.sum(tl.load(P + 1) * w, 0)
+        a = tl.sum(tl.load(P + PART_SUM) * w, 0)
         lse = top + tl.log(a)
         target = tl.load(TARGETS + row)
         S += row * stride_s
         if tl.program_id(1) == 0:
-            s0 = tl.load(PARTS + row * SPLITS * NUM_LOGPROB_PARTS + 3)
-            mean = tl.sum((tl.load(P + 2) + tl.load(P + 1) * (tl.load(P + 3) - s0)) * w, 0) / a
-            logprob = tl.sum(tl.load(P + 4), 0) - lse
-            put(OUT + row * NUM_LOGPROB_OUT, (logprob, (lse - s0) - mean, exp(top - lse), lse), True)
+            s0 = tl.load(PARTS + row * SPLITS * NUM_LOGPROB_PARTS + PART_SHIFT)
+            shift = tl.load(P + PART_SHIFT) - s0
+            mean = tl.sum((tl.load(P + PART_MEAN) + tl.load(P + PART_SUM) * shift) * w, 0) / a
+            logprob = tl.sum(tl.load(P + PART_TARGET), 0) - lse
+            store_tuple(
+                OUT + row * NUM_LOGPROB_OUT + OUT_LOGPROB, (logprob, (lse - s0) - mean, exp(top - lse), lse), True
+            )
         if GRAD:
             factor = inv_t * grad_scale
             if WEIGHT is not None:
@@ -115,13 +129,13 @@ def finish_logprob(
 
 @triton.jit
 def span_mean(OUT, LENGTHS, EXPOSED, MEAN, T, BLOCK: tl.constexpr):
-    """Mean log-probability of a sequence's tokens [exposed, length); 0 if there is none."""
+    """Stores the mean log-probability of a sequence's tokens [exposed, length); 0 for an empty span."""
     sequence = tl.program_id(0).to(tl.int64)
     start = tl.maximum(tl.load(EXPOSED + sequence), 0)
     stop = tl.minimum(tl.load(LENGTHS + sequence), T)
     total = tl.zeros([BLOCK], tl.float32)
     for j in range(start, stop, BLOCK):
         place = j + tl.arange(0, BLOCK)
-        total += tl.load(OUT + (sequence * T + place) * NUM_LOGPROB_OUT, mask=place < stop, other=0.0)
+        total += tl.load(OUT + (sequence * T + place) * NUM_LOGPROB_OUT + OUT_LOGPROB, mask=place < stop, other=0.0)
     count = tl.maximum(stop - start, 1)
     tl.store(MEAN + sequence, tl.sum(total, 0) / count.to(tl.float32))

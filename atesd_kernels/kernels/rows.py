@@ -1,13 +1,12 @@
 """Row kernels over logits in memory: normalisers, sums of a divergence, gradient.
 
-A program owns the part of a row that `num_programs(1)` leaves it: one program per row, or several where rows are few.
-Programs write their partial sums side by side and the next kernel adds them up in a fixed order, so results do not
-depend on scheduling. Accumulators are vectors, one slot per lane, reduced once at the end. An option that is not used
-(bias, mask, weight, softcap, clip) is None, and its code is not compiled.
+`num_programs(1)` programs share a row: one if there are many rows, else several. Each writes its partial sums, and the
+next kernel adds them in a fixed order, so results do not depend on scheduling. Accumulators are vectors, one element
+per lane, reduced after the loop. An unused option (bias, mask, weight, softcap, clip) is None and compiles to no code.
 
-Arithmetic counts as much as bytes here: on an H200, where a copy moves 4.2 TB/s, a forward KL's kernels moved 2.3 with
-twice the instructions they have now, and move 3.35 (`python -m bench.gpu --stages 4`). Hence the plain case (shared
-head, no bias, no softcap), its bounded rows, and `exp`.
+Arithmetic costs as much as memory traffic here. On an H200, where a copy moves 4.2 TB/s, a forward KL's kernels moved
+2.3 with twice their present instructions, and now move 3.35 (`python -m bench.gpu --stages 4`). This is why there are a
+plain case (shared head, no bias, no softcap), bounded rows and our own `exp`.
 """
 
 import triton
@@ -15,36 +14,63 @@ import triton.language as tl
 
 from .terms import exp, expm1_parts, log1p_parts, tanh
 
-LOWEST = tl.constexpr(-3.0e38)  # in place of -inf, whose difference with itself is NaN
-FAR = tl.constexpr(40.0)  # log p - log q beyond which the sum under q may miss the teacher's mass
-HIGH = tl.constexpr(30.0)  # by how much a logit may exceed what exponentials are relative to: e^(HIGH + FAR) is finite
-# normalise: m_s a_s b d m_t a_t largest_d d0 s_target t_target, columns of the largest s and t, largest s, largest t
+LOWEST = tl.constexpr(-3.0e38)  # replaces -inf, because -inf - -inf is NaN
+FAR = tl.constexpr(40.0)  # above this log p - log q, a sum under q may lose the teacher's mass
+HIGH = tl.constexpr(30.0)  # a logit may exceed the reference of the exponentials by this: e^(HIGH + FAR) is finite
+
+# Positions of a program's partial results in PARTS, which `normalise` stores. w = exp(s - MAX_S).
+MAX_S = tl.constexpr(0)
+SUM_S = tl.constexpr(1)  # sum w
+SUM_E = tl.constexpr(2)  # sum w expm1(d - D0)
+SUM_D = tl.constexpr(3)  # sum w (d - D0)
+MAX_T = tl.constexpr(4)
+SUM_T = tl.constexpr(5)  # sum exp(t - MAX_T)
+LARGEST_D = tl.constexpr(6)  # max d - D0
+D0 = tl.constexpr(7)
+TARGET_S = tl.constexpr(8)  # logits of the target, 0 if another program has it
+TARGET_T = tl.constexpr(9)
+COLUMN_S = tl.constexpr(10)  # int32: the columns of the largest s and t
+COLUMN_T = tl.constexpr(11)
+TOP_S = tl.constexpr(12)  # largest s and t; MAX_S and MAX_T need not be
+TOP_T = tl.constexpr(13)
 NUM_PARTS = tl.constexpr(16)
-NUM_SUMS = tl.constexpr(8)  # accumulate: l' clipped sum_u lost_q entropy_s entropy_t
-NUM_ROW_STATS = tl.constexpr(4)  # confidence agree logprob_s logprob_t
+# Positions in SUMS, which `accumulate` stores.
+LOSS = tl.constexpr(0)  # sum l'
+CLIPPED_LOSS = tl.constexpr(1)
+TOTAL_U = tl.constexpr(2)  # sum u' of unclipped entries
+LOST_Q = tl.constexpr(3)  # sum q of clipped entries
+ENTROPY_S = tl.constexpr(4)
+ENTROPY_T = tl.constexpr(5)
+NUM_SUMS = tl.constexpr(8)
+# Positions in STATS_OUT, which `finish_stats` stores.
+CONFIDENCE = tl.constexpr(0)
+AGREE = tl.constexpr(1)
+LOGPROB_S = tl.constexpr(2)
+LOGPROB_T = tl.constexpr(3)
+NUM_ROW_STATS = tl.constexpr(4)
 
 
 @triton.jit
 def span(V, BLOCK: tl.constexpr):
-    """The columns of this program: [start, stop)."""
+    """Returns this program's columns, [start, stop)."""
     blocks = tl.cdiv(tl.cdiv(V, BLOCK), tl.num_programs(1))
     start = tl.program_id(1) * blocks * BLOCK
     return start, tl.minimum(start + blocks * BLOCK, V)
 
 
 @triton.jit
-def put(P, values, mask):
-    """values[i] at P + i."""
+def store_tuple(P, values, mask):
+    """Stores values[i] at P + i."""
     for i in tl.static_range(len(values)):
         tl.store(P + i, values[i], mask=mask)
 
 
 @triton.jit
 def prepare(s, o, bias_s, bias_t, exists, scale, IS_DELTA: tl.constexpr):
-    """Scaled logits s, t and d = t - s, fp32, from raw student logits and either raw differences or teacher logits.
+    """Returns scaled logits s, t and d = t - s in fp32, from raw student logits and raw differences or teacher logits.
 
-    d is formed from the raw difference, never from two rounded logits. Where `exists` is false, and where both models
-    exclude an entry, s = t = -inf and d = 0. `scale` is (1 / T_s, 1 / T_t, softcap or None).
+    d comes from the raw difference, not from two rounded logits. s = t = -inf and d = 0 where `exists` is false and
+    where both models exclude the entry. `scale` is (1 / T_s, 1 / T_t, softcap or None).
     """
     inv_t_s, inv_t_t, softcap = scale
     if IS_DELTA:
@@ -65,7 +91,7 @@ def prepare(s, o, bias_s, bias_t, exists, scale, IS_DELTA: tl.constexpr):
         d = tl.where(tl.abs(d) < FAR, softcap * tanh_d * (1 - tanh_s * tanh_s) / (1 + tanh_s * tanh_d), t - s)
     d = d * inv_t_t + s * (inv_t_t - inv_t_s)
     s, t = tl.where(exists, s * inv_t_s, -float("inf")), tl.where(exists, t * inv_t_t, -float("inf"))
-    if IS_DELTA and bias_s is None:  # finite: where `exists` is false, d is the 0 it was read as
+    if IS_DELTA and bias_s is None:  # d is finite: it was loaded as 0 where `exists` is false
         return s, t, d
     one_sided = (s == -float("inf")) | (t == -float("inf"))
     return s, t, tl.where(one_sided, tl.where(s == t, 0.0, t - s), d)
@@ -73,7 +99,7 @@ def prepare(s, o, bias_s, bias_t, exists, scale, IS_DELTA: tl.constexpr):
 
 @triton.jit
 def load_bias(BIAS, cols, exists):
-    """fp32; None where there is none."""
+    """Returns the bias in fp32, or None."""
     if BIAS is None:
         return  # None; triton 3.6 compiles this form only
     else:
@@ -82,7 +108,7 @@ def load_bias(BIAS, cols, exists):
 
 @triton.jit
 def load_pair(S, O, BIAS_S, BIAS_T, cols, exists, scale, IS_DELTA: tl.constexpr):
-    """`prepare` from memory: S, O at the row's start."""
+    """Loads logits and biases and returns `prepare`'s s, t, d. S and O point at the row's start."""
     s = tl.load(S + cols, mask=exists, other=0.0)
     o = tl.load(O + cols, mask=exists, other=0.0)
     return prepare(
@@ -91,8 +117,8 @@ def load_pair(S, O, BIAS_S, BIAS_T, cols, exists, scale, IS_DELTA: tl.constexpr)
 
 
 @triton.jit
-def grow(m, z):
-    """Online softmax: the new maximum, the factor on old sums, the weight of z. One exponential, no branch."""
+def online_softmax_step(m, z):
+    """One step of online softmax. Returns the new maximum, the factor on old sums, the weight of z, and z > m."""
     up = z > m
     shrink = exp(-tl.abs(z - m))
     return tl.where(up, z, m), tl.where(up, shrink, 1.0), tl.where(up, 1.0, shrink), up
@@ -100,7 +126,7 @@ def grow(m, z):
 
 @triton.jit
 def reference_difference(s, d):
-    """A d0 near the mean of d under q, from one block: sums of d - d0 then lose no digits."""
+    """Returns d0, near the mean of d under q, estimated from one block. Sums of d - d0 then lose no digits."""
     top = tl.maximum(tl.max(s, 0), LOWEST)
     w = tl.where(tl.abs(d) < FAR, exp(s - top), 0.0)
     total = tl.sum(w, 0)
@@ -110,9 +136,9 @@ def reference_difference(s, d):
 
 @triton.jit
 def plain_sums(S, O, start, stop, scale, reference, d0, STATS: tl.constexpr, BLOCK: tl.constexpr):
-    """The first sweep where s and d are finite, all exponentials relative to `reference`: one a column, and no running
-    maximum. Largest s; largest d - d0; sums of w = exp(s - reference), w expm1(d - d0) and w (d - d0); with STATS the
-    columns of the largest s and t, and the largest t."""
+    """The first sweep for finite s and d. Exponentials are relative to a fixed `reference`, so there is no running
+    maximum. Returns the largest s, the largest d - d0, the sums of w = exp(s - reference), w expm1(d - d0) and
+    w (d - d0), and with STATS the columns of the largest s and t, and the largest t."""
     lanes = tl.arange(0, BLOCK)
     top_s = tl.full([BLOCK], LOWEST, tl.float32)
     top_t, largest = top_s, top_s
@@ -142,13 +168,13 @@ def plain_sums(S, O, start, stop, scale, reference, d0, STATS: tl.constexpr, BLO
 
 @triton.jit
 def teacher_sum(S, O, start, stop, scale, BLOCK: tl.constexpr):
-    """Largest t, and the sum of exp(t - largest)."""
+    """Returns the largest t and the sum of exp(t - largest)."""
     lanes = tl.arange(0, BLOCK)
     m = tl.full([BLOCK], LOWEST, tl.float32)
     a = tl.zeros([BLOCK], tl.float32)
     for j in range(start, stop, BLOCK):
         _, t, _ = load_pair(S, O, None, None, j + lanes, j + lanes < stop, scale, 1)
-        m, shrink, w, _ = grow(m, t)
+        m, shrink, w, _ = online_softmax_step(m, t)
         a = a * shrink + w
     top = tl.max(m, 0)
     return top, tl.sum(a * exp(m - top), 0)
@@ -156,8 +182,8 @@ def teacher_sum(S, O, start, stop, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def plain_first_sweep(S, O, start, stop, scale, STATS: tl.constexpr, BLOCK: tl.constexpr):
-    """`first_sweep` for a shared head without bias and softcap: in all but strange rows one exponential of s and one
-    of d for each column, and none of t."""
+    """`first_sweep` for a shared head without bias and softcap. Each column takes one exponential of s and one of d;
+    only rows with extreme values need more."""
     lanes = tl.arange(0, BLOCK)
     s, _, d = load_pair(S, O, None, None, start + lanes, start + lanes < stop, scale, 1)
     d0 = reference_difference(s, d)
@@ -170,7 +196,7 @@ def plain_first_sweep(S, O, start, stop, scale, STATS: tl.constexpr, BLOCK: tl.c
         high_s, largest, a, b_e, b_d, column_s, column_t, high_t = plain_sums(
             S, O, start, stop, scale, reference, d0, STATS, BLOCK
         )
-    # sum exp(t) = exp(reference + d0) sum w exp(d - d0), unless what is left of it is small or its terms are huge
+    # sum exp(t) = exp(reference + d0) sum w exp(d - d0), unless its terms are huge or cancel
     m_t, a_t = reference + d0, a + b_e
     if (largest >= FAR) | (b_e < -0.9 * a):
         m_t, a_t = teacher_sum(S, O, start, stop, scale, BLOCK)
@@ -180,7 +206,7 @@ def plain_first_sweep(S, O, start, stop, scale, STATS: tl.constexpr, BLOCK: tl.c
 @triton.jit
 def first_sweep(S, O, BIAS_S, BIAS_T, start, stop, V, scale, IS_DELTA: tl.constexpr, STATS: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
-    """What `normalise` stores, for any logits: an online softmax of both models."""
+    """Returns the sums that `normalise` stores, for any logits, by an online softmax of both models."""
     lanes = tl.arange(0, BLOCK)
     s, t, d = load_pair(S, O, BIAS_S, BIAS_T, start + lanes, start + lanes < stop, scale, IS_DELTA)
     d0 = reference_difference(s, d)
@@ -195,13 +221,13 @@ def first_sweep(S, O, BIAS_S, BIAS_T, start, stop, V, scale, IS_DELTA: tl.conste
         s, t, d = load_pair(S, O, BIAS_S, BIAS_T, cols, cols < stop, scale, IS_DELTA)
         d -= d0
         largest = tl.maximum(largest, d)
-        m_s, shrink, w, up = grow(m_s, s)
+        m_s, shrink, w, up = online_softmax_step(m_s, s)
         a_s = a_s * shrink + w
         b_e = b_e * shrink + w * expm1_parts(d)[0]
         b_d = b_d * shrink + tl.where(w > 0, w * d, 0.0)
         if STATS:
             top_s = tl.where(up, cols, top_s)
-        m_t, shrink, w, up = grow(m_t, t)
+        m_t, shrink, w, up = online_softmax_step(m_t, t)
         a_t = a_t * shrink + w
         if STATS:
             top_t = tl.where(up, cols, top_t)
@@ -220,7 +246,7 @@ def normalise(
     S, O, BIAS_S, BIAS_T, MASK, TARGETS, PARTS, stride_s, stride_o, V, inv_t_s, inv_t_t, softcap,
     IS_DELTA: tl.constexpr, STATS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """First sweep: what both normalisers, and c = lse_t - lse_s, are made of."""
+    """First sweep: stores the partial sums for both normalisers and c = lse_t - lse_s."""
     row = tl.program_id(0).to(tl.int64)
     start, stop = span(V, BLOCK)
     if MASK is not None:
@@ -237,44 +263,45 @@ def normalise(
             S, O, BIAS_S, BIAS_T, start, stop, V, scale, IS_DELTA, STATS, BLOCK
         )
     PARTS += (row * tl.num_programs(1) + tl.program_id(1)) * NUM_PARTS
-    put(PARTS, (m_s, a_s, b_e, b_d, m_t, a_t, largest, d0), True)
+    store_tuple(PARTS + MAX_S, (m_s, a_s, b_e, b_d, m_t, a_t, largest, d0), True)
     if STATS:
         if TARGETS is not None:
             target = tl.load(TARGETS + row)
             here = (target >= start) & (target < stop)
             s, t, _ = load_pair(S, O, BIAS_S, BIAS_T, target, here, scale, IS_DELTA)
-            put(PARTS + 8, (tl.where(here, s, 0.0), tl.where(here, t, 0.0)), True)
-        put((PARTS + 10).to(tl.pointer_type(tl.int32), bitcast=True), (column_s, column_t), True)
-        put(PARTS + 12, (top_s, top_t), True)
+            store_tuple(PARTS + TARGET_S, (tl.where(here, s, 0.0), tl.where(here, t, 0.0)), True)
+        store_tuple((PARTS + COLUMN_S).to(tl.pointer_type(tl.int32), bitcast=True), (column_s, column_t), True)
+        store_tuple(PARTS + TOP_S, (top_s, top_t), True)
 
 
 @triton.jit
-def merged(P, AXIS: tl.constexpr):
-    """lse_s, lse_t, c = lse_t - lse_s, the mean of d under q and the largest d - c, from the first sweep's sums.
+def merge_partials(P, AXIS: tl.constexpr):
+    """Merges the first sweep's sums of a row's programs. Returns lse_s, lse_t, c = lse_t - lse_s, the mean of d under
+    q and the largest d - c.
 
-    P points at the parts of a row's programs, which lie along AXIS. Each has its own d0; D0 is their mean under q.
+    P points at the programs' parts, along AXIS. Each program has its own d0; `shift` is their mean under q.
     """
-    m_s, m_t = tl.load(P), tl.load(P + 4)
+    m_s, m_t = tl.load(P + MAX_S), tl.load(P + MAX_T)
     max_s, max_t = tl.max(m_s, AXIS), tl.max(m_t, AXIS)
     w = exp(m_s - tl.max(m_s, AXIS, keep_dims=True))
-    a = tl.load(P + 1) * w
-    d0 = tl.load(P + 7)
+    a = tl.load(P + SUM_S) * w
+    d0 = tl.load(P + D0)
     a_s = tl.sum(a, AXIS)
-    a_t = tl.sum(tl.load(P + 5) * exp(m_t - tl.max(m_t, AXIS, keep_dims=True)), AXIS)
+    a_t = tl.sum(tl.load(P + SUM_T) * exp(m_t - tl.max(m_t, AXIS, keep_dims=True)), AXIS)
     shift = tl.sum(a * d0, AXIS, keep_dims=True) / tl.sum(a, AXIS, keep_dims=True)
     delta = d0 - shift
-    # sum w expm1(d - D0) = sum w expm1(d - d0) + expm1(d0 - D0) sum w exp(d - d0)
-    b = tl.load(P + 2) * w
+    # sum w expm1(d - shift) = sum w expm1(d - d0) + expm1(d0 - shift) sum w exp(d - d0)
+    b = tl.load(P + SUM_E) * w
     excess = tl.sum(b + expm1_parts(delta)[0] * (a + b), AXIS) / a_s
-    mean = tl.sum(tl.load(P + 3) * w + a * d0, AXIS) / a_s
+    mean = tl.sum(tl.load(P + SUM_D) * w + a * d0, AXIS) / a_s
     lse_s, lse_t = max_s + tl.log(a_s), max_t + tl.log(a_t)
-    is_near = (tl.max(tl.load(P + 6), AXIS) < FAR) & (excess > -0.9)
+    is_near = (tl.max(tl.load(P + LARGEST_D), AXIS) < FAR) & (excess > -0.9)
     small = tl.abs(excess) < 0.5
     log_ratio = tl.where(
         small, log1p_parts(tl.where(small, excess, 0.0))[0], tl.log(1 + tl.where(is_near, excess, 0.0))
     )
     c = tl.where(is_near, tl.sum(a * d0, AXIS) / a_s + log_ratio, lse_t - lse_s)
-    largest_x = tl.max(tl.load(P + 6) + d0, AXIS) - c
+    largest_x = tl.max(tl.load(P + LARGEST_D) + d0, AXIS) - c
     return lse_s, tl.where(is_near, lse_s + c, lse_t), c, mean, largest_x
 
 
@@ -282,9 +309,9 @@ def merged(P, AXIS: tl.constexpr):
 def evaluate(
     s, t, d, lse_s, lse_t, c, exists, entry_clip, slope, TERM: tl.constexpr, BETA: tl.constexpr, BOUNDED: tl.constexpr
 ):  # fmt: skip
-    """p, q, l', and under an entry clip: u' without the clipped entries, terms whose sum is that of the clipped
-    textbook terms l' + k (p - q), what is clipped, and k q. As sum (p - q) = 0, the terms that stay may be l': it alone
-    is small where p and q nearly agree. BOUNDED: no x of the row exceeds FAR, and t is not needed."""
+    """Returns p, q, l', u' (0 if clipped), terms whose sum is that of the clipped textbook terms l' + k (p - q), the
+    mask of clipped entries, and k q. Unclipped terms may stay l', because sum (p - q) = 0. Only l' is small where p
+    and q nearly agree. BOUNDED: no x of the row exceeds FAR, so t is not read."""
     x = d - c
     q = exp(s - lse_s)
     e, bend = expm1_parts(x)
@@ -308,7 +335,8 @@ def evaluate(
 
 @triton.jit
 def gradient(s, q, u, k_q, clipped, sum_u, lost, entry_clip, inv_t_s, softcap, exists):
-    """dD / d(raw logit), but for the factor 1 / T: 1_A u' - q sum_A u' + k q (1_notA - sum_notA q)."""
+    """Returns T dD / d(raw logit): 1_A u' - q sum_A u' + k q (1_notA - sum_notA q), times the derivative of softcap. A
+    is the set of unclipped entries."""
     g = u - q * sum_u
     if entry_clip is not None:
         g += k_q * (tl.where(clipped, 1.0, 0.0) - lost)
@@ -319,8 +347,8 @@ def gradient(s, q, u, k_q, clipped, sum_u, lost, entry_clip, inv_t_s, softcap, e
 
 
 @triton.jit
-def settle(PARTS, MASK, TARGETS, STATS_OUT, SPLITS: tl.constexpr):
-    """The statistics that the first sweep settles: confidence, log-probabilities of the target, agreement."""
+def finish_stats(PARTS, MASK, TARGETS, STATS_OUT, SPLITS: tl.constexpr):
+    """Stores the statistics that follow from the first sweep: confidence, agreement, target log-probabilities."""
     row = tl.program_id(0).to(tl.int64)
     counted = True
     if MASK is not None:
@@ -328,16 +356,18 @@ def settle(PARTS, MASK, TARGETS, STATS_OUT, SPLITS: tl.constexpr):
     if counted:
         lanes = tl.arange(0, SPLITS)
         P = PARTS + (row * SPLITS + lanes) * NUM_PARTS
-        lse_s, lse_t, _, _, _ = merged(P, 0)
-        m_s, m_t = tl.load(P + 12), tl.load(P + 13)
+        lse_s, lse_t, _, _, _ = merge_partials(P, 0)
+        m_s, m_t = tl.load(P + TOP_S), tl.load(P + TOP_T)
         best_s = tl.min(tl.where(m_s == tl.max(m_s, 0), lanes, SPLITS - 1), 0)
         best_t = tl.min(tl.where(m_t == tl.max(m_t, 0), lanes, SPLITS - 1), 0)
         tops = (PARTS + row * SPLITS * NUM_PARTS).to(tl.pointer_type(tl.int32), bitcast=True)
-        top_s, top_t = tl.load(tops + best_s * NUM_PARTS + 10), tl.load(tops + best_t * NUM_PARTS + 11)
+        top_s = tl.load(tops + best_s * NUM_PARTS + COLUMN_S)
+        top_t = tl.load(tops + best_t * NUM_PARTS + COLUMN_T)
         STATS_OUT += row * NUM_ROW_STATS
-        put(STATS_OUT, (exp(tl.max(m_s, 0) - lse_s), (top_s == top_t).to(tl.float32)), True)
+        store_tuple(STATS_OUT + CONFIDENCE, (exp(tl.max(m_s, 0) - lse_s), (top_s == top_t).to(tl.float32)), True)
         if TARGETS is not None:
-            put(STATS_OUT + 2, (tl.sum(tl.load(P + 8), 0) - lse_s, tl.sum(tl.load(P + 9), 0) - lse_t), True)
+            logprob_s, logprob_t = tl.sum(tl.load(P + TARGET_S), 0) - lse_s, tl.sum(tl.load(P + TARGET_T), 0) - lse_t
+            store_tuple(STATS_OUT + LOGPROB_S, (logprob_s, logprob_t), True)
 
 
 @triton.jit
@@ -346,7 +376,7 @@ def second_sweep(
     TERM: tl.constexpr, BETA: tl.constexpr, PHASE: tl.constexpr, IS_DELTA: tl.constexpr, STATS: tl.constexpr,
     BOUNDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`accumulate`'s loop: the row's sums l' clipped sum_u lost_q entropy_s entropy_t, and its gradient."""
+    """`accumulate`'s loop. Returns the sums l' clipped sum_u lost_q entropy_s entropy_t; stores the gradient in G."""
     lse_s, lse_t, c = normalisers
     lanes = tl.arange(0, BLOCK)
     zeros = tl.zeros([BLOCK], tl.float32)
@@ -383,11 +413,11 @@ def second_sweep(
 def accumulate(
     S, O, G, BIAS_S, BIAS_T, MASK, WEIGHT, PARTS, SUMS, stride_s, stride_o, stride_g, V,
     inv_t_s, inv_t_t, softcap, entry_clip, token_clip, slope, grad_scale,
-    TERM: tl.constexpr, BOUNDED_TERM: tl.constexpr, BETA: tl.constexpr, SUM_U: tl.constexpr, PHASE: tl.constexpr,
-    IS_DELTA: tl.constexpr, STATS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    TERM: tl.constexpr, BOUNDED_TERM: tl.constexpr, BETA: tl.constexpr, DERIVATIVE_SUM: tl.constexpr,
+    PHASE: tl.constexpr, IS_DELTA: tl.constexpr, STATS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sweeps after the first. PHASE "sum" adds up the row, "grad" writes its gradient (over O, if G is O), "both"
-    does so at once, where sum u' is known in advance: SUM_U "zero" (sum q - p), or "mean" (-sum q x)."""
+    """The sweeps after the first. PHASE "sum" stores the row's sums, "grad" its gradient (in place if G is O), and
+    "both" does both at once. "both" needs sum u' in advance (`DivergenceTerm.derivative_sum`)."""
     row = tl.program_id(0).to(tl.int64)
     start, stop = span(V, BLOCK)
     counted = True
@@ -398,21 +428,22 @@ def accumulate(
     G += row * stride_g
     scale = (inv_t_s, inv_t_t, softcap)
     if counted:
-        lse_s, lse_t, c, mean_d, largest_x = merged(PARTS + (row * SPLITS + tl.arange(0, SPLITS)) * NUM_PARTS, 0)
+        P = PARTS + (row * SPLITS + tl.arange(0, SPLITS)) * NUM_PARTS
+        lse_s, lse_t, c, mean_d, largest_x = merge_partials(P, 0)
         sum_u, lost, factor = 0.0, 0.0, 1.0
         if PHASE != "sum":
             factor = inv_t_s * grad_scale
             if WEIGHT is not None:
                 factor *= tl.load(WEIGHT + row).to(tl.float32)
-        if PHASE == "both" and SUM_U == "mean":
+        if PHASE == "both" and DERIVATIVE_SUM == "reverse_kl":
             sum_u = c - mean_d
         if PHASE == "grad":
             R = SUMS + (row * SPLITS + tl.arange(0, SPLITS)) * NUM_SUMS
-            sum_u = tl.sum(tl.load(R + 2), 0)
+            sum_u = tl.sum(tl.load(R + TOTAL_U), 0)
             if entry_clip is not None:
-                lost = tl.sum(tl.load(R + 3), 0)
+                lost = tl.sum(tl.load(R + LOST_Q), 0)
             if token_clip is not None:
-                factor = tl.where(tl.sum(tl.load(R + 1), 0) <= token_clip, factor, 0.0)
+                factor = tl.where(tl.sum(tl.load(R + CLIPPED_LOSS), 0) <= token_clip, factor, 0.0)
         plain = False
         if IS_DELTA and BIAS_S is None and softcap is None:
             plain = largest_x < FAR
@@ -428,7 +459,7 @@ def accumulate(
             )  # fmt: skip
         if PHASE != "grad":
             R = SUMS + (row * SPLITS + tl.program_id(1)) * NUM_SUMS
-            put(R, (loss, clipped_loss, total_u, lost_q, entropy_s, entropy_t), True)
+            store_tuple(R + LOSS, (loss, clipped_loss, total_u, lost_q, entropy_s, entropy_t), True)
     elif PHASE != "sum":
         lanes = tl.arange(0, BLOCK)
         for j in range(start, stop, BLOCK):

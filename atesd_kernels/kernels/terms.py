@@ -1,12 +1,12 @@
-"""Every divergence's Triton twin: the centred pair (l', u') of `divergences.py`, one function each.
+"""The divergences in Triton: one function each, which returns the centred pair (l', u') of `divergences.py`.
 
-A term receives, elementwise in fp32,
+A function receives, elementwise in fp32,
 
     x = log p - log q (+-inf where one side is impossible), p, q,
     near = |x| < 1/2, and there e = expm1(x) and bend = expm1(x) - x, both to rounding,
 
-and `BETA`, a constant. Where `near`, l' is assembled from quantities of second order, so nothing cancels; elsewhere
-it is the textbook formula. A function may not produce NaN where p = q = 0, nor where only one of them is 0.
+and the constant `BETA`. Where `near`, l' is a sum of second-order quantities, so nothing cancels; elsewhere it is the
+textbook formula. A function must not return NaN where p, q or both are 0.
 """
 
 import triton
@@ -17,13 +17,13 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def exp(x):
-    """e^x; 0 below 1e-38. Two instructions, where `tl.exp` takes three more for results as small as that."""
+    """Returns e^x, flushed to 0 below 1e-38. Two instructions; `tl.exp` takes three more to keep such results."""
     return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
 def reciprocal(x):
-    """1 / x for x > 0, to rounding, in half of a division's instructions."""
+    """Returns 1 / x for x > 0, accurate to rounding, with half the instructions of a division."""
     r = tl.rsqrt(x)
     r = r * r
     return r * (2 - x * r)
@@ -31,9 +31,9 @@ def reciprocal(x):
 
 @triton.jit
 def expm1_parts(x):
-    """expm1(x) and expm1(x) - x; to rounding, also where x is tiny."""
+    """Returns expm1(x) and expm1(x) - x, accurate to rounding also for tiny x."""
     small = tl.abs(x) < 0.5
-    # (expm1(x) - x) / x^2 on |x| < 1/2: the polynomial of degree 5 with the least relative error, 2.4e-8
+    # (expm1(x) - x) / x^2 on |x| < 1/2: the degree-5 polynomial with the smallest relative error, 2.4e-8
     g = 0.008333452045917511 + x * (0.0013981997035443783 + x * 0.0001987562864087522)
     bend = x * x * (0.5 + x * (0.1666666567325592 + x * (0.04166579619050026 + x * g)))
     e = exp(x) - 1
@@ -42,7 +42,7 @@ def expm1_parts(x):
 
 @triton.jit
 def log1p_parts(y):
-    """log1p(y) and log1p(y) - y for |y| < 2/3, through 2 atanh(z) with z = y / (2 + y)."""
+    """Returns log1p(y) and log1p(y) - y for |y| < 2/3, from 2 atanh(z) with z = y / (2 + y)."""
     z = y * reciprocal(2 + y)
     z2 = z * z
     tail = 2 * z * z2 * (1 / 3 + z2 * (1 / 5 + z2 * (1 / 7 + z2 * (1 / 9 + z2 * (1 / 11 + z2 * (1 / 13))))))
@@ -51,20 +51,20 @@ def log1p_parts(y):
 
 @triton.jit
 def tanh(x):
-    """tanh(x), relative accuracy included: triton.language has none."""
+    """Returns tanh(x) with full relative accuracy. triton.language has no tanh."""
     e = expm1_parts(-2 * tl.abs(x))[0]
     return tl.where(x < 0, e, -e) / (2 + e)
 
 
 @triton.jit
 def times_log(p, ratio):
-    """p log(ratio), with 0 log(anything) = 0."""
+    """Returns p log(ratio); 0 where p = 0."""
     return tl.where(p > 0, p * tl.log(ratio), 0.0)
 
 
 @triton.jit
 def times(p, x):
-    """p x, with 0 (+-inf) = 0."""
+    """Returns p x; 0 where p = 0, even for infinite x."""
     return tl.where(p > 0, p * x, 0.0)
 
 
@@ -141,7 +141,7 @@ def alpha_divergence(x, p, q, near, e, bend, BETA: tl.constexpr):
     else:
         A: tl.constexpr = 1 - BETA
         e_a, bend_a = expm1_parts(A * tl.where(near, x, 0.0))  # (p / q)^a - 1
-        # p^a q^(1-a), from the side on which the exponential cannot overflow
+        # p^a q^(1-a), written so that the exponential cannot overflow
         power = tl.where(x < 0, q * exp(A * tl.minimum(x, 0.0)), p * exp((A - 1) * tl.maximum(x, 0.0)))
         l = tl.where(near, q * (bend_a - A * bend), power - A * p - (1 - A) * q) / (A * (A - 1))
         return l, tl.where(near, -q * e_a, q - power) / A

@@ -1,20 +1,20 @@
-"""The tile kernel: logits are computed, used and forgotten on the chip.
+"""The tile kernel computes logits and their statistics without writing logits to memory.
 
-A program owns BLOCK_M counted rows, taken from a list made on the device, and a span of the vocabulary. Rows that do
-not count are in no program's list: no product, no copy. Partial sums have the layout of `logprobs.normalise_one`.
+A program processes BLOCK_M unmasked rows, from a list of indices on the device, and a span of the vocabulary. Masked
+rows are not in the list and cost nothing. Partial sums have the layout of `logprobs.normalise_one`.
 """
 
 import triton
 import triton.language as tl
 
-from .logprobs import NUM_LOGPROB_PARTS, scaled
-from .rows import LOWEST, load_bias, put
+from .logprobs import NUM_LOGPROB_PARTS, PART_MAX, scaled
+from .rows import LOWEST, load_bias, store_tuple
 from .terms import exp
 
 
 @triton.jit
 def tile_rows(ROWS, COUNT, BLOCK_M: tl.constexpr):
-    """This program's rows, and which of them are there."""
+    """Returns this program's row indices, and a mask of the valid ones."""
     place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     there = place < tl.load(COUNT)
     return tl.load(ROWS + place, mask=there, other=0).to(tl.int64), there
@@ -22,7 +22,7 @@ def tile_rows(ROWS, COUNT, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def columns(V, BLOCK_N: tl.constexpr):
-    """The columns of this program: [start, stop) of [0, V)."""
+    """Returns this program's columns, [start, stop) of [0, V)."""
     tiles = tl.cdiv(tl.cdiv(V, BLOCK_N), tl.num_programs(1))
     start = tl.program_id(1) * tiles * BLOCK_N
     return start, tl.minimum(start + tiles * BLOCK_N, V)
@@ -33,10 +33,10 @@ def product(
     A, W, row, there, j, stop, stride_a, stride_w, H,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A[row] @ W[j:].T in fp32, `[BLOCK_M, BLOCK_N]`.
+    """Returns A[row] @ W[j:].T in fp32, `[BLOCK_M, BLOCK_N]`.
 
-    A W without a stride is a tensor descriptor: the GPU's copy engine (TMA) finds the addresses and fills what lies
-    outside with zeros.
+    If `stride_w` is None, W is a tensor descriptor: the GPU's copy engine (TMA) computes the addresses and fills
+    entries out of bounds with zeros.
     """
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     lanes = tl.arange(0, BLOCK_K)
@@ -57,7 +57,7 @@ def product(
 
 @triton.jit
 def rescale(m, z):
-    """Online softmax over a tile's columns: new row maxima, factor on old sums, weights of z."""
+    """One step of online softmax over a tile. Returns new row maxima, the factor on old sums, and the weights of z."""
     new = tl.maximum(m, tl.max(z, 1))
     return new, exp(m - new), exp(z - new[:, None])
 
@@ -67,7 +67,7 @@ def tile_scores(
     A, W, BIAS, ROWS, COUNT, TARGETS, PARTS, stride_a, stride_w, V, H, inv_t, softcap,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`logprobs.normalise_one` of the counted rows, without logits in memory."""
+    """`logprobs.normalise_one` for the unmasked rows, without logits in memory."""
     if tl.program_id(0) * BLOCK_M >= tl.load(COUNT):
         return
     row, there = tile_rows(ROWS, COUNT, BLOCK_M)
@@ -93,4 +93,4 @@ def tile_scores(
         b = b * shrink + tl.sum(tl.where(w > 0, w * (s - s0[:, None]), 0.0), 1)
         at += tl.sum(tl.where(hit, s, 0.0), 1)
     P = PARTS + (row * tl.num_programs(1) + tl.program_id(1)) * NUM_LOGPROB_PARTS
-    put(P, (m, a, b, s0, at), there)
+    store_tuple(P + PART_MAX, (m, a, b, s0, at), there)

@@ -1,1 +1,1 @@
-"""Tools for whoever changes a kernel: compile for GPUs that are not there, and read what the compiler made."""
+"""Tools for kernel developers: compile for GPUs this machine lacks, and inspect the compiler's output."""

@@ -1,4 +1,4 @@
-"""The kernels as production launches them: argument types, constants, traffic; input of `compile_report`."""
+"""The kernels' production launches (argument types, constants, traffic), as input for `compile_report`."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ TYPES = {
     **dict.fromkeys(("stride_a", "stride_w", "H"), "i32"),
     "TARGETS": "*i64",
 }
-FLAGS = dict(IS_DELTA=1, STATS=False, SPLITS=1, BETA=0.5, SUM_U="sum", PRECISION="ieee")
-# None unless a case names them in `used`; mask, weights and targets are always there
+FLAGS = dict(IS_DELTA=1, STATS=False, SPLITS=1, BETA=0.5, DERIVATIVE_SUM=None, PRECISION="ieee")
+# None unless a case names them in `used`; mask, weights and targets are always present
 OPTIONAL = ("BIAS_S", "BIAS_T", "BIAS", "softcap", "entry_clip", "token_clip")
 BIAS_AND_SOFTCAP = ("BIAS_S", "BIAS_T", "softcap")
 CLIPS = ("entry_clip", "token_clip")
@@ -46,8 +46,8 @@ class Case:
     flags: dict[str, Any] = field(default_factory=dict)
     used: tuple[str, ...] = ()
     is_matmul: bool = False
-    is_sweep: bool = True  # it goes over the vocabulary: what it loads in a loop is judged
-    # loads of one element: a row's target, which a compiler may lay out inside a loop's addresses
+    is_sweep: bool = True  # loops over the vocabulary: the report checks its loads
+    # loads of one element, a row's target; the compiler may place them between a loop's addresses
     row_loads: int = 0
     multiples_of_16: tuple[str, ...] = (
         "stride_s", "stride_o", "stride_g", "stride_a", "stride_w", "V", "H",
@@ -66,7 +66,7 @@ class Case:
         return self.is_matmul and self.tile(arch).tma
 
     def signature(self, arch: str) -> dict[str, str]:
-        """The arguments' types as a launch passes them: a head for TMA is a descriptor without a stride."""
+        """Returns the argument types of a launch. With TMA, the head is a descriptor without a stride."""
         types = self.types
         if self.uses_tma(arch):
             tile = self.tile(arch)
@@ -91,7 +91,7 @@ class Case:
 
     @property
     def bytes_per_logit(self) -> int:
-        """What a row kernel reads of S and of D or T, and writes of the gradient. A tile's operands come from L2."""
+        """Bytes a row kernel reads of S and of D or T, and writes of the gradient. A tile's operands come from L2."""
         writes = self.flags.get("GRAD") or self.flags.get("PHASE") in ("both", "grad")
         return sum(BYTES[self.types[name]] for name in ("S", "O", *(["G"] if writes else [])) if name in self.types)
 
@@ -109,7 +109,7 @@ def _row_cases() -> list[Case]:
     low = {"S": "*bf16", "O": "*bf16", "G": "*bf16"}
     separate = {"S": "*fp32", "O": "*fp32", "G": "*bf16"}
     stats = dict(STATS=True)
-    both = dict(PHASE="both", TERM=terms.forward_kl, BOUNDED_TERM=bounded.forward_kl, SUM_U="zero")
+    both = dict(PHASE="both", TERM=terms.forward_kl, BOUNDED_TERM=bounded.forward_kl, DERIVATIVE_SUM="zero")
     cases = [
         Case("normalise, shared head", rows.normalise, 0, delta),
         Case("normalise, shared head, stats", rows.normalise, 0, delta, stats, row_loads=2),  # S and D at the target
@@ -136,13 +136,13 @@ def _row_cases() -> list[Case]:
     one = {"S": "*fp32", "G": "*bf16"}
     cases.append(Case("log-prob normaliser", logprobs.normalise_one, 0, one, stats))
     cases.append(Case("log-prob and gradient", logprobs.finish_logprob, 0, one, dict(GRAD=True)))
-    cases.append(Case("a row's statistics", rows.settle, flags=dict(SPLITS=4), is_sweep=False))
+    cases.append(Case("a row's statistics", rows.finish_stats, flags=dict(SPLITS=4), is_sweep=False))
     cases.append(Case("means over spans", logprobs.span_mean, is_sweep=False))
     return cases
 
 
 def _tile_cases() -> list[Case]:
-    """A product of 2 H FLOPs a logit."""
+    """Returns the tile kernel's cases. The product takes 2 H FLOPs per logit."""
     return [
         Case(f"tiles: log-prob, H={hidden}", tiles.tile_scores, 2 * hidden, is_matmul=True) for hidden in (2048, 4096)
     ]
@@ -150,8 +150,7 @@ def _tile_cases() -> list[Case]:
 
 CASES = _row_cases() + _tile_cases()
 
-# path, GEMMs in units of U = 2 N H V, the row kernels of a call by the names of their cases, and the most bytes per
-# logit pair they may move
+# path, GEMMs in units of U = 2 N H V, a call's row kernels by case name, and their limit in bytes per logit pair
 KL = ("normalise, shared head", "KL and gradient, shared head")
 KL_BF16 = ("normalise, bf16 logits", "KL and gradient, bf16 logits")
 CLIPPED = ("normalise, shared head", "jsd, both clips, sums", "jsd, both clips, gradient")
@@ -168,7 +167,7 @@ PATHS = (
 
 
 def path_table(gpus, out, faults: list[str]) -> None:
-    """How a whole call's time is made up, at peak rates and at 70 % of the tensor cores' (what good GEMMs reach)."""
+    """Prints the parts of a call's time, at peak rates and at 70 % of the tensor cores' (which good GEMMs reach)."""
     N, H, V = (PATH_SHAPE[k] for k in "NHV")
     by_name = {case.name: case for case in CASES}
     out(f"Roofline of backend triton at N={N:,}, H={H:,}, V={V:,} (computed; python -m bench.gpu measures)")
@@ -180,8 +179,8 @@ def path_table(gpus, out, faults: list[str]) -> None:
         for gpu in gpus:
             gemm = units * 2 * N * H * V / gpu.tflops / 1e9
             row = traffic * N * V / gpu.terabytes / 1e9
-            # dW: zeroed, read and written by the GEMM of each chunk of 4,096 rows, cast once. D with a shared head: the
-            # GEMM adds each row's constant, which torch writes into the result first and the GEMM then reads.
+            # dW is zeroed, read and written by the GEMM of each chunk of 4,096 rows, and cast once. With a shared head,
+            # torch writes each row's offset into D first, and the GEMM reads it.
             head = (4 + 8 * -(-N // 4096) + 6) * H * V if units == 4 else 0
             rest = (head + ("separate" not in name) * 4 * N * V) / gpu.terabytes / 1e9
             out(

@@ -1,12 +1,12 @@
-"""Compile what a GPU would be asked to launch, on a machine that has none.
+"""Compiles the kernels that a GPU would launch, on a machine without one.
 
-    compiled = compile_only("sm_90")     # from here on, in this process
+    compiled = compile_only("sm_90")     # affects this process from here on
     linear_divergence(..., backend="triton")
-    compiled.kernels                     # what the call would have launched
+    compiled.kernels                     # the kernels this call would have launched
 
-`compile_report` compiles chosen cases; this follows real calls, with the arguments' types and divisibility that Triton
-specialises on. Nothing runs: results are whatever the memory held. Kernels go to Triton's cache, where a GPU with the
-same Triton finds them.
+`compile_report` compiles chosen cases. This compiles real calls, with the argument types and divisibility on which
+Triton specialises. No kernel runs, so results are uninitialised memory. Kernels go to Triton's cache, for later use on
+a GPU with the same Triton.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 
 @dataclass
 class Compiled:
-    """What was compiled since `compile_only`."""
+    """Kernels compiled since `compile_only`."""
 
     arch: str
     kernels: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # hash -> Triton's source and metadata
@@ -35,10 +35,10 @@ class Compiled:
 
 
 def compile_only(arch: str = "sm_90") -> Compiled:
-    """Make this process compile Triton launches for `arch` instead of running them.
+    """Makes this process compile Triton launches for `arch` instead of running them. Returns the compiled kernels.
 
-    For tools and tests: it replaces Triton's driver, and this package's questions to the GPU, for good. Call it before
-    anything is launched. `TRITON_INTERPRET` must not be set.
+    For tools and tests only: it permanently replaces Triton's driver and this package's GPU queries. Call it before
+    the first launch. `TRITON_INTERPRET` must not be set.
     """
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -82,7 +82,7 @@ def compile_only(arch: str = "sm_90") -> Compiled:
 
 
 class WideTorch:
-    """torch, whose two products take on a CPU, too, the arguments that only a GPU's have."""
+    """torch, with a `mm` and `addmm` that accept GPU-only arguments on a CPU."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)

@@ -1,12 +1,11 @@
-"""What the Triton kernels become on GPUs this machine does not have.
+"""Compiles the Triton kernels for GPUs this machine lacks, and reports on the machine code.
 
     python -m atesd_kernels.tools.compile_report             # tables
     python -m atesd_kernels.tools.compile_report --check     # exit status 1 if a kernel spills, ...
 
-Every kernel is compiled for sm_80, sm_90, sm_100 and gfx942 with the arguments' types and divisibility of a real
-launch at V = 151,936 in bf16 (`compile_cases.py`), and the machine code is read: registers, spills, shared memory,
-tensor-core instructions, widths of the loads in loops. Times are rooflines, computed and not measured; `python -m
-bench.gpu` measures.
+It compiles every kernel for sm_80, sm_90, sm_100 and gfx942, with the argument types and divisibility of a real launch
+at V = 151,936 in bf16 (`compile_cases.py`). It reports registers, spills, shared memory, tensor-core instructions and
+the widths of loads in loops. Times are predicted from rooflines, not measured; `python -m bench.gpu` measures.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ class Compiled:
 
     @property
     def occupancy(self) -> float:
-        """Resident threads over the most there can be, from registers and shared memory."""
+        """Resident threads over the maximum, as limited by registers and shared memory."""
         threads = self.case.num_warps(self.gpu.arch) * self.gpu.warp_size
         blocks = self.gpu.registers // (max(8, -(-self.registers // 8) * 8) * threads)
         if self.shared:
@@ -104,7 +103,7 @@ def compile_case(case: Case, gpu: Gpu) -> Compiled:
     names = case.kernel.arg_names
     constants = case.constants(gpu.arch)
     signature = case.signature(gpu.arch)
-    # what a launch specialises on: pointers from the allocator, strides and V in multiples of 16
+    # a launch specialises on these being multiples of 16: pointers from the allocator, strides and V
     whole = [name for name in case.multiples_of_16 if signature.get(name) == "i32"]
     aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in whole]
     source = ASTSource(
@@ -124,7 +123,7 @@ def compile_case(case: Case, gpu: Gpu) -> Compiled:
 
 
 def read_cubin(kernel) -> tuple[int, int, str]:
-    """Registers, spill loads and stores, and the SASS."""
+    """Returns the number of registers, the number of spill loads and stores, and the SASS."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -154,7 +153,7 @@ LOAD = re.compile(
 
 
 def loop_loads(text: str) -> Counter:
-    """Global loads between a backward branch and its label, by bits; 8-bit ones are masks and not counted."""
+    """Counts global loads between a backward branch and its label, by bits. Skips 8-bit loads, which are masks."""
     lines = text.splitlines()
     labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*([.\w$]+):", line))}
     inside = set()
@@ -175,7 +174,7 @@ def loop_loads(text: str) -> Counter:
 
 
 def report(gpus=GPUS, out=print) -> list[str]:
-    """Print the tables; return the faults."""
+    """Prints the tables. Returns the faults."""
     faults = []
     columns = (
         "kernel",
@@ -206,8 +205,8 @@ def report(gpus=GPUS, out=print) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="exit with status 1 if anything is amiss")
-    parser.add_argument("--arch", choices=[g.arch for g in GPUS], action="append", help="only these (default: all)")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if there is a fault")
+    parser.add_argument("--arch", choices=[g.arch for g in GPUS], action="append", help="repeatable (default: all)")
     arguments = parser.parse_args()
     faults = report([g for g in GPUS if not arguments.arch or g.arch in arguments.arch])
     print("\n".join(["", f"{len(faults)} fault(s)", *faults]))

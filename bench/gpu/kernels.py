@@ -135,10 +135,9 @@ def sweep_of(name: str, options: dict, vocab: int, rows: int, device: str) -> Ca
     from atesd_kernels.backends.triton_chunked import Sweeps
 
     spec = DivergenceSpec(
-        divergence=get_divergence(name, 0.5).key, beta=0.5, temperature=1.0, teacher_temperature=1.0, softcap=None,
-        entry_clip=options.get("entry_clip"), token_clip=None, logits_dtype=torch.float32,
-        compute_dtype=torch.bfloat16, chunk_bytes=None, stats=False, hidden_grad=True, weight_grad=False,
-        bias_grad=False,
+        backend="triton", divergence=get_divergence(name, 0.5).key, beta=0.5, temperature=1.0, teacher_temperature=1.0,
+        softcap=None, entry_clip=options.get("entry_clip"), token_clip=None, logits_dtype=torch.float32,
+        compute_dtype=torch.bfloat16, chunk_bytes=None, stats=False, hidden_grad=True,
     )  # fmt: skip
     s = torch.randn(rows, vocab, device=device) * 3
     d = (torch.randn(rows, vocab, device=device) * 0.3).bfloat16()

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import re
 import subprocess
 import sys
 from typing import get_args, get_type_hints
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from atesd.config import ATESDConfig, config_parser, doors, load_config, recipes
-from atesd.config.eval_config import load_eval_config
+from atesd.config.eval_config import EvalConfig, eval_parser, load_eval_config
 from atesd.config.fields import MAY_CHANGE
 from atesd.errors import ConfigError
 
@@ -102,6 +103,62 @@ def test_no_field_takes_a_number_that_is_not_finite(value):
     for name in floats:
         with pytest.raises(ConfigError, match=f"{name} is {value}; it must be a finite number"):
             dataclasses.replace(config, **{name: float(value)}).validate()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("teacher", "emma", "teacher is 'emma'; it must be one of frozen, ema, live; did you mean ema"),
+        ("torch_dtype", "float16", "torch_dtype is 'float16'; it must be float32 or bfloat16"),
+        ("max_staleness", True, "max_staleness is True; it must be 0 or 1"),
+        ("max_steps", 2.0, "max_steps is 2.0; it must be a whole number"),
+        ("max_steps", True, "max_steps is True; it must be a whole number"),
+        ("use_peft", 1, "use_peft is 1; it must be true or false"),
+        ("learning_rate", "1e-5", "learning_rate is '1e-5'; it must be a number"),
+        ("seed", None, "seed is None; it must be a whole number"),
+        ("num_train_problems", 0, "num_train_problems is 0; it must be at least 1, or left out"),
+        ("entry_clip", -1.0, "entry_clip is -1.0; it must be above 0, or 0 for off"),
+        ("adam_beta1", 1, "adam_beta1 is 1; it must be at least 0 and below 1"),
+        ("top_p", 0.0, "top_p is 0.0; it must be above 0 and at most 1"),
+        ("ema_decay", 1.5, "ema_decay is 1.5; it must be between 0 and 1"),
+        ("exposure_kwargs", {"low": 1}, "exposure_kwargs is {'low': 1}; it must be the text of a JSON object"),
+    ],
+)
+def test_values_of_python_callers_are_held_to_types_choices_and_ranges(name, value, told):
+    config = ATESDConfig(output_dir="unused", num_train_problems=8)
+    config.validate()
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        dataclasses.replace(config, **{name: value}).validate()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("torch_dtype", "half", "torch_dtype is 'half'; it must be one of auto, float32, bfloat16"),
+        ("confidence", 1.0, "confidence is 1.0; it must be above 0 and below 1"),
+        ("chat_template_kwargs", "[]", "chat_template_kwargs is '[]'; it must be a JSON object"),
+        ("rollout_timeout", float("inf"), "rollout_timeout is inf; it must be a finite number"),
+        ("vllm_server_weights", "lora", "vllm_server_weights is 'lora'; it must be adapter or merged"),
+    ],
+)
+def test_the_fields_of_an_evaluation_are_checked_the_same_way(name, value, told):
+    config = EvalConfig(model_name_or_path="m", dataset_name="aime24")
+    config.validate()
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        dataclasses.replace(config, **{name: value}).validate()
+
+
+@pytest.mark.parametrize("kind", [ATESDConfig, EvalConfig])
+def test_every_number_has_a_range_that_holds_its_default_and_help_shows_it(kind):
+    hints = get_type_hints(kind)
+    unbounded = {"entropy_target"}
+    text = " ".join((config_parser() if kind is ATESDConfig else eval_parser()).format_help().split())
+    for field in dataclasses.fields(kind):
+        if {int, float} & {hints[field.name], *get_args(hints[field.name])} and field.name not in unbounded:
+            bounds = field.metadata["range"]
+            assert str(bounds), field.name
+            assert field.default is None or field.default in bounds, field.name
+            assert f"Range: {bounds}." in text
 
 
 def test_bfloat16_master_weights_are_refused_and_allowed_under_an_adapter():

@@ -15,7 +15,7 @@ from atesd.config.eval_config import EvalConfig, load_eval_config, short_name
 from atesd.data.problems import Problem
 from atesd.errors import ConfigError
 from atesd.evaluation import command as evaluation
-from atesd.evaluation.answers import Protocol, answers, summarise
+from atesd.evaluation.answers import EvalProtocol, answers, summarise
 from atesd.evaluation.command import evaluate
 from atesd.evaluation.files import EvalError, SampleFile, fingerprint
 from atesd.evaluation.grading.grader import Grader
@@ -244,7 +244,7 @@ def test_every_metric_is_the_one_counted_by_hand():
     script = {
         prompt: [([ord(c) for c in text], text == "\\boxed{") for text in texts] for prompt, texts in said.items()
     }
-    protocol = Protocol(k=4, max_completion_length=99, temperature=1.0, top_p=1.0, top_k=0, seed=0, batch_size=3)
+    protocol = EvalProtocol(k=4, max_completion_length=99, temperature=1.0, top_p=1.0, top_k=0, seed=0, batch_size=3)
     with Grader(num_workers=1, box_only=True) as grader:
         rows = [
             row

@@ -13,6 +13,7 @@ pytest.importorskip("trl", reason="trl is not installed")
 
 from atesd_kernels import divergence
 from atesd_kernels.integrations import trl as adapter
+from atesd_kernels.integrations.source import UnexpectedSourceError
 from atesd_kernels.integrations.trl import use_linear_divergence
 
 from .trl_trainers import SDFTTrainer, make_trainer
@@ -173,7 +174,9 @@ def test_a_trl_it_was_not_written_for_is_named_and_left_alone(sharp_model_path, 
     trainer = make_trainer("sdft", sharp_model_path, tmp_path, trainer_class=Changed)
     before = dict(vars(trainer))
     with pytest.warns(UserWarning, match=r"_forward_logits of Changed in the installed trl .* differ from trl 1\.16"):
-        assert use_linear_divergence(trainer) is False
+        assert use_linear_divergence(trainer, strict=False) is False
+    with pytest.raises(UnexpectedSourceError, match=r"_forward_logits of Changed .* Install trl==1\.16"):
+        use_linear_divergence(trainer)
     assert vars(trainer) == before
 
 

@@ -82,9 +82,9 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made():
     pair = make_pair(n=640, v=5000)
     rows = 40
     spec = DivergenceSpec(
-        divergence="forward_kl", beta=0.5, temperature=1.0, teacher_temperature=1.0, softcap=None, entry_clip=None,
-        token_clip=None, logits_dtype=torch.float32, compute_dtype=torch.float32, chunk_bytes=8 * 5000 * rows,
-        stats=True, hidden_grad=True, weight_grad=True, bias_grad=False,
+        backend="torch", divergence="forward_kl", beta=0.5, temperature=1.0, teacher_temperature=1.0, softcap=None,
+        entry_clip=None, token_clip=None, logits_dtype=torch.float32, compute_dtype=torch.float32,
+        chunk_bytes=8 * 5000 * rows, stats=True, hidden_grad=True, weight_grad=True,
     )  # fmt: skip
     with Largest():
         torch_chunked.divergence_rows(spec, *pair.tensors, None, None, None, None, None)

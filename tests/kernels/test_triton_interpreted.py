@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,6 +62,31 @@ def test_a_head_read_through_a_tensor_descriptor_gives_the_same_numbers(h, descr
         results.append(exposure_logprobs(hidden, pair.student_weight, targets, lengths, exposed, backend="triton"))
         assert bool(made) == (tma and described)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("divergence", ("forward_kl", "reverse_kl", "jeffreys"))
+def test_a_term_of_ones_own_with_a_known_derivative_sum_takes_one_sweep_as_the_built_in_does(divergence, monkeypatch):
+    from atesd_kernels.kernels import rows
+
+    phases, launch = [], rows.accumulate.run
+
+    def run(*arguments, **options):
+        phases.append(options["PHASE"])
+        return launch(*arguments, **options)
+
+    monkeypatch.setattr(rows.accumulate, "run", run)
+    own = replace(get_divergence(divergence, 0.5), name=f"my {divergence}")
+    unknown = replace(own, derivative_sum=None)
+    results = {}
+    for name, term in (("built in", divergence), ("own", own), ("unknown", unknown)):
+        pair = make_pair(n=3, h=24, v=261)
+        hidden = pair.student_hidden.clone().requires_grad_()
+        loss = linear_divergence(hidden, *pair.tensors[1:], divergence=term, backend="triton")
+        loss.backward()
+        results[name], phases[:] = (loss.detach(), hidden.grad, list(phases)), []
+    assert results["own"][2] == results["built in"][2] == ["both"] and results["unknown"][2] == ["sum", "grad"]
+    assert all(torch.equal(results["own"][i], results["built in"][i]) for i in range(2))
+    assert torch.allclose(results["own"][1], results["unknown"][1], rtol=1e-4, atol=1e-9)
 
 
 class NoHostSync(TorchDispatchMode):

@@ -196,8 +196,8 @@ REFUSED = {
     "sharded by hidden": r"ValueError: student_weight is a DTensor .*Shard\(dim=1\).*Shard\(0\)",
     "another group": "ValueError: group= is .*, but student_weight is sharded over",
     "sharded rows": "ValueError: student_hidden is a DTensor .* every rank needs all of it",
-    "no row": r"ValueError: each rank needs a row of the head, but the ranks of group= hold \[\d+, 0",
-    "other rows": r"ValueError: .*every rank passes the same hidden states, but those of the ranks of group= differ",
+    "no row": r"ValueError: each rank needs at least one row of the head; the ranks of group= have \[\d+, 0",
+    "other rows": r"ValueError: .*needs the same hidden states on every rank, but those of the ranks of group= differ",
     "more rows": r"ValueError: .*differ \(\[13, 12",
     "not a member": "TypeError: group must be a torch.distributed.ProcessGroup this rank belongs to",
 }

@@ -140,6 +140,12 @@ def test_a_run_that_died_before_its_first_checkpoint_leaves_nothing_to_the_next(
     assert (config.fixed_alpha, config.output_dir, config.resume) == (0.5, str(died), None) and not died.exists()
 
 
+def test_a_sweep_replaces_the_policy_of_a_recipe_and_what_it_takes(recipe, tmp_path):
+    flags = ["--exposure_policy", "linear", "--exposure_kwargs", '{"start_alpha": 1}']
+    config = sweep.run_config(recipe, flags, tmp_path, 0.5, 0)
+    assert (config.exposure_policy, config.exposure_kwargs, config.fixed_alpha) == ("fixed", "{}", 0.5)
+
+
 def test_a_sweep_that_cannot_run_is_refused_before_its_first_run(recipe, tmp_path, capsys):
     assert cli.main(["sweep", recipe, "--alphas", "0,2", "--output_dir", str(tmp_path / "s")]) == 2
     assert "fixed_alpha is 2.0" in capsys.readouterr().err

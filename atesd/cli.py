@@ -19,7 +19,7 @@ from atesd.errors import AtesdError, ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 done, 1 it failed, 2 it was asked for something impossible."""
+    """Runs one command and returns its exit code: 0 success, 1 failure, 2 invalid settings, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -187,7 +187,7 @@ def doctor() -> int:
 
 
 def needs_no_traceback(error: BaseException) -> bool:
-    """Whether the message of `error` says all: an AtesdError, or a built-in error that our own code raised."""
+    """Whether to show `error` without a traceback: an AtesdError, or a built-in error that our own code raised."""
     if isinstance(error, AtesdError):
         return True
     frame = traceback.extract_tb(error.__traceback__)[-1]

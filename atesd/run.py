@@ -1,8 +1,8 @@
 """Everything a run holds: built from its settings, saved into a checkpoint, and built again from one.
 
-A resume brings back the trained weights, optimizer, schedule, sampler position, count of rollouts, exposure policy with
-its pending decisions, and teacher averages. No random state is saved: every step begins with seeds of its own. A
-checkpoint holds full tensors and nothing of the number of processes, so any number can resume it, with the same batch.
+A resume restores the trained weights, optimizer, schedule, sampler position, count of rollouts, exposure policy with
+its pending decisions, and teacher averages. No random state is saved, because every step sets its own seeds. A
+checkpoint holds full tensors, independent of the number of processes. Any number that divides the batch can resume it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Run:
         trackers = None if config.report_to == "none" else config.report_to.replace(" ", "").split(",")
         self.accelerator = Accelerator(cpu=on_cpu(), log_with=trackers, project_dir=config.resume or config.output_dir)
         self.device, self.processes = self.accelerator.device, Processes(self.accelerator)
-        # The main process's: the default folder is named after the time, and precision follows the machine
+        # Use the main process's values: the default folder contains the time, and precision depends on the machine
         config.output_dir, config.bf16 = self.processes.broadcast_from_main(lambda: (config.output_dir, config.bf16))
         self.run_dir = Path(config.resume or config.output_dir)
         self.freed_memory, self.timer = FreedMemory(keep=config.keep_freed_memory), PhaseTimer()
@@ -90,7 +90,7 @@ class Run:
             config.save(run.run_dir)
         check_processes(config, run.processes)
         check_kernels(config)
-        with ExitStack() as opened:  # if a later part cannot be made, what runs beside this process is ended
+        with ExitStack() as opened:  # if a later part fails, stops the subprocesses of the earlier ones
             run.build_data()
             run.build_models()
             run.build_rollout(opened)

@@ -3,7 +3,7 @@
     y ~ p_S(.|x)   the student answers each problem x, seeing the problem only
     alpha_t        how much of the reference the teacher reads, chosen by the exposure policy and held for H steps
     L = mean over tokens of y of D( p_T(.|x, r_1..r_floor(alpha m), answer, y_<n) || p_S(.|x, y_<n) )
-    the student follows the gradient of L; the policy hears what came of its alpha.
+    update the student with the gradient of L; report to the policy what followed from its alpha
 
 Teacher and student each make one forward a micro-batch, which stops at the hidden states. The loss, its gradient and
 every statistic come from one call of `atesd_kernels.linear_divergence`. Run it with `atesd train quickstart`.
@@ -102,7 +102,7 @@ class Trainer:
             advantages, rewards = run.reward.advantages(problems, rollouts) if run.reward else (None, {})
 
         alphas = run.exposure.alphas(t, batch)
-        outcome = run.exposure.measure(t, alphas, batch)  # before the update: it is what the last one came to
+        outcome = run.exposure.measure(t, alphas, batch)  # before the update: this is the outcome of the previous step
         if run.processes.broadcast_from_main(run.guards.before_update, t, outcome["probe_nll"]):
             run.write_best()
 
@@ -228,9 +228,9 @@ class Trainer:
         return norm
 
     def measured(self, loss: float, stats: dict[str, float], skipped: bool) -> dict[str, float | None]:
-        """What the policy hears of a step beside the outcome; nothing of a skipped one.
+        """Returns what the policy observes of a step besides the outcome. All values are None if the step was skipped.
 
-        With a reward in the loss it hears the divergence alone, without clips: the reward is not the teacher's doing.
+        If the loss includes a reward, "loss" is the divergence without clips: the reward is not due to the teacher.
         """
         heard = stats.get("mismatch", loss) if self.run.objective.needs_reward else loss
         values = {"loss": heard, "mismatch": stats.get("mismatch"), "confidence": stats["student_confidence"]}

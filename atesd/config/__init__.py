@@ -1,4 +1,4 @@
-"""The settings of a run: fields with their sources, what they may not say, and how files and flags become them."""
+"""The settings of a run: the fields and their sources, their checks, and how files and flags are parsed."""
 
 from atesd.config.load import CONFIG_FILE, ATESDConfig, config_parser, load_config, parse, recipes
 

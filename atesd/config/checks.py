@@ -1,7 +1,7 @@
-"""What a configuration may not say: each refusal names the field, the value seen and what to do instead.
+"""Checks a configuration. Each error names the field, the value seen and what to do instead.
 
-options.py checks each field alone; this file checks what several say together. Nothing here loads a model, a dataset or
-torch. Code of the user's, named as `module:object`, is imported here and may.
+options.py checks single fields; this file checks combinations. It loads no model and no dataset, and does not import
+torch. It does import user code named as `module:object`, which may import torch.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def check_places(config: Settings) -> None:
 
 
 def check_resumable(saved: Settings, given: Settings, output_dir: str | None) -> None:
-    """Raises ConfigError where the flags beside `--resume` would make another run of it."""
+    """Raises ConfigError if a flag given with `--resume` changes a setting that is not in `MAY_CHANGE`."""
     if output_dir not in (None, given.resume):
         raise ConfigError(f"output_dir is {output_dir!r}, but resume goes on in {given.resume!r}: leave output_dir out")
     may_change = (*MAY_CHANGE, "resume", "output_dir", "dry_run")
@@ -216,7 +216,7 @@ def check_resumable(saved: Settings, given: Settings, output_dir: str | None) ->
 
 
 def check_same_settings(saved: Settings, given: Settings, may_change: Collection[str], what: str, advice: str) -> None:
-    """Raises ConfigError for a setting outside `may_change` that is not what `what` was started with."""
+    """Raises ConfigError if a setting outside `may_change` differs from `saved`. `what` names the saved run."""
     for name, value in asdict(given).items():
         before = getattr(saved, name)
         same = value == before or (name.endswith("_kwargs") and parse_json(value) == parse_json(before))

@@ -6,8 +6,8 @@
 | `exposure_policy` | makes an `ExposurePolicy`       | the `POLICY_SETTINGS` it names, and `exposure_kwargs` |
 | `rollout_engine`  | makes a `RolloutEngine`         | config, model, tokenizer, processes, `rollout_kwargs` |
 
-Separate from checks.py because the parts of a run load the same objects again when they are built. A registered name
-imports nothing. `module:object` imports your module, and torch where your module needs it.
+checks.py validates through this file, and the parts of a run later load the same objects through it. A registered name
+imports nothing. `module:object` imports your module, and torch if your module needs it.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def load_object(text: str, field: str) -> Any:
 
 
 def put_working_directory_on_path() -> None:
-    """As `python -m` does. It stays there: your code may import its neighbours later, inside a function."""
+    """Adds it to `sys.path`, as `python -m` does, and leaves it there: user code may import neighbours later."""
     importlib.invalidate_caches()  # the module may have been written a moment ago
     if os.getcwd() not in map(os.path.abspath, sys.path):  # "" is the working directory too
         sys.path.insert(0, os.getcwd())
@@ -206,7 +206,7 @@ def check_kwargs(
     kwargs_field: str,
     passed: Collection[str],
 ) -> None:
-    """Raises ConfigError where `factory` does not take `kwargs` beside the arguments `passed`, which the run gives."""
+    """Raises ConfigError unless `factory` accepts `kwargs` in addition to `passed`, the names the run passes."""
     refuse_passed(kwargs_field, kwargs, passed)
     parameters = signature(field, text, factory).parameters.values()
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -224,7 +224,7 @@ def check_kwargs(
 
 
 def check_shipped_kwargs(field: str, name: str, kwargs: Mapping[str, Any], kwargs_field: str) -> None:
-    """The same for a registered name; those that atesd ships are checked without an import."""
+    """`check_kwargs` for a registered name. It checks names that atesd ships without importing them."""
     if name not in NAMES[field]:
         factory = registry(field)[name]
         passed = POLICY_SETTINGS if field == "exposure_policy" else ENGINE_ARGUMENTS

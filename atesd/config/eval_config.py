@@ -1,8 +1,7 @@
 """The settings of an evaluation: every one with its default, what it does and where the default comes from.
 
-Separate from fields.py because an evaluation has a protocol of its own: the papers', as OPSD published it
-(arXiv 2601.18734, evaluation settings of its code release). Rollout settings are those of training, with other
-defaults, so that one factory makes the engine of both.
+The defaults are the protocol that OPSD published (arXiv 2601.18734, evaluation settings of its code release). Rollout
+settings have the same names as in training but other defaults, so that one factory builds the engine for both.
 """
 
 from __future__ import annotations

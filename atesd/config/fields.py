@@ -13,7 +13,7 @@ from typing import Literal
 
 from atesd.config.options import option, switch_off_zeros
 
-# What `--resume` may change. Everything else decides what the checkpoint holds or how the run would have gone on.
+# Settings that `--resume` may change. All others determine the checkpoint's contents or the course of the run.
 MAY_CHANGE = (
     "max_steps learning_rate max_grad_norm max_nonfinite_steps gradient_checkpointing "
     "gradient_checkpointing_mode chunk_bytes keep_freed_memory logging_steps "
@@ -32,7 +32,7 @@ class ModelFields:
     )
     torch_dtype: Literal["float32", "bfloat16"] = option("float32", "our choice", "Type the base weights are held in.")
     bf16: bool | None = option(
-        False, "HF", "Run the forward passes under bfloat16 autocast; null in YAML: where the processor multiplies it."
+        False, "HF", "Run the forward passes under bfloat16 autocast; null in YAML: if the processor has bf16."
     )
     use_peft: bool = option(True, "OPSD", "Train a LoRA adapter; without it, all weights.")
     lora_r: int = option(64, "OPSD", "LoRA rank.", at_least=1)
@@ -134,8 +134,8 @@ class RolloutFields:
     max_staleness: Literal[0, 1] = option(
         0,
         "our choice",
-        "1 generates the rollouts of the next step while this one trains, so that they are one update old (after those "
-        "of the first step); needs a vLLM server. 0: each step's rollouts come from the student as it is.",
+        "1: generate the next step's rollouts while this step trains; needs a vLLM server. From the second step on, "
+        "they come from the student of one update ago. 0: each step's rollouts come from the current student.",
     )
     rollout_timeout: float = option(
         1800.0, "our choice", "Seconds after which vLLM's answer is no longer waited for.", above=0
@@ -147,12 +147,12 @@ class RolloutFields:
     vllm_server_weights: Literal["adapter", "merged"] = option(
         "adapter",
         "our choice",
-        "What a server is sent where LoRA is trained: its adapter, or all weights: faster to decode with on a CPU.",
+        "With LoRA, what to send to a server: the adapter, or merged weights (faster to decode with on a CPU).",
     )
     vllm_kv_cache_bytes: int | None = option(
         None,
         "our choice",
-        "vLLM's key-value cache; absent, the memory plan's: a step's rollouts at their longest.",
+        "Bytes of vLLM's key-value cache; absent, enough for all rollouts of a step at full length.",
         at_least=1,
     )
     vllm_enable_sleep_mode: bool = option(
@@ -187,7 +187,7 @@ class LossFields:
         "total_variation, alpha, or module:object, a DivergenceTerm of your own.",
     )
     beta: float = option(
-        0.5, "HF", "Mixture weight where the divergence is jsd: 0 forward KL, 1 reverse KL.", between=(0, 1)
+        0.5, "HF", "Shape of jsd, skew_* and alpha; for jsd, 0 is forward KL and 1 reverse KL.", between=(0, 1)
     )
     scoring_temperature: float = option(1.1, "OPSD", "Temperature of both distributions in the loss.", above=0)
     entry_clip: float | None = option(
@@ -241,10 +241,10 @@ class ExposureFields:
         "a reward mixed in, the mean divergence).",
     )
     grounding: Literal["reference", "answer", "none"] = option(
-        "reference", "paper", "Tokens the teacher-grounded score is taken on, without those it was shown."
+        "reference", "paper", "What the grounded score covers: unexposed tokens, the answer only, or nothing."
     )
     policy_batch_size: int = option(
-        4, "our choice", "B: completed decisions in a policy update, 2 at least.", at_least=1
+        4, "our choice", "B: decisions per policy update; a learned policy needs 2 or more.", at_least=1
     )
     policy_learning_rate: float = option(0.02, "our choice", "Learning rate of the policy (Adam).", above=0)
     policy_hidden_size: int = option(32, "our choice", "Width of the policy's MLP.", at_least=1)

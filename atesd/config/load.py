@@ -1,8 +1,7 @@
-"""The configuration of a run: one flat dataclass, and how it is read from a recipe or YAML file and then from flags.
+"""Reads the configuration of a run, one flat dataclass, from a recipe or YAML file and then from flags.
 
-The fields themselves, with defaults, sources and ranges, are in fields.py; what they may not say is in options.py (one
-field) and checks.py (several together). Nothing here imports torch: a mistyped key is refused before anything heavy
-loads.
+fields.py defines the fields, their defaults, sources and ranges. options.py checks single fields, checks.py checks
+combinations. Nothing here imports torch, so that a mistyped key raises an error at once.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How a field of the configuration is written: its default, source, help and range, in one call of `option`.
+"""`option` defines a configuration field: its default, source, help and range. `check_fields` checks the values.
 
-Separate from fields.py, the manual of a run, because the fields of an evaluation are written and checked the same way.
+fields.py (settings of a run) and eval_config.py (settings of an evaluation) both use it.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def check_fields(config: Any) -> None:
 
 
 def missed(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str:
-    """What a value of this type hint must be, where `value` is not; else "".
+    """Returns what `value` must be, if it violates the type hint, choices or range; else "".
 
     >>> missed("emma", Literal["frozen", "ema"], option(None, "our choice", "").metadata)
     'frozen or ema; did you mean ema?'

@@ -1,10 +1,10 @@
 """The learned exposure policy: a Beta distribution over alpha, trained by REINFORCE on delayed rewards.
 
-`ExposureController` samples an alpha from `BetaPolicy`, holds it for H student updates, has the decision paid once L
-further steps are known (`credit.py`), and updates the policy when B decisions are paid. Everything is float64 on the
-CPU and a few hundred numbers in size: it costs nothing beside a training step.
+`ExposureController` samples an alpha from `BetaPolicy`, holds it for H student updates, computes the decision's reward
+once L further steps are known (`credit.py`), and updates the policy after B rewarded decisions. It computes a few
+hundred float64 numbers on the CPU, which takes negligible time.
 
-With several processes, give each the same seed and the same (reduced) numbers: they then hold the same policy.
+With several processes, give each the same seed and the same all-reduced numbers: all then have the same policy.
 """
 
 import copy
@@ -48,15 +48,15 @@ class ExposureController:
     unclipped sample (`reinforce_loss` says why). Decisions sampled before the latest policy update are used as they
     are, without importance weights (our choice).
 
-    `finish()` ends a run of any length. A pending decision with 1 <= n < L known steps is paid for those n, scaled as
-    in `credit.learning_progress`, and counted as truncated; one with none is dropped and counted. The remaining paid
-    decisions make a last update if there are two or more; a single one has nothing to be compared with and is dropped
-    and counted.
+    `finish()` ends a run of any length. A pending decision with 1 <= n < L known steps is rewarded for those n, scaled
+    as in `credit.learning_progress`, and counted as truncated. One without known steps is dropped and counted. Two or
+    more rewarded decisions then make a last update. A single one has no others to compare with: it is dropped and
+    counted.
 
     Per-example exposure (off by default, beyond the paper): `alphas(step, difficulty)` samples an alpha for each
-    problem at every step, the policy also reading tanh(difficulty). A window is still one decision with one reward,
-    its log pi the mean over all problems sampled for it before t0+L: every problem shares the credit, and the
-    difficulty decides who moves.
+    problem at every step, the policy also reading tanh(difficulty). A window is still one decision with one reward.
+    Its log pi is the mean over all problems sampled before t0+L, so all problems share the reward equally, and the
+    policy separates them by difficulty only.
 
     The arguments are named as in the config; every default is our choice:
         max_steps             length of the run in optimizer steps; scales the `step` signal and c_t
@@ -65,7 +65,7 @@ class ExposureController:
         policy_batch_size     B; with 1 there is nothing to compare a decision with, and only the entropy bound acts
         reward_gamma          gamma, in [0, 1]
         lambda_gt             weight of G_gt, 0 where there are no grounded scores. G_gt differs by up to a nat between
-                              exposures, G_lp by 1e-3 to 1e-2 in a few steps: at 0.01 both are heard
+                              exposures, G_lp by 1e-3 to 1e-2 in a few steps: at 0.01 both matter
         progress_signal       "probe_nll" or "distill_loss" (`credit.py` says how they differ)
         alpha_min, alpha_max  the clip of alpha
         policy_learning_rate  Adam's, on phi; 0.05 follows a clear reward faster, but on pure noise drifts to a corner
@@ -161,7 +161,7 @@ class ExposureController:
         a, b = pi.concentration1, pi.concentration0
         samples = sample_beta(a, b, self.generator).tolist()
         alphas = [self._clip(sample) for sample in samples]
-        # What is sampled at step t0+L or later moves the student after the reward of t0 is known
+        # Samples of step t0+L or later act on the student after the reward of t0 is known: they get no credit
         if step < self.window_start + self.L:
             self.ledger.pending[-1].states += states
             self.ledger.pending[-1].samples += samples
@@ -186,7 +186,7 @@ class ExposureController:
         probe_nll: float | None = None,
         grounded: float | None = None,
     ) -> dict[str, float]:
-        """Take what step `step` measured before its update, pay and learn where due, and return what there is to log.
+        """Records what step `step` measured before its update, rewards and learns if due, and returns metrics.
 
         None (or a non-finite number) means "not measured at this step": a probe that is not due, a skipped step.
         `credit.Trace` says what is used instead.

@@ -1,4 +1,4 @@
-"""How much of the reference each teacher reads in a step, and what the policy hears of it."""
+"""Gets the alphas of a step from the exposure policy, and reports the step's measurements to it."""
 
 from __future__ import annotations
 

@@ -185,8 +185,8 @@ POLICY_NAMES = tuple(BUILDERS)
 def make_policy(name: str, **settings: Any) -> ExposurePolicy:
     """The exposure policy `name`: one of `POLICY_NAMES`, or `module:object` for your own.
 
-    `settings` may hold the settings of every policy, as a config does: each takes its own and leaves the rest
-    (`one_step` leaves `lookahead`). A setting that no policy has is refused by name.
+    `settings` may include settings of other policies, as a config does; they are ignored (`one_step` ignores
+    `lookahead`). A setting that no policy has raises TypeError.
 
     The object of `module:object` is called with those of `atesd.config.doors.POLICY_SETTINGS` that its signature names
     and with all other `settings`.

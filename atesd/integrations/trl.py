@@ -1,10 +1,10 @@
 """Adaptive exposure in TRL's SDFT and SDPO: a policy says how much of its privileged context the teacher reads.
 
-Separate from `atesd_kernels.integrations.trl` because that exchanges how a loss is computed and this what the teacher
-reads; either works without the other. Everything else (rollouts, teacher, loss, optimizer) is TRL's.
+`atesd_kernels.integrations.trl` replaces how the loss is computed; this file changes what the teacher reads. Each works
+without the other. Rollouts, teacher, loss and optimizer stay TRL's.
 
-SDFT: the privileged context is a worked solution that states its answer. SDPO: it is the successful attempt of the same
-group, an earlier answer of the student, of which the first segments are shown.
+In SDFT the privileged context is a worked solution that states its answer. In SDPO it is a successful response of the
+student to the same prompt. In both, the teacher reads the first segments.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def exposed_context(text: str, alpha: float) -> str:
 
 
 class ExposureCallback(TrainerCallback):
-    """Holds the policy, cuts what the teacher reads, and tells the policy what came of it, once an optimizer step."""
+    """Cuts the teacher's context as the policy says, and reports each optimizer step's measurements to the policy."""
 
     def __init__(self, trainer, policy, probe, probe_every, grounding, batch_size):
         self.trainer, self.policy = trainer, policy
@@ -133,7 +133,7 @@ class ExposureCallback(TrainerCallback):
         self.builder = trainer.teacher_context_builder
         self.text = getattr(self.builder, "_stringify_privileged_context", str)
         self.latest: list[tuple[Any, str]] = []  # prompts and whole contexts of the latest batch
-        self.seen = 0  # losses TRL has noted since its last log line that were already passed on
+        self.seen = 0  # losses in TRL's metrics since its last log line that the policy has already observed
         context_length = trainer.model.config.get_text_config().max_position_embeddings
         self.replies = PromptBuilder(
             trainer._tokenizer,

@@ -142,7 +142,7 @@ class FSDP2(Parallelism):
         return model
 
     def clipped_gradient_norm(self) -> float:
-        """FSDP2 has reduced the gradients in backward, but for the head's: the loss reads the gathered head."""
+        """Reduces the head's gradient, which FSDP2 leaves to us, clips all gradients and returns their norm."""
         if self.trains_head():
             reduce_head_gradient(self.model)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.max_grad_norm)

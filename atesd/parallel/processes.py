@@ -48,8 +48,8 @@ class Processes:
     def padded_round_robin(self, items: Sequence[T]) -> tuple[list[T], int]:
         """Every `count`-th item from this rank on, padded so that all ranks get equally many.
 
-        Equally many, because with sharded weights a forward is a collective. Returns the items and the number of them
-        that count; the rest are padding, which another rank has too.
+        With sharded weights a forward is a collective, so all ranks need the same number. Returns the items, and how
+        many of them are not padding. Padding repeats items of other ranks.
         """
         padded = -(-len(items) // self.count) * self.count
         mine = range(self.rank, padded, self.count)

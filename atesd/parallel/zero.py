@@ -129,7 +129,7 @@ class Zero:
     def loss_for_backward(self, part_loss: Tensor, so_far: Tensor) -> Tensor:
         """Undo DeepSpeed's division by the number of processes.
 
-        DeepSpeed skips a step by its gradient alone, so a loss that is not finite is made to spoil the gradient.
+        DeepSpeed skips a step only for a non-finite gradient, so a non-finite loss makes the gradient NaN too.
         """
         return part_loss * (self.count + 0 * (so_far + part_loss.detach()))
 

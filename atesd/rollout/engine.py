@@ -23,7 +23,7 @@ class Rollout:
         finite: False when the student's logits were not: the response ends there, and the trainer skips the step.
         logprobs: what the engine says the log-probability of each response token was, at temperature 1 and before
             top-k and top-p; None from an engine that is the trained model itself.
-        staleness: steps of training that lie between the weights it was sampled from and the student it trains.
+        staleness: optimizer steps between the weights that sampled it and the student that it trains.
     """
 
     prompt_ids: list[int]
@@ -36,7 +36,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one call samples, where it is not to be the engine's own way: evaluation beside training.
+    """Sampling settings of one call that replace the engine's own, for evaluation during training.
 
     Attributes:
         max_completion_length: most new tokens of a response.
@@ -59,9 +59,9 @@ class RolloutError(AtesdError, RuntimeError):
 class RolloutEngine(Protocol):
     """Samples one response for each prompt, from the student as it was at the last `sync`. `BaseEngine` has the rest.
 
-    A step calls `sync`, `generate` and `release`. Every process calls `sync` and `release`, since each may be a
-    message. `generate` is each process's own affair. With `max_staleness: 1`, `generate` runs in a second thread while
-    the student is updated, so the engine needs a copy of the weights.
+    A step calls `sync`, `generate` and `release`. `sync` and `release` may be collectives: every process calls them.
+    `generate` must not be one: each process calls it for its own prompts. With `max_staleness: 1`, `generate` runs in a
+    second thread while the student is updated, so the engine needs a copy of the weights.
     """
 
     def sync(self) -> None:
@@ -89,7 +89,7 @@ class RolloutEngine(Protocol):
 
 
 class BaseEngine:
-    """An engine without `generate`, for one of your own to inherit: it holds no weights, no memory and no state.
+    """Base class for your own engines: no-op defaults for all methods but `generate`.
 
     Example:
         >>> class Parrot(BaseEngine):

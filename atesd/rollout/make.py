@@ -13,8 +13,8 @@ from atesd.rollout.seeds import ResponseSeeds
 
 
 def check_processes(config: ATESDConfig, processes: Processes) -> None:
-    """Raises RolloutError, before anything is loaded, for an engine that is not installed, and for what one training
-    process alone can do."""
+    """Raises RolloutError, before anything is loaded, if the engine is not installed, or if several processes use a
+    setting that supports only one."""
     if config.rollout_engine == "vllm":
         require_vllm()
     if processes.count == 1:

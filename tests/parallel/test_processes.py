@@ -231,10 +231,11 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_leaves_no_gradient(setti
     distill = Trainer.distill
 
     def spoilt(self, problems, rollouts, *rest):
-        if self.optimizer.param_groups[0]["lr"] == lrs[1] and self.processes.is_main:
+        if self.run.student.optimizer.param_groups[0]["lr"] == lrs[1] and self.run.processes.is_main:
             rollouts = [replace(rollouts[0], finite=False), *rollouts[1:]]
         done = distill(self, problems, rollouts, *rest)
-        assert not any(p.ds_status.name == "AVAILABLE" for p in zero3_parameters(self.model)), "left whole"
+        model = self.run.student.model
+        assert not any(p.ds_status.name == "AVAILABLE" for p in zero3_parameters(model)), "left gathered"
         return done
 
     monkeypatch.setattr(Trainer, "distill", spoilt)

@@ -3,7 +3,7 @@ r"""Worker process that compares answers with math-verify. Reads requests from s
 It is a process because a parser that hangs inside C code can only be stopped by killing its process. This file must
 not import torch.
 
-EvalProtocol: one JSON object per line. On start, ``{"ready": true}`` or ``{"failed": why}``. A request has ``gold``,
+Protocol: one JSON object per line. On start, ``{"ready": true}`` or ``{"failed": why}``. A request has ``gold``,
 ``target`` and ``whole_text`` (bool). A reply has ``correct`` (bool), ``extracted`` (string or null) and ``reason``.
 """
 

@@ -23,6 +23,17 @@ from atesd_kernels.integrations.head import hidden_states_and_head
 GROUNDING_PROBLEMS = 2  # problems per step for the grounded score (our choice: 2 % of a step's time)
 
 
+def first_scored(ends: Sequence[int], alpha: float, grounding: str) -> int:
+    """The first reference token that the grounded score counts; the teacher could copy those before it.
+
+    Args:
+        ends: where each segment of the tokenised reference ends.
+        grounding: "reference" scores all tokens outside the exposed prefix, "answer" those after the last segment.
+    """
+    exposed = num_exposed(alpha, len(ends)) if grounding == "reference" else len(ends)
+    return ends[exposed - 1] if exposed else 0
+
+
 class OutcomeMeter:
     """Measures the model's current weights.
 
@@ -108,8 +119,7 @@ class OutcomeMeter:
         for problem, alpha in mine:
             reference = self.references[problem.id]
             ids, ends = self.prompts.reference_completion(reference)
-            shown = num_exposed(alpha, len(ends)) if self.grounding == "reference" else len(ends)
-            cut = ends[shown - 1] if shown else 0
+            cut = first_scored(ends, alpha, self.grounding)
             contexts.append(self.prompts.teacher(problem, reference, alpha) + ids[:cut])
             scored.append(ids[cut:])
         batch = pack(contexts, scored, self.device)

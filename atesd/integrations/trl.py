@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from atesd.data.context import exposed_text, is_full, num_exposed
 from atesd.data.prompts import PromptBuilder, PromptTooLong
 from atesd.data.segmentation import final_answer, segment, split_reference
-from atesd.exposure.outcomes import GROUNDING_PROBLEMS
+from atesd.exposure.outcomes import GROUNDING_PROBLEMS, first_scored
 from atesd.exposure.policies import ExposurePolicy
 from atesd.models.teachers import eval_mode
 from atesd_kernels import exposure_logprobs
@@ -261,9 +261,8 @@ class ExposureCallback(TrainerCallback):
         replies, exposed = [], []
         for _, text in rows:
             ids, ends = self._reply(text)
-            shown = num_exposed(alpha, len(ends)) if self.grounding == "reference" else len(ends)
             replies.append(ids)
-            exposed.append(ends[shown - 1] if shown else 0)
+            exposed.append(first_scored(ends, alpha, self.grounding))
         contexts = self.trainer._tokenize_prompts(prompts)
         with self.trainer._get_teacher_context_for_self_distillation():
             means, _ = self._score(self.trainer.teacher_model, contexts, replies, exposed)

@@ -116,7 +116,7 @@ class Trainer:
 
         totals.over(run.processes)
         stats = totals.means(num_tokens)
-        learned = run.exposure.tell(t, self.measured(loss, stats, skipped) | outcome)
+        learned = run.exposure.observe(t, self.measured(loss, stats, skipped) | outcome)
         seconds = time.perf_counter() - started
         metrics = {
             "loss": loss,
@@ -232,8 +232,8 @@ class Trainer:
 
         If the loss includes a reward, "loss" is the divergence without clips: the reward is not due to the teacher.
         """
-        heard = stats.get("mismatch", loss) if self.run.objective.needs_reward else loss
-        values = {"loss": heard, "mismatch": stats.get("mismatch"), "confidence": stats["student_confidence"]}
+        loss_signal = stats.get("mismatch", loss) if self.run.objective.needs_reward else loss
+        values = {"loss": loss_signal, "mismatch": stats.get("mismatch"), "confidence": stats["student_confidence"]}
         return dict.fromkeys(values) if skipped else values
 
     def check_finite(self) -> None:

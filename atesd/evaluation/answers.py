@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from atesd.data.problems import Problem
-from atesd.evaluation.files import seed_of
+from atesd.evaluation.files import sample_seed
 from atesd.evaluation.grading.grader import Grader
 from atesd.evaluation.statistics import estimate, majority_vote, pass_at, pass_at_levels
 from atesd.evaluation.votes import votes
@@ -65,7 +65,7 @@ def answers(
         batch = [(problems[index], prompts[index], sample) for index, sample in grid[part]]
         if all((problem.id, sample) in done for problem, _, sample in batch):
             continue
-        seeds = tuple(seed_of(protocol.seed, problem.id, sample) for problem, _, sample in batch)
+        seeds = tuple(sample_seed(protocol.seed, problem.id, sample) for problem, _, sample in batch)
         rollouts = engine.generate([prompt for _, prompt, _ in batch], protocol.sampling(seeds))
         texts = [tokenizer.decode(rollout.response_ids, skip_special_tokens=True) for rollout in rollouts]
         verdicts = grader.grade_many(texts, [problem.answer for problem, _, _ in batch])

@@ -24,7 +24,7 @@ from atesd.data.templates import PromptTemplates
 from atesd.errors import ConfigError
 from atesd.evaluation.answers import EvalProtocol, Sample, answers, summarise
 from atesd.evaluation.benchmarks import load_benchmark, seen_in_training
-from atesd.evaluation.files import RESULTS, EvalError, SampleFile, claim, fingerprint, read_json, seed_of
+from atesd.evaluation.files import RESULTS, EvalError, SampleFile, claim, fingerprint, read_json, sample_seed
 from atesd.evaluation.grading.grader import Grader
 from atesd.evaluation.model import base_model, find_adapter, find_run, load_student
 from atesd.evaluation.report import write_reports
@@ -62,7 +62,9 @@ def evaluate(config: EvalConfig) -> Path:
     claim(folder, record(resolved, problems, adapter, device), (*FREE, "versions", "threads"))
 
     with SampleFile(folder) as file:
-        expected = {(p.id, s): seed_of(config.seed, p.id, s) for p in problems for s in range(config.num_generations)}
+        expected = {
+            (p.id, s): sample_seed(config.seed, p.id, s) for p in problems for s in range(config.num_generations)
+        }
         done = frozenset((row["problem_id"], row["sample"]) for row in file.rows)
         wrong = [row for row in file.rows if expected.get((row["problem_id"], row["sample"])) != row["seed"]]
         if wrong or len(done) < len(file.rows):
@@ -76,7 +78,7 @@ def evaluate(config: EvalConfig) -> Path:
                 model = load_student(resolved, adapter, device)
                 engine = make_engine(engine_settings(resolved, prompts, device), model, tokenizer)
                 engine.sync()
-                draw(resolved, problems, prompts, engine, tokenizer, grader, file, done)
+                generate_samples(resolved, problems, prompts, engine, tokenizer, grader, file, done)
                 engine.close()
             rows = in_order(file.rows, problems)
             results = summarise(rows, config.num_generations, grader, config.confidence, config.num_bootstrap)
@@ -89,7 +91,7 @@ def evaluate(config: EvalConfig) -> Path:
     return write_reports(folder)
 
 
-def draw(
+def generate_samples(
     config: EvalConfig,
     problems: list[Problem],
     prompts: list[list[int]],

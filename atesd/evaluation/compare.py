@@ -54,9 +54,9 @@ def compare(folders: Sequence[str | Path], output_dir: str | Path | None = None)
         if first is not run:
             pairs.append(paired(first, run))
     if not pairs:
-        told = ", ".join(f"{r.name}: {r.record['problems']['count']} of {r.settings['dataset_name']}" for r in runs)
+        read = ", ".join(f"{r.name}: {r.record['problems']['count']} of {r.settings['dataset_name']}" for r in runs)
         raise EvalError(
-            f"no two of these evaluations answered the same problems ({told}): evaluate with the same --data, "
+            f"no two of these evaluations answered the same problems ({read}): evaluate with the same --data, "
             f"--num_problems and --data_seed"
         )
     folder = Path(output_dir or f"evals/compare-{'-'.join(run.name for run in runs[:2])}")
@@ -118,11 +118,11 @@ def rows_of(pair: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def notes(pair: dict[str, Any]) -> list[str]:
-    told = [f"Better on {pair['better']} problems, worse on {pair['worse']}, equal on {pair['equal']}."]
+    lines = [f"Better on {pair['better']} problems, worse on {pair['worse']}, equal on {pair['equal']}."]
     if pair["settings"]:
         listed = "; ".join(f"{name}: {a!r} and {b!r}" for name, (a, b) in pair["settings"].items())
-        told.append(f"Apart from model and adapter, they differ in: {listed}.")
-    return told
+        lines.append(f"Apart from model and adapter, they differ in: {listed}.")
+    return lines
 
 
 def markdown(header: list[str], rows: list[list[str]], pairs: list[dict[str, Any]]) -> str:
@@ -138,9 +138,9 @@ def html(header: list[str], rows: list[list[str]], pairs: list[dict[str, Any]]) 
         name = f"{pair['b']} - {pair['a']}"
         rates = {key: m for key, m in pair["metrics"].items() if key != "response_length"}
         picture = plots.difference_plot(rates, pair["by_problem"], "difference")
-        told = "Left: each rate with its interval (grey if the interval contains 0). Right: average by problem."
+        description = "Left: each rate with its interval (grey if the interval contains 0). Right: average by problem."
         body += (
             f'<h2>{text(name)}</h2><div class="card">{html_table(*rows_of(pair))}'
-            f"{''.join(f'<p>{text(note)}</p>' for note in notes(pair))}</div>{card(name, told, picture)}"
+            f"{''.join(f'<p>{text(note)}</p>' for note in notes(pair))}</div>{card(name, description, picture)}"
         )
     return page("Comparison", body, CELL)

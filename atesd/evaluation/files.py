@@ -68,10 +68,10 @@ class SampleFile:
         self.lock.close()
 
 
-def seed_of(seed: int, problem_id: str, sample: int) -> int:
+def sample_seed(seed: int, problem_id: str, sample: int) -> int:
     """Returns the seed of one sample, below 2^53. It does not depend on which other problems are selected.
 
-    >>> seed_of(0, "aime_2024-3", 0) == seed_of(0, "aime_2024-3", 0) != seed_of(0, "aime_2024-3", 1)
+    >>> sample_seed(0, "aime_2024-3", 0) == sample_seed(0, "aime_2024-3", 0) != sample_seed(0, "aime_2024-3", 1)
     True
     """
     digest = hashlib.sha256(f"{seed}\n{problem_id}\n{sample}".encode()).digest()
@@ -95,9 +95,9 @@ def claim(folder: Path, record: dict[str, Any], free: tuple[str, ...]) -> None:
         now = flat(json.loads(json.dumps(record)), free)
         differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if differ:
-            told = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in differ)
+            differences = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in differ)
             raise EvalError(
-                f"{folder} holds an evaluation with other settings: {told}. Choose another --output_dir, use "
+                f"{folder} holds an evaluation with other settings: {differences}. Choose another --output_dir, use "
                 f"the former settings to resume it, or delete it"
             )
     elif (folder / SAMPLES).exists():

@@ -17,7 +17,7 @@ from atesd.reports.markup import card, html_table, markdown_table, page, sample_
 from atesd.reports.metrics import read_jsonl
 
 CELL = "td:nth-child(2){font-family:inherit}td,th{white-space:nowrap}"
-TOLD = {
+DESCRIPTIONS = {
     "average": "share of correct samples, mean over problems",
     "pass": "unbiased probability that at least one of j samples is correct",
     "maj": "share of problems whose most frequent answer is correct",
@@ -83,12 +83,12 @@ def html_report(run: EvalRun) -> str:
     settings = [[name, json.dumps(value)] for name, value in run.settings.items()]
     average = next(iter(run.metrics))
     by_problem = {name: row[average] for name, row in run.results["problems"].items()}
-    told = f"{average} of each problem, best first. Problems at 0 or 1 do not distinguish models."
+    description = f"{average} of each problem, best first. Problems at 0 or 1 do not distinguish models."
     warned = "".join(f"<p><b>{text(warning)}</b></p>" for warning in warning_lines(run))
     body = (
         f"<h1>{text(run.name)}</h1><p>{text(headline(run))}</p>{warned}"
         f'<h2>Results</h2><div class="card">{html_table(header, rows)}</div>'
-        f"{card('By problem', told, plots.problems_plot(by_problem))}"
+        f"{card('By problem', description, plots.problems_plot(by_problem))}"
         f'<h2>Samples</h2><div class="samples">{"".join(sample_cards(read_jsonl(run.folder / "samples.jsonl")))}</div>'
         f'<h2>Settings</h2><div class="card">{html_table(["setting", "value"], settings)}'
         f"<p>Prompt</p><pre>{text(run.record['prompt'])}</pre><p>{text(versions(run))}</p></div>"
@@ -99,7 +99,7 @@ def html_report(run: EvalRun) -> str:
 def metric_table(run: EvalRun) -> tuple[list[str], list[list[str]]]:
     level = f"{100 * run.settings['confidence']:g} % interval"
     rows = [
-        [name, shown(name, m["value"]), interval(name, m), TOLD[name.partition("@")[0]]]
+        [name, shown(name, m["value"]), interval(name, m), DESCRIPTIONS[name.partition("@")[0]]]
         for name, m in run.metrics.items()
     ]
     return ["metric", "value", level, ""], rows
@@ -146,19 +146,19 @@ def headline(run: EvalRun) -> str:
 
 def warning_lines(run: EvalRun) -> list[str]:
     """Returns warnings about results that are easily misread: leaked problems, missing boxes."""
-    told = []
+    lines = []
     if run.results.get("seen_in_training"):
-        told.append(
+        lines.append(
             f"{len(run.results['seen_in_training'])} of these problems were trained on or probed with by the run of "
             f"this adapter: they do not measure performance on unseen problems."
         )
     silent = run.metrics["no_answer"]["value"]
     if silent > 0.5 and run.settings["box_only"]:
-        told.append(
+        lines.append(
             f"{shown('no_answer', silent)} of the samples hold no \\boxed{{}} and count as wrong. For a model that "
             f"does not write one, give --no_box_only."
         )
-    return told
+    return lines
 
 
 def versions(run: EvalRun) -> str:

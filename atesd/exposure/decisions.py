@@ -67,7 +67,7 @@ class ExposureDecisions:
         with self.phase("probe"), self.autocast():
             return self.meter.measure(t, alphas[:: self.num_generations], batch[:: self.num_generations])
 
-    def tell(self, t: int, measured: Mapping[str, float | None]) -> dict[str, float]:
+    def observe(self, t: int, measured: Mapping[str, float | None]) -> dict[str, float]:
         """Report step `t` to the policy. Returns its metrics on the main process, {} on the others."""
         with self.phase("policy"):
             return self.policy.observe(t, **measured) if self.processes.is_main else {}

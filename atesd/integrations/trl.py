@@ -57,7 +57,7 @@ def use_exposure(
 
     At exposure alpha the context is cut to its first `floor(alpha * m)` segments and the final answer it states (SDPO's
     attempts need not state one); at 1 it is TRL's, to the letter. `make_policy` makes one by name or as
-    `module:object`. The policy is told the distillation loss of every step, the student's confidence if
+    `module:object`. The policy observes the distillation loss of every step, the student's confidence if
     `use_linear_divergence` measures it, and what is asked for below. Its state is saved with TRL's checkpoints and
     resumed with them.
 
@@ -191,7 +191,7 @@ class ExposureCallback(TrainerCallback):
         finally:
             self.trainer.max_prompt_length = limit
 
-    # What the policy is told.
+    # What the policy observes.
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Everything is measured before the update of this step."""

@@ -41,9 +41,9 @@ def page(title: str, body: str, css: str = "") -> str:
     )
 
 
-def card(title: str, told: str, image: str | None) -> str:
+def card(title: str, description: str, image: str | None) -> str:
     picture = f'<img alt="{text(title)}" src="{image}">' if image else "<p>Nothing measured yet.</p>"
-    return f'<div class="card"><h3>{text(title)}</h3><p>{text(told)}</p>{picture}</div>'
+    return f'<div class="card"><h3>{text(title)}</h3><p>{text(description)}</p>{picture}</div>'
 
 
 def sample_cards(samples: list[dict[str, Any]], count: int = 4) -> list[str]:

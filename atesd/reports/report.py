@@ -87,8 +87,8 @@ def run_page(name: str, rows: list[dict[str, Any]], samples: list[dict[str, Any]
     state = "no step is finished yet" if not rows else f"step {done}" + (f" of {total}" if total else "")
     model, data, policy = (config.get(key, "") for key in ("model_name_or_path", "dataset_name", "exposure_policy"))
     charts = [
-        card(title, told, plots.line_plot(rows, keys, unit))
-        for title, keys, unit, told in LINES
+        card(title, description, plots.line_plot(rows, keys, unit))
+        for title, keys, unit, description in LINES
         if any(key in row for row in rows for key in keys)
     ]
     charts.append(card("Seconds by phase", "Where a step's time goes.", plots.phases_plot(rows)))

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from atesd.config import ATESDConfig
 from atesd_kernels.planning import DEFAULT_CHUNK_BYTES, gpu_chunk_bytes
+from atesd_kernels.tools.gpus import BY_ARCH
 
 GIB = 1 << 30
 FP32, BF16 = 4, 2
@@ -299,7 +300,14 @@ class GPUSpec:
 
 # From NVIDIA's data sheets: H100 and H200 SXM (NVLink 900 GB/s, half of it each way), and DGX H100 (400 Gb/s of network
 # per GPU)
-H100 = GPUSpec("H100 SXM 80 GB", memory=80e9, flops=989e12, bandwidth=3.35e12, link=450e9, network=50e9)
+H100 = GPUSpec(
+    "H100 SXM 80 GB",
+    memory=80e9,
+    flops=BY_ARCH["sm_90"].tflops * 1e12,
+    bandwidth=BY_ARCH["sm_90"].terabytes * 1e12,
+    link=450e9,
+    network=50e9,
+)
 H200 = replace(H100, name="H200 SXM 141 GB", memory=141e9, bandwidth=4.8e12)
 
 

@@ -18,9 +18,7 @@ import torch
 
 from .. import planning
 from ..backends import matmul, tuning
-
-SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
-MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+from .gpus import BY_ARCH
 
 
 @dataclass
@@ -43,7 +41,7 @@ def compile_only(arch: str = "sm_90") -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    compiled = Compiled(arch)
+    compiled, gpu = Compiled(arch), BY_ARCH[arch]
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
 
     class Utilities:
@@ -51,7 +49,7 @@ def compile_only(arch: str = "sm_90") -> Compiled:
             return "module", "function", 0, 0, 1024  # registers, spills, most threads
 
         def get_device_properties(self, _: int) -> dict[str, int]:
-            return {"max_shared_mem": SHARED_BYTES[arch], "multiprocessor_count": MULTIPROCESSORS[arch]}
+            return {"max_shared_mem": gpu.shared, "multiprocessor_count": gpu.processors}
 
     class Launcher:
         def __init__(self, source: Any, metadata: Any):
@@ -76,7 +74,7 @@ def compile_only(arch: str = "sm_90") -> Compiled:
     planning.unavailable = lambda backend, device: None
     planning.gpu_memory = lambda device: 80 << 30
     tuning.architecture = lambda device: arch
-    tuning.num_processors = lambda device: MULTIPROCESSORS[arch]
+    tuning.num_processors = lambda device: gpu.processors
     matmul.torch = WideTorch()
     return compiled
 

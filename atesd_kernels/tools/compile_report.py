@@ -20,30 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .compile_cases import CASES, Case, path_table
+from .gpus import GPUS, Gpu
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """Published limits. `tflops` is dense bf16."""
-
-    arch: str
-    name: str
-    tflops: float
-    terabytes: float  # per second, HBM
-    warp_size: int = 32
-    registers: int = 65536  # 32-bit, per processor
-    threads: int = 2048  # per processor
-    shared: int = 163 << 10  # per block
-    shared_total: int = 164 << 10  # per processor
-
-
-GPUS = (
-    Gpu("sm_80", "A100 SXM", 312, 2.04),
-    Gpu("sm_90", "H100 SXM", 989, 3.35, shared=227 << 10, shared_total=228 << 10),
-    Gpu("sm_100", "B200", 2250, 8.0, shared=227 << 10, shared_total=228 << 10),
-    # per compute unit: four SIMDs of 512 vector registers times 64 lanes, eight waves each
-    Gpu("gfx942", "MI300X", 1307, 5.3, 64, 4 * 512 * 64, 2048, 64 << 10, 64 << 10),
-)
 MMA = {"sm_80": r"\bHMMA\.", "sm_90": r"\bHGMMA\.", "sm_100": r"\bUTC\w*MMA", "gfx942": r"\bv_mfma_"}
 TMA = r"\bUTMALDG\b"
 

@@ -87,7 +87,7 @@ def model_shape(model_config: PreTrainedConfig, config: ATESDConfig) -> ModelSha
         hidden=text.hidden_size,
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         query=heads * head_dim,
-        kv=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
+        kv=key_size(text),
         vocab=text.vocab_size,
     )
 
@@ -96,11 +96,14 @@ def head_size(text: PreTrainedConfig) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def cached_numbers(model_config: PreTrainedConfig) -> int:
+def key_size(text: PreTrainedConfig) -> int:
+    """Returns the size of a token's keys in one layer, over all heads. Its values have the same size."""
+    return (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_size(text)
+
+
+def cached_numbers(layers: int, key_size: int) -> int:
     """Returns how many numbers a key-value cache stores per token: a key and a value in every layer."""
-    text = model_config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * head_size(text)
+    return 2 * layers * key_size
 
 
 @dataclass(frozen=True)
@@ -256,7 +259,7 @@ def plan_memory(
         teacher=teacher // shards,
         gradients=gradients // shards,
         optimizer=2 * gradients // shards,
-        kv_cache=cache * shape.layers * 2 * shape.kv * low,
+        kv_cache=cache * cached_numbers(shape.layers, shape.kv) * low,
         decoding_copies=decoding_copies,
         autocast_copies=cast * BF16,
         activations=int(activations),
@@ -422,7 +425,7 @@ def plan_time(shape: ModelShape, config: ATESDConfig, prompt_tokens: int, gpu: G
     responses = config.per_device_train_batch_size * config.num_generations * config.gradient_accumulation_steps
     # per token, decoding reads all matrices and the cache, which has half of the response on average
     reading = (shape.matrices + shape.vocab * shape.hidden) * BF16 / layout.decoding
-    reading += responses * (prompt_tokens + response / 2) * shape.layers * 2 * shape.kv * low_bytes(config)
+    reading += responses * (prompt_tokens + response / 2) * cached_numbers(shape.layers, shape.kv) * low_bytes(config)
     a_token = max(reading / moved, products.decoding / speed)
     if layout.decoding > 1:  # two all-reduces per layer
         summed = 2 * layout.decoding * responses * shape.hidden * BF16

@@ -19,7 +19,7 @@ from torch import nn
 
 from atesd.config import ATESDConfig
 from atesd.models.loading import context_length, model_path
-from atesd.planning.memory_plan import cached_numbers
+from atesd.planning.memory_plan import cached_numbers, key_size
 from atesd.rollout.engine import RolloutError, require_vllm
 from atesd.rollout.hf import stop_token_ids
 from atesd.rollout.requests import Completion, RequestEngine
@@ -174,7 +174,8 @@ def kv_cache_bytes(model_config: Any, config: ATESDConfig, dtype: torch.dtype) -
     rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.num_generations
     blocks = rollouts * -(-(config.max_prompt_length + config.max_completion_length) // BLOCK)
     blocks = max(blocks, -(-longest_sequence(config, model_config) // BLOCK))
-    return (blocks + 1) * BLOCK * cached_numbers(model_config) * dtype.itemsize
+    text = model_config.get_text_config()
+    return (blocks + 1) * BLOCK * cached_numbers(text.num_hidden_layers, key_size(text)) * dtype.itemsize
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from atesd.models.loading import load_model_and_tokenizer
-from atesd.planning.memory_plan import cached_numbers
+from atesd.planning.memory_plan import cached_numbers, key_size
 from atesd.rollout.vllm import BLOCK, VLLMEngine
 from atesd_kernels.integrations.head import unwrap
 
@@ -83,7 +83,8 @@ def test_the_cache_is_as_large_as_the_memory_plan_says_for_all_rollouts_of_a_ste
     engine, config = engine_on("meta", vllm_kv_cache_bytes=None)
     rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * 3
     tokens = rollouts * (config.max_prompt_length + config.max_completion_length)
-    of_a_token = cached_numbers(unwrap(engine.model).config) * engine.dtype.itemsize
+    model_config = unwrap(engine.model).config
+    of_a_token = cached_numbers(model_config.num_hidden_layers, key_size(model_config)) * engine.dtype.itemsize
     more = engine.llm.options["kv_cache_memory_bytes"] - tokens * of_a_token
     assert 0 <= more < (rollouts + 1) * BLOCK * of_a_token + 1, "in whole blocks, and one that vLLM keeps"
     assert engine_on("meta", vllm_kv_cache_bytes=12345)[0].llm.options["kv_cache_memory_bytes"] == 12345

@@ -8,6 +8,7 @@ checkpoint holds full tensors, independent of the number of processes. Any numbe
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -37,16 +38,17 @@ from atesd.models.memory import FreedMemory, bound_product_caches
 from atesd.models.precision import settle_precision
 from atesd.models.student import Student
 from atesd.models.teachers import Teacher
-from atesd.objectives import make_objective
+from atesd.objectives import TokenTotals, make_objective
 from atesd.parallel.parallelism import check_launcher, make_parallelism
 from atesd.parallel.processes import Processes, on_cpu
 from atesd.parallel.sharding import ShardingError, gather_tensors
-from atesd.reports.metrics import PhaseTimer
+from atesd.reports.metrics import PhaseTimer, peak_memory_bytes
 from atesd.rollout import Rollout, check_processes, make_engine
 from atesd.rollout.ahead import AheadEngine
 from atesd.rollout.batches import RolloutBatches
 from atesd.rollout.mismatch import EngineMismatch
 from atesd.rollout.seeds import seed_of
+from atesd.step_metrics import clip_fraction, outcome_metrics, response_metrics
 
 
 class Run:
@@ -193,6 +195,42 @@ class Run:
         """Seed the global random numbers (dropout's) of step `t`: others on each process, the same on resume."""
         number = -1 - t * self.processes.count - self.processes.rank
         set_seed(seed_of(self.config.seed, number) % 2**32)
+
+    def step_metrics(
+        self,
+        started: float,
+        loss: float,
+        grad_norm: float | None,
+        num_tokens: int,
+        totals: TokenTotals,
+        stats: dict[str, float],
+        rewards: dict[str, float],
+        rollouts: list[Rollout],
+        outcome: dict[str, float | None],
+        learned: dict[str, float],
+    ) -> dict[str, Any]:
+        """The step's line of metrics.jsonl. Every process calls it: some values are averaged over the processes.
+
+        `started` is the step's start by `time.perf_counter`; `stats` are the means of `totals`.
+        """
+        seconds = time.perf_counter() - started
+        return {
+            "loss": loss,
+            "learning_rate": self.student.optimizer.param_groups[0]["lr"],
+            "grad_norm": grad_norm,
+            **stats,
+            **clip_fraction(self.config, loss, totals, stats.get("mismatch")),
+            **self.processes.all_reduce_mean(rewards | response_metrics(rollouts)),
+            "num_tokens": num_tokens,
+            **self.engine_mismatch.take(self.processes.gather),
+            **outcome_metrics(outcome),
+            **learned,
+            "skipped": int(grad_norm is None),
+            "tokens_per_second": num_tokens / seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+            **self.timer.take(),
+            "seconds_step": seconds,
+        }
 
     def stateful(self) -> dict[str, Any]:
         """The parts whose state a checkpoint holds, beside the student's."""

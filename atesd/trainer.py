@@ -24,11 +24,10 @@ from atesd.data.problems import Problem
 from atesd.errors import AtesdError
 from atesd.models.batching import PackedBatch, assert_same_responses, chunks, hidden_rows, pack
 from atesd.objectives import ResponseTokens, TokenTotals
-from atesd.reports.metrics import peak_memory_bytes
 from atesd.reports.step_log import StepLog
 from atesd.rollout import Rollout, RolloutError
 from atesd.run import Run
-from atesd.step_metrics import clip_fraction, outcome_metrics, response_metrics, sample_line
+from atesd.step_metrics import sample_line
 
 
 class NonFiniteLoss(AtesdError, RuntimeError):
@@ -117,24 +116,9 @@ class Trainer:
         totals.over(run.processes)
         stats = totals.means(num_tokens)
         learned = run.exposure.observe(t, self.measured(loss, stats, skipped) | outcome)
-        seconds = time.perf_counter() - started
-        metrics = {
-            "loss": loss,
-            "learning_rate": run.student.optimizer.param_groups[0]["lr"],
-            "grad_norm": grad_norm,
-            **stats,
-            **clip_fraction(run.config, loss, totals, stats.get("mismatch")),
-            **run.processes.all_reduce_mean(rewards | response_metrics(rollouts)),
-            "num_tokens": num_tokens,
-            **run.engine_mismatch.take(run.processes.gather),
-            **outcome_metrics(outcome),
-            **learned,
-            "skipped": int(skipped),
-            "tokens_per_second": num_tokens / seconds,
-            "peak_memory_bytes": peak_memory_bytes(),
-            **run.timer.take(),
-            "seconds_step": seconds,
-        }
+        metrics = run.step_metrics(
+            started, loss, grad_norm, num_tokens, totals, stats, rewards, rollouts, outcome, learned
+        )
         run.student.scheduler.step()
         reference = run.data.references[problems[0].id]
         return metrics, sample_line(run.tokenizer, problems[0], reference, rollouts[0], local_alphas[0])

@@ -187,14 +187,15 @@ def doctor() -> int:
 
 
 def needs_no_traceback(error: BaseException) -> bool:
-    """Whether to show `error` without a traceback: an AtesdError, or a built-in error that our own code raised."""
+    """Whether to show `error` without a traceback: an AtesdError, or an error that atesd_kernels itself raises.
+
+    atesd_kernels stands alone and raises built-in errors: a model's head it cannot handle, for instance.
+    """
     if isinstance(error, AtesdError):
         return True
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    here = Path(__file__).parent
-    packages = (here, here.with_name("atesd_kernels"))
-    ours = any(Path(frame.filename).is_relative_to(package) for package in packages)
-    return ours and (frame.line or "").startswith("raise ")
+    kernels = Path(frame.filename).is_relative_to(Path(__file__).parent.with_name("atesd_kernels"))
+    return kernels and (frame.line or "").startswith("raise ")
 
 
 def fail(message: object, code: int) -> int:

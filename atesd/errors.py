@@ -14,6 +14,22 @@ class ConfigError(AtesdError, ValueError):
     """A setting that cannot be used: the message names it, the value seen and what to do."""
 
 
+class DataError(AtesdError, ValueError):
+    """Problems, references, prompts or templates that cannot be used."""
+
+
+class ModelError(AtesdError, ValueError):
+    """A model or tokenizer that cannot be used here."""
+
+
+class ModelFetchError(AtesdError, RuntimeError):
+    """The quickstart's model could not be fetched or converted."""
+
+
+class MissingPackageError(AtesdError, ImportError):
+    """A package that a setting needs is not installed."""
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """The end of a message about a mistyped word.
 

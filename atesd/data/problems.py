@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from atesd.data.segmentation import final_answer
+from atesd.errors import DataError, MissingPackageError
 
 __all__ = ["Problem", "ProblemSplits", "load_problems"]
 
@@ -84,10 +85,10 @@ def load_problems(
     """
     for name, count in (("num_train", num_train), ("num_probe", num_probe), ("num_eval", num_eval)):
         if count is not None and count < 0:
-            raise ValueError(f"{name} must not be negative, got {count}")
+            raise DataError(f"{name} must not be negative, got {count}")
     if name_or_path == _BUILTIN:
         if num_train is None:
-            raise ValueError("gsm_symbolic is infinite: say how many problems with num_train_problems")
+            raise DataError("gsm_symbolic is infinite: say how many problems with num_train_problems")
         rows = _gsm_symbolic(seed, num_train + num_probe + num_eval)
     else:
         dataset = _open_dataset(name_or_path, dataset_split)
@@ -118,7 +119,7 @@ def load_problems(
         )
     least = num_probe + num_eval + (1 if num_train is None else num_train)
     if len(problems) < least:
-        raise ValueError(
+        raise DataError(
             f"{name_or_path} has {len(problems)} different problems with an answer ({len(skipped)} had none); "
             f"num_train_problems={num_train}, num_probe_problems={num_probe}, num_eval_problems={num_eval} need {least}"
         )
@@ -132,7 +133,7 @@ def _gsm_symbolic(seed: int, wanted: int) -> Iterator[Problem]:
         # Imported here since it takes about two seconds: reasoning-gym loads all its generators.
         from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import GSMSymbolicDataset, GSMSymbolicDatasetConfig
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             "gsm_symbolic needs reasoning-gym: pip install 'reasoning-gym>=0.1.23,<0.2' (a dependency of atesd)"
         ) from error
     size = max(1, wanted) * _REPEATS_TOLERATED
@@ -148,13 +149,13 @@ def _open_dataset(name_or_path: str, split: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("reading a dataset needs the datasets library: pip install datasets") from error
+        raise MissingPackageError("reading a dataset needs the datasets library: pip install datasets") from error
     path = Path(name_or_path).expanduser()
     looks_local = name_or_path.startswith((".", "/", "~")) or path.suffix in _READERS
     if looks_local and not path.exists():
-        raise ValueError(f"dataset_name: no such file or directory: {name_or_path}")
+        raise DataError(f"dataset_name: no such file or directory: {name_or_path}")
     if path.is_file() and path.suffix not in _READERS:
-        raise ValueError(f"dataset_name: {name_or_path} is none of {', '.join(_READERS)}")
+        raise DataError(f"dataset_name: {name_or_path} is none of {', '.join(_READERS)}")
     try:
         if path.is_file():
             return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
@@ -166,7 +167,7 @@ def _open_dataset(name_or_path: str, split: str) -> Any:
         hub_name, _, config = name_or_path.partition(":")
         return datasets.load_dataset(hub_name, config or None, split=split)
     except Exception as error:  # datasets raises a dozen types; the user needs the name, the split and the cause
-        raise ValueError(
+        raise DataError(
             f"dataset_name: cannot load {name_or_path!r} (dataset_split={split!r}): {type(error).__name__}: {error}. "
             "Give a .jsonl, .json, .parquet or .csv file, a directory, or a Hub name ('org/name' or 'org/name:config')"
         ) from error
@@ -186,7 +187,7 @@ def _check_columns(
     if columns["solution"] is None and columns["answer"] is None:
         missing.add("answer_column")
     if missing:
-        raise ValueError(f"{name} has no column for {', '.join(sorted(missing))}; its columns are {sorted(present)}")
+        raise DataError(f"{name} has no column for {', '.join(sorted(missing))}; its columns are {sorted(present)}")
     return columns
 
 
@@ -201,7 +202,7 @@ def _dataset_rows(dataset: Any, name: str, columns: dict[str, str | None], seed:
         answer = _text(record, columns["answer"], where)
         for key, value in (("problem", problem), ("solution", solution)):
             if columns[key] and not value:
-                raise ValueError(f"row {row} of {name} has an empty {key} (column {columns[key]!r}): fill or remove it")
+                raise DataError(f"row {row} of {name} has an empty {key} (column {columns[key]!r}): fill or remove it")
         answer = final_answer(answer) or answer or (final_answer(solution) or "")
         yield Problem(where, problem, solution, answer)
 
@@ -213,4 +214,4 @@ def _text(record: dict[str, Any], column: str | None, where: str) -> str:
     if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value).strip()
     shown = json.dumps(value, default=str)[:80]
-    raise ValueError(f"{where}: column {column!r} holds {type(value).__name__}, not text or a number: {shown}")
+    raise DataError(f"{where}: column {column!r} holds {type(value).__name__}, not text or a number: {shown}")

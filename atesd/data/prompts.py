@@ -19,7 +19,7 @@ from atesd.data.context import exposed_text, is_full
 from atesd.data.problems import Problem
 from atesd.data.segmentation import Reference
 from atesd.data.templates import PromptTemplates, fill
-from atesd.errors import AtesdError
+from atesd.errors import AtesdError, DataError
 
 __all__ = ["PromptBuilder", "PromptTemplates", "PromptTooLong"]
 
@@ -72,12 +72,12 @@ class PromptBuilder:
         context_length: int,
     ):
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
+            raise DataError(
                 f"the tokenizer of {getattr(tokenizer, 'name_or_path', '?')!r} has no chat template: "
                 "use an instruction-tuned model, or set tokenizer.chat_template"
             )
         if max_completion_length >= context_length:
-            raise ValueError(
+            raise DataError(
                 f"max_completion_length={max_completion_length} leaves no room for a prompt in a context of "
                 f"{context_length} tokens"
             )
@@ -140,7 +140,7 @@ class PromptBuilder:
         if not reference.tail.strip():
             text = text.rstrip() + ("\n\n" if text.strip() else "") + f"Final answer: \\boxed{{{reference.answer}}}"
         if not getattr(self.tokenizer, "is_fast", False):
-            raise ValueError(f"{type(self.tokenizer).__name__} gives no character offsets: use a fast tokenizer")
+            raise DataError(f"{type(self.tokenizer).__name__} gives no character offsets: use a fast tokenizer")
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         # Offset of the first non-space character of each token: BPE tokens may start with a space.
         first_ink = []
@@ -203,7 +203,7 @@ class PromptBuilder:
             )
         except Exception as error:
             with_system = " and a system prompt" if self.templates.system is not None else ""
-            raise ValueError(f"the chat template refuses kwargs {chat_kwargs}{with_system}: {error}") from error
+            raise DataError(f"the chat template refuses kwargs {chat_kwargs}{with_system}: {error}") from error
 
     def _ids(self, text: str) -> list[int]:
         # The template already wrote the special tokens, BOS included: the tokenizer must not add them again.
@@ -223,7 +223,7 @@ class PromptBuilder:
         """Returns what the chat template writes after the user's text: end of turn and generation prompt."""
         _, found, suffix = self._render(_SENTINEL, chat_kwargs).rpartition(_SENTINEL)
         if not found or suffix == self._render(_SENTINEL, chat_kwargs, False).rpartition(_SENTINEL)[2]:
-            raise ValueError("the chat template writes no generation prompt: responses would continue the user's turn")
+            raise DataError("the chat template writes no generation prompt: responses would continue the user's turn")
         return suffix
 
     def _check_suffixes(self) -> None:
@@ -231,7 +231,7 @@ class PromptBuilder:
             return
         seen = f"student: {self.student_suffix!r}, teacher: {self.teacher_suffix!r}"
         if self.student_chat_kwargs == self.teacher_chat_kwargs:
-            raise ValueError(f"student and teacher prompts end differently although their chat kwargs agree: {seen}")
+            raise DataError(f"student and teacher prompts end differently although their chat kwargs agree: {seen}")
         warnings.warn(
             f"student and teacher prompts end differently because their chat kwargs do: {seen}. The response follows "
             "either ending. OPSD does so on purpose (student thinking off, teacher on). To avoid it, use equal kwargs.",

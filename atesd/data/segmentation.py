@@ -20,6 +20,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 from atesd.data.latex_spans import last_boxed, protected_spans
+from atesd.errors import DataError
 
 __all__ = ["Reference", "boxed_answer", "final_answer", "segment", "split_reference"]
 
@@ -90,7 +91,7 @@ def split_reference(solution: str, answer: str | None) -> Reference:
     given = (answer or "").strip()
     found = final_answer(given) or given or final_answer(solution)
     if not found:
-        raise ValueError(
+        raise DataError(
             f"no final answer: the answer column is {answer!r} and the solution ends in {solution[-60:]!r}; "
             "give an answer column, or end the solution with \\boxed{...} or '#### ...'"
         )

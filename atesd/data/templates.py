@@ -14,6 +14,8 @@ from pathlib import Path
 
 import yaml
 
+from atesd.errors import DataError
+
 __all__ = ["PromptTemplates"]
 
 _SLOT = re.compile(r"\{(problem|reference|answer|transition)\}")
@@ -64,28 +66,28 @@ class PromptTemplates:
         for name, (needed, forbidden) in _RULES.items():
             slots = set(_SLOT.findall(getattr(self, name) or ""))
             if missing := sorted(needed - slots):
-                raise ValueError(f"prompt template {name!r} lacks {{{missing[0]}}}: {getattr(self, name)!r}")
+                raise DataError(f"prompt template {name!r} lacks {{{missing[0]}}}: {getattr(self, name)!r}")
             if shown := sorted(forbidden & slots):
-                raise ValueError(f"prompt template {name!r} must not contain {{{shown[0]}}}: {getattr(self, name)!r}")
+                raise DataError(f"prompt template {name!r} must not contain {{{shown[0]}}}: {getattr(self, name)!r}")
 
     @classmethod
     def from_file(cls, path: str | Path) -> PromptTemplates:
         """Reads templates from a YAML or JSON file with any of the fields. Missing fields keep their defaults."""
         path = Path(path)
         if not path.is_file():
-            raise ValueError(f"prompt_templates: no such file: {path}")
+            raise DataError(f"prompt_templates: no such file: {path}")
         try:
             text = path.read_text(encoding="utf-8")
             content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"prompt_templates: {path} cannot be read: {error}") from error
+            raise DataError(f"prompt_templates: {path} cannot be read: {error}") from error
         known = [field.name for field in fields(cls)]
         if not isinstance(content, dict) or (unknown := sorted(set(map(str, content)) - set(known))):
             seen = unknown if isinstance(content, dict) else type(content).__name__
-            raise ValueError(f"prompt_templates: {path} must map some of {known} to strings, got {seen}")
+            raise DataError(f"prompt_templates: {path} must map some of {known} to strings, got {seen}")
         for name, value in content.items():
             if not isinstance(value, str) and not (name == "system" and value is None):
-                raise ValueError(f"prompt_templates: {name!r} in {path} must be a string, got {value!r}")
+                raise DataError(f"prompt_templates: {name!r} in {path} must be a string, got {value!r}")
         return cls(**content)
 
 

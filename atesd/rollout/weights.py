@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from atesd.errors import ModelError
 from atesd.parallel.sharding import gather_tensors, gathered_params, on_main
 from atesd_kernels.integrations.head import unwrap
 
@@ -31,7 +32,7 @@ def merged_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, 
         if not hasattr(module, "base_layer"):
             continue
         if not isinstance(module.base_layer, nn.Linear) or any(getattr(module, "use_dora", {}).values()):
-            raise ValueError(
+            raise ModelError(
                 f"the adapter on {name!r} is not plain LoRA on a linear layer, so its weights cannot be merged for "
                 "another engine: set lora_target_modules to linear layers, or rollout_engine to 'hf'."
             )

@@ -24,6 +24,7 @@ from typing import Any
 
 import atesd
 from atesd.data.segmentation import boxed_answer, final_answer
+from atesd.errors import MissingPackageError
 from atesd.evaluation.grading.answer_text import clean, same_answer
 from atesd.evaluation.grading.worker import MEMORY_LIMIT
 
@@ -70,7 +71,9 @@ class Grader:
         if num_workers < 1 or not time_limit > 0:
             raise ValueError(f"num_workers and time_limit must be positive, got {num_workers} and {time_limit}")
         if importlib.util.find_spec("math_verify") is None:
-            raise ImportError("grading needs math-verify: pip install 'atesd[eval]' (or pip install math-verify)")
+            raise MissingPackageError(
+                "grading needs math-verify: pip install 'atesd[eval]' (or pip install math-verify)"
+            )
         self.num_workers, self.time_limit, self.box_only = num_workers, time_limit, box_only
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()

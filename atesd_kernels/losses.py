@@ -18,7 +18,7 @@ from .arguments import (
     teacher_bias_of,
 )
 from .divergences import DivergenceTerm
-from .shards import backend_for, shard_of, whole
+from .shards import backend_for, replicated_tensor, shard_of
 from .spec import DivergenceSpec, LogprobSpec, accumulate_dtype
 from .stats import TokenStats
 
@@ -144,7 +144,10 @@ def linear_divergence(
     """
     if teacher_weight is not None and same_storage(student_weight, teacher_weight):
         teacher_weight = None
-    student_hidden, teacher_hidden = whole("student_hidden", student_hidden), whole("teacher_hidden", teacher_hidden)
+    student_hidden, teacher_hidden = (
+        replicated_tensor("student_hidden", student_hidden),
+        replicated_tensor("teacher_hidden", teacher_hidden),
+    )
     student_weight, group = shard_of("student_weight", student_weight, group)
     teacher_weight, group = shard_of("teacher_weight", teacher_weight, group)
     student_bias, group = shard_of("student_bias", student_bias, group)
@@ -322,7 +325,7 @@ def linear_logprobs(
         >>> linear_logprobs(hidden, head, torch.tensor([[1, 2, 3, 4]])).exp()
         tensor([[0.0100, 0.0100, 0.0100, 0.0100]])
     """
-    hidden = whole("hidden", hidden)
+    hidden = replicated_tensor("hidden", hidden)
     weight, group = shard_of("weight", weight, group)
     bias, group = shard_of("bias", bias, group)
     lead = hidden.shape[:-1]

@@ -55,11 +55,11 @@ class ChunkPlan:
         device: torch.device,
         chunk_bytes: int | None,
         block_bytes: int = 0,
-        whole_blocks: bool = False,
+        one_tile_per_block: bool = False,
     ) -> ChunkPlan:
         """Returns a plan within `chunk_bytes`. A row costs `bytes_per_logit` per entry, and `block_bytes` in one block.
 
-        `whole_blocks` makes each block one tile: compiled passes keep intermediate values in registers.
+        `one_tile_per_block` makes each block one tile: compiled passes keep intermediate values in registers.
         """
         budget = chunk_bytes or default_chunk_bytes(device)
         columns = min(vocab, CPU_BLOCK_COLUMNS if device.type == "cpu" else GPU_BLOCK_COLUMNS if block_bytes else vocab)
@@ -69,7 +69,7 @@ class ChunkPlan:
             most, rows = rows, -(-num_rows // -(-num_rows // rows))
             if device.type != "cpu" and rows < num_rows:
                 rows = aligned_rows(rows, most, num_rows)
-        return ChunkPlan(rows, columns, rows if whole_blocks or device.type != "cpu" else CPU_TILE_ROWS)
+        return ChunkPlan(rows, columns, rows if one_tile_per_block or device.type != "cpu" else CPU_TILE_ROWS)
 
     def row_chunks(self, num_rows: int):
         return (slice(i, min(i + self.rows, num_rows)) for i in range(0, num_rows, self.rows))

@@ -142,7 +142,7 @@ def shard_of(name: str, head: Tensor | None, group: ProcessGroup | None) -> tupl
     return head.to_local(), own or group
 
 
-def whole(name: str, hidden: Tensor) -> Tensor:
+def replicated_tensor(name: str, hidden: Tensor) -> Tensor:
     """Returns hidden states as a plain tensor that is the same on every rank.
 
     Raises:

@@ -198,7 +198,7 @@ class LossFields:
         zero_is_off=True,
     )
     token_clip: float | None = option(
-        None, "our choice", "Clip on a token's whole divergence; 0 is off.", above=0, zero_is_off=True
+        None, "our choice", "Clip on the divergence of a token; 0 is off.", above=0, zero_is_off=True
     )
     chunk_bytes: int | None = option(
         None, "our choice", "Byte budget of the loss's logit chunk; absent, automatic.", above=0, zero_is_off=True

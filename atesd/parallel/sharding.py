@@ -32,7 +32,7 @@ from atesd_kernels.integrations.head import unwrap
 
 # Whether a model reshards its layers between forward and backward (ZeRO-3), or only after backward (ZeRO-2)
 RESHARDS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-BORROWER = -1  # a module number no module has: it marks a ZeRO-3 parameter as in use
+IN_USE_MARKER = -1  # a module number no module has: it marks a ZeRO-3 parameter as in use
 
 
 class ShardingError(AtesdError, ValueError):
@@ -113,12 +113,12 @@ def gathered_params(parameters: list[Any]) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(parameters):
         for p in parameters:
-            p.ds_active_sub_modules.add(BORROWER)  # otherwise the first forward would release them
+            p.ds_active_sub_modules.add(IN_USE_MARKER)  # otherwise the first forward would release them
         try:
             yield
         finally:
             for p in parameters:
-                p.ds_active_sub_modules.discard(BORROWER)
+                p.ds_active_sub_modules.discard(IN_USE_MARKER)
 
 
 def reshard(model: nn.Module) -> None:

@@ -65,7 +65,7 @@ class HFEngine:
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
         self.pad_id, self.stop_ids = tokenizer.pad_token_id, stop_token_ids(unwrap(model), tokenizer)
         self.seeds = ResponseSeeds(0) if seeds is None else seeds
-        self.whole = contextlib.ExitStack()
+        self.gathered_weights = contextlib.ExitStack()
         self.config = GenerationConfig(
             max_new_tokens=max_completion_length,
             do_sample=True,
@@ -183,12 +183,12 @@ class HFEngine:
     def sync(self) -> None:
         """Gathers sharded weights until `release`: this engine decodes with the student itself. Processes then need no
         collectives while they decode responses of different lengths."""
-        self.whole.close()
-        self.whole.enter_context(unsharded(self.model))
+        self.gathered_weights.close()
+        self.gathered_weights.enter_context(unsharded(self.model))
 
     def release(self) -> None:
         """Frees the gathered weights. `generate` has already freed cache and packed matrices."""
-        self.whole.close()
+        self.gathered_weights.close()
 
     def close(self) -> None:
         """No-op: the engine owns no resources."""

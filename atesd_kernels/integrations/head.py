@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-from .sharded_head import whole_head
+from .sharded_head import gathered_head
 from .wrappers import through, unwrap
 
 
@@ -134,7 +134,7 @@ def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., Any], HeadSp
     bias: Tensor | None = head.bias
     root: Any = model if zero3 else next((m for m in (model, base) if isinstance(m, FSDPModule)), None)
     if root is not None:
-        weight, bias = whole_head(head, name)
+        weight, bias = gathered_head(head, name)
     backbone = getattr(base, getattr(base, "base_model_prefix", ""), None)
     if not isinstance(backbone, nn.Module):
         raise ValueError(f"{name} has no separate backbone (looked for '{getattr(base, 'base_model_prefix', '')}').")

@@ -27,18 +27,18 @@ from .wrappers import unwrap
 
 
 @dataclass
-class _Whole:
+class _GatheredHead:
     weight: Tensor
     bias: Tensor | None
     version: int  # version of the shards when they were gathered
 
 
-_WHOLE: WeakKeyDictionary[nn.Module, _Whole] = WeakKeyDictionary()
+_GATHERED: WeakKeyDictionary[nn.Module, _GatheredHead] = WeakKeyDictionary()
 
 
-def whole_head(head: nn.Linear, name: str) -> tuple[Tensor, Tensor | None]:
+def gathered_head(head: nn.Linear, name: str) -> tuple[Tensor, Tensor | None]:
     """Returns the gathered weight `[V, H]` and bias `[V]` of a sharded head. `name` is the model's, for messages."""
-    known = _WHOLE.get(head)
+    known = _GATHERED.get(head)
     if head.weight.requires_grad:
         if known is None and hasattr(head.weight, "ds_id"):
             raise ValueError(
@@ -52,12 +52,12 @@ def whole_head(head: nn.Linear, name: str) -> tuple[Tensor, Tensor | None]:
                 "reduce_head_gradient(model) before it (atesd_kernels.integrations.sharded_head)."
             )
     elif known is None or (isinstance(head.weight, DTensor) and known.version != head.weight._version):
-        known = _WHOLE[head] = _Whole(*_gathered(head), head.weight._version)
+        known = _GATHERED[head] = _GatheredHead(*_gathered(head), head.weight._version)
     return known.weight, known.bias
 
 
 def _gathered(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    def whole(t: Tensor) -> Tensor:
+    def full(t: Tensor) -> Tensor:
         if hasattr(t, "ds_id"):  # DeepSpeed's ZeRO-3
             import deepspeed
 
@@ -65,7 +65,7 @@ def _gathered(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
                 return t.detach().clone()
         return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
 
-    return whole(head.weight), None if head.bias is None else whole(head.bias)
+    return full(head.weight), None if head.bias is None else full(head.bias)
 
 
 @torch.no_grad()
@@ -80,10 +80,10 @@ def gather_head(model: Any) -> None:
         if isinstance(module, FSDPModule):
             module.reshard()
     weight, bias = _gathered(head)
-    known = _WHOLE.get(head)
+    known = _GATHERED.get(head)
     if known is None or not known.weight.requires_grad:
         bias = None if bias is None else bias.requires_grad_()
-        _WHOLE[head] = _Whole(weight.requires_grad_(), bias, head.weight._version)
+        _GATHERED[head] = _GatheredHead(weight.requires_grad_(), bias, head.weight._version)
         return
     known.weight.copy_(weight)
     if known.bias is not None and bias is not None:
@@ -99,14 +99,14 @@ def reduce_head_gradient(model: Any, average: bool = False) -> None:
         average: divide by the number of ranks, like FSDP2's default (see `set_gradient_divide_factor`).
     """
     head = unwrap(model).get_output_embeddings()
-    known = _WHOLE[head]
-    for whole, shard in ((known.weight, head.weight), (known.bias, head.bias)):
-        if whole is None:
+    known = _GATHERED[head]
+    for gathered, shard in ((known.weight, head.weight), (known.bias, head.bias)):
+        if gathered is None:
             continue
-        local = torch.zeros_like(whole) if whole.grad is None else whole.grad
+        local = torch.zeros_like(gathered) if gathered.grad is None else gathered.grad
         if average:
             local = local / shard.device_mesh.size()
         reduced = DTensor.from_local(local, shard.device_mesh, [Partial()] * shard.device_mesh.ndim)
         reduced = reduced.redistribute(placements=shard.placements)
         shard.grad = reduced if shard.grad is None else shard.grad + reduced
-        whole.grad = None
+        gathered.grad = None

@@ -113,7 +113,7 @@ def hidden_states(trainer: Any, model: nn.Module, **inputs: Tensor) -> Hidden:
         return Hidden(backbone(use_cache=False, **inputs).last_hidden_state, head)
 
 
-def _require_whole_heads(trainer: Any) -> None:
+def _require_unsharded_heads(trainer: Any) -> None:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
             f"{type(trainer).__name__} shards its parameters (FSDP or DeepSpeed), so its head is not available outside "
@@ -136,7 +136,7 @@ def _patch_self_distillation(trainer: Any, clips: dict[str, Any], options: dict[
         )
     if args.distillation_mode == "sampled_token" and any(clip is not None for clip in clips.values()):
         raise ValueError("entry_clip and token_clip need a divergence; distillation_mode='sampled_token' has none.")
-    _require_whole_heads(trainer)
+    _require_unsharded_heads(trainer)
 
     def logprobs(hidden: Hidden, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         temperature = hidden.head.logprob_options(trainer.temperature)
@@ -219,7 +219,7 @@ def _self_distillation_loss(
 
 
 def _patch_gkd(trainer: Any, clips: dict[str, Any], options: dict[str, Any]) -> None:
-    _require_whole_heads(trainer)
+    _require_unsharded_heads(trainer)
     dense = trainer.compute_loss
 
     def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -265,8 +265,8 @@ def _patch_distillation(trainer: Any, clips: dict[str, Any], options: dict[str, 
     ):
         student, teacher = (
             HeadSpec(
-                _whole(weight),
-                _whole(given[f"{side}_lm_head_bias"]),
+                _full_tensor(weight),
+                _full_tensor(given[f"{side}_lm_head_bias"]),
                 given[f"{side}_final_logit_softcapping"] or None,
                 given[f"{side}_logit_scale"],
             )
@@ -293,6 +293,6 @@ def _patch_distillation(trainer: Any, clips: dict[str, Any], options: dict[str, 
     trainer._compute_loss = with_globals(trainer, "_compute_loss", _chunked_divergence_loss=loss_of_hidden_states)
 
 
-def _whole(tensor: Any) -> Any:
+def _full_tensor(tensor: Any) -> Any:
     """Gathers a sharded (DTensor) parameter. FSDP2 shards the head like any other parameter."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

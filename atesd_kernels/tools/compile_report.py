@@ -82,8 +82,8 @@ def compile_case(case: Case, gpu: Gpu) -> Compiled:
     constants = case.constants(gpu.arch)
     signature = case.signature(gpu.arch)
     # a launch specialises on these being multiples of 16: pointers from the allocator, strides and V
-    whole = [name for name in case.multiples_of_16 if signature.get(name) == "i32"]
-    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in whole]
+    divisible = [name for name in case.multiples_of_16 if signature.get(name) == "i32"]
+    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in divisible]
     source = ASTSource(
         case.kernel,
         signature,

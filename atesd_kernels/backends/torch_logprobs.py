@@ -31,7 +31,7 @@ def logprob_rows(
     for rows in plan.row_chunks(len(counted)):
         index = counted[rows]
         source.load(index)
-        chunk = Chunk(spec, source, plan, buffer, targets[index].long() - source.shards.start)
+        chunk = LogprobChunk(spec, source, plan, buffer, targets[index].long() - source.shards.start)
         value[index] = chunk.at_target - chunk.lse
         if stats is not None:
             stats[:, index] = chunk.stats(value[index])
@@ -40,7 +40,7 @@ def logprob_rows(
     return RowResult(value, stats, *source.gradients())
 
 
-class Chunk:
+class LogprobChunk:
     """Holds the logits of some rows, block by block. `gradient` replaces the logits by their gradient in place."""
 
     def __init__(self, spec: LogprobSpec, source: StudentLogits, plan: ChunkPlan, buffer: Tensor, target: Tensor):

@@ -59,7 +59,7 @@ class Run:
         tokenizer, data: problems, references and prompts.
         student, teacher, objective: the models and the loss.
         rollout, reward, engine_mismatch: batches of rollouts, their verifier, and the engine's log-probs against ours.
-        exposure: the exposure policy and what it hears.
+        exposure: the exposure policy and the measurements it observes.
         evaluation, guards: held-out evaluations, signs of a collapse.
         step: updates made so far.
         nonfinite_in_a_row: skipped updates since the last one that was made.

@@ -212,12 +212,8 @@ def check_kwargs(
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     own = [parameter.name for parameter in named if parameter.name not in passed]
-    for name in kwargs:
-        if name not in own and not takes_any:
-            takes = f"it takes {', '.join(own)}" if own else "it takes none"
-            raise ConfigError(
-                f"{kwargs_field} names {name!r}, which {field} {text!r} does not take: {takes}{suggest(name, own)}"
-            )
+    if not takes_any:
+        refuse_unknown(field, text, kwargs, kwargs_field, own)
     for parameter in named:
         if parameter.default is parameter.empty and parameter.name not in (*passed, *kwargs):
             raise ConfigError(f"{field} {text!r} needs {parameter.name!r}: give it in {kwargs_field}")
@@ -225,20 +221,25 @@ def check_kwargs(
 
 def check_shipped_kwargs(field: str, name: str, kwargs: Mapping[str, Any], kwargs_field: str) -> None:
     """`check_kwargs` for a registered name. It checks names that atesd ships without importing them."""
+    passed = POLICY_SETTINGS if field == "exposure_policy" else ENGINE_ARGUMENTS
     if name not in NAMES[field]:
-        factory = registry(field)[name]
-        passed = POLICY_SETTINGS if field == "exposure_policy" else ENGINE_ARGUMENTS
-        return check_kwargs(field, name, factory, kwargs, kwargs_field, passed)
+        return check_kwargs(field, name, registry(field)[name], kwargs, kwargs_field, passed)
     own = POLICY_KWARGS.get(name, ()) if field == "exposure_policy" else ()
-    refuse_passed(kwargs_field, kwargs, POLICY_SETTINGS if field == "exposure_policy" else ENGINE_ARGUMENTS)
+    refuse_passed(kwargs_field, kwargs, passed)
+    refuse_unknown(field, name, kwargs, kwargs_field, own)
     for word, value in kwargs.items():
-        if word not in own:
-            takes = f"it takes {', '.join(own)}" if own else "it takes none"
-            raise ConfigError(
-                f"{kwargs_field} names {word!r}, which {field} {name!r} does not take: {takes}{suggest(word, own)}"
-            )
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             raise ConfigError(f"{word} of {kwargs_field} is {value!r}; it must be between 0 and 1")
+
+
+def refuse_unknown(field: str, text: str, kwargs: Mapping[str, Any], kwargs_field: str, own: Collection[str]) -> None:
+    """Raises ConfigError for the first of `kwargs` that is not in `own`, the names that `text` takes."""
+    for name in kwargs:
+        if name not in own:
+            takes = f"it takes {', '.join(own)}" if own else "it takes none"
+            raise ConfigError(
+                f"{kwargs_field} names {name!r}, which {field} {text!r} does not take: {takes}{suggest(name, own)}"
+            )
 
 
 def refuse_passed(kwargs_field: str, kwargs: Mapping[str, Any], passed: Collection[str]) -> None:

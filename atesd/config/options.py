@@ -106,14 +106,14 @@ def check_fields(config: Any) -> None:
     hints = get_type_hints(type(config))
     for each in fields(config):
         value = getattr(config, each.name)
-        if what := missed(value, hints[each.name], each.metadata):
+        if what := violation(value, hints[each.name], each.metadata):
             raise ConfigError(f"{each.name} is {value!r}; it must be {what}")
 
 
-def missed(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str:
+def violation(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str:
     """Returns what `value` must be, if it violates the type hint, choices or range; else "".
 
-    >>> missed("emma", Literal["frozen", "ema"], option(None, "our choice", "").metadata)
+    >>> violation("emma", Literal["frozen", "ema"], option(None, "our choice", "").metadata)
     'frozen or ema; did you mean ema?'
     """
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)

@@ -7,12 +7,12 @@ at once, and a mistyped flag is refused before torch loads.
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import shlex
 import sys
 import traceback
 from pathlib import Path
+from signal import Signals
 
 from atesd import __version__
 from atesd.errors import AtesdError, ConfigError
@@ -77,22 +77,19 @@ def train(argv: list[str]) -> int:
         print(dry_run(config))
         return 0
 
-    main = int(os.environ.get("RANK", 0)) == 0  # of the processes a launcher has started
-    if main:
-        print(f"run directory: {config.output_dir}", flush=True)
-        config.save(config.output_dir)  # before torch is imported: from here on there is something to resume
-    go_on = f"go on with: atesd train --resume {shlex.quote(config.output_dir)}"
     try:
         from atesd import trainer
 
         run_dir = trainer.train(config)
-    except KeyboardInterrupt:
-        return fail(f"stopped; {go_on}", 130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return fail(f"the disk is full ({error}); the last checkpoint is valid. Free some space, then {go_on}", 1)
-    if main:
+    except KeyboardInterrupt as stop:
+        from atesd.stopping import Stopped
+
+        if isinstance(stop, Stopped):
+            return fail(f"stopped by {Signals(stop.signal).name}. {stop}", 128 + stop.signal)
+        saved = (Path(config.output_dir) / "config.yaml").exists()
+        go_on = f"; go on with: atesd train --resume {shlex.quote(config.output_dir)}" if saved else ""
+        return fail(f"stopped{go_on}", 130)
+    if int(os.environ.get("RANK", 0)) == 0:  # of the processes a launcher has started
         print(f"report: {Path(run_dir) / 'report.html'}")
     return 0
 

@@ -20,18 +20,20 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
-from atesd.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from atesd.config import ATESDConfig
+from atesd.config import CONFIG_FILE, ATESDConfig
 from atesd.config.doors import POLICY_FIELDS
 from atesd.data.problems import Problem
 from atesd.data.run_data import load_run_data
+from atesd.errors import AtesdError
 from atesd.evaluation.reward import VerifierReward
 from atesd.evaluation.training import TrainingEvaluation
 from atesd.exposure.decisions import ExposureDecisions
 from atesd.exposure.difficulty import Difficulty
 from atesd.exposure.outcomes import OutcomeMeter
 from atesd.exposure.policies import make_policy
-from atesd.guards import Guards
+from atesd.files import write_json
+from atesd.guards import BEST, Guards
+from atesd.inputs import INPUTS, input_digests, keep_inputs
 from atesd.models.batching import ProblemSampler
 from atesd.models.loading import check_kernels, context_length, load_model, load_model_config, load_tokenizer
 from atesd.models.memory import FreedMemory, bound_product_caches
@@ -42,13 +44,21 @@ from atesd.objectives import TokenTotals, make_objective
 from atesd.parallel.parallelism import check_launcher, make_parallelism
 from atesd.parallel.processes import Processes, on_cpu
 from atesd.parallel.sharding import ShardingError, gather_tensors
-from atesd.reports.metrics import PhaseTimer, peak_memory_bytes
+from atesd.reports.metrics import METRICS, SAMPLES, PhaseTimer, peak_memory_bytes
+from atesd.reports.report import REPORT
+from atesd.resuming import SUMMARY, check_settings, checkpoint_to_resume, go_on_command
 from atesd.rollout import Rollout, check_processes, make_engine
 from atesd.rollout.ahead import AheadEngine
 from atesd.rollout.batches import RolloutBatches
 from atesd.rollout.mismatch import EngineMismatch
 from atesd.rollout.seeds import seed_of
 from atesd.step_metrics import clip_fraction, outcome_metrics, response_metrics
+from atesd.storage.checkpoint import CHECKPOINTS, CheckpointError, load_checkpoint, save_checkpoint
+from atesd.storage.folder import OwnedFolder, own, own_new
+
+ADAPTER, MODEL, NONFINITE = "adapter", "model", "nonfinite"
+# What a run writes into its folder, and must not find there when it starts.
+WRITTEN = (CONFIG_FILE, INPUTS, METRICS, SAMPLES, CHECKPOINTS, BEST, ADAPTER, MODEL, SUMMARY, REPORT, NONFINITE)
 
 
 class Run:
@@ -72,36 +82,95 @@ class Run:
         self.config = config
         self.step, self.nonfinite_in_a_row = 0, 0
         trackers = None if config.report_to == "none" else config.report_to.replace(" ", "").split(",")
-        self.accelerator = Accelerator(cpu=on_cpu(), log_with=trackers, project_dir=config.resume or config.output_dir)
+        self.accelerator = Accelerator(cpu=on_cpu(), log_with=trackers)
         self.device, self.processes = self.accelerator.device, Processes(self.accelerator)
+        self.folder: OwnedFolder | None = None
         # Use the main process's values: the default folder contains the time, and precision depends on the machine
-        config.output_dir, config.bf16 = self.processes.broadcast_from_main(lambda: (config.output_dir, config.bf16))
-        self.run_dir = Path(config.resume or config.output_dir)
+        config.output_dir, config.bf16 = self.processes.broadcast_from_main(lambda: (self.own_folder(), config.bf16))
+        self.run_dir = Path(config.output_dir)
+        self.accelerator.project_configuration.set_directories(str(self.run_dir))
         self.freed_memory, self.timer = FreedMemory(keep=config.keep_freed_memory), PhaseTimer()
         self.opened = ExitStack()
+
+    def own_folder(self) -> str:
+        """Makes the run's folder, or takes that of the run to resume. The main process owns it until `close`."""
+        config = self.config
+        if config.resume:
+            self.folder = own(Path(config.resume), "resume")
+        else:
+            self.folder = own_new(Path(config.output_dir), WRITTEN, "output_dir", numbered=config.named_by_time)
+            (self.folder.path / CHECKPOINTS).mkdir()
+        return str(self.folder.path)
 
     @classmethod
     def build(cls, config: ATESDConfig) -> Run:
         """Make all parts. What can be refused is refused before the model is loaded.
 
+        If the start of a new run fails, its folder is removed again.
+
         Raises:
             ValueError: settings, problems, prompts or a launcher's settings that cannot be used.
         """
         run = cls(config)
-        if run.processes.is_main:  # before anything long: whatever ends the run, it can be resumed
-            config.save(run.run_dir)
-        check_processes(config, run.processes)
+        try:
+            run.build_parts()
+        except BaseException:
+            if run.folder and not config.resume:
+                run.folder.discard(CONFIG_FILE, INPUTS, CHECKPOINTS)
+            run.close()
+            raise
+        return run
+
+    def build_parts(self) -> None:
+        config = self.config
+        checkpoint = self.processes.broadcast_from_main(self.checkpoint_to_resume)
+        if self.processes.is_main:  # before anything long: however the run ends, it can be resumed
+            config.save(self.run_dir)
+            print(f"run directory: {self.run_dir}", flush=True)
+        check_processes(config, self.processes)
         check_kernels(config)
         with ExitStack() as opened:  # if a later part fails, stops the subprocesses of the earlier ones
-            run.build_data()
-            run.build_models()
-            run.build_rollout(opened)
-            run.build_exposure()
-            run.build_evaluation(opened)
-            if config.resume and (checkpoint := run.processes.broadcast_from_main(latest_checkpoint, run.run_dir)):
-                run.load_state_dict(load_checkpoint(checkpoint))
-            run.opened = opened.pop_all()
-        return run
+            self.build_data()
+            digests = input_digests(config, self.data, self.tokenizer)
+            self.changed_inputs = self.processes.broadcast_from_main(
+                keep_inputs, self.run_dir, digests, config.allow_changed_inputs
+            )
+            self.build_models()
+            self.build_rollout(opened)
+            self.build_exposure()
+            self.build_evaluation(opened)
+            if checkpoint:
+                self.restore(checkpoint)
+            self.opened = opened.pop_all()
+
+    def checkpoint_to_resume(self) -> Path | None:
+        """Returns the checkpoint to go on from, if any. Its settings are compared with the run's.
+
+        Raises:
+            ConfigError, CheckpointError: the run cannot go on.
+        """
+        config = self.config
+        path = checkpoint_to_resume(self.run_dir, config.allow_older_checkpoint) if config.resume else None
+        if path:
+            check_settings(path, config, self.run_dir)
+        return path
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take the state of a checkpoint, whose files the main process has verified.
+
+        Raises:
+            CheckpointError: its content does not fit the run.
+        """
+        state = load_checkpoint(checkpoint, verify=False)
+        try:
+            self.load_state_dict(state)
+        except AtesdError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{checkpoint} does not fit the run ({type(error).__name__}: {str(error).strip() or 'no details'}): it "
+                "was written by another version of atesd or for another model. Delete it to go on from the one before"
+            ) from error
 
     def build_data(self) -> None:
         """Problems and prompts, all checked here: nothing long has been loaded yet."""
@@ -267,17 +336,28 @@ class Run:
         """Write the checkpoint of the run as it stands. Every process calls it."""
         state, adapter = self.state_dict(), self.student.writer() if self.config.use_peft else None
         if self.processes.is_main:
-            save_checkpoint(self.run_dir, self.step, state, adapter, self.config.save_total_limit)
+            keep = self.config.save_total_limit
+            settings = asdict(self.config)
+            save_checkpoint(self.run_dir, self.step, state, adapter, keep, self.proven_step, settings)
         self.processes.barrier()
 
+    @property
+    def proven_step(self) -> int:
+        """The last step whose weights are known to be good: the next update found loss and gradient finite."""
+        return self.step - self.nonfinite_in_a_row - 1
+
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to do: all steps are made and the results written."""
+        return self.step >= self.config.max_steps and (self.run_dir / SUMMARY).exists()
+
     def how_to_go_on(self) -> str:
-        return f"The run is saved as it was after step {self.step}: go on with atesd train --resume {self.run_dir}"
+        return f"The run is saved as it was after step {self.step}: go on with {go_on_command(self.run_dir)}"
 
     def save_nonfinite_batch(self, problems: list[Problem], rollouts: list[Rollout], **numbers: float) -> None:
         """Keep the batch of a skipped update, and say where it is."""
         step = self.step + 1
         rank = f"-process-{self.processes.rank}" if self.processes.rank else ""
-        path = self.run_dir / "nonfinite" / f"step-{step}{rank}.pt"
+        path = self.run_dir / NONFINITE / f"step-{step}{rank}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         batch = {"problem_ids": [p.id for p in problems], "rollouts": [asdict(r) for r in rollouts]}
         torch.save({"step": step, **numbers, **batch}, path)
@@ -296,13 +376,17 @@ class Run:
         write: Callable[..., None] = self.student.writer()
         if not self.processes.is_main:
             return
-        write(self.run_dir / ("adapter" if self.config.use_peft else "model"))
+        write(self.run_dir / (ADAPTER if self.config.use_peft else MODEL))
         summary = {"steps": self.step, **self.data.counts(), **self.guards.summary(), **self.exposure.policy.finish()}
-        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        if self.changed_inputs:
+            summary["changed_inputs"] = self.changed_inputs
+        write_json(self.run_dir / SUMMARY, summary)
         from atesd.reports.report import write_report  # here: training itself does without matplotlib
 
         write_report(self.run_dir)
 
     def close(self) -> None:
-        """End the processes that the graders and the engine have started."""
+        """End the processes that the graders and the engine have started, and give the folder up."""
         self.opened.close()
+        if self.folder:
+            self.folder.close()

@@ -22,12 +22,19 @@ from torch import Tensor
 from atesd.config import ATESDConfig
 from atesd.data.problems import Problem
 from atesd.errors import AtesdError
+from atesd.files import storage_fault
 from atesd.models.batching import PackedBatch, assert_same_responses, chunks, hidden_rows, pack
 from atesd.objectives import ResponseTokens, TokenTotals
 from atesd.reports.step_log import StepLog
+from atesd.resuming import go_on_command, set_diverged_aside
 from atesd.rollout import Rollout, RolloutError
-from atesd.run import Run
+from atesd.run import NONFINITE, Run
 from atesd.step_metrics import sample_line
+from atesd.stopping import Stopped, StopSignals
+
+
+class StorageError(AtesdError, OSError):
+    """The disk is full or cannot be written to."""
 
 
 class NonFiniteLoss(AtesdError, RuntimeError):
@@ -49,6 +56,12 @@ def train(config: ATESDConfig) -> Path:
     run = Run.build(config)
     try:
         Trainer(run).train()
+    except Exception as error:
+        if isinstance(error, AtesdError) or (fault := storage_fault(error)) is None:
+            raise
+        raise StorageError(
+            f"{fault} ({error}); the last checkpoint is valid. Mend that, then go on with: {go_on_command(run.run_dir)}"
+        ) from error
     finally:
         run.close()
     run.accelerator.end_training()  # after closing: vLLM in this process has process groups of its own
@@ -59,34 +72,46 @@ class Trainer:
     """The loop: `train` -> `train_step` -> `distill` -> `update`."""
 
     def __init__(self, run: Run):
-        self.run = run
+        self.run, self.signals = run, StopSignals()
 
     def train(self) -> Path:
         """All steps from where the run stands, then the adapter, a summary and the report. Returns the run's folder."""
         run, config = self.run, self.run.config
+        if run.is_finished():
+            print(f"the run is finished after step {run.step}; --max_steps {run.step + 100} would go on", flush=True)
+            return run.run_dir
         log = StepLog(run.run_dir, run.accelerator, asdict(config), run.step, config.logging_steps)
         if run.step == 0 and (measured := run.evaluation.measure(0)):
             log.before_training(measured)
         if run.evaluation.failure:
             raise RolloutError(run.evaluation.failure)
-        for t in log.steps(config.max_steps):
-            metrics, sample = self.train_step(t)
-            run.step = t + 1
-            metrics |= run.evaluation.measure(run.step)
-            stop = run.processes.broadcast_from_main(run.guards.after_step, run.step, metrics)
-            log.step(run.step, metrics, sample)
-            failure = run.evaluation.failure
-            if run.step % config.save_steps == 0 or run.step == config.max_steps or stop or failure:
-                run.save()
-            if failure:
-                raise RolloutError(f"{failure}\n{run.how_to_go_on()}")
-            self.check_finite()
-            if stop:
-                log.note(f"stopped after step {run.step}: {stop}")
-                break
+        with self.signals.deferred():
+            for t in log.steps(config.max_steps):
+                metrics, sample = self.train_step(t)
+                run.step = t + 1
+                metrics |= run.evaluation.measure(run.step)
+                stop, signal = run.processes.broadcast_from_main(self.reasons_to_stop, metrics)
+                log.step(run.step, metrics, sample)
+                failure = run.evaluation.failure
+                last = run.step == config.max_steps
+                if run.step % config.save_steps == 0 or last or stop or failure or signal:
+                    log.sync()
+                    run.save()
+                if failure:
+                    raise RolloutError(f"{failure}\n{run.how_to_go_on()}")
+                self.check_finite()
+                if signal and not last:
+                    raise Stopped(run.how_to_go_on(), signal)
+                if stop:
+                    log.note(f"stopped after step {run.step}: {stop}")
+                    break
         run.finish()
         log.close()
         return run.run_dir
+
+    def reasons_to_stop(self, metrics: dict[str, Any]) -> tuple[str | None, int | None]:
+        """What the guards found, and the number of a signal that came during the step."""
+        return self.run.guards.after_step(self.run.step, metrics), self.signals.received
 
     def train_step(self, t: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """One optimizer step. Returns its metrics and a sample.
@@ -224,8 +249,10 @@ class Trainer:
         """Raises NonFiniteLoss after `max_nonfinite_steps` skipped steps in a row."""
         run = self.run
         if run.nonfinite_in_a_row >= run.config.max_nonfinite_steps:
+            proven = run.processes.broadcast_from_main(set_diverged_aside, run.run_dir, run.proven_step)
+            go_on = f"go on from {proven.name} with {go_on_command(run.run_dir)} and" if proven else "start again with"
             raise NonFiniteLoss(
                 f"the rollouts, the loss or its gradient were not finite in {run.nonfinite_in_a_row} steps in a row "
-                f"(the last is step {run.step}). The batches are in {run.run_dir / 'nonfinite'}. Lower learning_rate "
-                "or max_grad_norm, or run without bf16."
+                f"(the last is step {run.step}). The batches are in {run.run_dir / NONFINITE}; later checkpoints are "
+                f"kept as diverged-*. To mend it, {go_on} a lower learning_rate or max_grad_norm"
             )

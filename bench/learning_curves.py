@@ -39,10 +39,10 @@ def result_of(run: str) -> Path:
 
 def run_one(run: str, flags: list[str], work: Path) -> Path:
     """Train one run (or go on with it) and write its result."""
-    from atesd.checkpoint import latest_checkpoint
     from atesd.config import load_config
     from atesd.reports.metrics import METRICS, read_jsonl
     from atesd.run import Run
+    from atesd.storage.checkpoint import latest_checkpoint
     from atesd.studies.held_out import measure
     from atesd.trainer import Trainer
 

@@ -21,15 +21,16 @@ ROOMS = (
     ("trainer",),
     ("run",),
     ("integrations",),
-    ("guards",),
+    ("guards", "inputs", "resuming"),
     ("step_metrics",),
     ("evaluation",),
     ("exposure", "rollout"),
     ("objectives", "planning"),
     ("data", "models", "reports"),
     ("config",),
-    ("parallel", "checkpoint"),
-    ("files", "errors", "__init__"),
+    ("parallel", "storage"),
+    ("files",),
+    ("errors", "stopping", "__init__"),
 )
 HEIGHT = {room: -level for level, rooms in enumerate(ROOMS) for room in rooms}
 FEW_ENOUGH = 16  # a room with more files answers more than one question

@@ -16,6 +16,7 @@ from atesd.config import doors
 from atesd.config.fields import MAY_CHANGE, RolloutFields, Settings
 from atesd.config.options import check_fields, parse_json
 from atesd.errors import ConfigError, suggest
+from atesd.storage.folder import already_holds
 
 SPECIAL_MODEL = "smollm2-135m-instruct"
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab", "trackio")
@@ -199,11 +200,10 @@ def check_places(config: Settings) -> None:
         raise ConfigError(f"dataset_name is {data!r}, and there is no such file: give a file, a folder or a Hub name")
     out = config.resume or config.output_dir
     require(config, "output_dir", out is not None, "a folder for the run")
-    if not config.resume and (Path(out) / "metrics.jsonl").exists():
-        raise ConfigError(
-            f"output_dir {out!r} already holds a run: go on with it by --resume {out}, choose another output_dir, "
-            f"or delete it"
-        )
+    require(config, "output_dir", bool(str(out).strip()), "the path of a folder for the run")
+    for name in ("config.yaml", "metrics.jsonl"):  # the run looks again once it owns the folder
+        if not config.resume and not config.named_by_time and (Path(out) / name).exists():
+            raise ConfigError(already_holds("output_dir", out, name))
 
 
 def check_resumable(saved: Settings, given: Settings, output_dir: str | None) -> None:

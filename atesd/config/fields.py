@@ -17,7 +17,8 @@ from atesd.config.options import option, switch_off_zeros
 MAY_CHANGE = (
     "max_steps learning_rate max_grad_norm max_nonfinite_steps gradient_checkpointing "
     "gradient_checkpointing_mode chunk_bytes keep_freed_memory logging_steps "
-    "save_steps save_total_limit report_to eval_steps early_stopping_patience stop_on_collapse save_best"
+    "save_steps save_total_limit report_to eval_steps early_stopping_patience stop_on_collapse save_best "
+    "allow_changed_inputs allow_older_checkpoint"
 ).split()
 
 
@@ -333,6 +334,14 @@ class RunFields:
         "our choice",
         f"Run directory to go on with; it brings its own settings. Flags may change {', '.join(MAY_CHANGE)}.",
     )
+    allow_changed_inputs: bool = option(
+        False,
+        "our choice",
+        "Let --resume go on though problems, templates, tokenizer or base weights have changed; summary.json tells.",
+    )
+    allow_older_checkpoint: bool = option(
+        True, "our choice", "Let --resume go on from an older checkpoint if the newest is damaged; off, it refuses."
+    )
     dry_run: bool = option(
         False, "our choice", "Load configuration and data, print the memory plan and the first prompts, and stop."
     )
@@ -340,7 +349,9 @@ class RunFields:
         1, "our choice", "Steps between lines to trackers; metrics.jsonl gets every step.", at_least=1
     )
     save_steps: int = option(10, "our choice", "Steps between checkpoints.", at_least=1)
-    save_total_limit: int = option(2, "our choice", "Checkpoints kept.", at_least=1)
+    save_total_limit: int = option(
+        2, "our choice", "Checkpoints kept; one whose next step was finite is kept in any case.", at_least=1
+    )
     report_to: str = option("none", "HF", "none, or trackers of accelerate with commas between: tensorboard, wandb.")
 
 

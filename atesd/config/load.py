@@ -15,7 +15,7 @@ from copy import copy
 from dataclasses import Field, asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 
 import yaml
 
@@ -38,6 +38,9 @@ class ATESDConfig(groups.Settings):
         2
     """
 
+    # Whether output_dir is the default, which contains the time: a run then takes the next free name.
+    named_by_time: ClassVar[bool] = False
+
     def validate(self) -> None:
         """Raises ConfigError (a ValueError) naming the first field that cannot be used, before anything loads."""
         check(self)
@@ -45,7 +48,8 @@ class ATESDConfig(groups.Settings):
     def save(self, run_dir: str | os.PathLike[str]) -> Path:
         """Writes the resolved settings as RUN_DIR/config.yaml, atomically; `load_config` reads them back."""
         path = Path(run_dir) / CONFIG_FILE
-        write_atomically(path, yaml.safe_dump(asdict(self) | {"resume": None}, sort_keys=False))
+        once = {"resume": None, "allow_changed_inputs": False}  # said of one start, not of the run
+        write_atomically(path, yaml.safe_dump(asdict(self) | once, sort_keys=False))
         return path
 
 
@@ -72,6 +76,7 @@ def load_config(recipe_or_yaml: str | None, flags: list[str]) -> ATESDConfig:
         config.output_dir = config.resume
     elif config.output_dir is None:
         config.output_dir = f"runs/{file.stem if file else 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+        config.named_by_time = True  # type: ignore[misc]
     config.validate()
     return config
 
@@ -114,8 +119,10 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as file:
             settings = yaml.load(file, Loader=UniqueKeys) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML in UTF-8: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{path} holds {type(settings).__name__}; it must hold lines of `field: value`")
     settings = dict(settings)

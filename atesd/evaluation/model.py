@@ -14,11 +14,11 @@ import torch
 import yaml
 from torch import nn
 
-from atesd.checkpoint import latest_checkpoint
 from atesd.config import CONFIG_FILE
 from atesd.config.eval_config import EvalConfig
 from atesd.evaluation.files import EvalError
 from atesd.models.loading import ModelLoadError, first_line, load_base
+from atesd.storage.checkpoint import latest_checkpoint
 
 ADAPTER_FILE = "adapter_config.json"
 

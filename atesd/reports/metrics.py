@@ -11,10 +11,14 @@ import os
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from atesd.errors import AtesdError
+from atesd.files import write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -23,12 +27,17 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 
 
+class RunFolderGone(AtesdError, OSError):
+    """The run's folder was removed or renamed while the run was under way."""
+
+
 class RunLog:
     """Appends one JSON line per step to RUN_DIR/metrics.jsonl, and samples to RUN_DIR/samples.jsonl.
 
     Args:
         resume_step: None empties the files. A number keeps the lines up to and including that step and drops the
-            rest, including an incomplete last line. 0 drops all lines of steps from 1 on.
+            rest, including an incomplete last line. 0 drops all lines of steps from 1 on. Lines that are not a run's
+            are moved to metrics.jsonl.damaged (or samples.jsonl.damaged), with a warning.
 
     Example:
         >>> log = RunLog(run_dir, resume_step=None)  # doctest: +SKIP
@@ -38,31 +47,52 @@ class RunLog:
     def __init__(self, run_dir: str | os.PathLike[str], resume_step: int | None) -> None:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.files = {}
         for name in (METRICS, SAMPLES):
             path = self.run_dir / name
-            kept = [] if resume_step is None else [row for row in read_jsonl(path) if row["step"] <= resume_step]
-            beside = path.with_suffix(".jsonl.tmp")
-            with beside.open("w", encoding="utf-8") as file:
-                file.writelines(as_line(row) for row in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        self.metrics_file = (self.run_dir / METRICS).open("a", encoding="utf-8")
-        self.samples_file = (self.run_dir / SAMPLES).open("a", encoding="utf-8")
+            kept = []
+            if resume_step is not None:
+                rows, damaged = read_steps(path)
+                move_aside(path, damaged)
+                kept = [row for row in rows if row["step"] <= resume_step]
+            write_atomically(path, "".join(as_line(row) for row in kept))
+            self.files[name] = path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Appends `{"step": step, **metrics}`. A NaN or infinity becomes null and is listed in "nonfinite"."""
-        self.metrics_file.write(as_line({"step": step, **metrics}))
-        self.metrics_file.flush()
+        self.append(METRICS, {"step": step, **metrics})
 
     def sample(self, step: int, sample: dict[str, Any]) -> None:
         """Appends one sample, e.g. problem id, prompt, response and alpha."""
-        self.samples_file.write(as_line({"step": step, **sample}))
-        self.samples_file.flush()
+        self.append(SAMPLES, {"step": step, **sample})
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        """Appends a line.
+
+        Raises:
+            RunFolderGone: the file is no longer at its path, so the line would be lost.
+        """
+        file, path = self.files[name], self.run_dir / name
+        try:
+            there = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except OSError:
+            there = False
+        if not there:
+            raise RunFolderGone(
+                f"{path} is no longer where the run writes it: somebody removed or renamed it, or {self.run_dir}. "
+                "Nothing more can be saved there; put it back and go on with --resume, or start again"
+            )
+        file.write(as_line(row))
+        file.flush()
+
+    def sync(self) -> None:
+        """Waits until all lines are on the device: a checkpoint must not be newer than the log."""
+        for file in self.files.values():
+            os.fsync(file.fileno())
 
     def close(self) -> None:
-        self.metrics_file.close()
-        self.samples_file.close()
+        for file in self.files.values():
+            file.close()
 
     def __enter__(self) -> RunLog:
         return self
@@ -82,11 +112,39 @@ def as_line(row: dict[str, Any]) -> str:
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Returns the rows of a JSONL file; [] if it does not exist. Skips an incomplete last line, left by a kill."""
+    return [json.loads(line) for line in whole_lines(path)]
+
+
+def whole_lines(path: str | os.PathLike[str]) -> list[bytes]:
     try:
-        lines = Path(path).read_bytes().splitlines(keepends=True)
+        lines = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines if line.endswith(b"\n") and line.strip()]
+    return [line for line in lines[:-1] if line.strip()]
+
+
+def read_steps(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """Returns the rows of a run's log, which have a step each, and the lines that are no such rows."""
+    rows, damaged = [], []
+    for line in whole_lines(path):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        good = isinstance(row, dict) and type(row.get("step")) is int
+        rows.append(row) if good else damaged.append(line)
+    return rows, damaged
+
+
+def move_aside(path: Path, lines: list[bytes]) -> None:
+    """Appends `lines` to PATH.damaged, with a warning if there are any."""
+    if lines:
+        aside = path.with_name(f"{path.name}.damaged")
+        with aside.open("ab") as file:
+            file.writelines(line + b"\n" for line in lines)
+        warnings.warn(
+            f"{path} has {len(lines)} damaged lines, e.g. {lines[0][:60]!r}: they are now in {aside}", stacklevel=3
+        )
 
 
 class PhaseTimer:

@@ -55,6 +55,11 @@ class StepLog:
             self.accelerator.log(metrics, step=step)
         self.bar.set_postfix({short: f"{metrics[name]:.3g}" for name, short in SHOWN.items()})
 
+    def sync(self) -> None:
+        """Waits until the lines so far are on the device."""
+        if self.files:
+            self.files.sync()
+
     def note(self, message: str) -> None:
         """Prints a line above the progress bar."""
         if self.files:

@@ -1,14 +1,14 @@
 """`atesd sweep`: the paper's fixed-exposure study, with one run per alpha and seed, and its figure.
 
 Trains the runs one after the other, and measures each on the same held-out problems before and after training. A
-stopped sweep can be resumed: it skips finished runs, and resumes an unfinished run from its latest checkpoint.
+stopped sweep can be resumed: it skips finished runs, and resumes an unfinished run from its latest checkpoint. Nothing
+is deleted: a folder that no sweep made is refused.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import shutil
 import statistics
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -16,12 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from atesd.checkpoint import latest_checkpoint
-from atesd.config import ATESDConfig, load_config
+from atesd.config import CONFIG_FILE, ATESDConfig, load_config
 from atesd.config.checks import check_same_settings
 from atesd.errors import ConfigError
 from atesd.files import write_json
 from atesd.run import Run
+from atesd.storage.folder import LOCK, own
 from atesd.studies.held_out import measure
 from atesd.studies.sweep_plot import study_figure
 from atesd.trainer import Trainer
@@ -50,45 +50,48 @@ def sweep(
         ConfigError: settings are unusable. Raised before the first run starts.
     """
     folder = Path(output_dir)
-    configs = {(alpha, seed): run_config(recipe, flags, folder, alpha, seed) for seed in seeds for alpha in alphas}
-    if any(config.rollout_engine != "hf" for config in configs.values()):
-        raise ConfigError(
-            "rollout_engine is not 'hf': a sweep measures the student before and after each run in its own process"
-        )
-    if not configs:
+    if not alphas or not seeds:
         raise ConfigError("a sweep needs at least an alpha and a seed")
-    rows: list[dict[str, Any]] = []
-    for (alpha, seed), config in configs.items():
-        run_dir = Path(config.output_dir)
-        if not (run_dir / STUDY).exists():
-            print(f"alpha {alpha:g}, seed {seed}: {run_dir}", flush=True)
-            run_one(config, alpha, seed)
-        rows += json.loads((run_dir / STUDY).read_text(encoding="utf-8"))
-    write_json(folder / STUDY, {"rows": rows, "summary": summarise(rows)})
-    study_figure(summarise(rows), folder / "study.png")
+    runs = {(alpha, seed): folder / f"alpha-{alpha:g}-seed-{seed}" for seed in seeds for alpha in alphas}
+    for (alpha, seed), run_dir in runs.items():  # all of them are checked before the folder is made
+        run_config(recipe, flags, run_dir, alpha, seed)
+    with own(folder, "output_dir"):  # no other sweep runs here: what is there now stays as it is
+        rows: list[dict[str, Any]] = []
+        for (alpha, seed), run_dir in runs.items():
+            config = run_config(recipe, flags, run_dir, alpha, seed)
+            if not (run_dir / STUDY).exists():
+                print(f"alpha {alpha:g}, seed {seed}: {run_dir}", flush=True)
+                run_one(config, alpha, seed)
+            rows += json.loads((run_dir / STUDY).read_text(encoding="utf-8"))
+        write_json(folder / STUDY, {"rows": rows, "summary": summarise(rows)})
+        study_figure(summarise(rows), folder / "study.png")
     return folder
 
 
-def run_config(recipe: str | None, flags: list[str], folder: Path, alpha: float, seed: int) -> ATESDConfig:
-    """Returns the settings of one run. Resumes a run with a checkpoint; deletes and restarts one without.
+def run_config(recipe: str | None, flags: list[str], run_dir: Path, alpha: float, seed: int) -> ATESDConfig:
+    """Returns the settings of one run, which goes on if `run_dir` holds it already.
 
     Raises:
-        ConfigError: the existing run has other settings. The runs of a study may differ only in alpha and seed.
+        ConfigError: the folder holds something else, or a run with other settings. The runs of a study may differ only
+            in alpha and seed.
     """
-    run_dir = folder / f"alpha-{alpha:g}-seed-{seed}"
     fixed = {"exposure_policy": "fixed", "exposure_kwargs": "{}", "fixed_alpha": alpha, "seed": seed}
     of_the_sweep = [flag for name, value in fixed.items() for flag in (f"--{name}", str(value))]
-    goes_on = (run_dir / STUDY).exists() or latest_checkpoint(run_dir)
-    if run_dir.exists() and not goes_on:  # its saved measurement may come from other settings
-        shutil.rmtree(run_dir)
+    goes_on = (run_dir / CONFIG_FILE).is_file()
+    if not goes_on and run_dir.exists() and any(path.name != LOCK for path in run_dir.iterdir()):
+        raise ConfigError(f"{run_dir} exists, and no sweep made it: move it, or choose another output_dir")
     new_dir = run_dir / "new" if goes_on else run_dir  # load_config refuses a folder that holds a run
     config = load_config(recipe, [*flags, *of_the_sweep, "--output_dir", str(new_dir)])
+    if config.rollout_engine != "hf":
+        raise ConfigError(
+            "rollout_engine is not 'hf': a sweep measures the student before and after each run in its own process"
+        )
     config.num_eval_problems = config.num_eval_problems or NUM_PROBLEMS
     if not goes_on:
         return config
     saved = load_config(None, ["--resume", str(run_dir)])
     settled = ["resume", "output_dir", *(["bf16"] if config.bf16 is None else [])]
-    check_same_settings(saved, config, settled, f"the sweep in {str(folder)!r}", "or choose another output_dir")
+    check_same_settings(saved, config, settled, f"the run in {str(run_dir)!r}", "or choose another output_dir")
     return saved
 
 

@@ -220,7 +220,7 @@ def test_a_wrong_file_is_refused_with_its_name(tmp_path, content, told):
 
 def test_a_run_is_not_written_over_another(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ConfigError, match="already holds a run: go on with it by --resume"):
+    with pytest.raises(ConfigError, match=r"already holds metrics\.jsonl, of a run .*: go on with a run by --resume"):
         load_config("quickstart", ["--output_dir", str(tmp_path)])
 
 

@@ -158,13 +158,22 @@ def test_a_wheel_with_another_checksum_is_refused_and_leaves_nothing(tmp_path, f
         file.write(b"!")
     with pytest.raises(RuntimeError, match=r"fake\.whl has SHA-256 .* delete it and try again"):
         smollm.smollm2_path(tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_a_conversion_that_fails_leaves_nothing_that_looks_like_a_model(tmp_path, fake_wheel):
     with pytest.raises(RuntimeError, match="SmolLM2 did not convert"):
         smollm.smollm2_path(tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path, fake_wheel):
+    leftover = tmp_path / "cache" / f".{smollm.FOLDER}-x7k2"
+    leftover.mkdir(parents=True)
+    (leftover / "model.gguf").write_bytes(b"half")
+    with pytest.raises(RuntimeError, match="SmolLM2 did not convert"):
+        smollm.smollm2_path(tmp_path / "cache")
+    assert not leftover.exists()
 
 
 def test_a_wheel_that_is_not_there_is_named(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from atesd import cli
 from atesd.errors import ConfigError
 from atesd.rollout import Sampling
 from atesd.run import Run
+from atesd.storage.folder import own
 from atesd.studies import sweep
 from atesd.studies.held_out import measure
 from atesd.trainer import Trainer
@@ -54,7 +55,7 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_draws_its_figure(recipe, tmp_p
     steps.clear()
     assert quietly(lambda: cli.main(arguments)) == 0 and steps == []
     assert cli.main([*arguments, "--learning_rate", "0.03"]) == 2 and steps == []
-    assert "learning_rate is 0.03, but the sweep in" in capsys.readouterr().err
+    assert "learning_rate is 0.03, but the run in" in capsys.readouterr().err
 
     assert (folder / "study.png").read_bytes().startswith(b"\x89PNG")
     study = json.loads((folder / "study.json").read_text())
@@ -131,18 +132,41 @@ def test_the_summary_is_over_seeds_and_thirds_of_the_problems():
     assert by_key[0.0, "hard"]["mismatch_p95"] == pytest.approx(0.45)  # problems 4 and 5
 
 
-def test_a_run_that_died_before_its_first_checkpoint_leaves_nothing_to_the_next(recipe, tmp_path):
-    died = tmp_path / "alpha-0.5-seed-0"
-    died.mkdir()
-    for name in ("metrics.jsonl", sweep.BEFORE):
-        (died / name).write_text("")
-    config = sweep.run_config(recipe, [], tmp_path, 0.5, 0)
-    assert (config.fixed_alpha, config.output_dir, config.resume) == (0.5, str(died), None) and not died.exists()
+def test_a_run_that_died_before_its_first_checkpoint_goes_on(recipe, tmp_path, monkeypatch):
+    folder, trains = tmp_path / "sweep", Trainer.train
+    arguments = ["sweep", recipe, "--alphas", "0.5", "--seeds", "0", "--output_dir", str(folder)]
+
+    def dies(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train", dies)
+    assert quietly(lambda: cli.main(arguments)) == 130
+    before = (folder / "alpha-0.5-seed-0" / sweep.BEFORE).read_text()
+    monkeypatch.setattr(Trainer, "train", trains)
+    assert quietly(lambda: cli.main(arguments)) == 0
+    assert (folder / "alpha-0.5-seed-0" / sweep.BEFORE).read_text() == before
+    assert len(json.loads((folder / "study.json").read_text())["rows"]) == 6
+
+
+def test_a_sweep_removes_nothing_it_did_not_make(recipe, tmp_path, capsys):
+    mine = tmp_path / "alpha-0-seed-0" / "thesis.tex"
+    mine.parent.mkdir()
+    mine.write_text("five years")
+    assert cli.main(["sweep", recipe, "--alphas", "0", "--seeds", "0", "--output_dir", str(tmp_path)]) == 2
+    assert "alpha-0-seed-0 exists, and no sweep made it" in capsys.readouterr().err
+    assert mine.read_text() == "five years"
+
+
+def test_a_second_sweep_in_the_same_folder_is_refused(recipe, tmp_path, capsys):
+    with own(tmp_path, "output_dir"):  # as if in another process: each open file has its own lock
+        arguments = ["sweep", recipe, "--alphas", "0", "--seeds", "0", "--output_dir", str(tmp_path)]
+        assert cli.main(arguments) == 1
+    assert "is being written by another process" in capsys.readouterr().err
 
 
 def test_a_sweep_replaces_the_policy_of_a_recipe_and_what_it_takes(recipe, tmp_path):
     flags = ["--exposure_policy", "linear", "--exposure_kwargs", '{"start_alpha": 1}']
-    config = sweep.run_config(recipe, flags, tmp_path, 0.5, 0)
+    config = sweep.run_config(recipe, flags, tmp_path / "run", 0.5, 0)
     assert (config.exposure_policy, config.exposure_kwargs, config.fixed_alpha) == ("fixed", "{}", 0.5)
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from atesd.checkpoint import latest_checkpoint, load_checkpoint
 from atesd.config.eval_config import EvalConfig
 from atesd.evaluation.command import evaluate
 from atesd.models.loading import load_model_and_tokenizer
@@ -24,6 +23,7 @@ from atesd.rollout import RolloutError
 from atesd.rollout.vllm_server import VLLMServerEngine
 from atesd.rollout.vllm_worker import WORKER_EXTENSION
 from atesd.run import Run
+from atesd.storage.checkpoint import latest_checkpoint, load_checkpoint
 from atesd.trainer import Trainer
 
 from .cases import BF16, chat_prompts, check_follows_at_a_sync_alone, disturb, rows_of

@@ -7,13 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from atesd import checkpoint
-from atesd.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from atesd.storage import checkpoint
+from atesd.storage.checkpoint import (
+    CheckpointError,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    newest_whole_checkpoint,
+    save_checkpoint,
+    set_aside,
+)
 
 
 def payload(step):
@@ -58,7 +67,7 @@ def test_the_last_k_are_kept_in_the_order_of_steps(tmp_path):
 def test_saving_a_step_again_replaces_it(tmp_path):
     save_checkpoint(tmp_path, 1, {"x": 1}, None, keep=1)
     save_checkpoint(tmp_path, 1, {"x": 2}, None, keep=1)
-    assert names(tmp_path) == ["step-000001"]
+    assert names(tmp_path) == ["step-000001.2"]
     assert load_checkpoint(latest_checkpoint(tmp_path)) == {"x": 2}
 
 
@@ -84,7 +93,7 @@ def test_a_damaged_file_is_named(tmp_path):
     path = save_checkpoint(tmp_path, 1, {"x": torch.ones(1000)}, None, keep=1)
     content = (path / "state.pt").read_bytes()
     (path / "state.pt").write_bytes(content[: len(content) // 2])
-    with pytest.raises(CheckpointError, match=r"step-000001/state\.pt is damaged"):
+    with pytest.raises(CheckpointError, match=r"step-000001 is damaged: state\.pt has changed"):
         load_checkpoint(path)
 
 
@@ -187,7 +196,7 @@ def test_other_errors_are_passed_on_and_leave_nothing_behind(tmp_path):
 
 KILLED = """
 import sys, torch
-from atesd.checkpoint import save_checkpoint
+from atesd.storage.checkpoint import save_checkpoint
 for step in range(1, 10_000):
     save_checkpoint(sys.argv[1], step, {"step": step, "x": torch.full((200_000,), float(step))}, None, keep=2)
     print(step, flush=True)
@@ -207,3 +216,111 @@ def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
         checkpoint.remove_leftovers(tmp_path / "checkpoints")
         assert 1 <= len(names(tmp_path)) <= 3
         shutil.rmtree(tmp_path / "checkpoints")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of ours catches it, and nothing is cleaned up after it."""
+
+
+def killed_before(monkeypatch, number):
+    """Every call that changes a name counts; before call `number`, and at every call after it, the process is dead."""
+    calls = []
+    for name in ("rename", "replace", "unlink", "rmdir", "remove"):
+
+        def counted(call, *arguments, **rest):
+            calls.append(call)
+            if len(calls) >= number:
+                raise Killed
+            return call(*arguments, **rest)
+
+        monkeypatch.setattr(os, name, partial(counted, getattr(os, name)))
+    return calls
+
+
+def test_there_is_never_a_moment_without_a_whole_checkpoint_of_the_newest_step(tmp_path, monkeypatch):
+    def adapter(folder):
+        folder.mkdir()
+        (folder / "adapter.bin").write_bytes(b"x")
+
+    number, finished = 1, False
+    while not finished:
+        run_dir = tmp_path / str(number)
+        for step in (1, 2, 2):  # the last one replaces a checkpoint, and one is due for removal
+            save_checkpoint(run_dir, step, {"step": step, "x": "old"}, adapter, keep=2)
+        with monkeypatch.context() as patch:
+            calls = killed_before(patch, number)
+            try:
+                save_checkpoint(run_dir, 2, {"step": 2, "x": "new"}, adapter, keep=1)
+                finished = True
+            except Killed:
+                pass
+        path, damaged = newest_whole_checkpoint(run_dir)
+        assert not damaged and load_checkpoint(path)["step"] == 2
+        if len(calls) > 1:
+            assert load_checkpoint(path)["x"] == "new", "the first change of a name puts the new one there"
+        save_checkpoint(run_dir, 3, {"step": 3}, None, keep=1)
+        assert names(run_dir) == ["step-000003"], "the next save clears what the killed one left"
+        number += 1
+    assert number > 5, "renames and removals were counted"
+
+
+def test_no_flipped_bit_is_loaded(tmp_path):
+    def adapter(folder):
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text('{"r": 4}')
+
+    path = save_checkpoint(tmp_path, 1, {"x": torch.arange(3.0), "alpha": 0.25}, adapter, keep=1)
+    loaded_anyway = 0
+    for file in [file for file in path.rglob("*") if file.is_file()]:
+        content = file.read_bytes()
+        for place in range(len(content)):
+            file.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+            try:
+                payload = load_checkpoint(path)
+            except CheckpointError:
+                continue
+            assert file.name == "manifest.json"  # white space and the like
+            assert payload["alpha"] == 0.25 and torch.equal(payload["x"], torch.arange(3.0))
+            loaded_anyway += 1
+        file.write_bytes(content)
+    assert loaded_anyway < 10
+    assert load_checkpoint(path)["alpha"] == 0.25
+
+
+@pytest.mark.parametrize("missing", ["state.pt", "manifest.json", "adapter/adapter.bin"])
+def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_found(tmp_path, missing):
+    def adapter(folder):
+        folder.mkdir()
+        (folder / "adapter.bin").write_bytes(b"x")
+
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, {"step": step}, adapter, keep=3)
+    for _, path in list_checkpoints(tmp_path)[1:]:
+        (path / missing).unlink()
+    path, damaged = newest_whole_checkpoint(tmp_path)
+    assert load_checkpoint(path)["step"] == 1
+    assert [p.name for p in damaged] == ["step-000003", "step-000002"] and all(
+        missing in fault for fault in damaged.values()
+    )
+
+
+def test_a_checkpoint_set_aside_is_kept_and_not_found(tmp_path):
+    save_checkpoint(tmp_path, 1, {"step": 1}, None, keep=3)
+    for _ in range(2):
+        aside = set_aside(save_checkpoint(tmp_path, 2, {"step": 2}, None, keep=3), "diverged")
+        assert load_checkpoint(aside)["step"] == 2
+    assert names(tmp_path) == ["diverged-step-000002", "diverged-step-000002-2", "step-000001"]
+    assert latest_checkpoint(tmp_path).name == "step-000001"
+
+
+def test_the_proven_checkpoint_outlives_the_last_k(tmp_path):
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, step, {"step": step}, None, keep=1, proven_step=min(step - 1, 2))
+    assert names(tmp_path) == ["step-000002", "step-000004"]
+
+
+def test_a_file_that_has_the_name_of_a_partial_checkpoint_is_left_alone(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".writing-notes").write_text("mine")
+    save_checkpoint(tmp_path, 1, {"step": 1}, None, keep=1)
+    assert (tmp_path / "checkpoints" / ".writing-notes").read_text() == "mine"

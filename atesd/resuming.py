@@ -1,0 +1,88 @@
+"""What a run that goes on starts from: its newest whole checkpoint, which must fit the settings it goes on with."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+from tqdm.auto import tqdm
+
+from atesd.config import CONFIG_FILE, ATESDConfig
+from atesd.config.checks import check_same_settings
+from atesd.config.fields import MAY_CHANGE
+from atesd.reports.metrics import METRICS, read_steps
+from atesd.storage.checkpoint import (
+    CHECKPOINTS,
+    SETTINGS,
+    CheckpointError,
+    list_checkpoints,
+    newest_whole_checkpoint,
+    set_aside,
+)
+
+SUMMARY = "summary.json"
+
+
+def go_on_command(run_dir: str | Path) -> str:
+    return f"atesd train --resume {shlex.quote(str(run_dir))}"
+
+
+def checkpoint_to_resume(run_dir: Path, allow_older: bool) -> Path | None:
+    """Returns the checkpoint that `--resume` takes; None if the run was stopped before it wrote one.
+
+    A damaged checkpoint is renamed to damaged-<name>, and the newest whole one is taken.
+
+    Raises:
+        CheckpointError: the newest one is damaged and `allow_older` is off, or none is whole, or all are gone.
+    """
+    whole, damaged = newest_whole_checkpoint(run_dir)
+    if damaged and (whole is None or not allow_older):
+        found = "; ".join(f"{path}: {fault}" for path, fault in damaged.items())
+        older = f"--allow_older_checkpoint goes on from {whole}" if whole else "no older one is whole"
+        raise CheckpointError(f"damaged checkpoints: {found}. Restore the files from a copy; {older}")
+    for path, fault in damaged.items():
+        aside = set_aside(path, "damaged")
+        tqdm.write(f"{path} is damaged: {fault}. It is now {aside.name}, and the run goes on from {whole}")
+    if whole is None and (gone := checkpoints_are_gone(run_dir)):
+        raise CheckpointError(
+            f"{run_dir} has no checkpoint to go on from, but {gone}: going on would start at step 1 and empty the "
+            f"log. Restore {CHECKPOINTS}/ from a copy, or start a new run"
+        )
+    return whole
+
+
+def checkpoints_are_gone(run_dir: Path) -> str | None:
+    """Why a run without checkpoints must have had some; None if it may have been killed before its first."""
+    if not (run_dir / CHECKPOINTS).is_dir():
+        return f"{CHECKPOINTS}/ is gone"
+    if (run_dir / SUMMARY).exists():
+        return "it has finished"
+    save_steps = yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))["save_steps"]
+    steps = max((row["step"] for row in read_steps(run_dir / METRICS)[0]), default=0)
+    return f"it has logged {steps} steps and saved every {save_steps}" if steps > save_steps else None
+
+
+def check_settings(checkpoint: Path, config: ATESDConfig, run_dir: Path) -> None:
+    """Raises ConfigError if `config` differs from the checkpoint's settings in what may not change.
+
+    config.yaml can be edited by hand; a checkpoint knows what it was made with.
+    """
+    settings = json.loads((checkpoint / SETTINGS).read_bytes())
+    saved = ATESDConfig(**{name: settings.get(name, value) for name, value in asdict(config).items()})
+    may_change = (*MAY_CHANGE, "resume", "output_dir", "dry_run")
+    advice = f"undo an edit of {run_dir / CONFIG_FILE}, or start a new run. --resume may change {', '.join(MAY_CHANGE)}"
+    check_same_settings(saved, config, may_change, f"the checkpoint in {str(run_dir)!r}", advice)
+
+
+def set_diverged_aside(run_dir: Path, proven_step: int) -> Path | None:
+    """Renames the checkpoints after `proven_step` to diverged-<name>. Returns the newest of the others, if any."""
+    proven = None
+    for step, path in list_checkpoints(run_dir):
+        if step <= proven_step:
+            proven = path
+        else:
+            set_aside(path, "diverged")
+    return proven

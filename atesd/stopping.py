@@ -1,0 +1,54 @@
+"""Ctrl-C and SIGTERM end a run after the step under way, when it can be saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run, which is saved. `signal` is its number."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.signal = number
+
+
+class StopSignals:
+    """Counts the signals that ask the run to end. A second one interrupts at once, without saving.
+
+    Attributes:
+        received: the number of the signal; None as long as there was none.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within, a first signal is only noted. Python handles signals in the main thread; elsewhere this is a no-op.
+
+        A signal that the process ignores (as under nohup) stays ignored.
+        """
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(number)
+                if handler not in (signal.SIG_IGN, None):  # None: the handler is not Python's
+                    before[number] = signal.signal(number, self.note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+        text = f"\n{signal.Signals(number).name}: ends after this step, which is saved; once more to end at once\n"
+        os.write(2, text.encode())  # print is not safe here: it may be what the signal has interrupted

@@ -1,0 +1,169 @@
+"""The owner of a folder: one process at a time writes there, and only into what a process of its kind has made.
+
+The owner holds a lock on FOLDER/.lock. The lock ends with its process, however that ends, so nothing is left to clean.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import weakref
+from contextlib import suppress
+from pathlib import Path
+
+from atesd.errors import AtesdError, ConfigError
+from atesd.files import STORAGE_FAULTS
+
+LOCK = ".lock"
+
+
+class FolderInUse(AtesdError, RuntimeError):
+    """Another process writes to the folder."""
+
+
+class OwnedFolder:
+    """A folder that this process owns until `close`. A context manager.
+
+    Attributes:
+        path: the folder.
+        made: whether this object made it.
+    """
+
+    def __init__(self, path: Path, made: bool):
+        self.path, self.made = path, made
+        self.lock = lock(path)
+        _owned.add(self)
+
+    def close(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+    def discard(self, *names: str) -> None:
+        """Give the folder up as if it had never been: remove its files and empty folders `names`, and what was made.
+
+        A folder that holds anything else stays.
+        """
+        for name in (*names, LOCK):
+            with suppress(OSError):
+                (self.path / name).rmdir() if (self.path / name).is_dir() else (self.path / name).unlink()
+        if self.made and not any(self.path.iterdir()):
+            self.path.rmdir()
+        self.close()
+
+    def __enter__(self) -> OwnedFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def own_new(path: Path, used: tuple[str, ...], setting: str, numbered: bool = False) -> OwnedFolder:
+    """Makes a folder and owns it. An existing folder without any of `used` will do.
+
+    Args:
+        path: the folder to make.
+        used: names of files and folders that its owner will write, and must not find there.
+        setting: what the user calls the folder, e.g. "output_dir".
+        numbered: take PATH-2, PATH-3, ... instead of a folder that is there.
+
+    Raises:
+        ConfigError: the folder cannot be made, or is in use, or holds one of `used`.
+    """
+    chosen, number, made = path, 1, make(path, setting)
+    while numbered and not made:
+        number += 1
+        chosen = path.with_name(f"{path.name}-{number}")
+        made = make(chosen, setting)
+    try:
+        folder = OwnedFolder(chosen, made)
+    except FolderInUse as error:
+        raise ConfigError(f"{setting} is {str(path)!r}, but {error}") from error
+    found = [name for name in used if (chosen / name).exists()]
+    if found:
+        folder.close()
+        raise ConfigError(already_holds(setting, path, found[0]))
+    return folder
+
+
+def already_holds(setting: str, path: Path | str, name: str) -> str:
+    return (
+        f"{setting} {str(path)!r} already holds {name}, of a run or of yours: go on with a run by --resume {path}, "
+        "or choose another folder"
+    )
+
+
+def own(path: Path, setting: str) -> OwnedFolder:
+    """Owns a folder, which is made if it is absent.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+        FolderInUse: another process owns it.
+    """
+    return OwnedFolder(path, make(path, setting))
+
+
+def make(path: Path, setting: str) -> bool:
+    """Makes a folder and those above it. Returns whether it was absent; the answer is right for one process only.
+
+    Raises:
+        ConfigError: the system refuses it, or something else has that name.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir()
+            return True
+        except FileExistsError:
+            if not path.is_dir():
+                raise
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        number, name = getattr(error, "errno", None), getattr(error, "filename", None)
+        why = STORAGE_FAULTS.get(number) or (os.strerror(number) if number else str(error)).lower()
+        where = f" at {name!r}" if name and str(name) != str(path) else ""
+        raise ConfigError(
+            f"{setting} is {str(path)!r}, which cannot be made or written to ({why}{where}): choose another folder"
+        ) from error
+    return False
+
+
+def lock(folder: Path) -> int:
+    """Returns the descriptor of the locked FOLDER/.lock.
+
+    Raises:
+        FolderInUse: another process holds the lock.
+    """
+    path = folder / LOCK
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(descriptor, 200).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise FolderInUse(
+                f"{folder} is being written by another process{f' ({owner})' if owner else ''}: wait until it has "
+                "ended, or choose another folder"
+            ) from error
+        if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
+            break
+        os.close(descriptor)  # its owner removed the file in between: what we locked is no longer there
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return descriptor
+
+
+_owned: weakref.WeakSet[OwnedFolder] = weakref.WeakSet()
+
+
+def close_in_child() -> None:
+    """A forked child, a grader for instance, must not hold the lock on when its parent has died."""
+    for folder in list(_owned):
+        folder.close()
+
+
+os.register_at_fork(after_in_child=close_in_child)

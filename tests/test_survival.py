@@ -1,0 +1,341 @@
+"""A run survives company, other inputs, damage, signals and a full disk; or says by name why it does not go on."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from atesd.config import load_config
+from atesd.errors import AtesdError, ConfigError
+from atesd.files import write_atomically
+from atesd.reports.metrics import RunFolderGone
+from atesd.run import Run
+from atesd.stopping import Stopped
+from atesd.storage.checkpoint import CheckpointError, list_checkpoints
+from atesd.storage.folder import FolderInUse
+from atesd.trainer import NonFiniteLoss, StorageError, Trainer, train
+
+
+def resume(run_dir: Path, *flags: str):
+    return load_config(None, ["--resume", str(run_dir), *flags])
+
+
+def rows_of(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+# company
+
+
+def test_a_live_run_is_neither_resumed_nor_hurt_by_a_second_process(tiny_config, start_atesd, kill_when):
+    run = Run.build(tiny_config(max_steps=2))
+    second = start_atesd("train", "--resume", str(run.run_dir))
+    _, said = second.communicate(timeout=120)
+    assert second.returncode == 1
+    assert f"{run.run_dir} is being written by another process (process {os.getpid()}" in said.decode()
+    Trainer(run).train()
+    run.close()
+    assert [row["step"] for row in rows_of(run.run_dir)] == [1, 2]
+    with pytest.raises(ConfigError, match="already holds"):
+        train(tiny_config(max_steps=2))
+
+
+def test_a_run_gives_its_folder_up_however_it_ends(tiny_config, monkeypatch):
+    monkeypatch.setattr(Trainer, "train_step", lambda self, t: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(tiny_config())
+    config = resume(Path(tiny_config().output_dir))
+    run = Run.build(config)
+    with pytest.raises(FolderInUse):
+        Run.build(config)
+    run.close()
+
+
+def test_two_runs_started_in_the_same_second_have_two_folders(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = []
+    for _ in range(2):
+        config = tiny_config(output_dir="runs/tiny-20261127-120000", max_steps=1)
+        config.named_by_time = True
+        folders.append(train(config))
+    assert [folder.name for folder in folders] == ["tiny-20261127-120000", "tiny-20261127-120000-2"]
+    assert all(yaml.safe_load((f / "config.yaml").read_text())["output_dir"] == str(f) for f in folders)
+
+
+@pytest.mark.parametrize("setting", [{"max_prompt_length": 8}, {"lora_target_modules": "nowhere"}])
+def test_a_refused_start_leaves_no_folder(tiny_config, setting):
+    config = tiny_config(**setting)
+    with pytest.raises(AtesdError):
+        train(config)
+    assert not Path(config.output_dir).exists()
+
+
+# other inputs
+
+
+def changed_words(data: Path, model: Path) -> None:
+    data.write_text(data.read_text().replace("Ann", "Bea", 1))
+
+
+def changed_order(data: Path, model: Path) -> None:
+    data.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
+
+
+def fewer_problems(data: Path, model: Path) -> None:
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[:-3]))
+
+
+def other_template(data: Path, model: Path) -> None:
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("|>' + m", "|> ' + m"))
+
+
+def other_weights(data: Path, model: Path) -> None:
+    weights = model / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-7] ^= 1
+    weights.write_bytes(content)
+
+
+def other_tokenizer(data: Path, model: Path) -> None:
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"]["add_prefix_space"] = True
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (changed_words, "problems"),
+        (changed_order, "the training problems"),
+        (fewer_problems, "the training problems"),
+        (other_template, "the chat template"),
+        (other_weights, "the base model's files"),
+        (other_tokenizer, "the tokenizer"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_inputs_unless_told_to(
+    tiny_config, tiny_model_path, sums, tmp_path, change: Callable[[Path, Path], None], named
+):
+    data, model = tmp_path / "sums.jsonl", tmp_path / "model"
+    shutil.copy(sums, data)
+    shutil.copytree(tiny_model_path, model)
+    run_dir = train(tiny_config(dataset_name=str(data), model_name_or_path=str(model), max_steps=1))
+    change(data, model)
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=f"(?s){named}.*--allow_changed_inputs"):
+        train(resume(run_dir, "--max_steps", "2"))
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+    train(resume(run_dir, "--max_steps", "2", "--allow_changed_inputs"))
+    assert named in " ".join(json.loads((run_dir / "summary.json").read_text())["changed_inputs"])
+    train(resume(run_dir, "--max_steps", "3"))  # it goes on from what it last read
+    assert named in " ".join(json.loads((run_dir / "summary.json").read_text())["changed_inputs"])
+
+
+def test_other_prompt_templates_under_the_same_name_are_other_inputs(tiny_config, tmp_path):
+    templates = tmp_path / "templates.yaml"
+    templates.write_text("student: 'Solve: {problem}'\n")
+    run_dir = train(tiny_config(prompt_templates=str(templates), max_steps=1))
+    templates.write_text("student: 'Please solve: {problem}'\n")
+    with pytest.raises(ConfigError, match="the prompt templates changed since"):
+        train(resume(run_dir, "--max_steps", "2"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", 7), ("lora_r", 8), ("gradient_accumulation_steps", 1)])
+def test_an_edited_config_is_held_against_the_checkpoint(tiny_config, name, value):
+    run_dir = train(tiny_config(max_steps=1))
+    settings = yaml.safe_load((run_dir / "config.yaml").read_text())
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(settings | {name: value}))
+    with pytest.raises(ConfigError, match=rf"{name} is {value}, but the checkpoint in .* was started with"):
+        train(resume(run_dir, "--max_steps", "2"))
+
+
+# damage
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_named_kept_and_passed_over(tiny_config, capsys):
+    run_dir = train(tiny_config(max_steps=4))
+    flip(list_checkpoints(run_dir)[-1][1] / "state.pt")
+    with pytest.raises(CheckpointError, match=r"step-000004: state\.pt has changed .*goes on from .*step-000002"):
+        train(resume(run_dir, "--max_steps", "5", "--no_allow_older_checkpoint"))
+    train(resume(run_dir, "--max_steps", "5"))
+    assert "step-000004 is damaged: state.pt has changed" in capsys.readouterr().out
+    assert names(run_dir) == ["damaged-step-000004", "step-000004", "step-000005"]
+    assert [row["step"] for row in rows_of(run_dir)] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused(tiny_config):
+    run_dir = train(tiny_config(max_steps=2))
+    flip(list_checkpoints(run_dir)[-1][1] / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors has changed.*no older one is whole"):
+        train(resume(run_dir, "--max_steps", "3"))
+
+
+@pytest.mark.parametrize("folder_too", [True, False])
+def test_a_run_whose_checkpoints_are_gone_keeps_its_log(tiny_config, folder_too):
+    run_dir = train(tiny_config(max_steps=4))
+    shutil.rmtree(run_dir / "checkpoints")
+    if not folder_too:
+        (run_dir / "checkpoints").mkdir()
+        (run_dir / "summary.json").unlink()
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match="no checkpoint to go on from"):
+        train(resume(run_dir, "--max_steps", "5"))
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["missing", "shape", "number"])
+def test_a_payload_of_a_wrong_shape_is_a_named_error(tiny_config, kind):
+    run = Run.build(tiny_config())
+    state = run.state_dict()
+    if kind == "missing":
+        del state["optimizer"]
+    elif kind == "shape":
+        name = next(iter(state["trained"]))
+        state["trained"][name] = torch.zeros(2, 2)
+    else:
+        state["sampler"] = 3
+    run.state_dict = lambda: state
+    run.save()
+    run.close()
+    with pytest.raises(CheckpointError, match=r"step-000000 does not fit the run"):
+        Run.build(resume(run.run_dir))
+
+
+def test_torn_and_foreign_lines_of_the_log_are_set_aside(tiny_config):
+    run_dir = train(tiny_config(max_steps=2))
+    log = run_dir / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(lines[0] + b'{"step": 2, "lo\n' + b"\xff\xfe\n" + b'["mine"]\n' + lines[1] + b'{"st')
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl has 3 damaged lines"):
+        train(resume(run_dir, "--max_steps", "3"))
+    assert [row["step"] for row in rows_of(run_dir)] == [1, 2, 3]
+    assert (run_dir / "metrics.jsonl.damaged").read_bytes() == b'{"step": 2, "lo\n\xff\xfe\n["mine"]\n'
+
+
+def test_a_run_that_diverged_keeps_its_last_good_checkpoint_and_goes_on_from_it(tiny_config, monkeypatch):
+    update = Trainer.update
+
+    def ruins_the_weights(self, loss):
+        norm = update(self, loss)
+        if self.run.step == 2 and self.run.config.learning_rate > 1e-4:
+            with torch.no_grad():
+                for p in self.run.student.trained.values():
+                    p.fill_(1e30)
+        return norm
+
+    monkeypatch.setattr(Trainer, "update", ruins_the_weights)
+    config = tiny_config(max_steps=9, save_steps=1, save_total_limit=1, max_nonfinite_steps=3)
+    with pytest.raises(NonFiniteLoss, match=r"go on from step-000002 with atesd train --resume .* and a lower"):
+        train(config)
+    run_dir = Path(config.output_dir)
+    assert names(run_dir) == ["diverged-step-000006", "step-000002"]
+    train(resume(run_dir, "--learning_rate", "1e-5", "--max_steps", "4"))
+    assert [(row["step"], row["skipped"]) for row in rows_of(run_dir)] == [(step, 0) for step in (1, 2, 3, 4)]
+
+
+# the system
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_which_is_saved(tiny_config, monkeypatch, number):
+    step = Trainer.train_step
+
+    def signalled(self, t):
+        if t == 1 and self.run.config.max_steps == 5:
+            os.kill(os.getpid(), number)
+        return step(self, t)
+
+    monkeypatch.setattr(Trainer, "train_step", signalled)
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(Stopped, match="saved as it was after step 2") as stopped:
+            train(tiny_config(max_steps=5, save_steps=4))
+    finally:
+        for each, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(each, handler)
+    assert stopped.value.signal == number
+    run_dir = Path(tiny_config().output_dir)
+    assert names(run_dir) == ["step-000002"]
+    train(resume(run_dir, "--max_steps", "3"))
+    assert [row["step"] for row in rows_of(run_dir)] == [1, 2, 3]
+
+
+def test_a_run_whose_folder_is_removed_or_renamed_says_so_at_the_next_write(tiny_config, tmp_path, monkeypatch):
+    step = Trainer.train_step
+
+    def moved(self, t):
+        if t == 1:
+            self.run.run_dir.rename(tmp_path / "elsewhere")
+        return step(self, t)
+
+    monkeypatch.setattr(Trainer, "train_step", moved)
+    with pytest.raises(RunFolderGone, match=r"run/metrics\.jsonl is no longer where the run writes it"):
+        train(tiny_config())
+    assert not (tmp_path / "run").exists(), "nothing is written where nobody looks"
+
+
+@pytest.mark.parametrize("place", ["finish", "log"])
+@pytest.mark.parametrize(("number", "fault"), [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "is read-only")])
+def test_a_disk_that_fails_is_a_named_error_after_which_nothing_is_lost(tiny_config, monkeypatch, place, number, fault):
+    def fails(*arguments, **rest):
+        raise RuntimeError(f"Error while serializing: {os.strerror(number)} (os error {number})")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*{"finish": (Run, "finish"), "log": ("atesd.reports.metrics.RunLog.sample",)}[place], fails)
+        with pytest.raises(StorageError, match=f"{fault}.*go on with: atesd train --resume"):
+            train(tiny_config(max_steps=2))
+    run_dir = Path(tiny_config().output_dir)
+    train(resume(run_dir))
+    assert [row["step"] for row in rows_of(run_dir)] == [1, 2] and (run_dir / "adapter").is_dir()
+
+
+def test_a_finished_run_says_so_and_writes_nothing(tiny_config, capsys):
+    run_dir = train(tiny_config(max_steps=1))
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.name not in ("config.yaml", ".lock")}
+    train(resume(run_dir))
+    assert "the run is finished after step 1" in capsys.readouterr().out
+    changed = [path for path, time in before.items() if path.is_file() and path.stat().st_mtime_ns != time]
+    assert [path.name for path in changed] == ["inputs.json"]
+
+
+def test_a_small_file_is_old_or_new_whatever_fails(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    write_atomically(path, "old")
+
+    def fails(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, fails)
+            with pytest.raises(OSError):
+                write_atomically(path, "new")
+        assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_yaml_that_is_not_utf8_is_refused_by_name(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes("dataset_name: sümme.jsonl\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"mine\.yaml is not valid YAML in UTF-8"):
+        load_config(str(path), [])

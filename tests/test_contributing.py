@@ -98,7 +98,7 @@ def refused(train, folder, capsys) -> Callable[..., str]:
 
 
 def test_the_examples_are_short():
-    assert set(BLOCKS) == {"my_divergence", "my_kernels", "my_policy", "my_engine"}
+    assert set(BLOCKS) == {"my_divergence", "my_kernels", "my_policy", "my_engine", "my_metrics"}
     for name, code in BLOCKS.items():
         assert len(code.splitlines()) < 20, name
 
@@ -133,6 +133,23 @@ def test_the_engine_writes_the_answers_of_an_evaluation(folder, tiny_model_path)
     assert cli.main(["eval", *flags, "--rollout_kwargs", '{"repeats": 3}']) == 0
     lines = (folder / "evaluation" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["num_tokens"] for line in lines] == [3, 3]
+
+
+def test_the_metric_is_reported_with_an_interval_and_for_a_finished_evaluation_too(folder, tiny_model_path, capsys):
+    rows = [{"problem": f"What is 1 + {n}?", "answer": str(n + 1)} for n in range(2)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    flags = ["eval", "--model", str(tiny_model_path), "--data", "data.jsonl", "--k", "2", "--max_new_tokens", "8"]
+    flags += ["--output_dir", "evaluation", "--rollout_engine", "my_engine:Parrot"]
+    assert cli.main(flags) == 0
+    samples = (folder / "evaluation" / "samples.jsonl").read_bytes()
+    assert cli.main([*flags, "--metrics", "my_metrics:says_therefore"]) == 0
+    results = json.loads((folder / "evaluation" / "results.json").read_text(encoding="utf-8"))
+    assert results["metrics"]["says_therefore"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert (folder / "evaluation" / "samples.jsonl").read_bytes() == samples
+    for wrong, message in (("my_metrics:nothing", "has no 'nothing'"), ("extra:silent", "does not take the samples")):
+        capsys.readouterr()
+        assert cli.main([*flags, "--metrics", wrong]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_triton_twin_computes_what_the_torch_term_does(folder):

@@ -1,10 +1,12 @@
-"""The settings that take code of yours: `divergence`, `exposure_policy` and `rollout_engine`, as `module:object`.
+"""The settings that take code of yours: `divergence`, `exposure_policy`, `rollout_engine` and `metrics`, as
+`module:object`.
 
 | setting           | the object                      | it is called with                                     |
 |-------------------|---------------------------------|-------------------------------------------------------|
 | `divergence`      | is a `DivergenceTerm`           |                                                       |
 | `exposure_policy` | makes an `ExposurePolicy`       | the `POLICY_SETTINGS` it names, and `exposure_kwargs` |
 | `rollout_engine`  | makes a `RolloutEngine`         | config, model, tokenizer, processes, `rollout_kwargs` |
+| `metrics` (eval)  | is a metric of one problem      | the problem's samples                                 |
 
 checks.py validates through this file, and the parts of a run later load the same objects through it. A registered name
 imports nothing. `module:object` imports your module, and torch if your module needs it.
@@ -196,6 +198,28 @@ def engine_factory(text: str, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
         ) from error
     check_kwargs("rollout_engine", text, factory, kwargs, "rollout_kwargs", tuple(first))
     return factory
+
+
+def load_metrics(text: str | None) -> dict[str, Callable[[list[dict[str, Any]]], float]]:
+    """The functions that `metrics` names, with commas between, by their names.
+
+    Raises:
+        ConfigError: one cannot be imported or called with the samples of a problem, or two have the same name.
+    """
+    found: dict[str, Callable[[list[dict[str, Any]]], float]] = {}
+    for name in text.replace(" ", "").split(",") if text else ():
+        metric = load_object(name, "metrics")
+        try:
+            signature("metrics", name, metric).bind([])
+        except TypeError as error:
+            raise ConfigError(
+                f"metrics names {name!r}, which does not take the samples of a problem: {error}"
+            ) from error
+        label = getattr(metric, "__name__", name)
+        if label in found:
+            raise ConfigError(f"metrics names two functions {label!r}: rename one of them")
+        found[label] = metric
+    return found
 
 
 def check_kwargs(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from atesd.config import doors
 from atesd.config.checks import check_engine, require
 from atesd.config.fields import RolloutFields
 from atesd.config.load import config_parser, parse
@@ -18,7 +19,15 @@ from atesd.config.options import check_fields, option
 from atesd.errors import ConfigError
 
 # Settings that neither samples nor verdicts depend on: they may differ when an evaluation goes on.
-FREE = ("output_dir", "confidence", "num_bootstrap", "grading_processes", "rollout_timeout", "rollout_retries")
+FREE = (
+    "output_dir",
+    "confidence",
+    "num_bootstrap",
+    "metrics",
+    "grading_processes",
+    "rollout_timeout",
+    "rollout_retries",
+)
 FREE += ("vllm_server_base_url", "vllm_kv_cache_bytes", "vllm_enable_sleep_mode")
 
 
@@ -105,6 +114,12 @@ class EvalGradingFields:
     grading_processes: int = option(2, "our choice", "Processes that grade.", at_least=1)
     confidence: float = option(0.95, "our choice", "Level of the bootstrap intervals.", above=0, below=1)
     num_bootstrap: int = option(10_000, "our choice", "Resamples of the problems.", at_least=1)
+    metrics: str | None = option(
+        None,
+        "our choice",
+        "Metrics of yours beside the built-in ones: module:function, with commas between. Each takes the samples of "
+        "one problem (rows of samples.jsonl) and returns a number, which is averaged over the problems.",
+    )
 
 
 @dataclass
@@ -141,6 +156,7 @@ class EvalConfig(EvalRunFields, EvalGradingFields, EvalRolloutFields, EvalDataFi
         for name in ("importance_clip", "max_staleness"):
             require(self, name, not getattr(self, name), "left out: it is a setting of training")
         check_engine(self)
+        doors.load_metrics(self.metrics)
         for name in ("adapter", "prompt_templates"):
             path = getattr(self, name)
             require(self, name, path is None or Path(path).exists(), "a path that exists")

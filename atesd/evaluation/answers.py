@@ -8,7 +8,7 @@ samples as an uninterrupted one.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,12 +87,18 @@ def answers(
 
 
 def summarise(
-    samples: Sequence[Sample], k: int, grader: Grader, confidence: float, num_bootstrap: int
+    samples: Sequence[Sample],
+    k: int,
+    grader: Grader,
+    confidence: float,
+    num_bootstrap: int,
+    metrics: Mapping[str, Callable[[list[Sample]], float]] | None = None,
 ) -> dict[str, Any]:
     """Returns `{"metrics": {name: {value, low, high}}, "problems": {id: {metric: value}}}`. Needs all samples.
 
     Each metric is a mean over problems: `average@k` (share of correct samples), unbiased `pass@j`, `maj@k`,
-    `response_length` in tokens, `truncated` (share cut off at the limit), `no_answer` (share without an answer).
+    `response_length` in tokens, `truncated` (share cut off at the limit), `no_answer` (share without an answer), and
+    `metrics`, each a function of the samples of one problem.
     """
     by_problem: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
@@ -107,6 +113,7 @@ def summarise(
             "response_length": sum(s["num_tokens"] for s in own) / k,
             "truncated": sum(s["finish_reason"] == "length" for s in own) / k,
             "no_answer": sum(s["extracted"] is None for s in own) / k,
+            **{label: float(metric(own)) for label, metric in (metrics or {}).items()},
         }
     table = np.array([list(row.values()) for row in rows.values()])
     names = list(next(iter(rows.values())))

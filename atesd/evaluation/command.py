@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from atesd import __version__
 from atesd.config import ATESDConfig
+from atesd.config.doors import load_metrics
 from atesd.config.eval_config import FREE, EvalConfig
 from atesd.data.problems import Problem
 from atesd.data.prompts import PromptBuilder
@@ -69,7 +70,10 @@ def evaluate(config: EvalConfig) -> Path:
         wrong = [row for row in file.rows if expected.get((row["problem_id"], row["sample"])) != row["seed"]]
         if wrong or len(done) < len(file.rows):
             raise EvalError(f"{file.path} holds samples that are not of this evaluation: choose another --output_dir")
-        statistics = {"confidence": config.confidence, "num_bootstrap": config.num_bootstrap}
+        metrics = load_metrics(config.metrics)
+        statistics = {
+            "confidence": config.confidence, "num_bootstrap": config.num_bootstrap, "own_metrics": [*metrics],
+        }  # fmt: skip
         if done == expected.keys() and statistics.items() <= read_json(folder / RESULTS).items():
             return write_reports(folder)
         grader = Grader(config.grading_processes, config.grading_time_limit, config.box_only)
@@ -81,7 +85,7 @@ def evaluate(config: EvalConfig) -> Path:
                 generate_samples(resolved, problems, prompts, engine, tokenizer, grader, file, done)
                 engine.close()
             rows = in_order(file.rows, problems)
-            results = summarise(rows, config.num_generations, grader, config.confidence, config.num_bootstrap)
+            results = summarise(rows, config.num_generations, grader, config.confidence, config.num_bootstrap, metrics)
     run = find_run(adapter) if adapter else None
     seen = seen_in_training(problems, run) if run else None
     nonfinite = sum(row["finish_reason"] == "nonfinite" for row in rows)

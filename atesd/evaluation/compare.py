@@ -15,7 +15,7 @@ import numpy as np
 
 from atesd.evaluation import plots
 from atesd.evaluation.files import EvalError, flat
-from atesd.evaluation.report import CELL, EvalRun, interval, load_run, overview, shown
+from atesd.evaluation.report import CELL, EvalRun, interval, is_share, load_run, overview, shown
 from atesd.evaluation.statistics import estimate
 from atesd.files import write_json
 from atesd.reports.markup import card, html_table, markdown_table, page, text
@@ -110,8 +110,9 @@ def canonical(run: EvalRun, metric: str) -> str:
 def rows_of(pair: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, m in pair["metrics"].items():
-        unit, scale = (" tokens", 1) if name == "response_length" else (" points", 100)
-        value = f"{scale * m['value']:+,.{0 if scale == 1 else 1}f}{unit}"
+        value = f"{100 * m['value']:+,.1f} points" if is_share(name) else f"{m['value']:+.4g}"
+        if name == "response_length":
+            value = f"{m['value']:+,.0f} tokens"
         rows.append([name, shown(name, m["a"]), shown(name, m["b"]), value, interval(name, m, "+")])
     level = f"{100 * pair['confidence']:g} % interval"
     return ["metric", pair["a"], pair["b"], f"{pair['b']} - {pair['a']}", level], rows

@@ -99,7 +99,12 @@ def html_report(run: EvalRun) -> str:
 def metric_table(run: EvalRun) -> tuple[list[str], list[list[str]]]:
     level = f"{100 * run.settings['confidence']:g} % interval"
     rows = [
-        [name, shown(name, m["value"]), interval(name, m), DESCRIPTIONS[name.partition("@")[0]]]
+        [
+            name,
+            shown(name, m["value"]),
+            interval(name, m),
+            DESCRIPTIONS.get(name.partition("@")[0], "a metric of your own"),
+        ]
         for name, m in run.metrics.items()
     ]
     return ["metric", "value", level, ""], rows
@@ -165,13 +170,23 @@ def versions(run: EvalRun) -> str:
     return ", ".join(f"{name} {version}" for name, version in run.record["versions"].items())
 
 
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share, shown in percent. Tokens, and metrics of the user's, are plain numbers."""
+    return metric != "response_length" and metric.partition("@")[0] in DESCRIPTIONS
+
+
 def shown(metric: str, value: float) -> str:
-    return f"{value:,.0f}" if metric == "response_length" else f"{100 * value:.1f} %"
+    """A value in the unit of the metric: tokens, percent, or the number itself for a metric of the user's."""
+    if metric == "response_length":
+        return f"{value:,.0f}"
+    return f"{100 * value:.1f} %" if is_share(metric) else f"{value:.4g}"
 
 
 def interval(metric: str, estimate: dict[str, float | None], sign: str = "") -> str:
-    """Formats "[low, high]" in the unit of the metric: tokens or percent."""
+    """Formats "[low, high]" in the unit of the metric, as `shown` does."""
     if estimate["low"] is None:
         return "[no interval: one problem]"
-    scale, form = (1, f"{sign},.0f") if metric == "response_length" else (100, f"{sign}.1f")
+    scale, form = (100, f"{sign}.1f") if is_share(metric) else (1, f"{sign},.0f")
+    if metric not in DESCRIPTIONS and scale == 1:
+        form = f"{sign}.4g"
     return f"[{scale * estimate['low']:{form}}, {scale * estimate['high']:{form}}]"

@@ -52,6 +52,7 @@ def use_exposure(
     probe_every: int = 1,
     grounding: str | None = None,
     batch_size: int = 2,
+    strict: bool = True,
 ) -> ExposureCallback | None:
     """Let `policy` decide how much of its privileged context the teacher of an SDFT or SDPO trainer reads.
 
@@ -70,12 +71,13 @@ def use_exposure(
         grounding: "reference" scores the solution's tokens that the teacher was not shown, "answer" the final answer
             only, "none" nothing. None is "reference" for SDFT and "none" for SDPO, which has no reference.
         batch_size: sequences in a forward of these measurements.
+        strict: raise if the installed TRL is not the one this was written for. False: warn, leave the trainer as it is.
 
     Returns:
-        The callback that was added to the trainer. None, with a warning that names both versions, where the installed
-        TRL is not what this was written for; the trainer is then as it was.
+        The callback that was added to the trainer; None after that warning.
 
     Raises:
+        UnexpectedSourceError: a `RuntimeError` that names both versions and the differing functions; see `strict`.
         ValueError: another trainer; a context without a final answer; a prompt that TRL would cut from the left
             (`PromptTooLong`); a hold window that splits a generation.
 
@@ -90,7 +92,7 @@ def use_exposure(
         grounding = "reference" if kind == "sdft" else "none"
     if grounding not in ("reference", "answer", "none") or (kind == "sdpo" and grounding != "none"):
         raise ValueError(f"grounding={grounding!r} is not known for {type(trainer).__name__}.")
-    if not is_as_expected(type(trainer), f"{kind.upper()}Trainer", _EXPECTED[kind], "trl", WRITTEN_FOR):
+    if not is_as_expected(type(trainer), f"{kind.upper()}Trainer", _EXPECTED[kind], "trl", WRITTEN_FOR, strict):
         return None
     args = trainer.args
     steps = math.ceil(args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps)

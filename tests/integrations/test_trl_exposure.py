@@ -156,6 +156,9 @@ def test_what_would_go_wrong_later_is_refused_now(sharp_model_path, tmp_path):
             return super()._tokenize_prompts(prompts)
 
     trainer = make_trainer("sdft", sharp_model_path, tmp_path, trainer_class=Changed)
-    with pytest.warns(UserWarning, match=r"_tokenize_prompts of Changed in the installed trl .* differ from trl 1\."):
-        assert use_exposure(trainer, fixed(1.0)) is None
+    told = r"_tokenize_prompts of Changed in the installed trl .* differ from trl 1\."
+    with pytest.raises(RuntimeError, match=told):
+        use_exposure(trainer, fixed(1.0))
+    with pytest.warns(UserWarning, match=told):
+        assert use_exposure(trainer, fixed(1.0), strict=False) is None
     assert not any("Exposure" in type(callback).__name__ for callback in trainer.callback_handler.callbacks)

@@ -61,7 +61,8 @@ def test_a_head_read_through_a_tensor_descriptor_gives_the_same_numbers(h, descr
         lengths, exposed = (torch.tensor([n], device=DEVICE) for n in (17, 2))
         results.append(exposure_logprobs(hidden, pair.student_weight, targets, lengths, exposed, backend="triton"))
         assert bool(made) == (tma and described)
-    assert torch.equal(*results)
+    # not the same bits: the interpreter multiplies by NumPy, whose order of summation follows strides and processor
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("divergence", ("forward_kl", "reverse_kl", "jeffreys"))

@@ -338,7 +338,15 @@ def test_closing_ends_the_rollouts_generated_ahead(connect, hanging, monkeypatch
     assert hanging.seen[-1][0] == "/v1/unload_lora_adapter", "what was sent is taken back all the same"
 
 
-def test_an_interrupt_does_not_wait_for_the_rollouts_under_way(connect, hanging):
+@pytest.fixture
+def python_handles_ctrl_c():
+    """Whatever the shell that started the tests has set: it may have told its children to ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_does_not_wait_for_the_rollouts_under_way(connect, hanging, python_handles_ctrl_c):
     engine = connect()
     main = threading.main_thread().ident
 

@@ -12,7 +12,7 @@ plain case (shared head, no bias, no softcap), bounded rows and our own `exp`.
 import triton
 import triton.language as tl
 
-from .terms import exp, expm1_parts, log1p_parts, tanh
+from .terms import capped, capped_difference, capped_slope, exp, expm1_parts, log1p_parts
 
 LOWEST = tl.constexpr(-3.0e38)  # replaces -inf, because -inf - -inf is NaN
 FAR = tl.constexpr(40.0)  # above this log p - log q, a sum under q may lose the teacher's mass
@@ -67,7 +67,8 @@ def store_tuple(P, values, mask):
 
 @triton.jit
 def prepare(s, o, bias_s, bias_t, exists, scale, IS_DELTA: tl.constexpr):
-    """Returns scaled logits s, t and d = t - s in fp32, from raw student logits and raw differences or teacher logits.
+    """Returns scaled logits s, t and d = t - s in fp32, from raw student logits and raw differences or teacher logits,
+    and the softcap's derivative at s.
 
     d comes from the raw difference, not from two rounded logits. s = t = -inf and d = 0 where `exists` is false and
     where both models exclude the entry. `scale` is (1 / T_s, 1 / T_t, softcap or None).
@@ -84,17 +85,17 @@ def prepare(s, o, bias_s, bias_t, exists, scale, IS_DELTA: tl.constexpr):
         s += bias_s
         t += bias_t
         d += tl.where(bias_t == bias_s, 0.0, bias_t - bias_s)
+    slope = 1.0
     if softcap is not None:
-        # tanh(a + b) - tanh(a) = tanh(b) (1 - tanh(a)^2) / (1 + tanh(a) tanh(b))
-        tanh_s, tanh_d = tanh(s / softcap), tanh(d / softcap)
-        s, t = softcap * tanh_s, softcap * tanh(t / softcap)
-        d = tl.where(tl.abs(d) < FAR, softcap * tanh_d * (1 - tanh_s * tanh_s) / (1 + tanh_s * tanh_d), t - s)
+        d = capped_difference(s, t, d, softcap)
+        slope = capped_slope(s, softcap)
+        s, t = capped(s, softcap), capped(t, softcap)
     d = d * inv_t_t + s * (inv_t_t - inv_t_s)
     s, t = tl.where(exists, s * inv_t_s, -float("inf")), tl.where(exists, t * inv_t_t, -float("inf"))
     if IS_DELTA and bias_s is None:  # d is finite: it was loaded as 0 where `exists` is false
-        return s, t, d
+        return s, t, d, slope
     one_sided = (s == -float("inf")) | (t == -float("inf"))
-    return s, t, tl.where(one_sided, tl.where(s == t, 0.0, t - s), d)
+    return s, t, tl.where(one_sided, tl.where(s == t, 0.0, t - s), d), slope
 
 
 @triton.jit
@@ -108,7 +109,7 @@ def load_bias(BIAS, cols, exists):
 
 @triton.jit
 def load_pair(S, O, BIAS_S, BIAS_T, cols, exists, scale, IS_DELTA: tl.constexpr):
-    """Loads logits and biases and returns `prepare`'s s, t, d. S and O point at the row's start."""
+    """Loads logits and biases and returns `prepare`'s s, t, d, slope. S and O point at the row's start."""
     s = tl.load(S + cols, mask=exists, other=0.0)
     o = tl.load(O + cols, mask=exists, other=0.0)
     return prepare(
@@ -146,7 +147,7 @@ def plain_sums(S, O, start, stop, scale, reference, d0, STATS: tl.constexpr, BLO
     column_s, column_t = (tl.zeros([BLOCK], tl.int32),) * 2
     for j in range(start, stop, BLOCK):
         cols = j + lanes
-        s, t, d = load_pair(S, O, None, None, cols, cols < stop, scale, 1)
+        s, t, d, _ = load_pair(S, O, None, None, cols, cols < stop, scale, 1)
         d -= d0
         w = exp(s - reference)
         a += w
@@ -173,7 +174,7 @@ def teacher_sum(S, O, start, stop, scale, BLOCK: tl.constexpr):
     m = tl.full([BLOCK], LOWEST, tl.float32)
     a = tl.zeros([BLOCK], tl.float32)
     for j in range(start, stop, BLOCK):
-        _, t, _ = load_pair(S, O, None, None, j + lanes, j + lanes < stop, scale, 1)
+        _, t, _, _ = load_pair(S, O, None, None, j + lanes, j + lanes < stop, scale, 1)
         m, shrink, w, _ = online_softmax_step(m, t)
         a = a * shrink + w
     top = tl.max(m, 0)
@@ -185,7 +186,7 @@ def plain_first_sweep(S, O, start, stop, scale, STATS: tl.constexpr, BLOCK: tl.c
     """`first_sweep` for a shared head without bias and softcap. Each column takes one exponential of s and one of d;
     only rows with extreme values need more."""
     lanes = tl.arange(0, BLOCK)
-    s, _, d = load_pair(S, O, None, None, start + lanes, start + lanes < stop, scale, 1)
+    s, _, d, _ = load_pair(S, O, None, None, start + lanes, start + lanes < stop, scale, 1)
     d0 = reference_difference(s, d)
     reference = tl.maximum(tl.max(s, 0), LOWEST)
     high_s, largest, a, b_e, b_d, column_s, column_t, high_t = plain_sums(
@@ -208,7 +209,7 @@ def first_sweep(S, O, BIAS_S, BIAS_T, start, stop, V, scale, IS_DELTA: tl.conste
                 BLOCK: tl.constexpr):  # fmt: skip
     """Returns the sums that `normalise` stores, for any logits, by an online softmax of both models."""
     lanes = tl.arange(0, BLOCK)
-    s, t, d = load_pair(S, O, BIAS_S, BIAS_T, start + lanes, start + lanes < stop, scale, IS_DELTA)
+    s, t, d, _ = load_pair(S, O, BIAS_S, BIAS_T, start + lanes, start + lanes < stop, scale, IS_DELTA)
     d0 = reference_difference(s, d)
     m_s = tl.full([BLOCK], LOWEST, tl.float32)
     m_t, largest = m_s, m_s
@@ -218,7 +219,7 @@ def first_sweep(S, O, BIAS_S, BIAS_T, start, stop, V, scale, IS_DELTA: tl.conste
     top_t = top_s
     for j in range(start, stop, BLOCK):
         cols = j + lanes
-        s, t, d = load_pair(S, O, BIAS_S, BIAS_T, cols, cols < stop, scale, IS_DELTA)
+        s, t, d, _ = load_pair(S, O, BIAS_S, BIAS_T, cols, cols < stop, scale, IS_DELTA)
         d -= d0
         largest = tl.maximum(largest, d)
         m_s, shrink, w, up = online_softmax_step(m_s, s)
@@ -268,7 +269,7 @@ def normalise(
         if TARGETS is not None:
             target = tl.load(TARGETS + row)
             here = (target >= start) & (target < stop)
-            s, t, _ = load_pair(S, O, BIAS_S, BIAS_T, target, here, scale, IS_DELTA)
+            s, t, _, _ = load_pair(S, O, BIAS_S, BIAS_T, target, here, scale, IS_DELTA)
             store_tuple(PARTS + TARGET_S, (tl.where(here, s, 0.0), tl.where(here, t, 0.0)), True)
         store_tuple((PARTS + COLUMN_S).to(tl.pointer_type(tl.int32), bitcast=True), (column_s, column_t), True)
         store_tuple(PARTS + TOP_S, (top_s, top_t), True)
@@ -334,15 +335,14 @@ def evaluate(
 
 
 @triton.jit
-def gradient(s, q, u, k_q, clipped, sum_u, lost, entry_clip, inv_t_s, softcap, exists):
+def gradient(q, u, k_q, clipped, sum_u, lost, entry_clip, softcap, slope_s):
     """Returns T dD / d(raw logit): 1_A u' - q sum_A u' + k q (1_notA - sum_notA q), times the derivative of softcap. A
     is the set of unclipped entries."""
     g = u - q * sum_u
     if entry_clip is not None:
         g += k_q * (tl.where(clipped, 1.0, 0.0) - lost)
     if softcap is not None:
-        tanh_s = s / (inv_t_s * softcap)
-        g *= tl.where(exists, 1 - tanh_s * tanh_s, 0.0)
+        g *= slope_s
     return g
 
 
@@ -384,7 +384,7 @@ def second_sweep(
     for j in range(start, stop, BLOCK):
         cols = j + lanes
         exists = cols < stop
-        s, t, d = load_pair(S, O, BIAS_S, BIAS_T, cols, exists, scale, IS_DELTA)
+        s, t, d, slope_s = load_pair(S, O, BIAS_S, BIAS_T, cols, exists, scale, IS_DELTA)
         p, q, l, u, bounded, clipped, k_q = evaluate(
             s, t, d, lse_s, lse_t, c, exists, entry_clip, slope, TERM, BETA, BOUNDED
         )  # fmt: skip
@@ -399,7 +399,7 @@ def second_sweep(
                 entropy_s += tl.where(q > 0, q * (lse_s - s), 0.0)
                 entropy_t += tl.where(p > 0, p * (lse_t - t), 0.0)
         if PHASE != "sum":
-            g = gradient(s, q, u, k_q, clipped, sum_u, lost, entry_clip, scale[0], scale[2], exists)
+            g = gradient(q, u, k_q, clipped, sum_u, lost, entry_clip, scale[2], slope_s)
             tl.store(G + cols, (g * factor).to(G.dtype.element_ty), mask=exists)
     total = tl.sum(loss, 0)
     if entry_clip is not None:

@@ -7,7 +7,7 @@ rows are not in the list and cost nothing. Partial sums have the layout of `logp
 import triton
 import triton.language as tl
 
-from .logprobs import NUM_LOGPROB_PARTS, PART_MAX, scaled
+from .logprobs import NUM_LOGPROB_PARTS, PART_MAX, raw, scaled
 from .rows import LOWEST, load_bias, store_tuple
 from .terms import exp
 
@@ -83,7 +83,7 @@ def tile_scores(
         bias = None
         if BIAS is not None:
             bias = load_bias(BIAS, col, exists)[None, :]
-        s = scaled(s, bias, exists[None, :], inv_t, softcap)
+        s = scaled(raw(s, bias), exists[None, :], inv_t, softcap)
         hit = col[None, :] == target[:, None]
         m_new, shrink, w = rescale(m, s)
         if j == start:

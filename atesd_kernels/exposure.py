@@ -72,6 +72,7 @@ def exposure_logprobs(
     """
     checks.require(hidden.dim() == 3, lambda: f"hidden must be [B, T, H], got {tuple(hidden.shape)}.")
     checks.check_token_tensors(hidden.shape[:1], hidden.device, lengths=lengths, exposed=exposed)
+    targets, lengths, exposed = targets.long(), lengths.long(), exposed.long()
     checks.check_spans(lengths, exposed, hidden.shape[1])
     mask = exposure_mask(lengths, exposed, hidden.shape[1])
     backend = backend_for(shard_of("weight", weight, None)[1], backend)

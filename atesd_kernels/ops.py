@@ -28,6 +28,8 @@ NUM_STATS = len(TokenStats._fields)
 
 
 def _backend(name: str, function: str):
+    if ":" in name:
+        return getattr(planning.own_backend(name), function)
     module = "triton_chunked"
     if name in TORCH:  # eager or compiled
         module = "torch_logprobs" if function == "logprob_rows" else "torch_chunked"

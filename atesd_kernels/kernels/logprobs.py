@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .rows import LOWEST, load_bias, online_softmax_step, span, store_tuple
+from .rows import LOWEST, load_bias, online_softmax_step, span, store_at
 from .terms import capped, capped_slope, exp
 
 # Positions of a program's partial results in PARTS, which `normalise_one` stores. w = exp(s - PART_MAX).
@@ -58,6 +58,13 @@ def logprob_gradient(z, lse, hit, exists, inv_t, softcap):
 
 
 @triton.jit
+def store_parts(P, top, total, mean, shift, at_target, mask):
+    """Stores a program's partial results, for one row or a tile of rows."""
+    positions = (PART_MAX, PART_SUM, PART_MEAN, PART_SHIFT, PART_TARGET)
+    store_at(P, positions, (top, total, mean, shift, at_target), mask)
+
+
+@triton.jit
 def normalise_one(
     S, BIAS, MASK, TARGETS, PARTS, stride_s, V, inv_t, softcap, STATS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -88,7 +95,7 @@ def normalise_one(
     here = (target >= start) & (target < stop)
     at_target = tl.where(here, load_logits(S, BIAS, target, here, inv_t, softcap), 0.0)
     PARTS += (row * tl.num_programs(1) + tl.program_id(1)) * NUM_LOGPROB_PARTS
-    store_tuple(PARTS + PART_MAX, (top, tl.sum(a * w, 0), tl.sum(b * w, 0), s0, at_target), True)
+    store_parts(PARTS, top, tl.sum(a * w, 0), tl.sum(b * w, 0), s0, at_target, True)
 
 
 @triton.jit
@@ -118,9 +125,9 @@ def finish_logprob(
             shift = tl.load(P + PART_SHIFT) - s0
             mean = tl.sum((tl.load(P + PART_MEAN) + tl.load(P + PART_SUM) * shift) * w, 0) / a
             logprob = tl.sum(tl.load(P + PART_TARGET), 0) - lse
-            store_tuple(
-                OUT + row * NUM_LOGPROB_OUT + OUT_LOGPROB, (logprob, (lse - s0) - mean, exp(top - lse), lse), True
-            )
+            results = (logprob, (lse - s0) - mean, exp(top - lse), lse)
+            OUT += row * NUM_LOGPROB_OUT
+            store_at(OUT, (OUT_LOGPROB, OUT_ENTROPY, OUT_CONFIDENCE, OUT_LSE), results, True)
         if GRAD:
             factor = inv_t * grad_scale
             if WEIGHT is not None:

@@ -59,10 +59,11 @@ def span(V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_tuple(P, values, mask):
-    """Stores values[i] at P + i."""
+def store_at(P, positions, values, mask):
+    """Stores values[i] at P + positions[i]."""
+    tl.static_assert(len(positions) == len(values))
     for i in tl.static_range(len(values)):
-        tl.store(P + i, values[i], mask=mask)
+        tl.store(P + positions[i], values[i], mask=mask)
 
 
 @triton.jit
@@ -264,15 +265,17 @@ def normalise(
             S, O, BIAS_S, BIAS_T, start, stop, V, scale, IS_DELTA, STATS, BLOCK
         )
     PARTS += (row * tl.num_programs(1) + tl.program_id(1)) * NUM_PARTS
-    store_tuple(PARTS + MAX_S, (m_s, a_s, b_e, b_d, m_t, a_t, largest, d0), True)
+    sums = (m_s, a_s, b_e, b_d, m_t, a_t, largest, d0)
+    store_at(PARTS, (MAX_S, SUM_S, SUM_E, SUM_D, MAX_T, SUM_T, LARGEST_D, D0), sums, True)
     if STATS:
         if TARGETS is not None:
             target = tl.load(TARGETS + row)
             here = (target >= start) & (target < stop)
             s, t, _, _ = load_pair(S, O, BIAS_S, BIAS_T, target, here, scale, IS_DELTA)
-            store_tuple(PARTS + TARGET_S, (tl.where(here, s, 0.0), tl.where(here, t, 0.0)), True)
-        store_tuple((PARTS + COLUMN_S).to(tl.pointer_type(tl.int32), bitcast=True), (column_s, column_t), True)
-        store_tuple(PARTS + TOP_S, (top_s, top_t), True)
+            store_at(PARTS, (TARGET_S, TARGET_T), (tl.where(here, s, 0.0), tl.where(here, t, 0.0)), True)
+        INTEGERS = PARTS.to(tl.pointer_type(tl.int32), bitcast=True)
+        store_at(INTEGERS, (COLUMN_S, COLUMN_T), (column_s, column_t), True)
+        store_at(PARTS, (TOP_S, TOP_T), (top_s, top_t), True)
 
 
 @triton.jit
@@ -364,10 +367,11 @@ def finish_stats(PARTS, MASK, TARGETS, STATS_OUT, SPLITS: tl.constexpr):
         top_s = tl.load(tops + best_s * NUM_PARTS + COLUMN_S)
         top_t = tl.load(tops + best_t * NUM_PARTS + COLUMN_T)
         STATS_OUT += row * NUM_ROW_STATS
-        store_tuple(STATS_OUT + CONFIDENCE, (exp(tl.max(m_s, 0) - lse_s), (top_s == top_t).to(tl.float32)), True)
+        agree = (top_s == top_t).to(tl.float32)
+        store_at(STATS_OUT, (CONFIDENCE, AGREE), (exp(tl.max(m_s, 0) - lse_s), agree), True)
         if TARGETS is not None:
             logprob_s, logprob_t = tl.sum(tl.load(P + TARGET_S), 0) - lse_s, tl.sum(tl.load(P + TARGET_T), 0) - lse_t
-            store_tuple(STATS_OUT + LOGPROB_S, (logprob_s, logprob_t), True)
+            store_at(STATS_OUT, (LOGPROB_S, LOGPROB_T), (logprob_s, logprob_t), True)
 
 
 @triton.jit
@@ -459,7 +463,8 @@ def accumulate(
             )  # fmt: skip
         if PHASE != "grad":
             R = SUMS + (row * SPLITS + tl.program_id(1)) * NUM_SUMS
-            store_tuple(R + LOSS, (loss, clipped_loss, total_u, lost_q, entropy_s, entropy_t), True)
+            sums = (loss, clipped_loss, total_u, lost_q, entropy_s, entropy_t)
+            store_at(R, (LOSS, CLIPPED_LOSS, TOTAL_U, LOST_Q, ENTROPY_S, ENTROPY_T), sums, True)
     elif PHASE != "sum":
         lanes = tl.arange(0, BLOCK)
         for j in range(start, stop, BLOCK):

@@ -83,10 +83,8 @@ def check_vocabulary(student: int, teacher: int) -> None:
 
 
 def check_num_tokens(num_tokens: int | float) -> None:
-    require(
-        0 < num_tokens < math.inf,
-        lambda: f"num_tokens must be positive and finite, got {num_tokens}; skip a step without tokens.",
-    )
+    require(num_tokens > 0, lambda: f"num_tokens must be positive, got {num_tokens}; skip a step without tokens.")
+    require(num_tokens < math.inf, lambda: "num_tokens must be finite, got inf; pass the number of tokens that count.")
 
 
 def check_one_number(name: str, value: Any) -> None:

@@ -230,8 +230,19 @@ class NearChunk(Chunk):
         return True
 
     def _sweep(self) -> bool:
+        mean_b = self._softmax_and_differences()
+        if not self.shards.all(bool(self.lowest > -torch.inf), self.row.device):  # False for NaN
+            return False
+        self.normalise_student()
+        if self.source.is_delta:
+            mean_b = self._differences_of_a_shared_head()
+        (mean,) = self.shards.sum((mean_b if self.keeps_logits and self.source.is_delta else mean_b * self.rho).sum(0))
+        return self._centre(mean)
+
+    def _softmax_and_differences(self) -> Tensor:
+        """Sweep 1: stores the student, and the differences from a teacher with a head of its own. Returns their means
+        under each block's softmax, `[blocks, R]`."""
         self.start()
-        self.mean_e, self.mean_l = self.row.clone(), self.row.clone()
         mean_b = torch.zeros_like(self.lse_b)
         for b, cols in enumerate(self.cols):
             s = self.source.student(cols)
@@ -244,18 +255,23 @@ class NearChunk(Chunk):
                 if d is not None:
                     d[tile] -= first[tile]
                     mean_b[b, tile] = self.run(passes.difference)(d[tile], 1.0, q_b, self.other[b][tile])
-        if not self.shards.all(bool(self.lowest > -torch.inf), self.row.device):  # False for NaN
-            return False
-        self.normalise_student()
-        if self.source.is_delta:
-            if self.source.rounds_difference:
-                self.source.centre(self.top_token(), self.top_b.amax(0))
-            for b, cols in enumerate(self.cols):
-                d = self.source.difference(cols, self.s[b])
-                for tile in self.tiles:
-                    arguments = d[tile], self.source.scale, self.q(b, tile)[0], self.other[b][tile]
-                    mean_b[b, tile] = self.run(passes.difference)(*arguments)
-        (mean,) = self.shards.sum((mean_b if self.keeps_logits and self.source.is_delta else mean_b * self.rho).sum(0))
+        return mean_b
+
+    def _differences_of_a_shared_head(self) -> Tensor:
+        """The rest of sweep 1 for a shared head: stores D, which is centred on the student's most likely token."""
+        mean_b = torch.zeros_like(self.lse_b)
+        if self.source.rounds_difference:
+            self.source.centre(self.top_token(), self.top_b.amax(0))
+        for b, cols in enumerate(self.cols):
+            d = self.source.difference(cols, self.s[b])
+            for tile in self.tiles:
+                arguments = d[tile], self.source.scale, self.q(b, tile)[0], self.other[b][tile]
+                mean_b[b, tile] = self.run(passes.difference)(*arguments)
+        return mean_b
+
+    def _centre(self, mean: Tensor) -> bool:
+        """Sweep 2: subtracts the rows' `mean` `[R]` and finds c. Returns False if a difference exceeds NEAR."""
+        self.mean_e, self.mean_l = self.row.clone(), self.row.clone()
         near = True
         for b, tile in self.over_tiles():
             q, rho = self.q(b, tile)

@@ -310,12 +310,8 @@ def merge_partials(P, AXIS: tl.constexpr):
 
 
 @triton.jit
-def evaluate(
-    s, t, d, lse_s, lse_t, c, exists, entry_clip, slope, TERM: tl.constexpr, BETA: tl.constexpr, BOUNDED: tl.constexpr
-):  # fmt: skip
-    """Returns p, q, l', u' (0 if clipped), terms whose sum is that of the clipped textbook terms l' + k (p - q), the
-    mask of clipped entries, and k q. Unclipped terms may stay l', because sum (p - q) = 0. Only l' is small where p
-    and q nearly agree. BOUNDED: no x of the row exceeds FAR, so t is not read."""
+def evaluate(s, t, d, lse_s, lse_t, c, TERM: tl.constexpr, BETA: tl.constexpr, BOUNDED: tl.constexpr):
+    """Returns p, q, p - q, l' and u'. BOUNDED: no x of the row exceeds FAR, so t is not read."""
     x = d - c
     q = exp(s - lse_s)
     e, bend = expm1_parts(x)
@@ -327,23 +323,25 @@ def evaluate(
         p = tl.where(tl.abs(x) < 16, q * (e + 1), exp(t - lse_t))
         gap = tl.where(near, q * e, p - q)
     l, u = TERM(x, p, q, near, e, bend, BETA)
-    bounded, clipped, k_q = l, exists, q
-    if entry_clip is not None:
-        tilt = slope * gap
-        clipped = (l + tilt > entry_clip) & exists
-        bounded = tl.where(clipped, entry_clip - tilt, l)
-        u = tl.where(clipped, 0.0, u)
-        k_q = slope * q
-    return p, q, l, u, bounded, clipped, k_q
+    return p, q, gap, l, u
 
 
 @triton.jit
-def gradient(q, u, k_q, clipped, sum_u, lost, entry_clip, softcap, slope_s):
+def clip_entries(l, u, gap, exists, entry_clip, slope):
+    """Returns terms whose sum is that of the clipped textbook terms l' + k (p - q), u' (0 if clipped), and the mask of
+    clipped entries. Unclipped terms stay l', small where p and q nearly agree, because sum (p - q) = 0."""
+    tilt = slope * gap
+    clipped = (l + tilt > entry_clip) & exists
+    return tl.where(clipped, entry_clip - tilt, l), tl.where(clipped, 0.0, u), clipped
+
+
+@triton.jit
+def gradient(q, u, clipped, sum_u, lost, entry_clip, slope, softcap, slope_s):
     """Returns T dD / d(raw logit): 1_A u' - q sum_A u' + k q (1_notA - sum_notA q), times the derivative of softcap. A
     is the set of unclipped entries."""
     g = u - q * sum_u
     if entry_clip is not None:
-        g += k_q * (tl.where(clipped, 1.0, 0.0) - lost)
+        g += slope * q * (tl.where(clipped, 1.0, 0.0) - lost)
     if softcap is not None:
         g *= slope_s
     return g
@@ -389,9 +387,10 @@ def second_sweep(
         cols = j + lanes
         exists = cols < stop
         s, t, d, slope_s = load_pair(S, O, BIAS_S, BIAS_T, cols, exists, scale, IS_DELTA)
-        p, q, l, u, bounded, clipped, k_q = evaluate(
-            s, t, d, lse_s, lse_t, c, exists, entry_clip, slope, TERM, BETA, BOUNDED
-        )  # fmt: skip
+        p, q, gap, l, u = evaluate(s, t, d, lse_s, lse_t, c, TERM, BETA, BOUNDED)
+        bounded, clipped = l, exists
+        if entry_clip is not None:
+            bounded, u, clipped = clip_entries(l, u, gap, exists, entry_clip, slope)
         if PHASE != "grad":
             loss += l
             if entry_clip is not None:
@@ -403,7 +402,7 @@ def second_sweep(
                 entropy_s += tl.where(q > 0, q * (lse_s - s), 0.0)
                 entropy_t += tl.where(p > 0, p * (lse_t - t), 0.0)
         if PHASE != "sum":
-            g = gradient(q, u, k_q, clipped, sum_u, lost, entry_clip, scale[2], slope_s)
+            g = gradient(q, u, clipped, sum_u, lost, entry_clip, slope, scale[2], slope_s)
             tl.store(G + cols, (g * factor).to(G.dtype.element_ty), mask=exists)
     total = tl.sum(loss, 0)
     if entry_clip is not None:

@@ -43,13 +43,13 @@ def test_num_tokens_may_be_any_number(kind):
 
 @pytest.mark.parametrize("zero", (0, 0.0, numpy.int64(0), numpy.float32(0), torch.tensor(0), torch.tensor([0.0])))
 def test_a_count_of_zero_is_refused_whatever_its_type(zero):
-    with pytest.raises(ValueError, match="num_tokens must be positive and finite, got 0"):
+    with pytest.raises(ValueError, match="num_tokens must be positive, got 0"):
         linear_divergence(*make_pair().tensors, num_tokens=zero)
 
 
 @pytest.mark.parametrize("count", (float("nan"), float("inf"), -3, torch.tensor(-1)))
 def test_a_count_that_is_no_count_is_refused(count):
-    with pytest.raises(ValueError, match="num_tokens must be positive and finite, got"):
+    with pytest.raises(ValueError, match=r"num_tokens must be (positive|finite), got"):
         divergence(torch.zeros(3, 5), torch.ones(3, 5), num_tokens=count)
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import checks
 from .divergences import get_divergence
@@ -37,7 +38,7 @@ def checked_divergence(
     options["backend"] = choose_backend(backend, device, dtype, term.triton is not None)
     options["divergence"] = term.key
     row_weight = row_weight_of(token_weight, mask, lead.numel(), device, dtype, reduction, num_tokens)
-    return Checked(flat_mask(mask), row_weight, None if targets is None else targets.reshape(-1), options)
+    return Checked(flat_mask(mask), row_weight, None if targets is None else flat_targets(targets), options)
 
 
 def checked_logprobs(
@@ -69,10 +70,32 @@ def checked_compute_dtype(hidden: Tensor, logits_dtype: torch.dtype, **heads: Te
 
 
 def gradients_wanted(hidden: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> dict[str, Any]:
-    """Returns the fields of `LossSpec` that say which inputs need a gradient."""
+    """Returns the fields of `LossSpec` that say which inputs need a gradient.
+
+    Raises:
+        RuntimeError: if an input carries a forward-mode tangent, because the operators would drop it.
+    """
+    if any(has_tangent(t) for t in (hidden, weight, bias) if t is not None):
+        raise RuntimeError(
+            "the losses of atesd_kernels have no forward-mode derivative (torch.func.jvp, jacfwd, hessian, "
+            "torch.autograd.forward_ad): call backward(), or use atesd_kernels.reference on small inputs."
+        )
     enabled = torch.is_grad_enabled()
     inputs = (("hidden_grad", hidden), ("weight_grad", weight), ("bias_grad", bias))
     return {name: enabled and t is not None and t.requires_grad for name, t in inputs}
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation may reach `tensor`: inside `hessian` its tangent is hidden by a wrapper."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return wrapped or forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def flat_targets(targets: Tensor) -> Tensor:
+    """Returns int64 targets, `[N]`: a narrower dtype cannot be compared with every vocabulary size."""
+    return targets.reshape(-1).long()
 
 
 def flat_mask(mask: Tensor | None) -> Tensor | None:
@@ -88,7 +111,7 @@ def teacher_bias_of(teacher_weight, teacher_bias, student_bias) -> Tensor | None
 
 def row_weight_of(token_weight, mask, num_rows: int, device, dtype, reduction: str, num_tokens) -> Tensor | None:
     """Returns the factor of each row's value in the loss, `[N]`; None if all factors are 1."""
-    checks.check_num_tokens(num_tokens)
+    num_tokens = token_count(num_tokens)
     weight = None if token_weight is None else token_weight.detach().reshape(-1).to(accumulate_dtype(dtype))
     mask = flat_mask(mask)
     if weight is not None and mask is not None:
@@ -99,6 +122,22 @@ def row_weight_of(token_weight, mask, num_rows: int, device, dtype, reduction: s
         num_tokens = max(num_rows, 1) if mask is None else mask.sum().clamp_min(1)
     weight = torch.ones(num_rows, dtype=accumulate_dtype(dtype), device=device) if weight is None else weight
     return weight / num_tokens
+
+
+def token_count(num_tokens: Any) -> float | Tensor | None:
+    """Returns the mean's denominator: None, a positive number, or a GPU's tensor of one.
+
+    Reading a GPU's tensor would synchronise. If it is 0, it becomes the smallest number: the loss of a batch without
+    tokens is then 0.
+    """
+    if num_tokens is None:
+        return None
+    checks.check_one_number("num_tokens", num_tokens)
+    if isinstance(num_tokens, Tensor) and (num_tokens.device.type != "cpu" or torch.compiler.is_compiling()):
+        return num_tokens.detach().reshape(()).float().clamp_min(torch.finfo(torch.float32).tiny)
+    number = num_tokens if isinstance(num_tokens, (int, float)) else num_tokens.item()
+    checks.check_num_tokens(number)
+    return number
 
 
 def same_storage(a: Any, b: Any) -> bool:

@@ -82,10 +82,19 @@ def check_vocabulary(student: int, teacher: int) -> None:
     )
 
 
-def check_num_tokens(num_tokens: int | float | Tensor | None) -> None:
-    """Checks that a number is positive. A tensor is not checked: reading it would synchronise with the GPU."""
-    if isinstance(num_tokens, (int, float)):
-        require(num_tokens > 0, lambda: f"num_tokens must be positive, got {num_tokens}; skip a step without tokens.")
+def check_num_tokens(num_tokens: int | float) -> None:
+    require(num_tokens > 0, lambda: f"num_tokens must be positive, got {num_tokens}; skip a step without tokens.")
+    require(num_tokens < math.inf, lambda: "num_tokens must be finite, got inf; pass the number of tokens that count.")
+
+
+def check_one_number(name: str, value: Any) -> None:
+    """Checks that `value` is a Python or numpy number, or a tensor or array of one number."""
+    numel = getattr(value, "size", 1) if not isinstance(value, Tensor) else value.numel()
+    require(
+        isinstance(value, (int, float)) or (hasattr(value, "item") and numel == 1),
+        lambda: f"{name} must be one number, got {type(value).__name__} {value!r}.",
+        TypeError,
+    )
 
 
 INTEGER_TENSORS = ("targets", "lengths", "exposed")

@@ -14,7 +14,6 @@ from torch import Tensor
 from . import checks, ops
 from .arguments import checked_logprobs, gradients_wanted
 from .losses import linear_logprobs
-from .planning import TORCH
 from .shards import backend_for, shard_of
 from .spec import LogprobSpec
 from .stats import TokenStats
@@ -72,6 +71,7 @@ def exposure_logprobs(
     """
     checks.require(hidden.dim() == 3, lambda: f"hidden must be [B, T, H], got {tuple(hidden.shape)}.")
     checks.check_token_tensors(hidden.shape[:1], hidden.device, lengths=lengths, exposed=exposed)
+    targets, lengths, exposed = targets.long(), lengths.long(), exposed.long()
     checks.check_spans(lengths, exposed, hidden.shape[1])
     mask = exposure_mask(lengths, exposed, hidden.shape[1])
     backend = backend_for(shard_of("weight", weight, None)[1], backend)
@@ -80,7 +80,7 @@ def exposure_logprobs(
             hidden, weight, targets, mask=mask, temperature=temperature, bias=bias, softcap=softcap, backend=backend,
             chunk_bytes=chunk_bytes, logits_dtype=logits_dtype,
         )  # fmt: skip
-        if checked["backend"] not in TORCH:
+        if checked["backend"] == "triton":
             # on a GPU, no product includes tokens outside the span
             spec = LogprobSpec(**checked, stats=False).encode()
             return ops.exposure_means_op(hidden, weight, bias, targets, lengths, exposed, mask, spec)

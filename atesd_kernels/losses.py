@@ -13,6 +13,7 @@ from .arguments import (
     checked_divergence,
     checked_logprobs,
     flat_mask,
+    flat_targets,
     gradients_wanted,
     same_storage,
     teacher_bias_of,
@@ -96,7 +97,8 @@ def linear_divergence(
         teacher_temperature: divides the teacher's logits, if it differs.
         student_bias, teacher_bias: `[V]`, added to the logits. An entry at -inf in both is excluded from the
             vocabulary. With a shared head, the teacher's bias defaults to the student's.
-        softcap: logits become `softcap * tanh(logits / softcap)` before the temperature, as in Gemma.
+        softcap: logits become `softcap * tanh(logits / softcap)` before the temperature, as in Gemma. A logit of -inf
+            stays there.
         mask: `[...]`, bool or 0/1; tokens where it is false cost nothing and do not affect the loss.
         token_weight: `[...]`, a constant factor per token, without gradient. The mean's denominator ignores it.
         targets: `[...]` int, sampled tokens, for the log-probabilities in `TokenStats`.
@@ -104,12 +106,13 @@ def linear_divergence(
             zero gradient. The loss may then be negative, because terms of a KL may.
         token_clip: upper bound on each token's divergence; a clipped token has no gradient.
         reduction: "mean" over unmasked tokens, "sum", or "none" (per-token values, zero where masked).
-        num_tokens: replaces the mean's denominator, for gradient accumulation and for data or context parallelism.
+        num_tokens: a positive number, or a tensor of one, that replaces the mean's denominator, for gradient
+            accumulation and for data or context parallelism.
             Each rank passes its rows and the count over all ranks. The sum of the losses over ranks is then the loss of
             the global batch. A rank's hidden states get the gradient of its rows. Gradients of weights must be summed:
             if a wrapper averages them over P ranks (DDP, FSDP), multiply the loss by P.
-        backend: "auto", "torch", "torch_compiled" (Inductor compiles the elementwise passes: faster, once compiled), or
-            "triton".
+        backend: "auto", "torch", "torch_compiled" (Inductor compiles the elementwise passes: faster, once compiled),
+            "triton", or "module:object" for a `backends.Backend` of your own.
         chunk_bytes: budget for the chunk of logits, the only vocabulary-sized temporary. Our choice: 128 MiB on a CPU.
             On a GPU, "torch" takes 1 GiB. "triton" takes 1,024 to 2,047 rows, or 4,096 to 8,191 with a trained head,
             within an eighth of the GPU's memory.
@@ -344,7 +347,7 @@ def linear_logprobs(
         hidden.reshape(lead.numel(), hidden.shape[-1]),
         weight,
         bias,
-        targets.reshape(-1),
+        flat_targets(targets),
         flat_mask(mask),
         None,
         spec.encode(),

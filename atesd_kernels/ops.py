@@ -28,6 +28,8 @@ NUM_STATS = len(TokenStats._fields)
 
 
 def _backend(name: str, function: str):
+    if ":" in name:
+        return getattr(planning.own_backend(name), function)
     module = "triton_chunked"
     if name in TORCH:  # eager or compiled
         module = "torch_logprobs" if function == "logprob_rows" else "torch_chunked"
@@ -170,6 +172,11 @@ def times(grad: Tensor, scale: Tensor) -> Tensor:
     return grad.mul_(scale)
 
 
+def saveable(tensor: Tensor) -> Tensor:
+    """Returns `tensor`, or a copy if it was made in inference mode: autograd refuses to save such a tensor."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 def _register_autograd(op, spec_type: type[LossSpec], differentiable: tuple[str, ...]) -> None:
     """Registers the backward pass of an operator. Its outputs from the third on are the gradients of the inputs named
     `differentiable`: hidden states, and weight and bias if it has them."""
@@ -184,7 +191,7 @@ def _register_autograd(op, spec_type: type[LossSpec], differentiable: tuple[str,
         ctx.dtypes = {n: inputs[where[n]].dtype for n in differentiable if inputs[where[n]] is not None}
         # spec of the operator's second run, in backward; None if forward computed the gradients
         ctx.again = replace(spec, weighted=True, stats=False).encode() if spec.runs_again else None
-        kept = {i: v for i, v in enumerate(inputs) if isinstance(v, Tensor)} if spec.runs_again else {}
+        kept = {i: saveable(v) for i, v in enumerate(inputs) if isinstance(v, Tensor)} if spec.runs_again else {}
         ctx.tensor_positions = list(kept)
         ctx.save_for_backward(*kept.values(), *([] if spec.runs_again else output[2:]))
 

@@ -6,10 +6,12 @@ any number of tokens.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -150,6 +152,27 @@ def _no_compiler() -> str | None:
     return None
 
 
+FUNCTIONS = ("divergence_rows", "divergence_logits", "logprob_rows")  # of `backends.Backend`
+
+
+@cache
+def own_backend(name: str) -> Any:
+    """Imports a caller's backend, `"module:object"`.
+
+    Raises:
+        ValueError: if it cannot be imported, or lacks a function of `backends.Backend`.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        backend = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"backend {name!r} cannot be imported ({error}); pass 'module:object' of your own.") from error
+    missing = [function for function in FUNCTIONS if not callable(getattr(backend, function, None))]
+    if missing:
+        raise ValueError(f"backend {name!r} lacks {', '.join(missing)}; see atesd_kernels.backends.Backend.")
+    return backend
+
+
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, has_triton_twin: bool) -> str:
     """Returns the backend to use: resolves `"auto"`, or checks an explicit choice.
 
@@ -159,13 +182,17 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, has_t
     if backend == "auto":
         fits = device.type == "cuda" and dtype != torch.float64 and has_triton_twin
         return "triton" if fits and unavailable("triton", device) is None else "torch"
+    if ":" in backend:
+        if not torch.compiler.is_compiling():  # torch.compile cannot trace an import; the operator imports it again
+            own_backend(backend)
+        return backend
     if backend == "triton_tiled":
         raise ValueError(
             "backend 'triton_tiled' was retired: on an H200 it took 6.5 times as long as 'triton', and 3 times as long "
             "without gradients. Use backend='triton', with a smaller chunk_bytes where memory is short."
         )
     if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}.")
+        raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}, or module:object.")
     reason = unavailable(backend, device)
     if reason is None and backend not in TORCH and dtype == torch.float64:
         reason = "it has no float64 path; use backend='torch'"

@@ -14,7 +14,10 @@ from .stats import TokenStats
 
 
 def logits(hidden, weight, bias=None, softcap=None, temperature=1.0) -> Tensor:
-    """Returns `softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature` in float64, `[..., V]`."""
+    """Returns `softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature` in float64, `[..., V]`.
+
+    A softcap leaves entries at -inf where they are: they are excluded from the vocabulary.
+    """
     z = hidden.double() @ weight.double().T
     if bias is not None:
         z = z + bias.double()
@@ -23,7 +26,7 @@ def logits(hidden, weight, bias=None, softcap=None, temperature=1.0) -> Tensor:
 
 def scaled(z: Tensor, softcap: float | None, temperature: float) -> Tensor:
     if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+        z = torch.where(torch.isneginf(z), z, softcap * torch.tanh(z / softcap))
     return z / temperature
 
 

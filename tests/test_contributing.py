@@ -18,7 +18,7 @@ from atesd import cli
 from atesd.config import doors
 from atesd.exposure.policies import make_policy
 from atesd.rollout import make_engine
-from atesd_kernels import DivergenceTerm, divergences, linear_divergence
+from atesd_kernels import DivergenceTerm, divergence, divergences, linear_divergence, linear_logprobs, planning
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL))
@@ -98,7 +98,7 @@ def refused(train, folder, capsys) -> Callable[..., str]:
 
 
 def test_the_examples_are_short():
-    assert set(BLOCKS) == {"my_divergence", "my_kernels", "my_policy", "my_engine", "my_metrics"}
+    assert set(BLOCKS) == {"my_divergence", "my_kernels", "my_policy", "my_engine", "my_metrics", "my_backend"}
     for name, code in BLOCKS.items():
         assert len(code.splitlines()) < 20, name
 
@@ -166,6 +166,27 @@ def test_the_triton_twin_computes_what_the_torch_term_does(folder):
     by_hand = ((p - q) ** 2).sum(-1).mean()
     torch.testing.assert_close(results[0], (by_hand, *torch.autograd.grad(by_hand, hidden)))
     torch.testing.assert_close(results[1], results[0])
+
+
+def test_the_backend_computes_what_the_torch_backend_does(folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    called, backend = [], planning.own_backend("my_backend:Dense")
+    formulas = backend.divergence_logits
+    monkeypatch.setattr(backend, "divergence_logits", lambda *given: (called.append(1), formulas(*given))[1])
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 3, 20), torch.randn(2, 3, 20)
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    for options in ({}, dict(divergence="jsd", temperature=1.3, reduction="none"), dict(mask=mask, entry_clip=0.1)):
+        results = []
+        for name in ("torch", "my_backend:Dense"):
+            logits = student.clone().requires_grad_()
+            loss = divergence(logits, teacher, backend=name, **options)
+            results.append((loss, *torch.autograd.grad(loss.sum(), logits)))
+        torch.testing.assert_close(results[1], results[0])
+    assert len(called) == 3
+    hidden, head, targets = torch.randn(3, 8), torch.randn(20, 8), torch.tensor([1, 2, 3])
+    logprobs = [linear_logprobs(hidden, head, targets, backend=name) for name in ("torch", "my_backend:Dense")]
+    torch.testing.assert_close(*logprobs)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def is_packed(attention_mask: Tensor | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """Sequence boundaries of a packed row, in the form that variable-length kernels take.
 
     Attributes:
@@ -60,7 +60,7 @@ class Layout:
 LAYOUTS = WeakTensorKeyDictionary()
 
 
-def layout_of(ends: Tensor, device: torch.device) -> Layout:
+def layout_of(ends: Tensor, device: torch.device) -> RowLayout:
     """Returns the layout for `ends`, computed and copied to `device` once per row.
 
     The cache key is the identity of `ends`: every layer, and every recomputation in backward, passes the same tensor.
@@ -71,7 +71,7 @@ def layout_of(ends: Tensor, device: torch.device) -> Layout:
         longest = int(cumulative.diff().max())  # no GPU synchronisation: ends is on the CPU
         if cumulative.device != device:
             cumulative = to_device(cumulative, device)
-        layouts[device] = Layout(cumulative, longest)
+        layouts[device] = RowLayout(cumulative, longest)
     return layouts[device]
 
 

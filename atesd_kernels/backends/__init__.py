@@ -5,6 +5,7 @@
 | "torch"          | `torch_chunked`                    | `torch_logprobs` |
 | "torch_compiled" | the same, elementwise passes through Inductor | the same |
 | "triton"         | `triton_chunked`                   | `triton_chunked` |
+| "module:object"  | functions of the caller's object   | the same         |
 
 `triton_exposure.exposure_means` computes mean log-probabilities without gradients. The torch backends have no such
 function: there `exposure_logprobs` masks rows of `linear_logprobs`.

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..shards import Shards
 from ..spec import DivergenceSpec, LogprobSpec, accumulate_dtype, gradient_dtype
 from . import matmul
+from .scaling import Scaling
 
 
 class LinearGradients:
@@ -19,6 +20,7 @@ class LinearGradients:
         self.shards = Shards(spec.group, self.vocab, self.device)
         self.shards.require_same(hidden)
         self.dtype = accumulate_dtype(spec.compute_dtype)
+        self.scaling = Scaling(spec)
         # dtype of the GEMMs that multiply the logits' gradient by head and hidden states
         self.product_dtype = matmul.product_dtype(spec.compute_dtype, self.device)
         self.work = matmul.Workspace(self.device)
@@ -97,7 +99,7 @@ class LinearLogits(LinearGradients):
     def _delta_dtype(self) -> torch.dtype:
         """Dtype of D: the products' if D is a bare matmul and its term smooth; else fp32, where rounding costs more."""
         spec = self.spec
-        plain = self.bias_t is None and not self.needs_logits and spec.term.smooth
+        plain = self.bias_t is None and not self.scaling.needs_logits and spec.term.smooth
         return self.product_dtype if plain else self.dtype
 
     @property
@@ -117,19 +119,23 @@ class LinearLogits(LinearGradients):
             self.rows_t = difference.to(self.product_dtype if self.spec.term.smooth else self.dtype)
 
     def student(self, cols: slice) -> Tensor:
-        """Returns the scaled student logits of the vocabulary entries `cols`, `[R, C]`."""
+        """Returns the kept student logits (see `Scaling`) of the vocabulary entries `cols`, `[R, C]`."""
         w = self.work.cast("head", self.weight[cols], self.spec.compute_dtype)
         s = matmul.logits(self.rows, w, self.s_dtype, work=self.work, use="student")
-        return scale_logits(s, self.spec.temperature, _cols(self.bias, cols), self.spec.softcap)
+        return self.scaling.keep(s, _cols(self.bias, cols))
 
     def teacher(self, cols: slice) -> Tensor:
         """Returns the scaled teacher logits, `[R, C]`."""
-        weight, bias = (self.weight, self.bias) if self.is_delta else (self.w_t, self.bias_t)
-        bias = bias if self.bias_t is None else self.bias_t
+        return self.scaling.teacher(self._teacher_product(cols), self._teacher_bias(cols))
+
+    def _teacher_product(self, cols: slice) -> Tensor:
+        weight = self.weight if self.is_delta else self.w_t
         rows = self.h_t[self.index].to(self.spec.compute_dtype)
         w = self.work.cast("head", weight[cols], self.spec.compute_dtype)
-        t = matmul.logits(rows, w, self.s_dtype, work=self.work, use="teacher")
-        return scale_logits(t, self.spec.teacher_temperature, _cols(bias, cols), self.spec.softcap)
+        return matmul.logits(rows, w, self.s_dtype, work=self.work, use="teacher")
+
+    def _teacher_bias(self, cols: slice) -> Tensor | None:
+        return _cols(self.bias if self.is_delta and self.bias_t is None else self.bias_t, cols)
 
     def centre(self, top: Tensor, height: Tensor) -> None:
         """Makes `difference` subtract from each row D's value at the token `top` `[R]`, whose logit is `height` `[R]`.
@@ -149,18 +155,14 @@ class LinearLogits(LinearGradients):
         return torch.nan_to_num(shift, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
     @property
-    def needs_logits(self) -> bool:
-        """Whether `difference` depends on the student's logits."""
-        return self.spec.softcap is not None or self.spec.temperature != self.spec.teacher_temperature
-
-    @property
     def scale(self) -> float:
         """Factor still to be applied to `difference()`. The sweep applies it when the difference is a bare matmul."""
-        return 1.0 if self.needs_logits else 1 / self.spec.temperature
+        return 1 / self.spec.temperature if self.is_delta and not self.scaling.needs_logits else 1.0
 
-    def difference(self, cols: slice, s: Tensor | None) -> Tensor:
-        """Returns the logit difference divided by `scale`, `[R, C]`. Reads the scaled logits `s` if `needs_logits`."""
-        spec = self.spec
+    def difference(self, cols: slice, kept: Tensor) -> Tensor:
+        """Returns the logit difference divided by `scale`, `[R, C]`, beside the student's `kept` logits."""
+        if not self.is_delta:
+            return _difference(self.scaling, kept, self._teacher_product(cols), self._teacher_bias(cols))
         w = self.work.cast("head", self.weight[cols], self.spec.compute_dtype)
         w = self.work.cast("head of the difference", w, self.rows_t.dtype)
         offset = self.offset if self.rounds_difference else None
@@ -168,30 +170,23 @@ class LinearLogits(LinearGradients):
         shift = self._bias_shift(cols)
         if shift is not None:
             d.add_(shift)
-        if spec.softcap is not None:
-            tanh_s, tanh_d = s * (spec.temperature / spec.softcap), torch.tanh(d / spec.softcap).to(s.dtype)
-            # tanh(a + b) - tanh(a) = tanh(b) (1 - tanh(a)^2) / (1 + tanh(a) tanh(b))
-            d = (spec.softcap * tanh_d * (1 - tanh_s * tanh_s) / (1 + tanh_s * tanh_d)).to(d.dtype)
-        if spec.temperature != spec.teacher_temperature:
-            # (z + d) / T_t - z / T_s, with z = s T_s
-            return d.add_(s, alpha=spec.temperature - spec.teacher_temperature).div_(spec.teacher_temperature)
-        return d.div_(spec.temperature) if spec.softcap is not None and spec.temperature != 1 else d
+        return self.scaling.difference(kept, d) if self.scaling.needs_logits else d
 
 
 class StudentLogits(LinearGradients):
     """Computes one model's logits, for log-probabilities."""
 
     def block(self, cols: slice) -> Tensor:
+        """Returns the kept logits (see `Scaling`) of the vocabulary entries `cols`, `[R, C]`."""
         out_dtype = torch.float64 if self.spec.compute_dtype == torch.float64 else self.spec.logits_dtype
         w = self.work.cast("head", self.weight[cols], self.spec.compute_dtype)
-        z = matmul.logits(self.rows, w, out_dtype, work=self.work)
-        return scale_logits(z, self.spec.temperature, _cols(self.bias, cols), self.spec.softcap)
+        return self.scaling.keep(matmul.logits(self.rows, w, out_dtype, work=self.work), _cols(self.bias, cols))
 
 
 class GivenLogits:
     """The interface of `LinearLogits` over the caller's logits. The gradient is `[N, V]`, like the logits."""
 
-    is_delta = needs_logits = rounds_difference = False
+    is_delta = rounds_difference = False
     may_be_infinite = scales_late = True
     grad_scale = None
     shards = Shards(None, 0, torch.device("cpu"))
@@ -200,6 +195,7 @@ class GivenLogits:
         self.spec, self.student_logits, self.teacher_logits = spec, student_logits, teacher_logits
         self.num_rows, self.vocab = student_logits.shape
         self.device = student_logits.device
+        self.scaling = Scaling(spec)
         self.dtype = self.s_dtype = accumulate_dtype(student_logits.dtype)
         self.grad = (
             torch.zeros_like(student_logits, dtype=gradient_dtype(student_logits.dtype)) if spec.any_grad else None
@@ -212,12 +208,13 @@ class GivenLogits:
         self.index = index
 
     def student(self, cols: slice) -> Tensor:
-        s = self.student_logits[self.index, cols].to(self.dtype)
-        return scale_logits(s, self.spec.temperature, None, self.spec.softcap)
+        return self.scaling.keep(self.student_logits[self.index, cols].to(self.dtype), None)
 
     def teacher(self, cols: slice) -> Tensor:
-        t = self.teacher_logits[self.index, cols].to(self.dtype)
-        return scale_logits(t, self.spec.teacher_temperature, None, self.spec.softcap)
+        return self.scaling.teacher(self.teacher_logits[self.index, cols].to(self.dtype), None)
+
+    def difference(self, cols: slice, kept: Tensor) -> Tensor:
+        return _difference(self.scaling, kept, self.teacher_logits[self.index, cols].to(self.dtype), None)
 
     def gradient_storage(self, block: Tensor) -> Tensor:
         return block
@@ -232,13 +229,11 @@ class GivenLogits:
         return self.grad, None, None
 
 
-def scale_logits(z: Tensor, temperature: float, bias: Tensor | None, softcap: float | None) -> Tensor:
-    """`softcap * tanh((z + bias) / softcap) / temperature`, in place."""
-    if bias is not None:
-        z = z.add_(bias)
-    if softcap is not None:
-        z = z.div_(softcap).tanh_().mul_(softcap)
-    return z if temperature == 1 else z.div_(temperature)
+def _difference(scaling: Scaling, kept: Tensor, z: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns scaled teacher logits minus the student's, from the product `z` of the teacher's own head."""
+    if scaling.softcap is None:
+        return scaling.teacher(z, bias).sub_(kept)
+    return scaling.difference(kept, scaling.raw(z, bias).sub_(kept))
 
 
 def _cols(bias: Tensor | None, cols: slice) -> Tensor | None:

@@ -91,7 +91,7 @@ class Chunk:
     """Some rows over all blocks of the vocabulary: what `NearChunk` and `FarChunk` share. Row vectors are `[R]`.
 
     Attributes:
-        s: per block, the student's logits if `keeps_logits`, else their softmax within the block.
+        s: per block, the student's kept logits (see `Scaling`) if `keeps_logits`, else their softmax in the block.
         other: per block, y (near) or the teacher's logits (far); sweep 3 replaces them by u.
     """
 
@@ -101,7 +101,7 @@ class Chunk:
         self, spec: DivergenceSpec, source, rows: int, plan: ChunkPlan, buffers: list[Tensor], target: Tensor | None
     ):
         self.spec, self.source, self.target, self.term = spec, source, target, spec.term
-        self.shards = source.shards
+        self.shards, self.scaling = source.shards, source.scaling
         self.cols = plan.blocks(source.vocab)
         self.tiles = list(plan.tiles(rows))
         self.row = torch.zeros(rows, dtype=source.dtype, device=source.device)
@@ -121,17 +121,22 @@ class Chunk:
 
     def softmax(self, b: int, tile: slice, s: Tensor) -> Tensor:
         """Stores a tile's student logits, or their softmax, in the first buffer. Returns the block softmax `[r, C]`."""
-        kept = self.s[b][tile]
-        s = s.to(kept.dtype)
-        q_b = torch.empty_like(kept) if self.keeps_logits else kept
-        self.top_b[b, tile], self.lse_b[b, tile] = self.run(passes.block_softmax)(s, q_b)
+        out = self.s[b][tile]
+        s = s.to(out.dtype)
         if self.keeps_logits:
-            kept.copy_(s)
+            out.copy_(s)
+            out = torch.empty_like(out)
+        s = self.scaling.student(s)
+        self.top_b[b, tile], self.lse_b[b, tile] = self.run(passes.block_softmax)(s, out)
         if self.source.may_be_infinite:
             self.lowest = torch.minimum(self.lowest, s.amin())
         if self.row_stats is not None:
             self.row_stats.see_student(self.cols[b].start, tile, s)
-        return q_b
+        return out
+
+    def logits(self, b: int, tile: slice) -> Tensor:
+        """Returns the student's scaled logits, `[r, C]`, if `keeps_logits`."""
+        return self.scaling.student(self.s[b][tile])
 
     def normalise_student(self) -> None:
         self.lse_s = self.shards.logsumexp(self.lse_b.logsumexp(0))
@@ -140,7 +145,7 @@ class Chunk:
     def q(self, b: int, tile: slice) -> tuple[Tensor, Tensor | None]:
         """Returns the student's probabilities in a tile as two factors: `[r, C]`, and `[r]` or None for 1."""
         if self.keeps_logits:
-            return (self.s[b][tile] - self.lse_s[tile, None]).exp_(), None
+            return (self.logits(b, tile) - self.lse_s[tile, None]).exp_(), None
         return self.s[b][tile], self.rho[b, tile]
 
     def terms(self, b: int, tile: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -190,8 +195,7 @@ class Chunk:
         """Returns the row's factor times the derivative of softcap."""
         if self.spec.softcap is None:
             return factor
-        capped = self.s[b][tile] * (self.spec.temperature / self.spec.softcap)
-        return (1 - capped * capped) * factor[:, None]
+        return self.scaling.slope(self.s[b][tile]) * factor[:, None]
 
     def top_token(self) -> Tensor:
         """Returns the student's most likely token in this shard, `[R]`: searches the block with the largest logit."""
@@ -212,7 +216,7 @@ class NearChunk(Chunk):
     def __init__(self, spec: DivergenceSpec, source, *arguments):
         super().__init__(spec, source, *arguments)
         # the derivative of softcap and some logit differences need the student's logits
-        self.keeps_logits = spec.softcap is not None or (source.is_delta and source.needs_logits)
+        self.keeps_logits = spec.softcap is not None or (source.is_delta and source.scaling.needs_logits)
         plain = spec.entry_clip is None and not spec.stats and not self.keeps_logits
         self.shifted = self.term.shifted if plain else None
 
@@ -226,12 +230,23 @@ class NearChunk(Chunk):
         return True
 
     def _sweep(self) -> bool:
+        mean_b = self._softmax_and_differences()
+        if not self.shards.all(bool(self.lowest > -torch.inf), self.row.device):  # False for NaN
+            return False
+        self.normalise_student()
+        if self.source.is_delta:
+            mean_b = self._differences_of_a_shared_head()
+        (mean,) = self.shards.sum((mean_b if self.keeps_logits and self.source.is_delta else mean_b * self.rho).sum(0))
+        return self._centre(mean)
+
+    def _softmax_and_differences(self) -> Tensor:
+        """Sweep 1: stores the student, and the differences from a teacher with a head of its own. Returns their means
+        under each block's softmax, `[blocks, R]`."""
         self.start()
-        self.mean_e, self.mean_l = self.row.clone(), self.row.clone()
         mean_b = torch.zeros_like(self.lse_b)
         for b, cols in enumerate(self.cols):
             s = self.source.student(cols)
-            d = None if self.source.is_delta else self.source.teacher(cols).sub_(s)
+            d = None if self.source.is_delta else self.source.difference(cols, s)
             if b == 0 and d is not None:
                 # differences must be small before they are rounded; a constant changes no softmax
                 first = self.shards.broadcast_from_first(d[:, 0].clone())[:, None]
@@ -240,18 +255,23 @@ class NearChunk(Chunk):
                 if d is not None:
                     d[tile] -= first[tile]
                     mean_b[b, tile] = self.run(passes.difference)(d[tile], 1.0, q_b, self.other[b][tile])
-        if not self.shards.all(bool(self.lowest > -torch.inf), self.row.device):  # False for NaN
-            return False
-        self.normalise_student()
-        if self.source.is_delta:
-            if self.source.rounds_difference:
-                self.source.centre(self.top_token(), self.top_b.amax(0))
-            for b, cols in enumerate(self.cols):
-                d = self.source.difference(cols, self.s[b])
-                for tile in self.tiles:
-                    arguments = d[tile], self.source.scale, self.q(b, tile)[0], self.other[b][tile]
-                    mean_b[b, tile] = self.run(passes.difference)(*arguments)
-        (mean,) = self.shards.sum((mean_b if self.keeps_logits and self.source.is_delta else mean_b * self.rho).sum(0))
+        return mean_b
+
+    def _differences_of_a_shared_head(self) -> Tensor:
+        """The rest of sweep 1 for a shared head: stores D, which is centred on the student's most likely token."""
+        mean_b = torch.zeros_like(self.lse_b)
+        if self.source.rounds_difference:
+            self.source.centre(self.top_token(), self.top_b.amax(0))
+        for b, cols in enumerate(self.cols):
+            d = self.source.difference(cols, self.s[b])
+            for tile in self.tiles:
+                arguments = d[tile], self.source.scale, self.q(b, tile)[0], self.other[b][tile]
+                mean_b[b, tile] = self.run(passes.difference)(*arguments)
+        return mean_b
+
+    def _centre(self, mean: Tensor) -> bool:
+        """Sweep 2: subtracts the rows' `mean` `[R]` and finds c. Returns False if a difference exceeds NEAR."""
+        self.mean_e, self.mean_l = self.row.clone(), self.row.clone()
         near = True
         for b, tile in self.over_tiles():
             q, rho = self.q(b, tile)
@@ -323,6 +343,7 @@ class FarChunk(Chunk):
         if not self.source.is_delta:
             return self.source.teacher(cols)
         d = self.source.difference(cols, s)
+        s = self.scaling.student(s)
         t = torch.add(s, d, alpha=self.source.scale)
         if self.source.may_be_infinite:
             lost = torch.isneginf(s) | ~torch.isfinite(d)
@@ -331,10 +352,10 @@ class FarChunk(Chunk):
         return t
 
     def terms(self, b: int, tile: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        log_q = self.s[b][tile] - self.lse_s[tile, None]
+        log_q = self.logits(b, tile) - self.lse_s[tile, None]
         run = self.run(passes.far_terms)
         return run(self.term, self.spec.beta, self.spec.entry_clip, log_q, self.other[b][tile], self.lse_t[tile])
 
     def add_stats(self, b: int, tile: slice) -> None:
-        log_q, log_p = self.s[b][tile] - self.lse_s[tile, None], self.other[b][tile] - self.lse_t[tile, None]
+        log_q, log_p = self.logits(b, tile) - self.lse_s[tile, None], self.other[b][tile] - self.lse_t[tile, None]
         self.row_stats.add(self.cols[b].start, tile, log_q.exp(), log_p.exp(), (log_p - log_q).nan_to_num_(nan=0.0))

@@ -41,7 +41,7 @@ def logprob_rows(
 
 
 class LogprobChunk:
-    """Holds the logits of some rows, block by block. `gradient` replaces the logits by their gradient in place."""
+    """Holds the kept logits (see `Scaling`) of some rows, block by block. `gradient` replaces them in place."""
 
     def __init__(self, spec: LogprobSpec, source: StudentLogits, plan: ChunkPlan, buffer: Tensor, target: Tensor):
         self.spec, self.source, self.target = spec, source, target
@@ -55,10 +55,11 @@ class LogprobChunk:
         for b, cols in enumerate(self.cols):
             z = self.z[b].copy_(source.block(cols))
             here, column = self._target_in(b)
-            self.at_target = torch.where(here, z.gather(1, column)[:, 0], self.at_target)
+            at_target = self.source.scaling.student(z.gather(1, column)[:, 0])
+            self.at_target = torch.where(here, at_target, self.at_target)
             for tile in self.tiles:
                 out = scratch[: z[tile].shape[0], : z.shape[1]]
-                top_b[b, tile], lse_b[b, tile] = self.run(passes.block_softmax)(z[tile], out)
+                top_b[b, tile], lse_b[b, tile] = self.run(passes.block_softmax)(source.scaling.student(z[tile]), out)
         shards = source.shards
         self.lse, (self.top,) = shards.logsumexp(lse_b.logsumexp(0)), shards.select_at_global_argmax(top_b.amax(0))
         (self.at_target,) = shards.sum(self.at_target)  # only one shard contains the target
@@ -68,11 +69,15 @@ class LogprobChunk:
         column, width = self.target - self.cols[b].start, self.z[b].shape[1]
         return (column >= 0) & (column < width), column.clamp(0, width - 1)[:, None]
 
+    def probs(self, b: int, tile: slice) -> Tensor:
+        """Returns q, `[r, C]`."""
+        return (self.source.scaling.student(self.z[b][tile]) - self.lse[tile, None]).exp_()
+
     def stats(self, value: Tensor) -> Tensor:
         entropy, zero = torch.zeros_like(self.lse), torch.zeros_like(self.lse)
-        for z in self.z:
+        for b in range(len(self.cols)):
             for tile in self.tiles:
-                entropy[tile] += torch.special.entr((z[tile] - self.lse[tile, None]).exp_()).sum(1)
+                entropy[tile] += torch.special.entr(self.probs(b, tile)).sum(1)
         (entropy,) = self.source.shards.sum(entropy)
         return torch.stack([zero, entropy, zero, value, zero, (self.top - self.lse).exp(), zero])
 
@@ -87,12 +92,10 @@ class LogprobChunk:
             here, column = self._target_in(b)
             out = source.gradient_storage(self.z[b])
             for tile in self.tiles:
-                z = self.z[b][tile]
-                g = (z - self.lse[tile, None]).exp_().neg_()
+                g = self.probs(b, tile).neg_()
                 g.scatter_add_(1, column[tile], here[tile].to(g.dtype)[:, None])
                 if spec.softcap is not None:
-                    capped = z * (spec.temperature / spec.softcap)
-                    g *= 1 - capped * capped
+                    g *= source.scaling.slope(self.z[b][tile])
                 out[tile] = g if late else g * factor[tile, None]
             source.take_gradient(cols, out, factor if late else None)
         source.finish_rows()

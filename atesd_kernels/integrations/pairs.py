@@ -19,12 +19,19 @@ from .wrappers import without_wrappers
 IGNORED = -100
 
 
-def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int = 0) -> dict[str, Tensor]:
+def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> dict[str, Tensor]:
     """Collates rows of token ids `prompt_ids`, `teacher_prompt_ids`, `response_ids` to a batch padded on the right.
 
+    Args:
+        rows: each of the three is a list, an array or a tensor of integers, as `Dataset.with_format` makes them.
+        pad_token_id: fills `input_ids`.
+
     Returns:
-        A dict of `input_ids`, `attention_mask`, `labels` (-100 outside the response), each `[B, L]`, and the same
+        A dict of `input_ids`, `attention_mask`, `labels` (-100 outside the response), each `[B, L]` int64, and the same
         three with the prefix `teacher_`, `[B, L_t]`.
+
+    Raises:
+        ValueError: if a prompt is empty, or ids are not a sequence of integers.
 
     Example:
         >>> from atesd_kernels.integrations.pairs import collate
@@ -33,11 +40,14 @@ def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int = 0) 
         tensor([[-100, -100, -100,    7,    8]])
     """
     batch = {}
+    responses = [_token_ids(row, "response_ids") for row in rows]
     for prefix, key in (("", "prompt_ids"), ("teacher_", "teacher_prompt_ids")):
-        if any(not row[key] for row in rows):
+        prompts = [_token_ids(row, key) for row in rows]
+        if any(not len(prompt) for prompt in prompts):
             raise ValueError(f"a row has an empty {key}; predicting the first response token needs one prompt token.")
-        ids = [torch.tensor([*row[key], *row["response_ids"]]) for row in rows]
-        labels = [torch.tensor([IGNORED] * len(row[key]) + [*row["response_ids"]]) for row in rows]
+        pairs = list(zip(prompts, responses, strict=True))
+        ids = [torch.cat(pair) for pair in pairs]
+        labels = [torch.cat([torch.full_like(prompt, IGNORED), response]) for prompt, response in pairs]
         masks = [torch.ones_like(x) for x in ids]
         for name, columns, padding in (
             ("input_ids", ids, pad_token_id),
@@ -46,6 +56,18 @@ def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int = 0) 
         ):
             batch[prefix + name] = nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=padding)
     return batch
+
+
+def _token_ids(row: Mapping[str, Any], key: str) -> Tensor:
+    """Returns a row's token ids, `[L]` int64."""
+    ids = row[key]
+    try:
+        ids = ids if isinstance(ids, Tensor) else torch.tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"a row's {key} must be a sequence of token ids, got {row[key]!r}.") from error
+    if ids.dim() != 1 or (len(ids) and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)):
+        raise ValueError(f"a row's {key} must be a sequence of token ids, got {row[key]!r}.")
+    return ids.long()
 
 
 def pair_divergence(

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .rows import LOWEST, load_bias, online_softmax_step, span, store_tuple
-from .terms import exp, tanh
+from .rows import LOWEST, load_bias, online_softmax_step, span, store_at
+from .terms import capped, capped_slope, exp
 
 # Positions of a program's partial results in PARTS, which `normalise_one` stores. w = exp(s - PART_MAX).
 PART_MAX = tl.constexpr(0)
@@ -22,30 +22,46 @@ NUM_LOGPROB_OUT = tl.constexpr(4)
 
 
 @triton.jit
-def scaled(s, bias, exists, inv_t, softcap):
-    """Returns softcap * tanh((s + bias) / softcap) / temperature in fp32; -inf where `exists` is false."""
+def raw(s, bias):
+    """Returns s + bias in fp32."""
     s = s.to(tl.float32)
     if bias is not None:
         s += bias
+    return s
+
+
+@triton.jit
+def scaled(z, exists, inv_t, softcap):
+    """Returns softcap * tanh(z / softcap) / temperature; -inf where z is or `exists` is false."""
     if softcap is not None:
-        s = softcap * tanh(s / softcap)
-    return tl.where(exists, s * inv_t, -float("inf"))
+        z = capped(z, softcap)
+    return tl.where(exists, z * inv_t, -float("inf"))
+
+
+@triton.jit
+def load_raw(S, BIAS, cols, exists):
+    return raw(tl.load(S + cols, mask=exists, other=0.0), load_bias(BIAS, cols, exists))
 
 
 @triton.jit
 def load_logits(S, BIAS, cols, exists, inv_t, softcap):
-    s = tl.load(S + cols, mask=exists, other=0.0)
-    return scaled(s, load_bias(BIAS, cols, exists), exists, inv_t, softcap)
+    return scaled(load_raw(S, BIAS, cols, exists), exists, inv_t, softcap)
 
 
 @triton.jit
-def logprob_gradient(s, lse, hit, exists, inv_t, softcap):
-    """Returns T d log q[target] / d(raw logit) = 1[j = target] - q_j, times the derivative of softcap."""
-    g = tl.where(hit, 1.0, 0.0) - exp(s - lse)
+def logprob_gradient(z, lse, hit, exists, inv_t, softcap):
+    """Returns T d log q[target] / dz = 1[j = target] - q_j, times the derivative of softcap, from raw logits z."""
+    g = tl.where(hit, 1.0, 0.0) - exp(scaled(z, exists, inv_t, softcap) - lse)
     if softcap is not None:
-        tanh_s = s / (inv_t * softcap)
-        g *= tl.where(exists, 1 - tanh_s * tanh_s, 0.0)
+        g *= capped_slope(z, softcap)
     return g
+
+
+@triton.jit
+def store_parts(P, top, total, mean, shift, at_target, mask):
+    """Stores a program's partial results, for one row or a tile of rows."""
+    positions = (PART_MAX, PART_SUM, PART_MEAN, PART_SHIFT, PART_TARGET)
+    store_at(P, positions, (top, total, mean, shift, at_target), mask)
 
 
 @triton.jit
@@ -79,7 +95,7 @@ def normalise_one(
     here = (target >= start) & (target < stop)
     at_target = tl.where(here, load_logits(S, BIAS, target, here, inv_t, softcap), 0.0)
     PARTS += (row * tl.num_programs(1) + tl.program_id(1)) * NUM_LOGPROB_PARTS
-    store_tuple(PARTS + PART_MAX, (top, tl.sum(a * w, 0), tl.sum(b * w, 0), s0, at_target), True)
+    store_parts(PARTS, top, tl.sum(a * w, 0), tl.sum(b * w, 0), s0, at_target, True)
 
 
 @triton.jit
@@ -109,9 +125,9 @@ def finish_logprob(
             shift = tl.load(P + PART_SHIFT) - s0
             mean = tl.sum((tl.load(P + PART_MEAN) + tl.load(P + PART_SUM) * shift) * w, 0) / a
             logprob = tl.sum(tl.load(P + PART_TARGET), 0) - lse
-            store_tuple(
-                OUT + row * NUM_LOGPROB_OUT + OUT_LOGPROB, (logprob, (lse - s0) - mean, exp(top - lse), lse), True
-            )
+            results = (logprob, (lse - s0) - mean, exp(top - lse), lse)
+            OUT += row * NUM_LOGPROB_OUT
+            store_at(OUT, (OUT_LOGPROB, OUT_ENTROPY, OUT_CONFIDENCE, OUT_LSE), results, True)
         if GRAD:
             factor = inv_t * grad_scale
             if WEIGHT is not None:
@@ -119,8 +135,8 @@ def finish_logprob(
             for j in range(start, stop, BLOCK):
                 cols = j + lanes
                 exists = cols < stop
-                s = load_logits(S, BIAS, cols, exists, inv_t, softcap)
-                g = logprob_gradient(s, lse, cols == target, exists, inv_t, softcap) * factor
+                z = load_raw(S, BIAS, cols, exists)
+                g = logprob_gradient(z, lse, cols == target, exists, inv_t, softcap) * factor
                 tl.store(G + cols, g.to(G.dtype.element_ty), mask=exists)
     elif GRAD:
         for j in range(start, stop, BLOCK):

@@ -12,7 +12,7 @@ plain case (shared head, no bias, no softcap), bounded rows and our own `exp`.
 import triton
 import triton.language as tl
 
-from .terms import exp, expm1_parts, log1p_parts, tanh
+from .terms import capped, capped_difference, capped_slope, exp, expm1_parts, log1p_parts
 
 LOWEST = tl.constexpr(-3.0e38)  # replaces -inf, because -inf - -inf is NaN
 FAR = tl.constexpr(40.0)  # above this log p - log q, a sum under q may lose the teacher's mass
@@ -59,15 +59,17 @@ def span(V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_tuple(P, values, mask):
-    """Stores values[i] at P + i."""
+def store_at(P, positions, values, mask):
+    """Stores values[i] at P + positions[i]."""
+    tl.static_assert(len(positions) == len(values))
     for i in tl.static_range(len(values)):
-        tl.store(P + i, values[i], mask=mask)
+        tl.store(P + positions[i], values[i], mask=mask)
 
 
 @triton.jit
 def prepare(s, o, bias_s, bias_t, exists, scale, IS_DELTA: tl.constexpr):
-    """Returns scaled logits s, t and d = t - s in fp32, from raw student logits and raw differences or teacher logits.
+    """Returns scaled logits s, t and d = t - s in fp32, from raw student logits and raw differences or teacher logits,
+    and the softcap's derivative at s.
 
     d comes from the raw difference, not from two rounded logits. s = t = -inf and d = 0 where `exists` is false and
     where both models exclude the entry. `scale` is (1 / T_s, 1 / T_t, softcap or None).
@@ -84,17 +86,17 @@ def prepare(s, o, bias_s, bias_t, exists, scale, IS_DELTA: tl.constexpr):
         s += bias_s
         t += bias_t
         d += tl.where(bias_t == bias_s, 0.0, bias_t - bias_s)
+    slope = 1.0
     if softcap is not None:
-        # tanh(a + b) - tanh(a) = tanh(b) (1 - tanh(a)^2) / (1 + tanh(a) tanh(b))
-        tanh_s, tanh_d = tanh(s / softcap), tanh(d / softcap)
-        s, t = softcap * tanh_s, softcap * tanh(t / softcap)
-        d = tl.where(tl.abs(d) < FAR, softcap * tanh_d * (1 - tanh_s * tanh_s) / (1 + tanh_s * tanh_d), t - s)
+        d = capped_difference(s, t, d, softcap)
+        slope = capped_slope(s, softcap)
+        s, t = capped(s, softcap), capped(t, softcap)
     d = d * inv_t_t + s * (inv_t_t - inv_t_s)
     s, t = tl.where(exists, s * inv_t_s, -float("inf")), tl.where(exists, t * inv_t_t, -float("inf"))
     if IS_DELTA and bias_s is None:  # d is finite: it was loaded as 0 where `exists` is false
-        return s, t, d
+        return s, t, d, slope
     one_sided = (s == -float("inf")) | (t == -float("inf"))
-    return s, t, tl.where(one_sided, tl.where(s == t, 0.0, t - s), d)
+    return s, t, tl.where(one_sided, tl.where(s == t, 0.0, t - s), d), slope
 
 
 @triton.jit
@@ -108,7 +110,7 @@ def load_bias(BIAS, cols, exists):
 
 @triton.jit
 def load_pair(S, O, BIAS_S, BIAS_T, cols, exists, scale, IS_DELTA: tl.constexpr):
-    """Loads logits and biases and returns `prepare`'s s, t, d. S and O point at the row's start."""
+    """Loads logits and biases and returns `prepare`'s s, t, d, slope. S and O point at the row's start."""
     s = tl.load(S + cols, mask=exists, other=0.0)
     o = tl.load(O + cols, mask=exists, other=0.0)
     return prepare(
@@ -146,7 +148,7 @@ def plain_sums(S, O, start, stop, scale, reference, d0, STATS: tl.constexpr, BLO
     column_s, column_t = (tl.zeros([BLOCK], tl.int32),) * 2
     for j in range(start, stop, BLOCK):
         cols = j + lanes
-        s, t, d = load_pair(S, O, None, None, cols, cols < stop, scale, 1)
+        s, t, d, _ = load_pair(S, O, None, None, cols, cols < stop, scale, 1)
         d -= d0
         w = exp(s - reference)
         a += w
@@ -173,7 +175,7 @@ def teacher_sum(S, O, start, stop, scale, BLOCK: tl.constexpr):
     m = tl.full([BLOCK], LOWEST, tl.float32)
     a = tl.zeros([BLOCK], tl.float32)
     for j in range(start, stop, BLOCK):
-        _, t, _ = load_pair(S, O, None, None, j + lanes, j + lanes < stop, scale, 1)
+        _, t, _, _ = load_pair(S, O, None, None, j + lanes, j + lanes < stop, scale, 1)
         m, shrink, w, _ = online_softmax_step(m, t)
         a = a * shrink + w
     top = tl.max(m, 0)
@@ -185,7 +187,7 @@ def plain_first_sweep(S, O, start, stop, scale, STATS: tl.constexpr, BLOCK: tl.c
     """`first_sweep` for a shared head without bias and softcap. Each column takes one exponential of s and one of d;
     only rows with extreme values need more."""
     lanes = tl.arange(0, BLOCK)
-    s, _, d = load_pair(S, O, None, None, start + lanes, start + lanes < stop, scale, 1)
+    s, _, d, _ = load_pair(S, O, None, None, start + lanes, start + lanes < stop, scale, 1)
     d0 = reference_difference(s, d)
     reference = tl.maximum(tl.max(s, 0), LOWEST)
     high_s, largest, a, b_e, b_d, column_s, column_t, high_t = plain_sums(
@@ -208,7 +210,7 @@ def first_sweep(S, O, BIAS_S, BIAS_T, start, stop, V, scale, IS_DELTA: tl.conste
                 BLOCK: tl.constexpr):  # fmt: skip
     """Returns the sums that `normalise` stores, for any logits, by an online softmax of both models."""
     lanes = tl.arange(0, BLOCK)
-    s, t, d = load_pair(S, O, BIAS_S, BIAS_T, start + lanes, start + lanes < stop, scale, IS_DELTA)
+    s, t, d, _ = load_pair(S, O, BIAS_S, BIAS_T, start + lanes, start + lanes < stop, scale, IS_DELTA)
     d0 = reference_difference(s, d)
     m_s = tl.full([BLOCK], LOWEST, tl.float32)
     m_t, largest = m_s, m_s
@@ -218,7 +220,7 @@ def first_sweep(S, O, BIAS_S, BIAS_T, start, stop, V, scale, IS_DELTA: tl.conste
     top_t = top_s
     for j in range(start, stop, BLOCK):
         cols = j + lanes
-        s, t, d = load_pair(S, O, BIAS_S, BIAS_T, cols, cols < stop, scale, IS_DELTA)
+        s, t, d, _ = load_pair(S, O, BIAS_S, BIAS_T, cols, cols < stop, scale, IS_DELTA)
         d -= d0
         largest = tl.maximum(largest, d)
         m_s, shrink, w, up = online_softmax_step(m_s, s)
@@ -263,15 +265,17 @@ def normalise(
             S, O, BIAS_S, BIAS_T, start, stop, V, scale, IS_DELTA, STATS, BLOCK
         )
     PARTS += (row * tl.num_programs(1) + tl.program_id(1)) * NUM_PARTS
-    store_tuple(PARTS + MAX_S, (m_s, a_s, b_e, b_d, m_t, a_t, largest, d0), True)
+    sums = (m_s, a_s, b_e, b_d, m_t, a_t, largest, d0)
+    store_at(PARTS, (MAX_S, SUM_S, SUM_E, SUM_D, MAX_T, SUM_T, LARGEST_D, D0), sums, True)
     if STATS:
         if TARGETS is not None:
             target = tl.load(TARGETS + row)
             here = (target >= start) & (target < stop)
-            s, t, _ = load_pair(S, O, BIAS_S, BIAS_T, target, here, scale, IS_DELTA)
-            store_tuple(PARTS + TARGET_S, (tl.where(here, s, 0.0), tl.where(here, t, 0.0)), True)
-        store_tuple((PARTS + COLUMN_S).to(tl.pointer_type(tl.int32), bitcast=True), (column_s, column_t), True)
-        store_tuple(PARTS + TOP_S, (top_s, top_t), True)
+            s, t, _, _ = load_pair(S, O, BIAS_S, BIAS_T, target, here, scale, IS_DELTA)
+            store_at(PARTS, (TARGET_S, TARGET_T), (tl.where(here, s, 0.0), tl.where(here, t, 0.0)), True)
+        INTEGERS = PARTS.to(tl.pointer_type(tl.int32), bitcast=True)
+        store_at(INTEGERS, (COLUMN_S, COLUMN_T), (column_s, column_t), True)
+        store_at(PARTS, (TOP_S, TOP_T), (top_s, top_t), True)
 
 
 @triton.jit
@@ -306,12 +310,8 @@ def merge_partials(P, AXIS: tl.constexpr):
 
 
 @triton.jit
-def evaluate(
-    s, t, d, lse_s, lse_t, c, exists, entry_clip, slope, TERM: tl.constexpr, BETA: tl.constexpr, BOUNDED: tl.constexpr
-):  # fmt: skip
-    """Returns p, q, l', u' (0 if clipped), terms whose sum is that of the clipped textbook terms l' + k (p - q), the
-    mask of clipped entries, and k q. Unclipped terms may stay l', because sum (p - q) = 0. Only l' is small where p
-    and q nearly agree. BOUNDED: no x of the row exceeds FAR, so t is not read."""
+def evaluate(s, t, d, lse_s, lse_t, c, TERM: tl.constexpr, BETA: tl.constexpr, BOUNDED: tl.constexpr):
+    """Returns p, q, p - q, l' and u'. BOUNDED: no x of the row exceeds FAR, so t is not read."""
     x = d - c
     q = exp(s - lse_s)
     e, bend = expm1_parts(x)
@@ -323,26 +323,27 @@ def evaluate(
         p = tl.where(tl.abs(x) < 16, q * (e + 1), exp(t - lse_t))
         gap = tl.where(near, q * e, p - q)
     l, u = TERM(x, p, q, near, e, bend, BETA)
-    bounded, clipped, k_q = l, exists, q
-    if entry_clip is not None:
-        tilt = slope * gap
-        clipped = (l + tilt > entry_clip) & exists
-        bounded = tl.where(clipped, entry_clip - tilt, l)
-        u = tl.where(clipped, 0.0, u)
-        k_q = slope * q
-    return p, q, l, u, bounded, clipped, k_q
+    return p, q, gap, l, u
 
 
 @triton.jit
-def gradient(s, q, u, k_q, clipped, sum_u, lost, entry_clip, inv_t_s, softcap, exists):
+def clip_entries(l, u, gap, exists, entry_clip, slope):
+    """Returns terms whose sum is that of the clipped textbook terms l' + k (p - q), u' (0 if clipped), and the mask of
+    clipped entries. Unclipped terms stay l', small where p and q nearly agree, because sum (p - q) = 0."""
+    tilt = slope * gap
+    clipped = (l + tilt > entry_clip) & exists
+    return tl.where(clipped, entry_clip - tilt, l), tl.where(clipped, 0.0, u), clipped
+
+
+@triton.jit
+def gradient(q, u, clipped, sum_u, lost, entry_clip, slope, softcap, slope_s):
     """Returns T dD / d(raw logit): 1_A u' - q sum_A u' + k q (1_notA - sum_notA q), times the derivative of softcap. A
     is the set of unclipped entries."""
     g = u - q * sum_u
     if entry_clip is not None:
-        g += k_q * (tl.where(clipped, 1.0, 0.0) - lost)
+        g += slope * q * (tl.where(clipped, 1.0, 0.0) - lost)
     if softcap is not None:
-        tanh_s = s / (inv_t_s * softcap)
-        g *= tl.where(exists, 1 - tanh_s * tanh_s, 0.0)
+        g *= slope_s
     return g
 
 
@@ -364,10 +365,11 @@ def finish_stats(PARTS, MASK, TARGETS, STATS_OUT, SPLITS: tl.constexpr):
         top_s = tl.load(tops + best_s * NUM_PARTS + COLUMN_S)
         top_t = tl.load(tops + best_t * NUM_PARTS + COLUMN_T)
         STATS_OUT += row * NUM_ROW_STATS
-        store_tuple(STATS_OUT + CONFIDENCE, (exp(tl.max(m_s, 0) - lse_s), (top_s == top_t).to(tl.float32)), True)
+        agree = (top_s == top_t).to(tl.float32)
+        store_at(STATS_OUT, (CONFIDENCE, AGREE), (exp(tl.max(m_s, 0) - lse_s), agree), True)
         if TARGETS is not None:
             logprob_s, logprob_t = tl.sum(tl.load(P + TARGET_S), 0) - lse_s, tl.sum(tl.load(P + TARGET_T), 0) - lse_t
-            store_tuple(STATS_OUT + LOGPROB_S, (logprob_s, logprob_t), True)
+            store_at(STATS_OUT, (LOGPROB_S, LOGPROB_T), (logprob_s, logprob_t), True)
 
 
 @triton.jit
@@ -384,10 +386,11 @@ def second_sweep(
     for j in range(start, stop, BLOCK):
         cols = j + lanes
         exists = cols < stop
-        s, t, d = load_pair(S, O, BIAS_S, BIAS_T, cols, exists, scale, IS_DELTA)
-        p, q, l, u, bounded, clipped, k_q = evaluate(
-            s, t, d, lse_s, lse_t, c, exists, entry_clip, slope, TERM, BETA, BOUNDED
-        )  # fmt: skip
+        s, t, d, slope_s = load_pair(S, O, BIAS_S, BIAS_T, cols, exists, scale, IS_DELTA)
+        p, q, gap, l, u = evaluate(s, t, d, lse_s, lse_t, c, TERM, BETA, BOUNDED)
+        bounded, clipped = l, exists
+        if entry_clip is not None:
+            bounded, u, clipped = clip_entries(l, u, gap, exists, entry_clip, slope)
         if PHASE != "grad":
             loss += l
             if entry_clip is not None:
@@ -399,7 +402,7 @@ def second_sweep(
                 entropy_s += tl.where(q > 0, q * (lse_s - s), 0.0)
                 entropy_t += tl.where(p > 0, p * (lse_t - t), 0.0)
         if PHASE != "sum":
-            g = gradient(s, q, u, k_q, clipped, sum_u, lost, entry_clip, scale[0], scale[2], exists)
+            g = gradient(q, u, clipped, sum_u, lost, entry_clip, slope, scale[2], slope_s)
             tl.store(G + cols, (g * factor).to(G.dtype.element_ty), mask=exists)
     total = tl.sum(loss, 0)
     if entry_clip is not None:
@@ -459,7 +462,8 @@ def accumulate(
             )  # fmt: skip
         if PHASE != "grad":
             R = SUMS + (row * SPLITS + tl.program_id(1)) * NUM_SUMS
-            store_tuple(R + LOSS, (loss, clipped_loss, total_u, lost_q, entropy_s, entropy_t), True)
+            sums = (loss, clipped_loss, total_u, lost_q, entropy_s, entropy_t)
+            store_at(R, (LOSS, CLIPPED_LOSS, TOTAL_U, LOST_Q, ENTROPY_S, ENTROPY_T), sums, True)
     elif PHASE != "sum":
         lanes = tl.arange(0, BLOCK)
         for j in range(start, stop, BLOCK):

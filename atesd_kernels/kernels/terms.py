@@ -57,6 +57,29 @@ def tanh(x):
 
 
 @triton.jit
+def capped(z, softcap):
+    """Returns softcap * tanh(z / softcap), but -inf where z is: such an entry is excluded from the vocabulary."""
+    return tl.where(z == -float("inf"), z, softcap * tanh(z / softcap))
+
+
+@triton.jit
+def capped_difference(z, y, d, softcap):
+    """Returns capped(y) - capped(z), y = z + d, to rounding however far both saturate (`backends/scaling.py`)."""
+    rate = -2 / softcap
+    e_z, e_y = exp(tl.abs(z) * rate), exp(tl.abs(y) * rate)
+    m = tl.where((z > 0) == (y > 0), tl.maximum(e_z, e_y), 1.0)
+    gap = 2 * softcap * m * expm1_parts(tl.abs(d) * rate)[0] / ((1 + e_z) * (1 + e_y))
+    return tl.where(d < 0, gap, -gap)
+
+
+@triton.jit
+def capped_slope(z, softcap):
+    """Returns the derivative of `capped`, 1 - tanh^2, also where tanh rounds to 1."""
+    e = exp(tl.abs(z) * (-2 / softcap))
+    return 4 * e / ((1 + e) * (1 + e))
+
+
+@triton.jit
 def times_log(p, ratio):
     """Returns p log(ratio); 0 where p = 0."""
     return tl.where(p > 0, p * tl.log(ratio), 0.0)

@@ -7,8 +7,8 @@ rows are not in the list and cost nothing. Partial sums have the layout of `logp
 import triton
 import triton.language as tl
 
-from .logprobs import NUM_LOGPROB_PARTS, PART_MAX, scaled
-from .rows import LOWEST, load_bias, store_tuple
+from .logprobs import NUM_LOGPROB_PARTS, raw, scaled, store_parts
+from .rows import LOWEST, load_bias
 from .terms import exp
 
 
@@ -83,7 +83,7 @@ def tile_scores(
         bias = None
         if BIAS is not None:
             bias = load_bias(BIAS, col, exists)[None, :]
-        s = scaled(s, bias, exists[None, :], inv_t, softcap)
+        s = scaled(raw(s, bias), exists[None, :], inv_t, softcap)
         hit = col[None, :] == target[:, None]
         m_new, shrink, w = rescale(m, s)
         if j == start:
@@ -93,4 +93,4 @@ def tile_scores(
         b = b * shrink + tl.sum(tl.where(w > 0, w * (s - s0[:, None]), 0.0), 1)
         at += tl.sum(tl.where(hit, s, 0.0), 1)
     P = PARTS + (row * tl.num_programs(1) + tl.program_id(1)) * NUM_LOGPROB_PARTS
-    store_tuple(P + PART_MAX, (m, a, b, s0, at), there)
+    store_parts(P, m, a, b, s0, at, there)

@@ -22,7 +22,7 @@ from .gpus import BY_ARCH
 
 
 @dataclass
-class Compiled:
+class CompiledKernels:
     """Kernels compiled since `compile_only`."""
 
     arch: str
@@ -32,7 +32,7 @@ class Compiled:
         return len(self.kernels)
 
 
-def compile_only(arch: str = "sm_90") -> Compiled:
+def compile_only(arch: str = "sm_90") -> CompiledKernels:
     """Makes this process compile Triton launches for `arch` instead of running them. Returns the compiled kernels.
 
     For tools and tests only: it permanently replaces Triton's driver and this package's GPU queries. Call it before
@@ -41,7 +41,7 @@ def compile_only(arch: str = "sm_90") -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    compiled, gpu = Compiled(arch), BY_ARCH[arch]
+    compiled, gpu = CompiledKernels(arch), BY_ARCH[arch]
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
 
     class Utilities:

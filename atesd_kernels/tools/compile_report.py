@@ -27,7 +27,7 @@ TMA = r"\bUTMALDG\b"
 
 
 @dataclass
-class Compiled:
+class MachineCode:
     """One kernel on one GPU."""
 
     case: Case
@@ -73,7 +73,7 @@ class Compiled:
         return found
 
 
-def compile_case(case: Case, gpu: Gpu) -> Compiled:
+def compile_case(case: Case, gpu: Gpu) -> MachineCode:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -97,7 +97,7 @@ def compile_case(case: Case, gpu: Gpu) -> Compiled:
     read = read_amdgcn if is_amd else read_cubin
     registers, spills, text = read(kernel)
     mma, tma = (len(re.findall(pattern, text)) for pattern in (MMA[gpu.arch], TMA))
-    return Compiled(case, gpu, registers, spills, kernel.metadata.shared, mma, tma, loop_loads(text))
+    return MachineCode(case, gpu, registers, spills, kernel.metadata.shared, mma, tma, loop_loads(text))
 
 
 def read_cubin(kernel) -> tuple[int, int, str]:

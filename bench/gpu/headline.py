@@ -62,8 +62,10 @@ def backends(stage: Stage) -> dict[str, str]:
     return {OURS: "torch" if stage.dry else "triton"}
 
 
-def shown(name: str) -> str:
-    return f"{name} (retired)" if name == RETIRED else name
+def measured(rows: dict[str, dict]) -> list[tuple[str, dict]]:
+    """The entrants that have a time, fastest first, without the retired backend."""
+    timed = [(name, row) for name, row in rows.items() if "median" in row and name != RETIRED]
+    return sorted(timed, key=lambda item: item[1]["median"])
 
 
 def with_bf16_logits(x: Inputs, backend: str) -> Tensor:
@@ -210,11 +212,9 @@ def table(result: dict) -> str:
         products = rows.get(PRODUCTS, {}).get("median")
         own = rows.get(OURS, {}).get("median")
         cells = []
-        for name, row in sorted(rows.items(), key=lambda item: item[1].get("median", 1e9)):
-            if "median" not in row:
-                continue
+        for name, row in measured(rows):
             cells.append([
-                shown(name),
+                name,
                 timing.with_spread(row),
                 f"{units * flops / row['median'] / 1e12:.0f}",
                 f"{100 * products / row['median']:.0f} %" if products else "",

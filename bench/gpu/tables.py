@@ -47,14 +47,13 @@ def head_rows() -> str:
             units, rows = (3 if head == "frozen" else 4), found["rows"]
             own = rows[OURS]["median"]
             flops = units * 2 * tokens * shape["hidden"] * shape["vocab"]
-            for name, row in sorted(rows.items(), key=lambda item: item[1].get("median", float("inf"))):
-                if "median" in row and name != headline.RETIRED:
-                    extra = f"{row['extra_bytes'] / 2**30:.1f}" if "extra_bytes" in row else ""
-                    cells.append([
-                        f"{name}, {head} head", card(result), timing.with_spread(row),
-                        str(len(row["rounds"])), f"{flops / row['median'] / 1e12:.0f}",
-                        f"{row['median'] / own:.2f}x", extra, machine.percent(row.get("gradient_error")),
-                    ])  # fmt: skip
+            for name, row in headline.measured(rows):
+                extra = f"{row['extra_bytes'] / 2**30:.1f}" if "extra_bytes" in row else ""
+                cells.append([
+                    f"{name}, {head} head", card(result), timing.with_spread(row),
+                    str(len(row["rounds"])), f"{flops / row['median'] / 1e12:.0f}",
+                    f"{row['median'] / own:.2f}x", extra, machine.percent(row.get("gradient_error")),
+                ])  # fmt: skip
             cells += [
                 [f"{name}, {head} head", card(result), why[:80], *[""] * 5] for name, why in found["failed"].items()
             ]

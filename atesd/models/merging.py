@@ -1,8 +1,8 @@
 """Merges adapters into the layers that they adapt: by peft's own merge, in a copy, one layer at a time.
 
 The model's weights stay as they are, because adding and subtracting an update does not restore a bfloat16 base.
-`merge_problem` asks whether the merged layer can stand in for the adapted one, and `check_mergeable` asks it for a whole
-model. Both are for the start of a run: the answer depends on the kind of adapter, not on its weights.
+`merge_problem` asks whether the merged layer can stand in for the adapted one, and `check_mergeable` asks it for a
+whole model. Both are for the start of a run: the answer depends on the kind of adapter, not on its weights.
 """
 
 from __future__ import annotations
@@ -116,6 +116,12 @@ def merge_problem(module: nn.Module) -> str | None:
     return None if difference < TOLERANCE else f"the merged layer's output differs by {difference:.2g} (relative)"
 
 
+def merge_problems(model: nn.Module) -> dict[str, str]:
+    """Returns the `merge_problem` of each adapted module that has one, by name."""
+    problems = {name: merge_problem(module) for name, module in adapted_modules(unwrap(model)).items()}
+    return {name: problem for name, problem in problems.items() if problem}
+
+
 def merge_difference(probe: Any) -> float:
     """Returns how much merging a copied module changes its outputs, relative to their norm; 0.0 for unknown inputs."""
     generator = torch.Generator().manual_seed(0)
@@ -202,30 +208,49 @@ def tied_parameters(base: nn.Module, modules: dict[str, Any]) -> dict[str, str]:
 
 
 @torch.no_grad()
-def check_adapter_is_in_layers(model: nn.Module) -> None:
-    """Checks that `model` is its base model with other layers: nothing around them, and the same for every token.
+def check_decodable(model: nn.Module, problems: dict[str, str]) -> None:
+    """Checks that decoding token by token, with the base model's own forward, computes what the adapted model does.
 
-    Runs two tokens through both. Skips the run where weights are sharded.
+    Args:
+        problems: the adapted modules that do not merge, from `merge_problems`. A merged one acts on each token alone.
 
     Raises:
-        ModelError: aLoRA, or a tuner of peft with a forward of its own (X-LoRA, Poly).
+        ModelError: a tuner with a forward of its own (X-LoRA, Poly), or an adapter whose update of a token depends on
+            other tokens (aLoRA, Lily).
     """
     wrapper = without_wrappers(model)
     if not hasattr(wrapper, "peft_config"):
         return
     configs = [wrapper.peft_config[name] for name in wrapper.active_adapters]
     kinds = ", ".join(config.peft_type.value for config in configs)
-    if any(getattr(config, "alora_invocation_tokens", None) for config in configs):
+    if problem := None if is_sharded(model) else forward_problem(wrapper):
         raise ModelError(
-            "the adapter is an aLoRA, which acts on the tokens after its invocation only; decoding here knows adapters "
-            "that act on all tokens: take one without alora_invocation_tokens."
+            f"the {kinds} adapter acts outside the model's layers ({problem}), so decoding would leave it out: take an "
+            "adapter inside the layers (LoRA, DoRA, OFT, IA3 and others)."
         )
-    if is_sharded(model) or (problem := forward_problem(wrapper)) is None:
-        return
-    raise ModelError(
-        f"the {kinds} adapter acts outside the model's layers ({problem}), so it would be left out in decoding: take an "
-        "adapter inside the layers (LoRA, DoRA, OFT, IA3 and others)."
-    )
+    alora = any(getattr(config, "alora_invocation_tokens", None) for config in configs)
+    base = unwrap(model)
+    looking = "alora_invocation_tokens" if alora else next((n for n in problems if mixes_tokens(base, n)), None)
+    if looking:
+        raise ModelError(
+            f"the {kinds} adapter changes a token by what other tokens are ({looking}), so decoding token by token "
+            "would not give what a forward over the text gives: take an adapter that treats all tokens alike (LoRA, DoRA, "
+            "OFT, IA3 and others)."
+        )
+
+
+def mixes_tokens(base: nn.Module, name: str) -> bool:
+    """Whether the adapted module `name` gives a token another output without the tokens before it."""
+    generator = torch.Generator().manual_seed(0)
+    probe: Any = own_copy(base.get_submodule(name)).eval()
+    inputs = probe_inputs(base_of(probe), generator)
+    if inputs is None:
+        return False
+    own_base(probe)
+    add_noise(probe, generator)
+    with torch.autocast(inputs.device.type, enabled=False):
+        expected = probe(inputs)[:, -1:]
+        return not (probe(inputs[:, -1:]) - expected).norm() < TOLERANCE * expected.norm()
 
 
 def forward_problem(model: Any) -> str | None:

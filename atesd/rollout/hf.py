@@ -24,8 +24,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from atesd.errors import ModelError
 from atesd.models.batching import to_device
-from atesd.models.merging import check_adapter_is_in_layers
-from atesd.parallel.sharding import unsharded
+from atesd.models.merging import check_decodable, merge_problems
+from atesd.parallel.sharding import is_sharded, unsharded
 from atesd.rollout.engine import Rollout, Sampling
 from atesd.rollout.packed import decoding_model, packable_layers
 from atesd.rollout.seeds import ResponseSeeds
@@ -48,7 +48,7 @@ class HFEngine:
         bf16: decode in bfloat16 like autocast (the residual stream stays float32).
 
     Raises:
-        ModelError: an adapter that acts outside the model's layers, or on some tokens only (aLoRA).
+        ModelError: an adapter that acts outside the model's layers, or that mixes tokens (aLoRA).
     """
 
     def __init__(
@@ -63,9 +63,10 @@ class HFEngine:
         seeds: ResponseSeeds | None = None,
         bf16: bool = False,
     ):
-        check_adapter_is_in_layers(model)
+        problems = {} if is_sharded(model) else merge_problems(model)
+        check_decodable(model, problems)
         self.model, self.bf16 = model, bf16
-        self.packed = packable_layers(model)
+        self.packed = packable_layers(model, problems)
         self.device = next(model.parameters()).device
         self.runs_ahead = self.device.type != "cpu"  # a CPU has no synchronisation cost, and wasted tokens take time
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k

@@ -1,20 +1,20 @@
 """Packs the student's linear layers for fast decoding on a CPU: once per call, with adapters merged, then freed.
 
-Decoding a small batch is bound by reading weights, and oneDNN reads them fastest in its own layout. A layer is packed if
-it is a plain linear layer, or if peft's merge of its adapter gives such a layer with the same output. Every other layer
-keeps its own forward.
+Decoding a small batch is bound by reading weights, and oneDNN reads them fastest in its own layout. A layer is packed
+if it is a plain linear layer, or if peft's merge of its adapter gives such a layer with the same output. Every other
+layer keeps its own forward.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from atesd.models.merging import adapted_modules, merge, merge_problem
+from atesd.models.merging import adapted_modules, merge
 from atesd.parallel.sharding import is_sharded
 from atesd_kernels.backends.matmul import onednn_packs
 from atesd_kernels.integrations.head import unwrap
@@ -41,23 +41,19 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias, "none", [], "")
 
 
-def packable_layers(model: nn.Module) -> frozenset[str]:
+def packable_layers(model: nn.Module, problems: Container[str]) -> frozenset[str]:
     """Returns the names of the layers of `model` to pack: none if it is on another device or its weights are sharded.
 
-    Call it once, not per rollout: it runs every adapted layer to compare it with its merge.
+    `problems`: names of adapted layers that their merge cannot stand in for (`merge_problems`).
     """
     if next(model.parameters()).device.type != "cpu" or is_sharded(model):
         return frozenset()
     base = unwrap(model)
     adapted = adapted_modules(base)
     inside = tuple(f"{name}." for name in adapted)
-    plain = {n for n, module in base.named_modules() if type(module) is nn.Linear and not f"{n}.".startswith(inside)}
-    return frozenset(plain | {name for name, module in adapted.items() if merges_to_linear(module)})
-
-
-def merges_to_linear(module: nn.Module) -> bool:
-    base = getattr(module, "base_layer", None)
-    return type(base) is nn.Linear and merge_problem(module) is None
+    names = {n for n, module in base.named_modules() if type(module) is nn.Linear and not f"{n}.".startswith(inside)}
+    names |= {n for n, m in adapted.items() if type(getattr(m, "base_layer", None)) is nn.Linear and n not in problems}
+    return frozenset(names)
 
 
 def packed_twin(model: nn.Module, names: frozenset[str]) -> nn.Module:

@@ -68,9 +68,9 @@ def check_plain_lora(model: nn.Module) -> None:
 
 
 def not_plain(module: Any) -> str | None:
-    from peft.tuners.lora import LoraLayer
-
-    if not isinstance(module, LoraLayer) or not isinstance(module.base_layer, nn.Linear):
-        return f"a {type(module).__module__.removeprefix('peft.')}.{type(module).__name__}"
+    """Returns what an adapted module is, if not plain LoRA on a linear layer."""
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    if not kind.startswith("peft.tuners.lora.") or not isinstance(module.base_layer, nn.Linear):
+        return f"a {kind}"
     variants = [type(variant).__name__ for variant in module.lora_variant.values()]
     return next(iter(variants), "LoRA with a bias" if any(module.lora_bias.values()) else None)

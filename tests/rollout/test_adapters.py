@@ -14,6 +14,8 @@ from peft.tuners.lora.config import KasaConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 from atesd.errors import ModelError
+from atesd.models import merging
+from atesd.models.merging import merge_problems
 from atesd.models.packed_attention import use_packed_attention
 from atesd.rollout import packed
 from atesd.rollout.hf import HFEngine
@@ -92,7 +94,7 @@ def logprobs(model, ids=IDS):
 
 
 def assert_decodes_as_it_computes(model):
-    with decoding_model(model, torch.float32, packable_layers(model)) as twin:
+    with decoding_model(model, torch.float32, packable_layers(model, merge_problems(model))) as twin:
         assert any(isinstance(module, PackedLinear) for module in twin.modules()) or not packed.onednn_packs(
             torch.float32
         )
@@ -168,7 +170,8 @@ def test_a_layer_whose_merge_is_wrong_keeps_its_own_forward_and_is_not_sent_to_a
 
     model = get_peft_model(bare(), with_tuner(PeftType.LORA, lora_alpha=32)).eval()  # B is zero: both agree by chance
     monkeypatch.setattr(peft.tuners.lora.Linear, "get_delta_weight", delta)
-    assert not {name for name in packable_layers(model) if "q_proj" in name or "down_proj" in name}
+    names = packable_layers(model, merge_problems(model))
+    assert names and not {name for name in names if name.endswith(("q_proj", "down_proj"))}
     assert_decodes_as_it_computes(model)
     says = {"forgets a factor": "output differs by", "raises": "no delta here"}[fault]
     with pytest.raises(ModelError, match=rf"q_proj' cannot be merged into the model: .*{says}"):
@@ -215,9 +218,9 @@ def greedy(model, prompt, length):
         with_tuner(PeftType.LORA, use_dora=True),
         with_tuner(PeftType.LORA, lora_bias=True, target_modules=LINEAR),
         with_tuner(PeftType.VERA),
-        with_tuner(PeftType.LILY),
+        with_tuner(PeftType.HRA),
     ],
-    ids=["DoRA", "bias", "VeRA", "Lily"],
+    ids=["DoRA", "bias", "VeRA", "HRA"],
 )
 def test_the_engine_samples_the_tokens_that_the_model_itself_prefers(config, tokenizer):
     model = adapted(bare(), config)
@@ -228,8 +231,8 @@ def test_the_engine_samples_the_tokens_that_the_model_itself_prefers(config, tok
 
 
 def test_layers_are_compared_with_their_merge_at_the_start_and_not_at_every_rollout(tokenizer, monkeypatch):
-    asked, real = [], packed.merge_problem
-    monkeypatch.setattr(packed, "merge_problem", lambda module: asked.append(module) or real(module))
+    asked, real = [], merging.merge_problem
+    monkeypatch.setattr(merging, "merge_problem", lambda module: asked.append(module) or real(module))
     engine = HFEngine(adapted(bare(), with_tuner(PeftType.LORA)), tokenizer, max_completion_length=2)
     assert len(asked) == 4  # two layers, two adapters each
     for _ in range(2):
@@ -239,12 +242,18 @@ def test_layers_are_compared_with_their_merge_at_the_start_and_not_at_every_roll
 
 def test_an_adapter_that_waits_for_certain_tokens_is_refused_by_every_engine(tokenizer):
     model = adapted(bare(), with_tuner(PeftType.LORA, alora_invocation_tokens=[6]))
-    with pytest.raises(ModelError, match="aLoRA, which acts on the tokens after its invocation"):
+    with pytest.raises(ModelError, match=r"LORA adapter changes a token by what other tokens are \(alora_invocation"):
         HFEngine(model, tokenizer, max_completion_length=2)
     with pytest.raises(ModelError, match=r"q_proj' cannot be merged .*aLoRA does not support merging"):
         check_merged(model)
     with pytest.raises(ModelError, match="is ALoraLinearVariant, and a vLLM server loads plain LoRA"):
         check_plain_lora(model)
+
+
+def test_an_adapter_that_looks_at_the_other_tokens_is_refused_for_decoding(tokenizer):
+    model = get_peft_model(bare(), with_tuner(PeftType.LILY))  # it mixes its experts by the mean over all tokens
+    with pytest.raises(ModelError, match=r"LILY adapter changes a token by what other tokens are \(model.layers.0"):
+        HFEngine(model, tokenizer, max_completion_length=2)
 
 
 class Bypass(torch.nn.Module):
@@ -275,7 +284,7 @@ def test_an_adapter_that_works_around_the_layers_is_refused_for_decoding(tokeniz
 
 def test_an_adapter_that_needs_more_than_tokens_is_refused_for_decoding(tokenizer):
     model = get_peft_model(bare(), with_tuner(PeftType.POLY, n_tasks=2))
-    with pytest.raises(ModelError, match="the POLY adapter acts outside the model's layers .*task_ids"):
+    with pytest.raises(ModelError, match=r"the POLY adapter acts outside the model's layers .*task_ids"):
         HFEngine(model, tokenizer, max_completion_length=2)
 
 

@@ -143,6 +143,11 @@ def unsharded(model: nn.Module) -> Iterator[None]:
             module.reshard()
 
 
+def full_tensor(tensor: Tensor) -> Tensor:
+    """What an FSDP2 tensor's shards add up to, on every process; other tensors as they are."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def on_main(value: Tensor) -> Tensor | None:
     return value.cpu() if torch.distributed.get_rank() == 0 else None
 
@@ -164,6 +169,13 @@ def gather_tensors(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(gather_tensors(item) for item in value)
     return value
+
+
+def gather_as(dtype: torch.dtype, parameter: Tensor) -> Tensor | None:
+    """`gather_tensors` of a parameter in `dtype`. FSDP2's is cast before it is sent."""
+    with gathered_params([parameter]):
+        cast = parameter.detach().to(dtype)
+        return on_main(cast) if hasattr(parameter, "ds_id") else gather_tensors(cast)
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:

@@ -24,9 +24,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from atesd.errors import ModelError
 from atesd.models.batching import to_device
-from atesd.parallel.sharding import unsharded
+from atesd.models.merging import check_decodable, merge_problems
+from atesd.parallel.sharding import is_sharded, unsharded
 from atesd.rollout.engine import Rollout, Sampling
-from atesd.rollout.packed import decoding_model
+from atesd.rollout.packed import decoding_model, packable_layers
 from atesd.rollout.seeds import ResponseSeeds
 from atesd_kernels.integrations.head import unwrap
 
@@ -45,6 +46,9 @@ class HFEngine:
         temperature, top_p, top_k: sampling; `top_k=0` and `top_p=1.0` switch the filters off.
         seeds: seeds of training rollouts; checkpoints include their count.
         bf16: decode in bfloat16 like autocast (the residual stream stays float32).
+
+    Raises:
+        ModelError: an adapter that acts outside the model's layers, or that mixes tokens (aLoRA).
     """
 
     def __init__(
@@ -59,7 +63,10 @@ class HFEngine:
         seeds: ResponseSeeds | None = None,
         bf16: bool = False,
     ):
+        problems = {} if is_sharded(model) else merge_problems(model)
+        check_decodable(model, problems)
         self.model, self.bf16 = model, bf16
+        self.packed = packable_layers(model, problems)
         self.device = next(model.parameters()).device
         self.runs_ahead = self.device.type != "cpu"  # a CPU has no synchronisation cost, and wasted tokens take time
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
@@ -100,7 +107,7 @@ class HFEngine:
         dtype = torch.bfloat16 if self.bf16 else next(self.model.parameters()).dtype
         autocast = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
         masks = masks_built_unread(unwrap(self.model).config) if self.runs_ahead else contextlib.nullcontext()
-        with decoding_model(self.model, dtype) as model, autocast, masks:
+        with decoding_model(self.model, dtype, self.packed) as model, autocast, masks:
             cache = buffered_cache(unwrap(model).config, dtype, min(self.config.max_new_tokens, ROOM))
             responses = model.generate(
                 input_ids=input_ids,

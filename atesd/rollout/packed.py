@@ -1,81 +1,79 @@
 """Packs the student's linear layers for fast decoding on a CPU: once per call, with adapters merged, then freed.
 
-Decoding a small batch is bound by reading weights, and oneDNN reads them fastest in its own layout.
+Decoding a small batch is bound by reading weights, and oneDNN reads them fastest in its own layout. A layer is packed
+if it is a plain linear layer, or if peft's merge of its adapter gives such a layer with the same output. Every other
+layer keeps its own forward.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from atesd.models.merging import adapted_modules, merge
 from atesd.parallel.sharding import is_sharded
+from atesd_kernels.backends.matmul import onednn_packs
 from atesd_kernels.integrations.head import unwrap
 
 
 class PackedLinear(nn.Module):
-    """A linear layer and its LoRA update as one matrix in oneDNN's own layout, for fast decoding."""
+    """A linear layer, with its adapter merged, as one matrix in oneDNN's own layout, for fast decoding.
+
+    Args:
+        source: a plain or an adapted linear layer; an adapted one is a copy that shares its tensors.
+    """
 
     def __init__(self, source: nn.Module):
         super().__init__()
-        self.sources = [source]  # in a list, so that it is not registered as a child module
+        self.source = [source]  # in a list, so that it is not registered as a child module
         self.weight = self.bias = None
 
     def pack(self, dtype: torch.dtype) -> None:
-        source = self.sources[0]
-        linear = getattr(source, "base_layer", source)
-        weight = linear.weight
-        for adapter in getattr(source, "active_adapters", ()):
-            if adapter in source.lora_A:
-                weight = weight + source.get_delta_weight(adapter)
-        self.bias = None if linear.bias is None else linear.bias.to(dtype)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), None)
+        linear = merge(self.source.pop())
+        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype), None)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias, "none", [], "")
 
 
-def can_pack(module: nn.Module) -> bool:
-    """Whether `module` is a plain linear layer, bare or with plain LoRA. DoRA and others keep their own forward."""
-    if type(module) is nn.Linear:
-        return True
-    plain = hasattr(module, "get_delta_weight") and type(getattr(module, "base_layer", None)) is nn.Linear
-    return plain and not any(getattr(module, "use_dora", {}).values())
+def packable_layers(model: nn.Module, problems: Container[str]) -> frozenset[str]:
+    """Returns the names of the layers of `model` to pack: none if it is on another device or its weights are sharded.
+
+    `problems`: names of adapted layers that their merge cannot stand in for (`merge_problems`).
+    """
+    if next(model.parameters()).device.type != "cpu" or is_sharded(model):
+        return frozenset()
+    base = unwrap(model)
+    adapted = adapted_modules(base)
+    inside = tuple(f"{name}." for name in adapted)
+    names = {n for n, module in base.named_modules() if type(module) is nn.Linear and not f"{n}.".startswith(inside)}
+    names |= {n for n, m in adapted.items() if type(getattr(m, "base_layer", None)) is nn.Linear and n not in problems}
+    return frozenset(names)
 
 
-def packed_twin(model: nn.Module) -> nn.Module:
-    """Returns a copy of `model` that shares every parameter, with its linear layers replaced by `PackedLinear`."""
+def packed_twin(model: nn.Module, names: frozenset[str]) -> nn.Module:
+    """Returns a copy of `model` that shares every parameter, with the layers in `names` replaced by `PackedLinear`."""
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
-
-    def replace_linear(twin: nn.Module, source: nn.Module) -> None:
-        for name, child in source.named_children():
-            if can_pack(child):
-                setattr(twin, name, PackedLinear(child))
-            else:
-                replace_linear(getattr(twin, name), child)
-
-    replace_linear(twin, model)
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        owner = twin.get_submodule(parent)
+        setattr(owner, child, PackedLinear(getattr(owner, child)))
     return twin
 
 
-def onednn_packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has its own layout for matrices of `dtype` on this processor."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
-        return False
-    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 @contextlib.contextmanager
-def decoding_model(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
-    """Yields the model for decoding: on a CPU a packed copy, whose matrices are freed afterwards; on other devices, or
-    if the weights are sharded, `model` itself."""
+def decoding_model(model: nn.Module, dtype: torch.dtype, names: frozenset[str]) -> Iterator[nn.Module]:
+    """Yields the model for decoding: a copy with the layers in `names` (`packable_layers`) packed, whose matrices are
+    freed afterwards; without any, or if oneDNN has no layout for `dtype`, `model` itself."""
     training = model.training
     packed = []
-    if next(model.parameters()).device.type == "cpu" and onednn_packs(dtype) and not is_sharded(model):
-        model = packed_twin(unwrap(model))
+    if names and onednn_packs(dtype):
+        model = packed_twin(unwrap(model), names)
         packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
         for module in packed:
             module.pack(dtype)

@@ -25,7 +25,7 @@ from atesd.rollout.hf import stop_token_ids
 from atesd.rollout.requests import Completion, RequestEngine
 from atesd.rollout.seeds import ResponseSeeds
 from atesd.rollout.vllm_worker import WORKER_EXTENSION
-from atesd.rollout.weights import merged_weights
+from atesd.rollout.weights import check_merged, merged_weights
 from atesd_kernels.integrations.head import unwrap
 
 BLOCK = 128  # tokens in a block of the cache on a CPU; on a GPU they are smaller
@@ -41,6 +41,10 @@ class VLLMEngine(RequestEngine):
         kv_cache_bytes: size of its key-value cache; requests that do not fit wait.
         sleep: release the engine's memory between `release` and `sync`; ignored on a CPU.
         **requests: as in `RequestEngine`.
+
+    Raises:
+        ModelError: an adapter that cannot be merged.
+        RolloutError: vLLM does not start.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class VLLMEngine(RequestEngine):
     ):
         super().__init__(**requests)
         require_vllm()
+        check_merged(model)
         on_cpu = next(model.parameters()).device.type == "cpu"
         self.model, self.dtype, self.sleep, self.asleep = model, dtype, sleep and not on_cpu, False
         self.requests = 0

@@ -33,7 +33,7 @@ from atesd.rollout.requests import STOPPED, Completion, RequestEngine
 from atesd.rollout.seeds import ResponseSeeds
 from atesd.rollout.vllm import request_settings
 from atesd.rollout.vllm_worker import WORKER_EXTENSION
-from atesd.rollout.weights import merged_weights
+from atesd.rollout.weights import check_merged, check_plain_lora, merged_weights
 from atesd_kernels.integrations.head import unwrap
 
 MAX_CONNECTIONS = 256
@@ -54,6 +54,10 @@ class VLLMServerEngine(RequestEngine):
         merged: with LoRA, send merged weights, not the adapter.
         processes: the processes of the run: each requests its own responses; only the main one sends weights.
         **requests: as in `RequestEngine`; the server's own context length must be at least `context_length`.
+
+    Raises:
+        ModelError: an adapter that the server does not know, or that cannot be merged.
+        RolloutError: no server answers, or its context is too short.
     """
 
     pause = 5.0
@@ -73,6 +77,7 @@ class VLLMServerEngine(RequestEngine):
         self.model, self.url, self.folder, self.dtype = model, base_url.rstrip("/"), folder, dtype
         self.processes = Processes() if processes is None else processes
         self.lora = hasattr(model, "peft_config") and not merged
+        (check_plain_lora if self.lora else check_merged)(model)
         self.adapter, self.lost = None, False
         self.connections = Connections()
         served = self.served_model()

@@ -142,6 +142,12 @@ _BF16_PRODUCTS = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 _BF16_TILES = _ONEDNN and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
+def onednn_packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has its own layout for matrices of `dtype` on this processor (`_reorder_linear_weight`)."""
+    packs = _ONEDNN and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return packs and (dtype != torch.bfloat16 or _BF16_PRODUCTS)
+
+
 @contextmanager
 def low_precision_products():
     """Lets oneDNN multiply fp32 operands as bf16. This is exact if they were widened from bf16."""

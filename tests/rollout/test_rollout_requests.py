@@ -155,13 +155,6 @@ def test_merged_weights_are_those_peft_merges(tiny_model_path):
     assert {w.dtype for _, w in merged_weights(base, torch.bfloat16)} == {torch.bfloat16}
 
 
-def test_an_adapter_that_is_no_plain_update_is_refused_by_name(tiny_model_path):
-    base = AutoModelForCausalLM.from_pretrained(tiny_model_path)
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
-    with pytest.raises(ValueError, match=r"q_proj.* is not plain LoRA"):
-        list(merged_weights(model, torch.float32))
-
-
 def test_the_cache_holds_a_steps_rollouts_at_their_longest(tiny_model_path):
     config = ATESDConfig(
         per_device_train_batch_size=2,

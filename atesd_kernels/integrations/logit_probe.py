@@ -79,57 +79,91 @@ def _settings(base: Any) -> Iterator[tuple[str, float]]:
             yield name, float(value)
 
 
-@torch.no_grad()
-def _measure(
-    head: HeadSpec, base: nn.Module, backbone: nn.Module, run: Callable[[Callable[[], Any]], Any]
-) -> _Measurement:
-    device = head.weight.device
-    directions = torch.randn(len(SIZES) * ROWS, head.weight.shape[1], generator=torch.Generator().manual_seed(0))
-    directions /= directions.norm(dim=-1, keepdim=True)
-    sizes = torch.tensor(SIZES).repeat_interleave(ROWS)
-    seen: list[Tensor] = []
-    dtypes = {head.weight.dtype}
+class _RandomStates:
+    """A forward hook that puts random hidden states in place of a module's own, and keeps both.
 
-    def put_random_states(module: nn.Module, inputs: Any, output: Any) -> Any:
+    Attributes:
+        own: the first output that it replaced, `[rows, H]`; None before.
+        states: what it put there, `[rows, H]`.
+        dtypes: those in which the model computes its logits.
+    """
+
+    def __init__(self, base: nn.Module, head: HeadSpec):
+        directions = torch.randn(len(SIZES) * ROWS, head.weight.shape[1], generator=torch.Generator().manual_seed(0))
+        sizes = torch.tensor(SIZES).repeat_interleave(ROWS)
+        self.unit_states = directions / directions.norm(dim=-1, keepdim=True) * sizes[:, None]
+        self.base, self.dtypes = base, {head.weight.dtype}
+        self.own: Tensor | None = None
+        self.states: Tensor | None = None
+        self.modules: set[nn.Module] = set()
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         own = output[0] if isinstance(output, tuple) else output.last_hidden_state
-        norm = float(own.float().norm(dim=-1).mean())
-        _require_finite(math.isfinite(norm), base, "hidden states")
-        states = (directions * sizes[:, None] * (norm or 1.0)).to(own.device, own.dtype)[None]
-        seen.append(states[0])
-        dtypes.add(own.dtype)
+        if self.own is None:
+            self.own = own[0]
+            self.norm = float(own.float().norm(dim=-1).mean())
+            _require_finite(math.isfinite(self.norm), self.base, "hidden states")
+        states = (self.unit_states * (self.norm or 1.0)).to(own.device, own.dtype)
+        self.states = states
+        self.modules.add(module)
+        self.dtypes.add(own.dtype)
         if torch.is_autocast_enabled(own.device.type):
-            dtypes.add(torch.get_autocast_dtype(own.device.type))
+            self.dtypes.add(torch.get_autocast_dtype(own.device.type))
         if isinstance(output, tuple):
-            return (states, *output[1:])
-        output["last_hidden_state"] = states
+            return (states[None], *output[1:])
+        output["last_hidden_state"] = states[None]
         return output
 
-    ids = (torch.arange(len(directions), device=device) % head.weight.shape[0])[None]
-    handle = backbone.register_forward_hook(put_random_states)
-    cuda = [torch.cuda.current_device()] if device.type == "cuda" else []
+
+@torch.no_grad()
+def _measure(head: HeadSpec, base: Any, backbone: nn.Module, run: Callable[[Callable[[], Any]], Any]) -> _Measurement:
+    hook, name = _RandomStates(base, head), type(base).__name__
+    ids = (torch.arange(len(SIZES) * ROWS, device=head.weight.device) % head.weight.shape[0])[None]
+    # some forwards call the decoder inside the backbone (OPT)
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else backbone
+    replaced = {module: None for module in (backbone, decoder) if module is not None and module is not base}
+    cuda = [torch.cuda.current_device()] if ids.is_cuda else []
+    with eval_mode(base), torch.random.fork_rng(devices=cuda), _resharded_afterwards(base), contextlib.ExitStack() as on:
+        for module in replaced:
+            on.callback(module.register_forward_hook(hook).remove)
+        logits = _run(base, run, lambda: base(input_ids=ids, use_cache=False).logits)
+        on.close()
+        if hook.states is None or hook.own is None:
+            raise HeadError(
+                f"the forward of {name} does not call its {base.base_model_prefix!r} as a whole, so its logits cannot "
+                "be computed from that backbone's hidden states. Compute the loss from its logits."
+            )
+        if backbone not in hook.modules:
+            alone = _run(base, run, lambda: backbone(input_ids=ids, use_cache=False).last_hidden_state)[0].float()
+            if not torch.allclose(alone, hook.own.float(), rtol=1e-2, atol=1e-2 * float(alone.abs().max())):
+                raise HeadError(
+                    f"{name} and its {base.base_model_prefix!r} compute different hidden states, so a loss on the "
+                    "latter's would be wrong. Compute the loss from the model's logits."
+                )
+    coarsest = max(torch.finfo(dtype).eps for dtype in {*hook.dtypes, logits.dtype})
+    return _Measurement(hook.states, logits[0], max(TOLERANCE, ULPS * coarsest))
+
+
+def _run(base: nn.Module, run: Callable[[Callable[[], Any]], Any], forward: Callable[[], Tensor]) -> Tensor:
     try:
-        with eval_mode(base), torch.random.fork_rng(devices=cuda):
-            logits = run(lambda: base(input_ids=ids, use_cache=False).logits)
+        return run(forward)
+    except HeadError:
+        raise
     except (AttributeError, TypeError, ValueError) as error:
-        if isinstance(error, HeadError):
-            raise
         raise HeadError(
             f"{type(base).__name__} cannot run six tokens, which show whether its logits are a linear map of its "
             f"hidden states: {error}"
         ) from error
+
+
+@contextlib.contextmanager
+def _resharded_afterwards(base: nn.Module) -> Iterator[None]:
+    try:
+        yield
     finally:
-        handle.remove()
         for module in base.modules():
-            if isinstance(module, FSDPModule):  # a forward without gradient leaves it gathered
+            if isinstance(module, FSDPModule):  # a forward without gradient leaves its weights gathered
                 module.reshard()
-    if not seen:
-        raise HeadError(
-            f"the forward of {type(base).__name__} does not call its {base.base_model_prefix!r} as a whole, so its "
-            "logits cannot be computed from that backbone's hidden states. Compute the loss from its logits."
-        )
-    dtypes.add(logits.dtype)
-    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
-    return _Measurement(seen[0], logits[0], max(TOLERANCE, ULPS * coarsest) if coarsest > 1e-5 else TOLERANCE)
 
 
 @torch.no_grad()

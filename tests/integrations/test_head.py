@@ -125,12 +125,6 @@ def test_a_head_that_is_not_plainly_linear_is_refused_by_name(model, spoil, mess
         hidden_states_and_head(spoil(model))
 
 
-def test_a_softcap_together_with_a_scale_is_refused(model):
-    model.config.final_logit_softcapping, model.config.logit_scale = 30.0, 0.5
-    with pytest.raises(ValueError, match="both a logit softcap"):
-        hidden_states_and_head(model)
-
-
 def test_logits_changed_after_the_head_in_an_unannounced_way_are_caught(model):
     hidden_states_and_head(model)
     model.lm_head.register_forward_hook(lambda module, inputs, output: output + torch.arange(300.0) / 100)

@@ -43,8 +43,8 @@ def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., Any], HeadSp
         `sharded_head`.
 
     Raises:
-        HeadError: a `ValueError`: there is no head, the head has an adapter or a wrapper or is not a plain linear layer,
-            the model's logits are not a linear map of its hidden states with a softcap and a scale, its weights are not
+        HeadError: a `ValueError`: there is no head, it has an adapter or a wrapper or is not a plain linear layer, the
+            model's logits are not a linear map of its hidden states with a softcap and a scale, its weights are not
             finite, its configuration asks for an auxiliary loss that it does not compute, the model is under FSDP1, or
             a trained head is under FSDP2 (before `gather_head`) or ZeRO-3.
 

@@ -22,8 +22,9 @@ class SelfDistillationTrainer(Trainer):
         teacher: see `pair_divergence`; None means the model without its peft adapters.
         loss_options: more options for `pair_divergence`.
 
-    The other arguments are the Trainer's. The loss is the mean over the response tokens of the optimizer step. A mixture
-    of experts' auxiliary loss is added as in `pair_divergence`, and logged without its coefficient as `aux_loss`.
+    The other arguments are the Trainer's. The loss is the mean over the response tokens of the optimizer step. A
+    mixture of experts' auxiliary loss is added as in `pair_divergence`. It is logged as `aux_loss`, without its
+    coefficient.
     """
 
     def __init__(

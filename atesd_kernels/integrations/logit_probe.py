@@ -1,4 +1,4 @@
-"""Measures, once for each model, how its logits follow from its hidden states, and refuses a head the losses cannot take.
+"""Measures, once for each model, how its logits follow from its hidden states. Refuses what the losses cannot take.
 
 Names in a configuration do not say enough: two models read the same name, and one multiplies by it where the other
 divides. So the model itself is asked. A forward hook on the backbone puts random states in place of its own, and the
@@ -32,7 +32,7 @@ _MEASURED: WeakKeyDictionary[nn.Module, tuple[tuple, float | None, float]] = Wea
 
 @dataclass(frozen=True)
 class _Measurement:
-    """Random hidden states `[rows, H]` of the model's dtype, its logits for them `[rows, V]`, and how exact they are."""
+    """Random hidden states `[rows, H]`, the model's logits for them `[rows, V]`, and how exact these are."""
 
     states: Tensor
     logits: Tensor
@@ -63,7 +63,7 @@ def with_measured_transform(
 
 
 def _facts(base: Any, backbone: nn.Module) -> tuple:
-    """What changes a model's logits without making it another object: settings, hooks, and a replaced head or forward."""
+    """Returns what changes a model's logits but not its identity: settings, hooks, a replaced head or forward."""
     head = base.get_output_embeddings()
     hooks = tuple(id(hook) for module in (base, backbone, head) for hook in module._forward_hooks.values())
     return (tuple(_settings(base)), hooks, id(head), id(vars(base).get("forward")))
@@ -123,9 +123,15 @@ def _measure(head: HeadSpec, base: Any, backbone: nn.Module, run: Callable[[Call
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else backbone
     replaced = {module: None for module in (backbone, decoder) if module is not None and module is not base}
     cuda = [torch.cuda.current_device()] if ids.is_cuda else []
-    with eval_mode(base), torch.random.fork_rng(devices=cuda), _resharded_afterwards(base), contextlib.ExitStack() as on:
+    with (
+        eval_mode(base),
+        torch.random.fork_rng(devices=cuda),
+        _resharded_afterwards(base),
+        contextlib.ExitStack() as on,
+    ):
         for module in replaced:
             on.callback(module.register_forward_hook(hook).remove)
+        on.enter_context(_autocast_for_flash(base, head.weight))
         logits = _run(base, run, lambda: base(input_ids=ids, use_cache=False).logits)
         on.close()
         if hook.states is None or hook.own is None:
@@ -154,6 +160,13 @@ def _run(base: nn.Module, run: Callable[[Callable[[], Any]], Any], forward: Call
             f"{type(base).__name__} cannot run six tokens, which show whether its logits are a linear map of its "
             f"hidden states: {error}"
         ) from error
+
+
+def _autocast_for_flash(base: Any, weight: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Context in bfloat16 for a float32 model with flash-attention, which has no float32 kernel; else a no-op."""
+    flash = "flash" in str(getattr(base.config, "_attn_implementation", ""))
+    needed = flash and weight.dtype == torch.float32 and not torch.is_autocast_enabled(weight.device.type)
+    return torch.autocast(weight.device.type, torch.bfloat16) if needed else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -234,11 +247,11 @@ def _difference(base: nn.Module, got: Tensor, expected: Tensor, error: float, to
     row = int(rows.argmax())
     token = int(difference[row].argmax())
     return (
-        f"{type(base).__name__} changes its logits after the linear head in an unknown way. For random hidden states of "
-        f"{SIZES[row // ROWS]:g} times the norm of its own, its logit of token {token} is "
+        f"{type(base).__name__} changes its logits after the linear head in an unknown way. For random hidden states "
+        f"of {SIZES[row // ROWS]:g} times the norm of its own, its logit of token {token} is "
         f"{float(expected[row, token]):.6g}; softcap(scale * (hidden @ weight.T + bias)) gives at best "
-        f"{float(got[row, token]):.6g} (relative difference {error:.2g}, allowed {tolerance:.2g}). A loss on its hidden "
-        "states would be wrong: compute it from the logits (`divergence`)."
+        f"{float(got[row, token]):.6g} (relative difference {error:.2g}, allowed {tolerance:.2g}). A loss on its "
+        "hidden states would be wrong: compute it from the logits (`divergence`)."
     )
 
 

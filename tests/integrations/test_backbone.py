@@ -1,4 +1,4 @@
-"""What a causal language model does beside its head reaches the loss: offsets of an activated LoRA, auxiliary losses."""
+"""What a model does beside its head reaches the loss: offsets of an activated LoRA, auxiliary losses."""
 
 from __future__ import annotations
 

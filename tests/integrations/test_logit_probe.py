@@ -98,7 +98,7 @@ HEADS = {
     "a cap under another name": lambda: small("recurrent_gemma", num_hidden_layers=3, logits_soft_cap=3.0),
     "a scale that no setting names": lambda: custom(DividesItsStates),
     "capped first, then scaled": lambda: custom(CapsThenScales, final_logit_softcapping=8.0, logit_scale=0.5),
-    "settings that the model does not read": lambda: custom(LlamaForCausalLM, final_logit_softcapping=3.0, logit_scale=9.0),
+    "settings nobody reads": lambda: custom(LlamaForCausalLM, final_logit_softcapping=3.0, logit_scale=9),
     "a decoder inside the backbone": lambda: small("opt", word_embed_proj_dim=16),
 }  # fmt: skip
 

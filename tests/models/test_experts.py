@@ -88,9 +88,7 @@ def dense_loss(trainer, problems, rollouts, T=1.1):
     return kl / count, aux
 
 
-@pytest.mark.parametrize(
-    ("family", "checkpointing"), [("Qwen3-MoE", False), ("Mixtral", True), ("OLMoE", False)]
-)
+@pytest.mark.parametrize(("family", "checkpointing"), [("Qwen3-MoE", False), ("Mixtral", True), ("OLMoE", False)])
 def test_a_step_has_the_gradient_of_the_models_own_divergence_and_auxiliary_loss(
     family, checkpointing, tiny_config, tiny_model_path, tmp_path
 ):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import linear_divergence, linear_logprobs
-from .backbone import AuxLoss, as_output, aux_loss_of, backbone_forward
+from .backbone import AuxLoss, as_output, aux_loss_of, backbone_forward, wants_aux_loss
 from .head import HeadSpec, hidden_states_and_head, unwrap
 from .source import is_as_expected, with_globals
 from .wrappers import through
@@ -101,7 +101,14 @@ def use_linear_divergence(
         return False
     clips = {"entry_clip": entry_clip, "token_clip": token_clip}
     patch(trainer, clips, {"backend": backend, "chunk_bytes": chunk_bytes})
+    _generate_without_aux_loss(unwrap(trainer.model))
     return True
+
+
+def _generate_without_aux_loss(base: Any) -> None:
+    """Switches the auxiliary loss off while `base` generates: its mask does not fit one new token after a cache."""
+    if wants_aux_loss(base):
+        base.generate = partial(base.generate, output_router_logits=False)
 
 
 class Hidden(NamedTuple):
@@ -118,6 +125,11 @@ def hidden_states(trainer: Any, model: nn.Module, **inputs: Tensor) -> Hidden:
     with trainer.accelerator.autocast():
         output = backbone(use_cache=False, **inputs)
     return Hidden(output.last_hidden_state, head, aux_loss_of(output))
+
+
+def _share_of_batch(trainer: Any) -> float:
+    """Returns the share of a batch in an optimizer step, in which all batches count equally."""
+    return 1 / trainer.current_gradient_accumulation_steps if trainer.model.training else 1.0
 
 
 def _log_aux_loss(trainer: Any, aux: AuxLoss) -> None:
@@ -188,9 +200,8 @@ def _loss_with_aux(
     """Adds the student's auxiliary loss to TRL's `compute_loss`, whose forwards put it into `aux_losses`."""
     aux_losses.clear()
     loss = compute_loss(*args, **kwargs)
-    share = 1 / trainer.current_gradient_accumulation_steps if trainer.model.training else 1.0
     for aux in aux_losses:
-        loss = loss + aux.weighted(share)
+        loss = loss + aux.weighted(_share_of_batch(trainer))
         _log_aux_loss(trainer, aux)
     aux_losses.clear()  # it would keep the graph
     return loss
@@ -286,7 +297,8 @@ def _patch_gkd(trainer: Any, clips: dict[str, Any], options: dict[str, Any]) -> 
                 **options,
             )
         if student.aux is not None:
-            loss = loss + student.aux.weighted(_share(mask, num_items_in_batch))
+            # not by tokens: `num_items_in_batch` does not count generated responses
+            loss = loss + student.aux.weighted(_share_of_batch(trainer))
             _log_aux_loss(trainer, student.aux)
         return loss
 

@@ -242,6 +242,7 @@ class TokenTotals:
     def __init__(self) -> None:
         self.sums: list[Tensor] = []
         self.divergences: list[Tensor] = []
+        self.aux_losses: list[Tensor] = []  # of each micro-batch: its share of the auxiliary loss, and that weighted
         self.has_teacher = True
 
     def add(self, stats: TokenStats) -> None:
@@ -257,6 +258,17 @@ class TokenTotals:
         self.sums.append(torch.stack([column.double().sum() for column in columns]))
         self.divergences.append(stats.divergence)
 
+    def add_aux_loss(self, value: Tensor, weighted: Tensor) -> None:
+        """Adds a micro-batch's share of the experts' auxiliary loss, without and with the model's coefficient."""
+        self.aux_losses.append(torch.stack([value.double(), weighted.double()]))
+
+    def aux_loss(self) -> tuple[float, float] | None:
+        """Returns the step's auxiliary loss without and with its coefficient; None for a model that has none."""
+        if not self.aux_losses:
+            return None
+        value, weighted = torch.stack(self.aux_losses).sum(0).tolist()
+        return value, weighted
+
     def sum(self) -> Tensor:
         """Returns the sums, `(5,)` float64, in the order of `NAMES`."""
         return torch.stack(self.sums).sum(0)
@@ -265,6 +277,8 @@ class TokenTotals:
         """All-reduces the sums and gathers the divergences, in place, over all processes."""
         self.sums = [processes.all_reduce(self.sum())]
         self.divergences = [processes.gather(torch.cat(self.divergences))]
+        if self.aux_losses:
+            self.aux_losses = [processes.all_reduce(torch.stack(self.aux_losses).sum(0))]
 
     def means(self, num_tokens: int) -> dict[str, float]:
         """Returns the metrics of a step; without a teacher, only those that need none."""

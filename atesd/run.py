@@ -283,12 +283,14 @@ class Run:
         `started` is the step's start by `time.perf_counter`; `stats` are the means of `totals`.
         """
         seconds = time.perf_counter() - started
+        aux_loss = totals.aux_loss()
         return {
             "loss": loss,
+            **({} if aux_loss is None else {"aux_loss": aux_loss[0]}),
             "learning_rate": self.student.optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm,
             **stats,
-            **clip_fraction(self.config, loss, totals, stats.get("mismatch")),
+            **clip_fraction(self.config, loss - (aux_loss or (0.0, 0.0))[1], totals, stats.get("mismatch")),
             **self.processes.all_reduce_mean(rewards | response_metrics(rollouts)),
             "num_tokens": num_tokens,
             **self.engine_mismatch.take(self.processes.gather),

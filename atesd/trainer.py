@@ -23,7 +23,7 @@ from atesd.config import ATESDConfig
 from atesd.data.problems import Problem
 from atesd.errors import AtesdError
 from atesd.files import storage_fault
-from atesd.models.batching import PackedBatch, assert_same_responses, chunks, hidden_rows, pack
+from atesd.models.batching import PackedBatch, assert_same_responses, chunks, hidden_rows_and_aux_loss, pack
 from atesd.objectives import ResponseTokens, TokenTotals
 from atesd.reports.step_log import StepLog
 from atesd.resuming import go_on_command, set_diverged_aside
@@ -31,6 +31,7 @@ from atesd.rollout import Rollout, RolloutError
 from atesd.run import NONFINITE, Run
 from atesd.step_metrics import sample_line
 from atesd.stopping import Stopped, StopSignals
+from atesd_kernels.integrations.backbone import AuxLoss
 
 
 class StorageError(AtesdError, OSError):
@@ -140,7 +141,9 @@ class Trainer:
 
         totals.over(run.processes)
         stats = totals.means(num_tokens)
-        learned = run.exposure.observe(t, self.measured(loss, stats, skipped) | outcome)
+        aux_loss = totals.aux_loss()
+        objective = loss if aux_loss is None else loss - aux_loss[1]
+        learned = run.exposure.observe(t, self.measured(objective, stats, skipped) | outcome)
         metrics = run.step_metrics(
             started, loss, grad_norm, num_tokens, totals, stats, rewards, rollouts, outcome, learned
         )
@@ -182,14 +185,14 @@ class Trainer:
                 if run.objective.needs_teacher:
                     teacher_hidden = self.teacher_hidden(problems[part], alphas[part], student_batch, rollouts[part])
                 with run.phase("student"):
-                    student_hidden = hidden_rows(run.student.backbone, student_batch)
+                    student_hidden, aux = hidden_rows_and_aux_loss(run.student.backbone, student_batch)
                 with run.phase("loss_backward"):
                     part_advantages = None if advantages is None else tuple(advantages[part])
                     weight = run.engine_mismatch.measure(
                         rollouts[part], student_hidden, run.student.head, student_batch.targets
                     )
                     tokens = ResponseTokens(student_batch.targets, student_batch.lengths, part_advantages, weight)
-                    loss += self.backward(student_hidden, teacher_hidden, tokens, num_tokens, totals, loss)
+                    loss += self.backward(student_hidden, teacher_hidden, aux, tokens, num_tokens, totals, loss)
         return float(run.processes.all_reduce(loss)), totals, num_tokens
 
     def teacher_hidden(
@@ -208,6 +211,7 @@ class Trainer:
         self,
         student_hidden: Tensor,
         teacher_hidden: Tensor | None,
+        aux: AuxLoss | None,
         tokens: ResponseTokens,
         num_tokens: int,
         totals: TokenTotals,
@@ -215,7 +219,8 @@ class Trainer:
     ) -> Tensor:
         """Add a micro-batch's gradient and statistics; returns its share of the loss.
 
-        Backward runs in two parts: the head's gradient is accumulated before the layers' backward begins.
+        Backward runs in two parts: the head's gradient is accumulated before the layers' backward begins. The experts'
+        auxiliary loss is a mean over a micro-batch, which counts by its share of the step's response tokens.
         """
         run = self.run
         teacher_head = None if run.teacher.shares_head else run.teacher.head
@@ -223,7 +228,16 @@ class Trainer:
         loss, stats = run.objective(states, run.student.head, teacher_hidden, teacher_head, tokens, num_tokens)
         with torch.autocast(run.device.type, enabled=False):
             run.parallelism.loss_for_backward(loss, loss_so_far).backward()
-            student_hidden.backward(states.grad)
+            roots, gradients = [student_hidden], [states.grad]
+            if aux is not None:
+                share = len(tokens.targets) / num_tokens
+                weighted = aux.weighted(share)
+                totals.add_aux_loss(aux.value.detach() * share, weighted.detach())
+                if weighted.requires_grad:
+                    roots.append(run.parallelism.loss_for_backward(weighted, loss_so_far))
+                    gradients.append(None)
+                loss = loss.detach() + weighted.detach()
+            torch.autograd.backward(roots, gradients)
         totals.add(stats)
         return loss.detach()
 
@@ -239,6 +253,7 @@ class Trainer:
     def measured(self, loss: float, stats: dict[str, float], skipped: bool) -> dict[str, float | None]:
         """Returns what the policy observes of a step besides the outcome. All values are None if the step was skipped.
 
+        `loss` is the objective, without an auxiliary loss, which is not due to the teacher.
         If the loss includes a reward, "loss" is the divergence without clips: the reward is not due to the teacher.
         """
         loss_signal = stats.get("mismatch", loss) if self.run.objective.needs_reward else loss

@@ -15,10 +15,11 @@ from atesd.data.problems import Problem
 from atesd.data.prompts import PromptBuilder
 from atesd.data.segmentation import Reference
 from atesd.models.batching import chunks, pack
-from atesd.models.teachers import Teacher, eval_mode
+from atesd.models.teachers import Teacher
 from atesd.objectives import token_logprobs
 from atesd.parallel.processes import Processes
 from atesd_kernels.integrations.head import hidden_states_and_head
+from atesd_kernels.integrations.wrappers import eval_mode
 
 GROUNDING_PROBLEMS = 2  # problems per step for the grounded score (our choice: 2 % of a step's time)
 

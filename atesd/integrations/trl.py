@@ -24,10 +24,10 @@ from atesd.data.prompts import PromptBuilder, PromptTooLong
 from atesd.data.segmentation import final_answer, segment, split_reference
 from atesd.exposure.outcomes import GROUNDING_PROBLEMS, first_scored
 from atesd.exposure.policies import ExposurePolicy
-from atesd.models.teachers import eval_mode
 from atesd_kernels import exposure_logprobs
 from atesd_kernels.integrations.source import is_as_expected
 from atesd_kernels.integrations.trl import WRITTEN_FOR, Hidden, hidden_states
+from atesd_kernels.integrations.wrappers import eval_mode
 
 STATE_FILE = "exposure.pt"
 _EXPECTED = {

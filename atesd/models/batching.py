@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atesd_kernels.integrations.backbone import AuxLoss, aux_loss_of
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -102,10 +104,15 @@ def assert_same_responses(*batches: PackedBatch) -> None:
 
 def hidden_rows(backbone: Callable[..., Any], batch: PackedBatch) -> Tensor:
     """Returns `(N, hidden)`: the hidden states that predict the response tokens. Does not apply the head."""
+    return hidden_rows_and_aux_loss(backbone, batch)[0]
+
+
+def hidden_rows_and_aux_loss(backbone: Callable[..., Any], batch: PackedBatch) -> tuple[Tensor, AuxLoss | None]:
+    """Returns `hidden_rows` and the experts' auxiliary loss over all tokens of the row; None where there is none."""
     out = backbone(
         input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=batch.ends, use_cache=False
     )
-    return out.last_hidden_state[0].index_select(0, batch.rows)
+    return out.last_hidden_state[0].index_select(0, batch.rows), aux_loss_of(out)
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:

@@ -11,12 +11,13 @@ from torch import nn
 from transformers import get_scheduler
 
 from atesd.config import ATESDConfig
+from atesd.errors import ModelError
 from atesd.models.adapters import adapter_layers, inputs_cast_by_autocast
 from atesd.models.packed_attention import check_packing, use_packed_attention
 from atesd.models.precision import fast_fp32_products
 from atesd.parallel.parallelism import Parallelism
 from atesd.parallel.sharding import is_sharded, reshard, writer
-from atesd_kernels.integrations.head import check_head, unwrap
+from atesd_kernels.integrations.head import HeadError, hidden_states_and_head, unwrap
 
 
 class Student:
@@ -34,7 +35,7 @@ class Student:
         backbone, head: the forward up to the hidden states, and the output head in the form that the loss takes.
 
     Raises:
-        ValueError: the loss does not support the head, or packed rows do not work with the attention.
+        ModelError: the loss does not support the head, or packed rows do not work with the attention.
     """
 
     def __init__(self, config: ATESDConfig, model: nn.Module, tokenizer: Any, parallelism: Parallelism):
@@ -44,7 +45,8 @@ class Student:
         self.model = parallelism.place(model)
         # flash-attention does not support float32
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.attn_implementation != "sdpa"):
-            check_head(self.model)
+            with reraise_as_model_error():
+                hidden_states_and_head(self.model)
             check_packing(self.model)
         reshard(self.model)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -115,3 +117,11 @@ class Student:
             self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
         ):
             group["lr"] = rate * shape(self.scheduler.last_epoch)
+
+
+@contextmanager
+def reraise_as_model_error() -> Iterator[None]:
+    try:
+        yield
+    except HeadError as error:
+        raise ModelError(str(error)) from error

@@ -47,7 +47,8 @@ class Teacher:
         self.model, self.kind, self.decay = model, kind, ema_decay
         self.backbone, self.student_head = hidden_states_and_head(model)
         base = unwrap(model)
-        backbone = getattr(base, base.base_model_prefix)  # the module: `self.backbone` may be a wrapper's forward
+        # the module: `self.backbone` may be a wrapper's forward
+        self.backbone_module = backbone = getattr(base, base.base_model_prefix)
         reshard(model)
         self.disable_adapter = kind == "frozen" and hasattr(model, "disable_adapter")
         self.adapter_layers = adapter_layers(model) if self.disable_adapter and has_plain_switch(model) else []
@@ -93,7 +94,9 @@ class Teacher:
             if values and is_sharded(self.model):
                 with swapped_weights(self.model, self.sources, values):
                     return self.backbone(**inputs)
-            return torch.func.functional_call(self.backbone, values, (), inputs) if values else self.backbone(**inputs)
+            if values:
+                return torch.func.functional_call(self.backbone_module, values, (), inputs)
+            return self.backbone(**inputs)
 
     def without_adapter(self) -> contextlib.AbstractContextManager[None]:
         """Context that disables the adapter if the base model is the teacher; otherwise a no-op."""
@@ -154,8 +157,3 @@ def swapped_weights(model: nn.Module, shards: dict[str, Tensor], values: dict[st
 
 def local(value: Any) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
-
-
-def eval_mode(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Context in eval mode: no dropout or gradient checkpointing. Restores each module's mode on exit."""
-    return with_attribute(model.modules(), "training", False)

@@ -24,6 +24,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from atesd.parallel.sharding import shard_like
+from atesd_kernels.integrations.backbone import as_output, backbone_forward
 from atesd_kernels.integrations.head import HeadSpec, through, unwrap
 from atesd_kernels.integrations.sharded_head import gather_head
 
@@ -107,8 +108,7 @@ class Zero:
 
         The hidden states' gradients reach it in backward, a trained head's when `reduce_head` is called.
         """
-        base = unwrap(self.model)
-        backbone = getattr(base, base.base_model_prefix)
+        backbone = backbone_forward(self.model)
 
         def call(**inputs: Any) -> Any:
             device = self.device.type
@@ -118,7 +118,7 @@ class Zero:
                 with torch.autocast(device, cache_enabled=torch.is_autocast_cache_enabled(), **asked):
                     return backbone(**kwargs)
 
-            return through(self.engine, self.model, forward, **inputs)
+            return as_output(through(self.engine, self.model, forward, **inputs))
 
         if head.weight.requires_grad and self.stage == 2:  # the same memory, and no hook of DeepSpeed's
             bias = None if head.bias is None else head.bias.detach().requires_grad_()

@@ -29,6 +29,7 @@ from atesd.parallel.sharding import is_sharded, unsharded
 from atesd.rollout.engine import Rollout, Sampling
 from atesd.rollout.packed import decoding_model, packable_layers
 from atesd.rollout.seeds import ResponseSeeds
+from atesd_kernels.integrations.backbone import wants_aux_loss
 from atesd_kernels.integrations.head import unwrap
 
 # Tokens a GPU decodes between two checks for ended responses (our choice). At most this many minus one are wasted.
@@ -143,7 +144,10 @@ class HFEngine:
         Ended rows write the pad token. They are removed at the first check that finds half of the batch ended. A row
         ends if its logits are not finite.
         """
-        name = cache_argument(unwrap(model))
+        base = unwrap(model)
+        name = cache_argument(base)
+        # an auxiliary loss of experts belongs to training; its mask does not fit one new token after a cache
+        no_aux_loss = {"output_router_logits": False} if wants_aux_loss(base) else {}
         mask, cache, padding = inputs.get("attention_mask"), inputs[name], self.padding
         if mask is None:  # generate drops a mask without padding
             mask = torch.ones_like(input_ids)
@@ -163,6 +167,7 @@ class HFEngine:
                 use_cache=True,
                 logits_to_keep=1,
                 **{name: cache},
+                **no_aux_loss,
             )
             u = self.uniforms[running, step]  # (batch,)
             sampled, drawn = sample(out.logits[:, -1], self.temperature, self.top_p, self.top_k, u)

@@ -15,10 +15,10 @@ import torch
 from atesd.data.problems import Problem
 from atesd.data.segmentation import split_reference
 from atesd.models.batching import chunks, hidden_rows, pack
-from atesd.models.teachers import eval_mode
 from atesd.objectives import Distillation, ResponseTokens, percentile
 from atesd.rollout import Sampling
 from atesd.run import Run
+from atesd_kernels.integrations.wrappers import eval_mode
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
-from .pairs import IGNORED, pair_divergence
+from .pairs import IGNORED, pair_losses
 
 
 class SelfDistillationModule(LightningModule):
     """Distils `teacher` (None: the model without its peft adapters) into `model`, with AdamW on trainable parameters.
 
     The loss is the mean over the response tokens of the optimizer step, on all devices. Accumulating batches with
-    `accumulate_grad_batches` equals one large batch.
+    `accumulate_grad_batches` equals one large batch. A mixture of experts' auxiliary loss is added as in
+    `pair_divergence`, and logged without its coefficient as `aux_loss`.
     """
 
     def __init__(
@@ -39,10 +40,12 @@ class SelfDistillationModule(LightningModule):
         self.num_tokens = 0  # since the last step, on this device
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        total = pair_divergence(self.model, batch, self.teacher, num_tokens=1, **self.loss_options)
+        total, aux_loss = pair_losses(self.model, batch, self.teacher, num_tokens=1, **self.loss_options)
         num_tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
         self.num_tokens += num_tokens
         self.log("loss", total.detach() / max(num_tokens, 1), prog_bar=True, batch_size=num_tokens)
+        if aux_loss is not None:
+            self.log("aux_loss", aux_loss, batch_size=num_tokens)
         return total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

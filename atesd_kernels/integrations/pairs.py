@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import linear_divergence
+from .backbone import AuxLoss, aux_loss_of
 from .head import HeadSpec, hidden_states_and_head
-from .wrappers import without_wrappers
+from .wrappers import eval_mode, without_wrappers
 
 IGNORED = -100
 
@@ -81,6 +82,9 @@ def pair_divergence(
 ) -> Tensor:
     """Returns the mean divergence between teacher and student over the response tokens of a batch, a scalar.
 
+    Where the student's configuration asks for its experts' auxiliary loss (`output_router_logits`), the result
+    includes it, weighted by the model's own coefficient and by the batch's share of `num_tokens`.
+
     Args:
         model: the student, bare or wrapped by peft, DDP or torch.compile.
         batch: see `collate`.
@@ -92,19 +96,37 @@ def pair_divergence(
     Raises:
         ValueError: if there is neither a teacher nor an adapter, or `hidden_states_and_head` raises.
     """
-    student, head = _response_states(model, batch, "")
+    return pair_losses(model, batch, teacher, temperature=temperature, num_tokens=num_tokens, **options).total
+
+
+class PairLosses(NamedTuple):
+    """The loss of a batch, and its student's auxiliary loss without its coefficient (None: it has none), scalars."""
+
+    total: Tensor
+    aux_loss: Tensor | None
+
+
+def pair_losses(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    teacher: nn.Module | None = None,
+    *,
+    temperature: float = 1.0,
+    num_tokens: int | float | Tensor | None = None,
+    **options: Any,
+) -> PairLosses:
+    """`pair_divergence` for trainers that log the auxiliary loss too. Takes the same arguments."""
+    student, head, aux = _response_states(model, batch, "")
     inner: Any = without_wrappers(model)
     if teacher is None and not hasattr(inner, "disable_adapter"):
         raise ValueError(
             "teacher=None means the model without its adapters, but the model has none: pass a frozen copy."
         )
     other = inner if teacher is None else teacher
-    training = other.training
-    other.eval()  # no dropout for the teacher
-    with torch.no_grad(), inner.disable_adapter() if teacher is None else contextlib.nullcontext():
-        states, teacher_head = _response_states(other, batch, "teacher_")
-    other.train(training)
-    return linear_divergence(
+    adapter_off = inner.disable_adapter() if teacher is None else contextlib.nullcontext()
+    with torch.no_grad(), eval_mode(other), adapter_off:  # no dropout for the teacher
+        states, teacher_head, _ = _response_states(other, batch, "teacher_")
+    loss = linear_divergence(
         student,
         head.weight,
         states,
@@ -113,11 +135,18 @@ def pair_divergence(
         **head.divergence_options(temperature, teacher_head),
         **options,
     )
+    if aux is None:
+        return PairLosses(loss, None)
+    share = 1.0 if num_tokens is None else len(student) / num_tokens
+    return PairLosses(loss + aux.weighted(share), aux.value.detach())
 
 
-def _response_states(model: nn.Module, batch: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, HeadSpec]:
-    """Returns the hidden states that predict the response tokens, `[N, H]`, and the head."""
+def _response_states(
+    model: nn.Module, batch: Mapping[str, Tensor], prefix: str
+) -> tuple[Tensor, HeadSpec, AuxLoss | None]:
+    """Returns the hidden states that predict the response tokens, `[N, H]`, the head and the auxiliary loss."""
     backbone, head = hidden_states_and_head(model)
     ids, mask = batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"]
-    hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    return hidden[:, :-1][batch[f"{prefix}labels"][:, 1:] != IGNORED], head
+    output = backbone(input_ids=ids, attention_mask=mask, use_cache=False)
+    rows = output.last_hidden_state[:, :-1][batch[f"{prefix}labels"][:, 1:] != IGNORED]
+    return rows, head, aux_loss_of(output)

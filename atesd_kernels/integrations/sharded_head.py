@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 
+from .head_spec import HeadError
 from .wrappers import unwrap
 
 
@@ -41,12 +42,12 @@ def gathered_head(head: nn.Linear, name: str) -> tuple[Tensor, Tensor | None]:
     known = _GATHERED.get(head)
     if head.weight.requires_grad:
         if known is None and hasattr(head.weight, "ds_id"):
-            raise ValueError(
+            raise HeadError(
                 f"the head of {name} is trained and sharded by DeepSpeed ZeRO-3, which reduces gradients inside its "
                 "engine's own forward only. Freeze the head (LoRA), or use ZeRO-2, DDP or fully_shard (FSDP2)."
             )
         if known is None:
-            raise ValueError(
+            raise HeadError(
                 f"the head of {name} is trained and sharded by fully_shard, which reduces gradients inside its own "
                 "forward only. Call gather_head(model) first and after each optimizer step, and "
                 "reduce_head_gradient(model) before it (atesd_kernels.integrations.sharded_head)."

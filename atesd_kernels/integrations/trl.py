@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import linear_divergence, linear_logprobs
-from .head import HeadSpec, check_head, hidden_states_and_head
+from .backbone import AuxLoss, as_output, aux_loss_of, backbone_forward, wants_aux_loss
+from .head import HeadSpec, hidden_states_and_head, unwrap
 from .source import is_as_expected, with_globals
+from .wrappers import through
 
 WRITTEN_FOR = "1.16.0"
 
@@ -41,6 +43,7 @@ _GKD = {"compute_loss": "194af1daab68", "generalized_jsd_loss": "dec87ad008c3"}
 _DISTILLATION = {
     "compute_loss": "005dea3d3d5a",
     "_compute_loss": "02fe325c15ff",
+    "_get_last_hidden_state": "11b7dcc3bbeb",
     "_chunked_divergence_loss": "f201f48d6d0a",
 }
 
@@ -59,7 +62,9 @@ def use_linear_divergence(
     The loss is the trainer's own, with its `distillation_alpha` / `beta`, temperature, masks, importance weights and
     reduction. It is equal in fp32, and more accurate in bf16 if teacher and student share their head (LoRA with the
     frozen base as teacher). GKD's loss always ignores `args.temperature`. SDFT and SDPO also log entropies, top-1
-    agreement and the student's confidence under `self_distillation/`; they log `distillation_loss` before clips.
+    agreement and the student's confidence under `self_distillation/`; they log `distillation_loss` before clips. A
+    mixture of experts whose configuration asks for its auxiliary loss (`output_router_logits`) gets it added, with the
+    model's own coefficient, and logged without it as `aux_loss`; TRL's own distillation losses leave it out.
 
     Args:
         trainer: an `SDFTTrainer`, `SDPOTrainer`, `GKDTrainer` or `DistillationTrainer`, or a subclass.
@@ -96,7 +101,14 @@ def use_linear_divergence(
         return False
     clips = {"entry_clip": entry_clip, "token_clip": token_clip}
     patch(trainer, clips, {"backend": backend, "chunk_bytes": chunk_bytes})
+    _generate_without_aux_loss(unwrap(trainer.model))
     return True
+
+
+def _generate_without_aux_loss(base: Any) -> None:
+    """Switches the auxiliary loss off while `base` generates: its mask does not fit one new token after a cache."""
+    if wants_aux_loss(base):
+        base.generate = partial(base.generate, output_router_logits=False)
 
 
 class Hidden(NamedTuple):
@@ -104,13 +116,25 @@ class Hidden(NamedTuple):
 
     states: Tensor  # [B, T, H]
     head: HeadSpec
+    aux: AuxLoss | None = None
 
 
 def hidden_states(trainer: Any, model: nn.Module, **inputs: Tensor) -> Hidden:
     """Runs the backbone of `model` in the trainer's precision. Returns its last hidden states `[B, L, H]` and head."""
     backbone, head = hidden_states_and_head(model)
     with trainer.accelerator.autocast():
-        return Hidden(backbone(use_cache=False, **inputs).last_hidden_state, head)
+        output = backbone(use_cache=False, **inputs)
+    return Hidden(output.last_hidden_state, head, aux_loss_of(output))
+
+
+def _share_of_batch(trainer: Any) -> float:
+    """Returns the share of a batch in an optimizer step, in which all batches count equally."""
+    return 1 / trainer.current_gradient_accumulation_steps if trainer.model.training else 1.0
+
+
+def _log_aux_loss(trainer: Any, aux: AuxLoss) -> None:
+    mean = trainer.accelerator.gather(aux.value.detach()).mean()
+    trainer._metrics["train" if trainer.model.training else "eval"]["aux_loss"].append(float(mean))
 
 
 def _require_unsharded_heads(trainer: Any) -> None:
@@ -120,7 +144,7 @@ def _require_unsharded_heads(trainer: Any) -> None:
             "the forward pass. Use DDP, or train with `atesd`."
         )
     for model in (trainer.model, trainer.teacher_model):
-        check_head(model)
+        hidden_states_and_head(model)
 
 
 # SDFT and SDPO
@@ -143,17 +167,44 @@ def _patch_self_distillation(trainer: Any, clips: dict[str, Any], options: dict[
         with trainer.accelerator.autocast():
             return linear_logprobs(hidden.states, hidden.head.weight, ids, mask=mask, **temperature, **options)
 
-    trainer._forward_logits = partial(_forward_hidden, trainer)
+    aux_losses: list[AuxLoss] = []
+    trainer._forward_logits = partial(_forward_hidden, trainer, aux_losses)
+    trainer.compute_loss = partial(_loss_with_aux, trainer, trainer.compute_loss, aux_losses)
     trainer._compute_self_distillation_loss = partial(_self_distillation_loss, trainer, logprobs, clips | options)
     for method in ("_compute_rollout_logps", "_compute_policy_loss"):
         if hasattr(trainer, method):
             setattr(trainer, method, with_globals(trainer, method, selective_log_softmax=logprobs))
 
 
-def _forward_hidden(trainer: Any, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int):
-    """Returns the hidden states `[B, logits_to_keep, H]` that predict the last `logits_to_keep` tokens."""
-    states, head = hidden_states(trainer, model, input_ids=input_ids, attention_mask=attention_mask)
-    return Hidden(states[:, -logits_to_keep - 1 : -1], head)
+def _forward_hidden(
+    trainer: Any,
+    aux_losses: list[AuxLoss],
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    logits_to_keep: int,
+) -> Hidden:
+    """Returns the hidden states `[B, logits_to_keep, H]` that predict the last `logits_to_keep` tokens.
+
+    Appends the forward's auxiliary loss to `aux_losses`.
+    """
+    states, head, aux = hidden_states(trainer, model, input_ids=input_ids, attention_mask=attention_mask)
+    if aux is not None:
+        aux_losses.append(aux)
+    return Hidden(states[:, -logits_to_keep - 1 : -1], head, aux)
+
+
+def _loss_with_aux(
+    trainer: Any, compute_loss: Callable[..., Tensor], aux_losses: list[AuxLoss], *args: Any, **kwargs: Any
+) -> Tensor:
+    """Adds the student's auxiliary loss to TRL's `compute_loss`, whose forwards put it into `aux_losses`."""
+    aux_losses.clear()
+    loss = compute_loss(*args, **kwargs)
+    for aux in aux_losses:
+        loss = loss + aux.weighted(_share_of_batch(trainer))
+        _log_aux_loss(trainer, aux)
+    aux_losses.clear()  # it would keep the graph
+    return loss
 
 
 def _self_distillation_loss(
@@ -230,28 +281,52 @@ def _patch_gkd(trainer: Any, clips: dict[str, Any], options: dict[str, Any]) -> 
         student = hidden_states(trainer, model, **tokens)
         with torch.no_grad():
             teacher = hidden_states(trainer, trainer.teacher_model, **tokens)
+        mask = inputs["labels"][:, 1:] != -100
         with trainer.accelerator.autocast():
-            return linear_divergence(
+            loss = linear_divergence(
                 student.states[:, :-1],
                 student.head.weight,
                 teacher.states[:, :-1],
                 teacher.head.weight,
                 divergence="jsd",
                 beta=trainer.beta,
-                mask=inputs["labels"][:, 1:] != -100,
+                mask=mask,
                 num_tokens=num_items_in_batch,
                 **student.head.divergence_options(1.0, teacher.head),
                 **clips,
                 **options,
             )
+        if student.aux is not None:
+            # not by tokens: `num_items_in_batch` does not count generated responses
+            loss = loss + student.aux.weighted(_share_of_batch(trainer))
+            _log_aux_loss(trainer, student.aux)
+        return loss
 
     trainer.compute_loss = compute_loss
+
+
+def _share(mask: Tensor, num_tokens: Any) -> float | Tensor:
+    """Returns the share of a batch in `num_tokens`, the tokens of an optimizer step."""
+    return 1.0 if num_tokens is None else mask.sum() / num_tokens
 
 
 # DistillationTrainer, which has its own chunked loss
 
 
 def _patch_distillation(trainer: Any, clips: dict[str, Any], options: dict[str, Any]) -> None:
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    measured: dict[str, HeadSpec] = {}
+    if not sharded:  # sharded heads are read as TRL reads them
+        for side, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
+            measured[side] = hidden_states_and_head(model)[1]
+    aux_losses: list[AuxLoss] = []
+
+    def head_of(side: str, weight: Tensor, given: dict[str, Any]) -> HeadSpec:
+        softcap, scale = given[f"{side}_final_logit_softcapping"] or None, given[f"{side}_logit_scale"]
+        if side in measured:
+            softcap, scale = measured[side].softcap, measured[side].scale
+        return HeadSpec(_full_tensor(weight), _full_tensor(given[f"{side}_lm_head_bias"]), softcap, scale)
+
     def loss_of_hidden_states(
         student_states,
         teacher_states,
@@ -263,15 +338,7 @@ def _patch_distillation(trainer: Any, clips: dict[str, Any], options: dict[str, 
         temperature=1.0,
         **given,
     ):
-        student, teacher = (
-            HeadSpec(
-                _full_tensor(weight),
-                _full_tensor(given[f"{side}_lm_head_bias"]),
-                given[f"{side}_final_logit_softcapping"] or None,
-                given[f"{side}_logit_scale"],
-            )
-            for side, weight in (("student", student_weight), ("teacher", teacher_weight))
-        )
+        student, teacher = head_of("student", student_weight, given), head_of("teacher", teacher_weight, given)
         mask = completion_mask != 0
         with trainer.accelerator.autocast():
             loss, stats = linear_divergence(
@@ -288,9 +355,42 @@ def _patch_distillation(trainer: Any, clips: dict[str, Any], options: dict[str, 
                 **clips,
                 **options,
             )
+        for aux in aux_losses:
+            loss = loss + aux.weighted(_share(mask, num_items_in_batch))
         return loss, stats.student_entropy.sum(), mask.sum()
 
+    trainer._get_last_hidden_state = partial(_last_hidden_state, trainer, trainer._get_last_hidden_state, aux_losses)
     trainer._compute_loss = with_globals(trainer, "_compute_loss", _chunked_divergence_loss=loss_of_hidden_states)
+    trainer.compute_loss = partial(_loss_with_logged_aux, trainer, trainer.compute_loss, aux_losses)
+
+
+def _last_hidden_state(
+    trainer: Any, own: Callable[..., Tensor], aux_losses: list[AuxLoss], model: Any, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Runs TRL's `_get_last_hidden_state` with what the backbone's forward alone would skip (see `backbone`)."""
+    base = unwrap(model)
+    backbone, forward = base.base_model, backbone_forward(model)
+    if forward is backbone:
+        return own(model, *args, **kwargs)
+
+    def noted(*_: Any, **inputs: Any) -> Any:
+        output = as_output(forward(**{name: value for name, value in inputs.items() if name != "logits_to_keep"}))
+        if (aux := aux_loss_of(output)) is not None:
+            aux_losses.append(aux)
+        return output
+
+    return through(partial(own, model, *args), backbone, noted, **kwargs)
+
+
+def _loss_with_logged_aux(
+    trainer: Any, compute_loss: Callable[..., Any], aux_losses: list[AuxLoss], *args: Any, **kwargs: Any
+) -> Any:
+    aux_losses.clear()
+    loss = compute_loss(*args, **kwargs)
+    for aux in aux_losses:
+        _log_aux_loss(trainer, aux)
+    aux_losses.clear()  # it would keep the graph
+    return loss
 
 
 def _full_tensor(tensor: Any) -> Any:

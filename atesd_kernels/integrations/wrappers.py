@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+from .head_spec import HeadError
 
 
 def without_wrappers(model: Any) -> Any:
@@ -26,7 +29,7 @@ def unwrap(model: Any) -> Any:
         if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
             peft = model.active_peft_config
             if getattr(peft, "is_prompt_learning", False):
-                raise ValueError(
+                raise HeadError(
                     f"peft method {peft.peft_type} adds virtual tokens in front of the model, so hidden states cannot "
                     "be taken from its backbone. Use an adapter inside the layers (LoRA, DoRA, IA3)."
                 )
@@ -35,8 +38,8 @@ def unwrap(model: Any) -> Any:
             return model
 
 
-def through(wrapper: nn.Module, inner: nn.Module, function: Callable[..., Any], **inputs: object) -> object:
-    """Calls `function` in place of the forward of `inner`, through a call of `wrapper`. Returns its result.
+def through(wrapper: Callable[..., Any], inner: nn.Module, function: Callable[..., Any], **inputs: object) -> Any:
+    """Calls `function` in place of the forward of `inner`, through a call of `wrapper`. Returns the wrapper's result.
 
     DDP reduces gradients, and FSDP gathers parameters, only around a call of the wrapper itself.
     """
@@ -49,12 +52,25 @@ def through(wrapper: nn.Module, inner: nn.Module, function: Callable[..., Any], 
         elif "forward" in vars(inner):
             del inner.forward
 
-    def once(**kwargs: object) -> object:
+    def once(*args: object, **kwargs: object) -> object:
         restore()
-        return function(**kwargs)
+        return function(*args, **kwargs)
 
     inner.forward = once
     try:
         return wrapper(**inputs)
     finally:
         restore()
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Context in which `model` and all its modules are in eval mode. Restores the mode of each."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

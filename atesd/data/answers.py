@@ -22,8 +22,8 @@ _ANSWER_IS = re.compile(
 # text states one answer, and which is unclear.
 _JOINS = re.compile(r"\b(?:and|or)\b|[,;&]", re.I)
 _RESTATES = re.compile(
-    r"\b(?:i\.e|that is|which is|equivalent\w*|approximat\w*|about|simplif\w*|so|thus|hence|therefore|then|since|because"
-    r"|giv(?:es|ing)|mak(?:es|ing)|namely|equals?)\b|\\approx|≈|=\s*\$?\s*$",
+    r"\b(?:i\.e|that is|which is|equivalent\w*|approximat\w*|about|simplif\w*|so|thus|hence|therefore|then|since"
+    r"|because|giv(?:es|ing)|mak(?:es|ing)|namely|equals?)\b|\\approx|≈|=\s*\$?\s*$",
     re.I,
 )
 _NAME_BEFORE = re.compile(r"[A-Za-z]\w*(?:_\{?\w+\}?)?\s*=\s*$")  # the "y =" of "x = \boxed{1}, y = \boxed{2}"

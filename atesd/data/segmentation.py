@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from atesd.data.answers import boxed_answer, column_answer, final_answer, marker_line
 from atesd.data.latex_spans import last_boxed, protected_spans
 from atesd.data.sentences import cut, line_start, sentence_cuts
-from atesd.data.thinking import without_thinking
+from atesd.data.solutions import solution_text
 from atesd.errors import DataError
 
 __all__ = ["Reference", "boxed_answer", "final_answer", "segment", "split_reference"]
@@ -76,7 +76,7 @@ def split_reference(solution: str, answer: str | None) -> Reference:
 
     Raises DataError if there is no answer: neither the column nor the solution has one, or it says so ("N/A", "proof").
     """
-    solution = without_thinking(solution)
+    solution = solution_text(solution)
     found = column_answer(answer) if answer and answer.strip() else column_answer(final_answer(solution))
     if not found:
         raise DataError(

@@ -29,8 +29,8 @@ def without_thinking(text: str) -> str:
     A block that is not closed reaches to the end. A closing mark without an opening one ends a block that starts with
     the text: some chat templates write the opening mark into the prompt.
 
-    >>> without_thinking("<think>Is it 3?</think>It is 4."), without_thinking("3?</think>4"), without_thinking("<think>3")
-    ('It is 4.', '4', '')
+    >>> [without_thinking(text) for text in ("<think>Is it 3?</think>It is 4.", "3?</think>4", "<think>3")]
+    ['It is 4.', '4', '']
     """
     kept: list[str] = []
     end_of_last, opened = 0, False

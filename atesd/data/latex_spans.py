@@ -1,4 +1,4 @@
-r"""Finds spans that must not be cut (LaTeX mathematics, code fences), and the last ``\boxed{}``.
+r"""Finds spans that must not be cut (LaTeX mathematics, code fences), and the boxes that state answers.
 
 Scans run in time linear in the text, since every rollout is searched for its box, and model output can be long and
 adversarial.
@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["last_boxed", "protected_spans"]
+__all__ = ["Box", "boxes", "last_boxed", "protected_spans"]
+
+Box = tuple[int, int, str]  # start, end, content
 
 # Openers: code fence, environment, \[ \( , $$ or $. Matches escaped characters too, so that they open nothing.
 _OPENER = re.compile(r"```|\\begin\s*\{([^{}]*)\}|\\\[|\\\(|\\.|\$\$|\$", re.DOTALL)
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 _SENTENCE_INSIDE = re.compile(r"[.?!]\s+[A-Z]|\n")
-_BOX_OR_BRACE = re.compile(r"\\f?boxed\s*\{|\\.|[{}]", re.DOTALL)
-_BARE_BOX = re.compile(r"\\boxed[ \t]+([^\s$.,;]+)")
+_BOX_OR_BRACE = re.compile(r"\\(?:f?boxed|fbox)(?![A-Za-z])(?P<brace>\s*\{)?|\\.|[{}]", re.DOTALL)
+# What follows "\boxed" without a brace: plain characters, and commands with their arguments.
+_ARGUMENT = r"\{(?:[^{}]|\{[^{}]*\})*\}"
+_BARE_CONTENT = re.compile(r"[ \t]*((?:\\[A-Za-z]+(?:" + _ARGUMENT + r")*|[^\s{}$\\])+)")
+_MENTION = re.compile(r"[A-Za-z]{2,}|[^0-9A-Za-z]*")  # "the \boxed command", "`\boxed`"
 _MAX_DOLLARS_TRIED = 4  # closers tried per inline "$" before it counts as a plain dollar sign: keeps the scan linear
 
 
@@ -50,30 +55,54 @@ def protected_spans(text: str) -> list[tuple[int, int]]:
     return spans
 
 
-def last_boxed(text: str) -> tuple[int, int, str] | None:
-    r"""Returns ``(start, end, content)`` of the last closed ``\boxed{...}``, by start; ``None`` without one.
+def last_boxed(text: str) -> Box | None:
+    r"""Returns ``(start, end, content)`` of the last box; ``None`` without one, or if it is cut off.
 
-    Braces nest; ``\{`` and ``\}`` do not count. Empty boxes and unclosed boxes are ignored.
-
-    >>> last_boxed(r"\boxed{1} then \boxed{\frac{1}{2}} and \boxed{3")[2]
-    '\\frac{1}{2}'
+    >>> last_boxed(r"\boxed{1} then \boxed{\frac{1}{2}}")[2], last_boxed(r"\boxed{1} and \boxed{3")
+    ('\\frac{1}{2}', None)
     """
-    best: tuple[int, int, str] | None = None
+    found, cut_off = boxes(text)
+    return found[-1] if found and not cut_off else None
+
+
+def boxes(text: str) -> tuple[list[Box], bool]:
+    r"""Returns the closed boxes by start, innermost only, and whether the box that opens last is cut off.
+
+    A box is ``\boxed{...}``, ``\fbox{...}``, or ``\boxed`` with a bare argument: ``\boxed 5``, ``\boxed5``. Braces
+    nest; ``\{`` and ``\}`` do not count. Empty boxes, and ``\boxed`` before a word, are no boxes.
+
+    >>> boxes(r"\boxed{1}, \fbox{2}, \boxed 3 and \boxed{4")
+    ([(0, 9, '1'), (11, 19, '2'), (21, 29, '3')], True)
+    """
+    closed: list[Box] = []
+    text_end = len(text.rstrip())
     open_at: list[tuple[int, int]] = []  # (start of the command or -1 for a plain brace, start of the content)
     for match in _BOX_OR_BRACE.finditer(text):
         token = match.group()
         if token == "}":
             start, content = open_at.pop() if open_at else (-1, 0)
-            if start > (best[0] if best else -1) and (filled := text[content : match.end() - 1].strip()):
-                best = (start, match.end(), filled)
+            if start >= 0 and (filled := text[content : match.end() - 1].strip()):
+                closed.append((start, match.end(), filled))
         elif token == "{":
             open_at.append((-1, match.end()))
-        elif token.endswith("{") and "boxed" in token:
+        elif match["brace"]:
             open_at.append((match.start(), match.end()))
-    if best is not None:
-        return best
-    bare = list(_BARE_BOX.finditer(text))[-1:]  # "\boxed 5" is legal TeX
-    return (bare[0].start(), bare[0].end(), bare[0].group(1)) if bare else None
+        elif "box" in token:
+            if match.end() >= text_end:
+                open_at.append((match.start(), match.end()))
+            elif bare := _bare_box(text, match.start(), match.end()):
+                closed.append(bare)
+    closed.sort()
+    next_start = [start for start, _, _ in closed[1:]] + [len(text)]
+    innermost = [box for box, start in zip(closed, next_start, strict=False) if start >= box[1]]
+    last_closed = innermost[-1][0] if innermost else -1
+    return innermost, any(start > last_closed for start, _ in open_at)
+
+
+def _bare_box(text: str, start: int, end: int) -> Box | None:
+    found = _BARE_CONTENT.match(text, end)
+    content = found[1].rstrip(".,;:!?*'\"`") if found else ""
+    return None if found is None or _MENTION.fullmatch(content) else (start, found.start(1) + len(content), content)
 
 
 def _find(text: str, closer: str, position: int, hopeless: set[str]) -> int:

@@ -5,7 +5,6 @@ Splits them into disjoint training, probe and evaluation problems, before anythi
 
 from __future__ import annotations
 
-import json
 import random
 import warnings
 from collections.abc import Iterator
@@ -13,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atesd.data.segmentation import final_answer
+from atesd.data.answers import column_answer, final_answer
+from atesd.data.files import open_dataset
+from atesd.data.layouts import cell, find_columns, problem_text
+from atesd.data.solutions import solution_text
 from atesd.errors import DataError, MissingPackageError
 
 __all__ = ["Problem", "ProblemSplits", "load_problems"]
@@ -22,7 +24,6 @@ _BUILTIN = "gsm_symbolic"
 # reasoning-gym samples entry i of seed s from Random(s + i): far-apart seeds keep runs from overlapping.
 _SEED_STRIDE = 100_000_000
 _REPEATS_TOLERATED = 20  # generated entries tried per requested problem, before the generator counts as exhausted
-_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,14 @@ def load_problems(
         num_probe, num_eval: numbers of held-out problems. Selected first, so they do not depend on ``num_train``.
         seed: selects and orders the problems. The same seed gives the same splits on every machine.
         dataset_split: the split to read, if the dataset has several.
-        problem_column, solution_column, answer_column: columns to read. The answer is extracted from the solution
-            (``\boxed{}``, else ``####``) if ``answer_column`` is ``None``, the solution column (GSM8K), or the
-            default "answer" and neither "answer" nor "Answer" exists.
-        require_solution: ``False`` for evaluation sets with answers but without worked solutions.
+        problem_column, solution_column, answer_column: columns to read, with dots for nested ones. One with its default
+            name is also looked for under the names that known data sets use, see ``layouts.py``. The answer is
+            extracted from the solution (``\boxed{}``, else ``####``) if ``answer_column`` is ``None`` or the solution
+            column (GSM8K), or if there is none.
+        require_solution: ``False`` if nothing reads worked solutions: in evaluations, and for some runs.
 
-    Raises ValueError for a missing file or column, an empty problem or solution (naming the row), or too few problems.
-    Skips rows without a final answer, counts them and warns.
+    Raises DataError for a missing file or column, an empty problem or solution (naming the row), or too few problems.
+    Skips rows without a final answer, or whose answer says that there is none ("N/A", "proof"), counts them and warns.
 
     Example::
 
@@ -91,10 +93,10 @@ def load_problems(
             raise DataError("gsm_symbolic is infinite: say how many problems with num_train_problems")
         rows = _gsm_symbolic(seed, num_train + num_probe + num_eval)
     else:
-        dataset = _open_dataset(name_or_path, dataset_split)
+        dataset = open_dataset(name_or_path, dataset_split)
         columns = {"problem": problem_column, "solution": solution_column, "answer": answer_column}
-        columns = _check_columns(name_or_path, dataset.column_names, columns, require_solution)
-        rows = _dataset_rows(dataset, Path(name_or_path).stem, columns, seed)
+        columns = find_columns(name_or_path, dataset, columns, require_solution)
+        rows = _dataset_rows(dataset, Path(name_or_path).stem, columns, require_solution, seed)
 
     wanted = None if num_train is None else num_probe + num_eval + num_train
     problems: list[Problem] = []
@@ -114,7 +116,7 @@ def load_problems(
     if skipped:
         warnings.warn(
             f"{name_or_path}: skipped {len(skipped)} problems without a final answer ({', '.join(skipped[:3])}, ...): "
-            "no answer column, no \\boxed{}, no '####' line",
+            "no answer column, no \\boxed{}, no '####' line, or an answer that says there is none",
             stacklevel=2,
         )
     least = num_probe + num_eval + (1 if num_train is None else num_train)
@@ -144,74 +146,21 @@ def _gsm_symbolic(seed: int, wanted: int) -> Iterator[Problem]:
         yield Problem(f"{_BUILTIN}-{seed}-{index}", entry["question"].strip(), solution, str(entry["answer"]).strip())
 
 
-def _open_dataset(name_or_path: str, split: str) -> Any:
-    """Returns a ``datasets.Dataset`` from a file, a directory or the Hub. Errors say what to do."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingPackageError("reading a dataset needs the datasets library: pip install datasets") from error
-    path = Path(name_or_path).expanduser()
-    looks_local = name_or_path.startswith((".", "/", "~")) or path.suffix in _READERS
-    if looks_local and not path.exists():
-        raise DataError(f"dataset_name: no such file or directory: {name_or_path}")
-    if path.is_file() and path.suffix not in _READERS:
-        raise DataError(f"dataset_name: {name_or_path} is none of {', '.join(_READERS)}")
-    try:
-        if path.is_file():
-            return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
-        if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
-            loaded = datasets.load_from_disk(str(path))
-            return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        if path.is_dir():
-            return datasets.load_dataset(str(path), split=split)
-        hub_name, _, config = name_or_path.partition(":")
-        return datasets.load_dataset(hub_name, config or None, split=split)
-    except Exception as error:  # datasets raises a dozen types; the user needs the name, the split and the cause
-        raise DataError(
-            f"dataset_name: cannot load {name_or_path!r} (dataset_split={split!r}): {type(error).__name__}: {error}. "
-            "Give a .jsonl, .json, .parquet or .csv file, a directory, or a Hub name ('org/name' or 'org/name:config')"
-        ) from error
-
-
-def _check_columns(
-    name: str, present: list[str], columns: dict[str, str | None], require_solution: bool
-) -> dict[str, str | None]:
-    """Returns the columns to read, ``None`` for those not to read. Raises ValueError naming missing columns."""
-    answer = columns["answer"]
-    if answer == "answer" and answer not in present:  # the default is optional, and OPSD's dataset spells it "Answer"
-        answer = "Answer" if "Answer" in present else None
-    columns["answer"] = None if answer == columns["solution"] else answer  # then extract it from the solution
-    if not require_solution and columns["solution"] not in present:
-        columns["solution"] = None
-    missing = {f"{key}_column={value!r}" for key, value in columns.items() if value and value not in present}
-    if columns["solution"] is None and columns["answer"] is None:
-        missing.add("answer_column")
-    if missing:
-        raise DataError(f"{name} has no column for {', '.join(sorted(missing))}; its columns are {sorted(present)}")
-    return columns
-
-
-def _dataset_rows(dataset: Any, name: str, columns: dict[str, str | None], seed: int) -> Iterator[Problem]:
+def _dataset_rows(
+    dataset: Any, name: str, columns: dict[str, str | None], require_solution: bool, seed: int
+) -> Iterator[Problem]:
     order = list(range(len(dataset)))
     random.Random(seed).shuffle(order)
     for row in order:
-        record = dataset[row]
-        where = f"{name}-{row}"
-        problem = _text(record, columns["problem"], where)
-        solution = _text(record, columns["solution"], where)
-        answer = _text(record, columns["answer"], where)
-        for key, value in (("problem", problem), ("solution", solution)):
-            if columns[key] and not value:
+        record, where = dataset[row], f"{name}-{row}"
+        problem, raw, answer = (cell(record, key, columns[key], where) for key in ("problem", "solution", "answer"))
+        solution = solution_text(raw)
+        answer = column_answer(answer if columns["answer"] else final_answer(raw))
+        says_none = bool(columns["answer"]) and not answer
+        for key, value in (("problem", problem), ("solution", raw)):
+            needed = key == "problem" or (require_solution and not says_none)
+            if columns[key] and needed and not value:
                 raise DataError(f"row {row} of {name} has an empty {key} (column {columns[key]!r}): fill or remove it")
-        answer = final_answer(answer) or answer or (final_answer(solution) or "")
-        yield Problem(where, problem, solution, answer)
-
-
-def _text(record: dict[str, Any], column: str | None, where: str) -> str:
-    value = record[column] if column else None
-    if value is None:
-        return ""
-    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value).strip()
-    shown = json.dumps(value, default=str)[:80]
-    raise DataError(f"{where}: column {column!r} holds {type(value).__name__}, not text or a number: {shown}")
+        if require_solution and not solution:  # nothing but thinking, that was cut off
+            answer = ""
+        yield Problem(where, problem_text(problem), solution, answer)

@@ -15,10 +15,12 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from atesd.data.chat_tokens import ChatTokens
 from atesd.data.context import exposed_text, is_full
 from atesd.data.problems import Problem
 from atesd.data.segmentation import Reference
 from atesd.data.templates import PromptTemplates, fill
+from atesd.data.thinking import closing_mark, opens_thinking
 from atesd.errors import AtesdError, DataError
 
 __all__ = ["PromptBuilder", "PromptTemplates", "PromptTooLong"]
@@ -91,6 +93,8 @@ class PromptBuilder:
         self.student_suffix = self._suffix(self.student_chat_kwargs)
         self.teacher_suffix = self._suffix(self.teacher_chat_kwargs)
         self._check_suffixes()
+        self.chat_tokens = ChatTokens(tokenizer)
+        self.turn_end = self.chat_tokens.turn_end(self._rendered_end())
 
     def student_text(self, problem: Problem) -> str:
         """Returns the student's user message, before the chat template: the problem only."""
@@ -100,11 +104,11 @@ class PromptBuilder:
         """Returns the teacher's user message at exposure ``alpha``, before the chat template.
 
         alpha = 1: ``templates.teacher`` with the exact solution, OPSD's prompt. floor(alpha*m) = 0 (no segment
-        exposed): ``templates.teacher_answer_only``. In between: ``templates.teacher_partial`` with the exposed
-        segments, without trailing white space.
+        exposed), or a problem without a solution: ``templates.teacher_answer_only``. In between:
+        ``templates.teacher_partial`` with the exposed segments, without trailing white space.
         """
         exposed = exposed_text(reference, alpha)
-        if is_full(alpha):
+        if is_full(alpha) and exposed.strip():
             template = self.templates.teacher
         elif exposed:
             template, exposed = self.templates.teacher_partial, exposed.rstrip()
@@ -117,7 +121,7 @@ class PromptBuilder:
 
     def student(self, problem: Problem) -> list[int]:
         """Returns the token ids of the student's prompt, including the generation prompt."""
-        ids = self._ids(self._render(self.student_text(problem), self.student_chat_kwargs))
+        ids = self._ids(self.student_text(problem), self.student_chat_kwargs)
         if len(ids) > self.max_prompt_length:
             advice = "raise max_prompt_length or drop the problem"
             raise PromptTooLong(problem.id, "student prompt", len(ids), self.max_prompt_length, advice)
@@ -125,13 +129,17 @@ class PromptBuilder:
 
     def teacher(self, problem: Problem, reference: Reference, alpha: float) -> list[int]:
         """Returns the token ids of the teacher's prompt at ``alpha``, including the generation prompt."""
-        ids = self._ids(self._render(self.teacher_text(problem, reference, alpha), self.teacher_chat_kwargs))
+        ids = self._ids(self.teacher_text(problem, reference, alpha), self.teacher_chat_kwargs)
         return self._fits(problem, f"teacher prompt at alpha={alpha:g}", ids)
 
-    def reference_completion(self, reference: Reference) -> tuple[list[int], list[int]]:
+    def reference_completion(
+        self, reference: Reference, *, after_teacher_prompt: bool = False
+    ) -> tuple[list[int], list[int]]:
         r"""Returns the reference solution as an assistant reply, ``(ids, ends)``.
 
-        ``ids`` are the tokens of the full solution, then the end-of-sequence token. ``ends[i]`` is the number of tokens
+        The reply follows the student's prompt, or the teacher's if ``after_teacher_prompt``. ``ids`` are the tokens of
+        the full solution, then what the chat template ends a turn with. If the prompt opens a thinking block, the reply
+        closes it first: a reference is an answer, not a thought. ``ends[i]`` is the number of tokens
         up to and including segment ``i``; a token across a border counts as exposed, white space aside.
         ``ids[ends[-1]:]`` is the tail, which states the answer. A solution without a tail gets the tail
         ``Final answer: \boxed{answer}``, so that there is always an answer to score.
@@ -141,7 +149,9 @@ class PromptBuilder:
             text = text.rstrip() + ("\n\n" if text.strip() else "") + f"Final answer: \\boxed{{{reference.answer}}}"
         if not getattr(self.tokenizer, "is_fast", False):
             raise DataError(f"{type(self.tokenizer).__name__} gives no character offsets: use a fast tokenizer")
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        opening = opens_thinking(self.teacher_suffix if after_teacher_prompt else self.student_suffix)
+        closed = self._closed_thinking(opening) if opening else []
+        encoded = self.chat_tokens.encode("", text, return_offsets_mapping=True)
         # Offset of the first non-space character of each token: BPE tokens may start with a space.
         first_ink = []
         for start, end in encoded["offset_mapping"]:
@@ -152,8 +162,12 @@ class PromptBuilder:
             border += len(piece)
             while index < len(first_ink) and (first_ink[index] is None or first_ink[index] < border):
                 index += 1
-            ends.append(index)
-        return [*encoded["input_ids"], self.tokenizer.eos_token_id], ends
+            ends.append(len(closed) + index)
+        return [*closed, *encoded["input_ids"], *self.turn_end], ends
+
+    def _closed_thinking(self, opening: str) -> list[int]:
+        """Returns the ids that close an empty thinking block, as templates with thinking off write it."""
+        return list(self.tokenizer(f"\n{closing_mark(opening)}\n\n", add_special_tokens=False)["input_ids"])
 
     def check_answer_fits(self, problem: Problem, max_new_tokens: int) -> None:
         """Raises ``PromptTooLong`` if the student's prompt and ``max_new_tokens`` exceed the context."""
@@ -171,7 +185,8 @@ class PromptBuilder:
         exposures = {0.0, max_alpha} | ({(m - 1) / m} if m and is_full(max_alpha) else set())
         longest = max(len(self.teacher(problem, reference, alpha)) for alpha in exposures)
         longest = max(longest, len(self.student(problem)))
-        total = longest + len(self.reference_completion(reference)[0])
+        replies = [self.reference_completion(reference, after_teacher_prompt=after)[0] for after in (False, True)]
+        total = longest + max(map(len, replies))
         if total > self.context_length:
             advice = "use a model with a longer context or drop the problem"
             raise PromptTooLong(problem.id, "prompt and reference reply", total, self.context_length, advice)
@@ -205,9 +220,18 @@ class PromptBuilder:
             with_system = " and a system prompt" if self.templates.system is not None else ""
             raise DataError(f"the chat template refuses kwargs {chat_kwargs}{with_system}: {error}") from error
 
-    def _ids(self, text: str) -> list[int]:
+    def _ids(self, content: str, chat_kwargs: dict[str, Any]) -> list[int]:
         # The template already wrote the special tokens, BOS included: the tokenizer must not add them again.
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        text = self._render(content, chat_kwargs)
+        if not self.chat_tokens.in_data(content):
+            return list(self.chat_tokens.encode(text, "")["input_ids"])
+        before, _, after = self._render(_SENTINEL, chat_kwargs).rpartition(_SENTINEL)
+        if not text.startswith(before) or not text.endswith(after) or len(text) < len(before) + len(after):
+            raise DataError(
+                f"a control token of the chat template is in {content[:80]!r}, and the template writes something else "
+                "around this text than around others: remove the token"
+            )
+        return list(self.chat_tokens.encode(before, text[len(before) : len(text) - len(after)], after)["input_ids"])
 
     def _fits(self, problem: Problem, kind: str, ids: list[int]) -> list[int]:
         limit = self.context_length - self.max_completion_length
@@ -225,6 +249,15 @@ class PromptBuilder:
         if not found or suffix == self._render(_SENTINEL, chat_kwargs, False).rpartition(_SENTINEL)[2]:
             raise DataError("the chat template writes no generation prompt: responses would continue the user's turn")
         return suffix
+
+    def _rendered_end(self) -> str:
+        """Returns what the chat template writes after an assistant's turn; "" if it takes none."""
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SENTINEL}]
+        try:
+            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        except Exception:  # a template that demands something else: the end-of-sequence token it is
+            return ""
+        return rendered.rpartition(_SENTINEL)[2]
 
     def _check_suffixes(self) -> None:
         if self.student_suffix == self.teacher_suffix:

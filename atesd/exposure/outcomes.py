@@ -119,7 +119,7 @@ class OutcomeMeter:
         mine, counted = self.processes.padded_round_robin(list(zip(problems, alphas, strict=False)))
         for problem, alpha in mine:
             reference = self.references[problem.id]
-            ids, ends = self.prompts.reference_completion(reference)
+            ids, ends = self.prompts.reference_completion(reference, after_teacher_prompt=True)
             cut = first_scored(ends, alpha, self.grounding)
             contexts.append(self.prompts.teacher(problem, reference, alpha) + ids[:cut])
             scored.append(ids[cut:])

@@ -128,9 +128,9 @@ def test_evaluation_sets_need_no_solution(tmp_path):
 
 
 def test_missing_columns_are_named_with_the_columns_there_are(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "text": "t"}])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"title": "q", "text": "t"}])
     with pytest.raises(
-        ValueError, match=r"problem_column='problem', solution_column='solution'; .*\['question', 'text'\]"
+        ValueError, match=r"problem_column='problem', solution_column='solution'; .*\['text', 'title'\]"
     ):
         load(path)
     with pytest.raises(ValueError, match=r"answer_column='final'"):
@@ -180,7 +180,7 @@ def test_a_file_of_another_kind_and_nested_columns_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("hello", encoding="utf-8")
     with pytest.raises(ValueError, match=r"none of \.jsonl"):
         load(str(tmp_path / "a.txt"))
-    nested = [{"problem": "q", "solution": [{"role": "assistant", "content": "5"}]}]
+    nested = [{"problem": "q", "solution": [{"step": 1, "text": "5"}]}]
     with pytest.raises(ValueError, match="'solution' holds list, not text"):
         load(write_jsonl(tmp_path / "a.jsonl", nested), num_probe=0, num_eval=0)
 

@@ -129,29 +129,6 @@ def test_money_is_not_mathematics():
     assert [mixed[start:end] for start, end in protected_spans(mixed)] == ["$5x$", "$7$"]
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (r"so \boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
-        (r"\boxed{3} and \boxed{4}", "4"),
-        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-        (r"\boxed{4} and \boxed{}", "4"),
-        (r"\boxed{4} and \boxed{5", "4"),
-        (r"\fbox{1} \boxed {2}", "2"),
-        ("work\n#### 1,005", "1,005"),
-        ("work\n#### 8.0\n", "8.0"),
-        ("#### Step 1\nwork", None),
-        ("#### 12\nLet me check.", "12"),
-        (r"\boxed{1}" + "\n#### 2", "1"),
-        ("no answer", None),
-        ("", None),
-        ("####", None),
-    ],
-)
-def test_the_final_answer_is_the_last_box_or_else_the_marker(text, answer):
-    assert final_answer(text) == answer
-
-
 def test_the_column_wins_over_the_solution_and_is_unwrapped():
     assert split_reference("a\n#### 8.0", "8").answer == "8"
     assert split_reference("a\n#### 8.0", r"It is \boxed{9}").answer == "9"
@@ -174,13 +151,45 @@ def test_a_box_that_working_follows_is_working():
     assert (reference.tail, len(reference.segments)) == ("", 3)
 
 
+def test_thinking_is_no_part_of_a_reference():
+    thought = "<think>\nPerhaps \\boxed{3}? No.\n</think>\n\n"
+    solution = "We add. Then we halve. It is $\\boxed{7}$."
+    assert split_reference(thought + solution, None) == split_reference(solution, None)
+    assert split_reference("hm</think>It is seven.", "7").solution == "It is seven."
+    with pytest.raises(ValueError, match="no final answer"):
+        split_reference("<think>Perhaps \\boxed{3}", None)
+
+
+@pytest.mark.parametrize("answer", ["notfound", "N/A", " Proof. ", r"\boxed{\text{n/a}}"])
+def test_an_answer_that_says_there_is_none_is_no_answer_whatever_the_solution_boxes(answer):
+    with pytest.raises(ValueError, match="no final answer"):
+        split_reference("We add. It is $\\boxed{7}$.", answer)
+
+
 def test_a_solution_without_any_answer_is_refused_with_its_end():
     with pytest.raises(ValueError, match=r"solution ends in 'I give up\.'.*boxed"):
         split_reference("I give up.", None)
 
 
 @pytest.mark.parametrize(
-    "hostile", ["\\boxed{", "{", "}", "$", "\\(", "\\begin{a}", "#### x\n", "$a ", "1. ", "\n", ". A"]
+    "hostile",
+    [
+        "\\boxed ",
+        "\\boxed\\a{",
+        "<think>",
+        "\\boxed{1} or ",
+        "\\boxed{",
+        "{",
+        "}",
+        "$",
+        "\\(",
+        "\\begin{a}",
+        "#### x\n",
+        "$a ",
+        "1. ",
+        "\n",
+        ". A",
+    ],
 )
 def test_long_hostile_text_is_searched_in_linear_time(hostile):
     text = hostile * 20_000

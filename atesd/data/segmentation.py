@@ -30,8 +30,9 @@ _STEP = re.compile(r"^[ \t]*(?:#{1,6}[ \t]*)?(?:\*\*|__)?(?:Step|STEP)[ \t]+\d+[
 _NUMBERED = re.compile(r"^([ \t]*)(?:#{1,6}[ \t]*)?(?:\*\*)?\(?(\d{1,2})[.)](?:\*\*)?[ \t]+(?=\S)", re.MULTILINE)
 _BLANK_LINE = re.compile(r"\n[ \t]*\n\s*")
 # Candidate sentence ends: a stop with closing marks and white space, a full-width stop, or the end of a line.
+# A run of spaces is scanned from its first one only: from each of them, the time would be quadratic.
 _END = re.compile(
-    r"""(?P<stop>[.?!…])['"”’)\]}*_$]*(?:\\[\])])?(?P<gap>\s+)|(?P<wide>[。？！]+\s*)|(?P<line>[ \t]*\n\s*)"""
+    r"""(?P<stop>[.?!…])['"”’)\]}*_$]*(?:\\[\])])?(?P<gap>\s+)|(?P<wide>[。？！]+\s*)|(?P<line>(?<![ \t])[ \t]*\n\s*)"""
 )
 _WORD_BEFORE = re.compile(r"(?P<previous>\S*)\s*(?<![A-Za-z.])(?P<word>[A-Za-z](?:[A-Za-z.]*[A-Za-z])?)$")
 _INITIAL = re.compile(r"[A-Z]\.")

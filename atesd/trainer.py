@@ -85,7 +85,8 @@ class Trainer:
         if run.step == 0 and (measured := run.evaluation.measure(0)):
             log.before_training(measured)
         if run.evaluation.failure:
-            raise RolloutError(run.evaluation.failure)
+            run.save()
+            raise RolloutError(f"{run.evaluation.failure}\n{run.how_to_go_on()}")
         with self.signals.deferred():
             for t in log.steps(config.max_steps):
                 metrics, sample = self.train_step(t)

@@ -5,6 +5,7 @@ Nothing here, and no test, needs a model hub: the tiny model is made on the spot
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -199,43 +200,60 @@ def kill_when() -> Callable[[subprocess.Popen, Callable[[], bool]], None]:
     return kill
 
 
+def good_answer(path: str, body: dict) -> object:
+    choice = {"token_ids": [7, 2], "logprobs": {"token_logprobs": [-0.5, -0.25]}, "finish_reason": "stop"}
+    return {
+        "/v1/completions": {"choices": [choice]},
+        "/v1/load_lora_adapter": f"Success: LoRA adapter '{body.get('lora_name')}' added successfully.",
+        "/collective_rpc": {"results": [None]},
+    }.get(path, "")
+
+
 @pytest.fixture
 def server() -> Iterator[ThreadingHTTPServer]:
     """A stand-in for vLLM's server: every response is token 7 and token 2, the end.
 
     Attributes: `seen`, what was posted, as (path, body); `statuses`, taken in turn, 200 when there are none left;
     `context`, the context length it claims; `look`, called with each path and body before the answer; `answers`, in
-    turn, the bytes of whole answers in the place of the usual ones.
+    turn, the bytes of whole answers in the place of the usual ones; `instead`, a function of the handler for each path
+    that it answers itself.
     """
 
     class Handler(BaseHTTPRequestHandler):
         def reply(self, status, body):
-            data = json.dumps(body).encode()
+            data = (body if isinstance(body, str) else json.dumps(body)).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
 
         def do_GET(self):
+            if self.path in self.server.instead:
+                return self.answer_instead()
             self.reply(200, {"data": [{"id": "base", "max_model_len": self.server.context}]})
+
+        def answer_instead(self):
+            with contextlib.suppress(OSError):  # the engine has hung up
+                self.server.instead[self.path](self)
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             self.server.seen.append((self.path, body))
             self.server.look(self.path, body)
+            if self.path in self.server.instead:
+                return self.answer_instead()
             if self.server.answers:
                 self.wfile.write(self.server.answers.pop(0))
                 return
             status = self.server.statuses.pop(0) if self.server.statuses else 200
-            choice = {"token_ids": [7, 2], "logprobs": {"token_logprobs": [-0.5, -0.25]}, "finish_reason": "stop"}
-            self.reply(status, {"choices": [choice]} if status == 200 else {"error": "as scripted"})
+            self.reply(status, good_answer(self.path, body) if status == 200 else {"error": "as scripted"})
 
         def log_message(self, *_):
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         running.seen, running.statuses, running.context, running.look = [], [], 32, lambda path, body: None
-        running.answers = []
+        running.answers, running.instead = [], {}
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield running
         running.shutdown()

@@ -7,6 +7,7 @@ adversarial.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 
 __all__ = ["Box", "boxes", "last_boxed", "protected_spans"]
 
@@ -14,6 +15,8 @@ Box = tuple[int, int, str]  # start, end, content
 
 # Openers: code fence, environment, \[ \( , $$ or $. Matches escaped characters too, so that they open nothing.
 _OPENER = re.compile(r"```|\\begin\s*\{([^{}]*)\}|\\\[|\\\(|\\.|\$\$|\$", re.DOTALL)
+_ENVIRONMENT = re.compile(r"\\(begin|end)\s*\{([^{}]*)\}")
+_DOLLAR = re.compile(r"\\.|(\$)", re.DOTALL)
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 _SENTENCE_INSIDE = re.compile(r"[.?!]\s+[A-Z]|\n")
 _BOX_OR_BRACE = re.compile(r"\\(?:f?boxed|fbox)(?![A-Za-z])(?P<brace>\s*\{)?|\\.|[{}]", re.DOTALL)
@@ -36,17 +39,19 @@ def protected_spans(text: str) -> list[tuple[int, int]]:
     """
     spans: list[tuple[int, int]] = []
     hopeless: set[str] = set()  # closers known not to occur in the rest of the text
+    environments = _environment_ends(text)
+    dollars = [match.start() for match in _DOLLAR.finditer(text) if match.group(1)]
     position = 0
     while (opener := _OPENER.search(text, position)) is not None:
         token, start = opener.group(), opener.start()
         position = opener.end()
         if token == "$":
-            end = _inline_end(text, start)
+            end = _inline_end(text, start, dollars)
         elif token == "$$" or token == "```" or token in (r"\[", r"\("):
             closer = {r"\[": r"\]", r"\(": r"\)"}.get(token, token)
             end = _find(text, closer, position, hopeless)
         elif opener.group(1) is not None:
-            end = _environment_end(text, opener.group(1), position, hopeless)
+            end = environments.get(position, -1)
         else:  # an escaped character such as \$
             end = -1
         if end > 0:
@@ -116,28 +121,28 @@ def _find(text: str, closer: str, position: int, hopeless: set[str]) -> int:
     return found + len(closer)
 
 
-def _environment_end(text: str, name: str, position: int, hopeless: set[str]) -> int:
-    r"""Returns the end of the matching ``\end{name}``, or -1. Counts nested environments of the same name."""
-    if name in hopeless:
-        return -1
-    depth = 1
-    for match in re.compile(r"\\(begin|end)\s*\{" + re.escape(name) + r"\}").finditer(text, position):
-        depth += 1 if match.group(1) == "begin" else -1
-        if depth == 0:
-            return match.end()
-    hopeless.add(name)
-    return -1
+def _environment_ends(text: str) -> dict[int, int]:
+    r"""Returns the end of the matching ``\end{name}`` by the end of each ``\begin{name}`` that has one."""
+    ends: dict[int, int] = {}
+    open_at: dict[str, list[int]] = {}  # of one name, they nest; of different names, they need not
+    for match in _ENVIRONMENT.finditer(text):
+        begins = open_at.setdefault(match.group(2), [])
+        if match.group(1) == "begin":
+            begins.append(match.end())
+        elif begins:
+            ends[begins.pop()] = match.end()
+    return ends
 
 
-def _inline_end(text: str, start: int) -> int:
-    """Returns the end of the inline formula that opens at ``start``, or -1 if that dollar opens no formula."""
+def _inline_end(text: str, start: int, dollars: list[int]) -> int:
+    """Returns the end of the inline formula that opens at ``start``, or -1 if that dollar opens no formula.
+
+    ``dollars`` are the positions of the dollar signs that are not escaped.
+    """
     money = text[start + 1 : start + 2].isdigit()
-    position = start + 1
-    for _ in range(1 if money else _MAX_DOLLARS_TRIED):
-        close = text.find("$", position)
-        while close > 0 and text[close - 1] == "\\":
-            close = text.find("$", close + 1)
-        if close < 0 or _BLANK_LINE.search(text, position - 1, close):
+    position, next_dollar = start + 1, bisect_right(dollars, start)
+    for close in dollars[next_dollar : next_dollar + (1 if money else _MAX_DOLLARS_TRIED)]:
+        if _BLANK_LINE.search(text, position - 1, close):
             return -1
         followed_by_digit = text[close + 1 : close + 2].isdigit()
         spaced = text[close - 1].isspace()

@@ -11,8 +11,9 @@ from bisect import bisect_right
 __all__ = ["cut", "line_start", "sentence_cuts"]
 
 # Candidate sentence ends: a stop with closing marks and white space, a full-width stop, or the end of a line.
+# A run of spaces is scanned from its first one only: from each of them, the time would be quadratic.
 _END = re.compile(
-    r"""(?P<stop>[.?!…])['"”’)\]}*_$]*(?:\\[\])])?(?P<gap>\s+)|(?P<wide>[。？！]+\s*)|(?P<line>[ \t]*\n\s*)"""
+    r"""(?P<stop>[.?!…])['"”’)\]}*_$]*(?:\\[\])])?(?P<gap>\s+)|(?P<wide>[。？！]+\s*)|(?P<line>(?<![ \t])[ \t]*\n\s*)"""
 )
 _WORD_BEFORE = re.compile(r"(?P<previous>\S*)\s*(?<![A-Za-z.])(?P<word>[A-Za-z](?:[A-Za-z.]*[A-Za-z])?)$")
 _INITIAL = re.compile(r"[A-Z]\.")

@@ -9,24 +9,15 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from atesd.rollout.answer_rules import COMPLETION_RULES, Asked, Completion, broken_rule
 from atesd.rollout.engine import Rollout, RolloutError, Sampling
 from atesd.rollout.seeds import ResponseSeeds
 
 STOPPED = "the engine was stopped while it was generating."
-
-
-@dataclass(frozen=True)
-class Completion:
-    """An engine's answer, not checked yet."""
-
-    token_ids: list[int]
-    logprobs: list[float] | None
-    finish_reason: str | None
 
 
 class RequestEngine(ABC):
@@ -35,18 +26,21 @@ class RequestEngine(ABC):
     Args:
         stop_ids: tokens that end a response. They replace the engine's own list: all engines stop at the same tokens.
         context_length: maximum length of prompt plus response.
+        vocab_size: number of token ids that the model knows.
         max_completion_length, temperature, top_p, top_k, seeds: sampling of training rollouts.
         retries: number of times to retry a failed response.
         timeout: seconds after which a request fails.
     """
 
     pause = 0.0  # seconds before the first retry; the second waits twice as long
+    nonfinite = True  # log-probabilities that are not finite are the student's: the trainer skips the step
 
     def __init__(
         self,
         *,
         stop_ids: list[int],
         context_length: int,
+        vocab_size: int,
         max_completion_length: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -55,7 +49,7 @@ class RequestEngine(ABC):
         retries: int = 2,
         timeout: float = 1800.0,
     ):
-        self.stop_ids, self.context_length = stop_ids, context_length
+        self.stop_ids, self.context_length, self.vocab_size = stop_ids, context_length, vocab_size
         self.max_completion_length = max_completion_length
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
         self.seeds = ResponseSeeds(0) if seeds is None else seeds
@@ -85,6 +79,8 @@ class RequestEngine(ABC):
                 "max_completion_length, or start the engine with a longer context."
             )
         parameters = [request_parameters(sampling, seed, self.stop_ids, logprobs) for seed in sampling.seeds]
+        stop_ids = frozenset(self.stop_ids)
+        asked = Asked(sampling.max_completion_length, self.vocab_size, stop_ids, logprobs, self.nonfinite)
         done: dict[int, Rollout] = {}
         problem = ""
         for attempt in range(1 + self.retries):
@@ -95,11 +91,9 @@ class RequestEngine(ABC):
                 raise RolloutError(STOPPED)
             answers = self.complete([prompts[i] for i in left], [parameters[i] for i in left])
             for i, answer in zip(left, answers, strict=True):
-                wrong = self.what_is_wrong(answer, logprobs)
+                wrong = what_is_wrong(answer, asked)
                 if wrong is None:
-                    finite = all(map(math.isfinite, answer.logprobs or ()))
-                    truncated = finite and answer.finish_reason == "length"
-                    done[i] = Rollout(prompts[i], answer.token_ids, truncated, finite, answer.logprobs)
+                    done[i] = rollout(prompts[i], answer, asked)
                 else:
                     problem = wrong
             if len(done) == len(prompts):
@@ -107,27 +101,28 @@ class RequestEngine(ABC):
         failed = len(prompts) - len(done)
         raise RolloutError(f"{failed} of {len(prompts)} rollouts failed {1 + self.retries} times. The last: {problem}")
 
-    def what_is_wrong(self, answer: Completion | Exception, logprobs: bool) -> str | None:
-        """Returns why an answer is not usable for training; None if it is usable."""
-        if isinstance(answer, RolloutError):
-            raise answer
-        if isinstance(answer, Exception):
-            return f"{type(answer).__name__}: {answer}"
-        if not answer.token_ids:
-            return f"an empty response (finish reason {answer.finish_reason!r})"
-        if answer.finish_reason not in ("stop", "length"):
-            return f"a response that ended with finish reason {answer.finish_reason!r}"
-        if answer.finish_reason == "stop" and answer.token_ids[-1] not in self.stop_ids:
-            return f"a response that stopped at token {answer.token_ids[-1]}, which is no end token"
-        if logprobs and (answer.logprobs is None or len(answer.logprobs) != len(answer.token_ids)):
-            return "a response without a log-probability for each of its tokens"
-        return None
-
     def state_dict(self) -> dict[str, Any]:
         return self.seeds.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seeds.load_state_dict(state)
+
+
+def what_is_wrong(answer: Completion | Exception, asked: Asked) -> str | None:
+    """Returns why an answer is not usable; None if it is usable. Raises it if asking again is no use."""
+    if isinstance(answer, RolloutError):
+        raise answer
+    if isinstance(answer, Exception):
+        return f"{type(answer).__name__}: {answer}"
+    return broken_rule(COMPLETION_RULES, answer, asked)
+
+
+def rollout(prompt: list[int], answer: Completion, asked: Asked) -> Rollout:
+    """Builds a rollout from an answer that breaks no rule."""
+    logprobs = [float(p) for p in answer.logprobs or ()] if asked.logprobs else None
+    finite = all(map(math.isfinite, logprobs or ()))
+    truncated = finite and answer.finish_reason == "length"
+    return Rollout(prompt, answer.token_ids, truncated, finite, logprobs)
 
 
 def request_parameters(sampling: Sampling, seed: int, stop_ids: list[int], logprobs: bool) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from torch import nn
 from atesd.config import ATESDConfig
 from atesd.models.loading import context_length, model_path
 from atesd.planning.memory_plan import cached_numbers, key_size
+from atesd.rollout.answer_rules import Completion
 from atesd.rollout.engine import RolloutError, require_vllm
 from atesd.rollout.hf import stop_token_ids
-from atesd.rollout.requests import Completion, RequestEngine
+from atesd.rollout.requests import RequestEngine
 from atesd.rollout.seeds import ResponseSeeds
 from atesd.rollout.vllm_worker import WORKER_EXTENSION
 from atesd.rollout.weights import check_merged, merged_weights
@@ -157,6 +158,7 @@ def request_settings(config: ATESDConfig, model: nn.Module, tokenizer: Any) -> d
     """Returns the arguments of `RequestEngine` from a configuration, for both vLLM engines."""
     return {
         "context_length": longest_sequence(config, unwrap(model).config),
+        "vocab_size": unwrap(model).config.get_text_config().vocab_size,
         "stop_ids": stop_token_ids(unwrap(model), tokenizer),
         "max_completion_length": config.max_completion_length,
         "temperature": config.temperature,

@@ -7,12 +7,8 @@ adapter alone, or a full checkpoint with the adapter merged. atesd/README.md has
 from __future__ import annotations
 
 import contextlib
-import http.client
-import json
 import shutil
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +23,10 @@ from torch import Tensor, nn
 from atesd.config import ATESDConfig
 from atesd.parallel.processes import Processes
 from atesd.parallel.sharding import is_sharded, reshard, writer
-from atesd.rollout.connections import Connections
+from atesd.rollout.answer_rules import MODEL_RULES, WEIGHT_RULES, Completion, at, broken_rule, shown
+from atesd.rollout.connections import Connections, Refused
 from atesd.rollout.engine import RolloutError
-from atesd.rollout.requests import STOPPED, Completion, RequestEngine
+from atesd.rollout.requests import STOPPED, RequestEngine
 from atesd.rollout.seeds import ResponseSeeds
 from atesd.rollout.vllm import request_settings
 from atesd.rollout.vllm_worker import WORKER_EXTENSION
@@ -37,7 +34,11 @@ from atesd.rollout.weights import check_merged, check_plain_lora, merged_weights
 from atesd_kernels.integrations.head import unwrap
 
 MAX_CONNECTIONS = 256
-CLOSE_SECONDS = 30.0  # timeout of the last requests when a run ends
+START_SECONDS = CLOSE_SECONDS = 30.0  # most seconds for the first request and for the last
+BYTES, BYTES_A_TOKEN = (
+    1 << 20,
+    1 << 10,
+)  # most of an answer, and more for each token: its text, number and log-probability
 NOT_FOUND, BUSY = 404, (408, 429, 502, 503, 504)
 FOR_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank {rank}"
 FOR_ALL_WEIGHTS = f"VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls {WORKER_EXTENSION}"
@@ -61,6 +62,7 @@ class VLLMServerEngine(RequestEngine):
     """
 
     pause = 5.0
+    nonfinite = False  # a server that sends such numbers is broken: vLLM's answers with an error in their place
 
     def __init__(
         self,
@@ -80,6 +82,7 @@ class VLLMServerEngine(RequestEngine):
         (check_plain_lora if self.lora else check_merged)(model)
         self.adapter, self.lost = None, False
         self.connections = Connections()
+        self.answer_limit = BYTES + BYTES_A_TOKEN * self.context_length
         served = self.served_model()
         self.base = self.served = served["id"]
         if (served.get("max_model_len") or self.context_length) < self.context_length:
@@ -110,13 +113,21 @@ class VLLMServerEngine(RequestEngine):
         )
 
     def served_model(self) -> dict[str, Any]:
-        try:
-            return self.ask("/v1/models", timeout=30)["data"][0]
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise RolloutError(
-                f"no vLLM server answers at vllm_server_base_url {self.url!r} ({reason(error)}): start one with "
-                f"`vllm serve`, wait until it says that it is ready, and try again."
-            ) from error
+        """Returns the server's first model, its base model. Asked for again if the answer is not usable."""
+        problem = ""
+        for attempt in range(1 + self.retries):
+            time.sleep(self.pause * attempt)
+            try:
+                served = at(self.ask("/v1/models", timeout=min(START_SECONDS, self.timeout)), "data", 0)
+                problem = broken_rule(MODEL_RULES, served)
+            except (OSError, ValueError) as error:  # ValueError: the URL is none
+                problem = reason(error)
+            if not problem:
+                return served
+        raise RolloutError(
+            f"no vLLM server answers at vllm_server_base_url {self.url!r} ({problem}): start one with `vllm serve`, "
+            "wait until it says that it is ready, and try again."
+        )
 
     def sync(self) -> None:
         """Sends the student's weights: the main process writes them and makes the server load them. All processes wait
@@ -167,13 +178,13 @@ class VLLMServerEngine(RequestEngine):
         name, previous = f"atesd-{uuid.uuid4().hex[:12]}", self.adapter
         rank = max(peft.r for peft in self.model.peft_config.values())
         with refused_as(f"take LoRA adapters. Start it as: {FOR_LORA.format(rank=rank)}"):
-            self.ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self.folder)})
+            self.change_weights("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self.folder)})
         self.adapter = self.served = name
         self.unload(previous)
 
     def unload(self, adapter: str | None, timeout: float | None = None) -> None:
         if adapter is not None:
-            with contextlib.suppress(urllib.error.HTTPError):  # a restarted server does not have it
+            with contextlib.suppress(Refused):  # a restarted server does not have it
                 self.ask("/v1/unload_lora_adapter", {"lora_name": adapter}, timeout)
 
     def write_checkpoint(self, folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -183,10 +194,13 @@ class VLLMServerEngine(RequestEngine):
 
     def load_checkpoint(self) -> None:
         with refused_as(f"take weights. Start it as: {FOR_ALL_WEIGHTS}"):
-            self.ask("/collective_rpc", {"method": "load_student", "args": [str(self.folder)]})
-            answer = self.ask("/reset_prefix_cache", {})
-        if isinstance(answer, dict) and answer.get("success") is False:
-            raise ConnectionError("it still answers other requests, with keys and values of the old weights")
+            self.change_weights("/collective_rpc", {"method": "load_student", "args": [str(self.folder)]})
+            self.change_weights("/reset_prefix_cache", {})
+
+    def change_weights(self, path: str, body: dict[str, Any]) -> None:
+        """Raises ConnectionError unless the answer says that the change was made."""
+        if problem := broken_rule(WEIGHT_RULES[path], self.ask(path, body), body):
+            raise ConnectionError(problem)
 
     def complete(self, prompts: list[list[int]], parameters: list[dict[str, Any]]) -> list[Completion | Exception]:
         if self.lost and self.processes.count > 1 and not self.lora:  # an adapter's unique name already detects this
@@ -211,25 +225,22 @@ class VLLMServerEngine(RequestEngine):
         body = {"model": self.served, "prompt": prompt, "return_token_ids": True, **parameters}
         try:
             answer = self.ask("/v1/completions", body)
-            choice = answer["choices"][0]
-        except urllib.error.HTTPError as error:
-            self.lost |= error.code == NOT_FOUND  # the server lost the adapter
-            again = error.code in (NOT_FOUND, *BUSY) or error.code >= 500
+        except Refused as error:
+            self.lost |= error.status == NOT_FOUND  # the server lost the adapter
+            again = error.status in (NOT_FOUND, *BUSY) or error.status >= 500
             kind = ConnectionError if again else RolloutError
-            return kind(f"the vLLM server at {self.url} refused a request: {reason(error)}")
+            return kind(f"the vLLM server at {self.url} refused a request: {error}")
         except OSError as error:
             self.lost = True
             return error
-        except (KeyError, IndexError, TypeError):
-            return ConnectionError(f"the server at {self.url} did not return a completion but {str(answer)[:200]!r}")
+        choice = at(answer, "choices", 0)
+        if not isinstance(choice, dict):
+            return ConnectionError(f"the server at {self.url} did not return a completion but {shown(answer)}")
         if choice.get("token_ids") is None:
             return RolloutError(
                 f"the server at {self.url} does not return token ids (return_token_ids): use vLLM 0.10.2 or later."
             )
-        logprobs = choice.get("logprobs")
-        return Completion(
-            choice["token_ids"], None if logprobs is None else logprobs["token_logprobs"], choice["finish_reason"]
-        )
+        return Completion(choice["token_ids"], at(choice, "logprobs", "token_logprobs"), choice.get("finish_reason"))
 
     def release(self) -> None:
         """No-op: this process does not manage the server's memory."""
@@ -249,18 +260,8 @@ class VLLMServerEngine(RequestEngine):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def ask(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
-        """Sends a GET, or a POST if there is a body. Returns the answer as JSON, or as text if it is not JSON."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        try:
-            with self.connections.open(request, timeout or self.timeout) as response:
-                text = response.read().decode()
-        except http.client.HTTPException as error:  # the answer is incomplete or not HTTP
-            raise ConnectionError(f"the answer of the vLLM server at {self.url} is incomplete: {error!r}") from error
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
+        """As `Connections.ask`, with a path of this server."""
+        return self.connections.ask(self.url + path, body, timeout=timeout or self.timeout, limit=self.answer_limit)
 
 
 class refused_as:
@@ -273,12 +274,9 @@ class refused_as:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, urllib.error.HTTPError) and error.code not in BUSY:
+        if isinstance(error, Refused) and error.status not in BUSY:
             raise RolloutError(f"the vLLM server does not {self.what}\nIts answer: {reason(error)}") from error
 
 
 def reason(error: Exception) -> str:
-    """Returns a description of an error, with the server's own message if it sent one."""
-    if isinstance(error, urllib.error.HTTPError):
-        return f"{error.code} {error.reason}: {error.read().decode(errors='replace')[:500]}"
-    return f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, Refused) else f"{type(error).__name__}: {error}"

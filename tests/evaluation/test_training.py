@@ -64,8 +64,11 @@ def test_a_resumed_run_has_the_evaluations_of_the_whole_one(tiny_config, tmp_pat
     assert [row["step"] for row in evaluations[0] if "eval_average" in row] == [1, 2]
 
 
-def test_a_run_whose_engine_dies_in_an_evaluation_is_saved_with_its_steps_and_goes_on(tiny_config, monkeypatch):
-    settings = {"max_steps": 3, "eval_steps": 2, "save_steps": 10, "eval_on_start": False, **EVALUATED}
+@pytest.mark.parametrize(("on_start", "saved"), [(False, 2), (True, 0)], ids=["after two steps", "before the first"])
+def test_a_run_whose_engine_dies_in_an_evaluation_is_saved_with_its_steps_and_goes_on(
+    tiny_config, monkeypatch, on_start, saved
+):
+    settings = {"max_steps": 3, "eval_steps": 2, "save_steps": 10, "eval_on_start": on_start, **EVALUATED}
     generate = HFEngine.generate
 
     def dies(engine, prompts, sampling=None):
@@ -75,11 +78,13 @@ def test_a_run_whose_engine_dies_in_an_evaluation_is_saved_with_its_steps_and_go
 
     monkeypatch.setattr(HFEngine, "generate", dies)
     config = tiny_config(**settings)
-    with pytest.raises(RolloutError, match=r"the engine is gone.*\n.*after step 2: go on with atesd train --resume"):
+    how = rf"the engine is gone.*\n.*after step {saved}: go on with atesd train --resume"
+    with pytest.raises(RolloutError, match=how):
         train(config)
     monkeypatch.undo()
     run = train(load_config(None, ["--resume", config.output_dir]))
-    assert [(row["step"], "eval_average" in row) for row in rows_of(run)] == [(1, False), (2, False), (3, True)]
+    evaluated = [row["step"] for row in rows_of(run) if "eval_average" in row]
+    assert evaluated == ([0, 2, 3] if on_start else [3])
 
 
 def test_the_evaluation_sees_the_student_as_it_is_now_and_finds_right_answers(tiny_config, monkeypatch):

@@ -21,7 +21,8 @@ from atesd.parallel.processes import Processes
 from atesd.planning.memory_plan import model_shape, plan_memory
 from atesd.rollout import RolloutError, Sampling, check_processes
 from atesd.rollout.ahead import AheadEngine
-from atesd.rollout.requests import Completion, RequestEngine
+from atesd.rollout.answer_rules import Completion
+from atesd.rollout.requests import RequestEngine
 from atesd.rollout.seeds import ResponseSeeds
 from atesd.rollout.vllm import kv_cache_bytes
 from atesd.rollout.vllm_server import VLLMServerEngine
@@ -37,7 +38,9 @@ class Scripted(RequestEngine):
     """Answers the n-th call with what `script[n]` makes of each prompt; after the script everything succeeds."""
 
     def __init__(self, *script: Callable[[list[int]], object], **settings):
-        super().__init__(**{"stop_ids": [STOP], "context_length": 32, "max_completion_length": 8, **settings})
+        super().__init__(
+            **{"stop_ids": [STOP], "context_length": 32, "vocab_size": 300, "max_completion_length": 8, **settings}
+        )
         self.script, self.calls = list(script), []
 
     def complete(self, prompts, parameters):
@@ -98,7 +101,8 @@ def test_an_unusable_answer_is_asked_for_again_alone_with_the_same_seed_and_then
 
 
 def test_a_response_cut_by_its_length_is_truncated_and_one_without_finite_log_probs_is_not_finite():
-    engine = Scripted(lambda prompt: Completion([7, 8], [-1.0, -1.0 if prompt == [5] else float("nan")], "length"))
+    nan = float("nan")
+    engine = Scripted(lambda prompt: Completion([7] * 8, [-1.0] * 7 + [-1.0 if prompt == [5] else nan], "length"))
     cut, broken = engine.generate([[5], [6]])
     assert cut.truncated and cut.finite
     assert not broken.truncated and not broken.finite
@@ -172,20 +176,6 @@ def test_the_cache_holds_a_steps_rollouts_at_their_longest(tiny_model_path):
     assert kv_cache_bytes(model_config, evaluated, torch.bfloat16) == (9 + 1) * 128 * a_token, "1,100 tokens of one"
     plan = plan_memory(model_shape(model_config, config), config, 100)
     assert plan.kv_cache == 2 * 3 * 5 * 200 * a_token * 2, "the plan's, which here is in float32"
-
-
-@pytest.fixture
-def connect(server, tiny_model_path, tmp_path, monkeypatch) -> Callable[..., VLLMServerEngine]:
-    monkeypatch.setattr(VLLMServerEngine, "pause", 0.0)
-    base = AutoModelForCausalLM.from_pretrained(tiny_model_path)
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"]))
-
-    def make(**settings):
-        settings = {"stop_ids": [STOP], "context_length": 32, "max_completion_length": 8, **settings}
-        url = f"http://127.0.0.1:{server.server_port}"
-        return VLLMServerEngine(model, url, folder=tmp_path / "weights", dtype=torch.bfloat16, **settings)
-
-    return make
 
 
 def adapter_in(folder: str) -> dict[str, torch.Tensor]:

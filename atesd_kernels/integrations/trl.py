@@ -298,7 +298,8 @@ def _patch_gkd(trainer: Any, clips: dict[str, Any], options: dict[str, Any]) -> 
             )
         if student.aux is not None:
             # not by tokens: `num_items_in_batch` does not count generated responses
-            loss = loss + student.aux.weighted(_share_of_batch(trainer))
+            share = 1.0 if num_items_in_batch is None else _share_of_batch(trainer)
+            loss = loss + student.aux.weighted(share)
             _log_aux_loss(trainer, student.aux)
         return loss
 

@@ -27,6 +27,7 @@ _RESTATES = re.compile(
     re.I,
 )
 _NAME_BEFORE = re.compile(r"[A-Za-z]\w*(?:_\{?\w+\}?)?\s*=\s*$")  # the "y =" of "x = \boxed{1}, y = \boxed{2}"
+_LONGEST_NAME = 80  # characters; each is searched from, so a limit keeps the scan linear
 _TEXT_COMMAND = re.compile(r"\\(?:text\w*|mathrm|mathbf|mbox|f?boxed|fbox)\s*(?=\{)")
 _NOT_AVAILABLE = re.compile(r"n\s*/\s*a|n\.\s*a\.?|NA", re.I)
 _SAYS_NONE = {"notfound", "proof", "none", "null", "nan", "noanswer", "nofinalanswer", "unknown", "notavailable"}
@@ -64,10 +65,15 @@ def boxed_parts(text: str) -> str | None:
     sentence = _sentence_of(text, found) if len(found) > 1 else found
     if len({content for _, _, content in sentence}) == 1:
         return sentence[-1][2]
-    gaps = [_NAME_BEFORE.sub("", text[first[1] : second[0]]) for first, second in pairwise(sentence)]
+    gaps = [_without_name(text[first[1] : second[0]]) for first, second in pairwise(sentence)]
     if not all(_JOINS.search(gap) and not _RESTATES.search(gap) for gap in gaps):
         return None
     return ", ".join(content for _, _, content in sentence)
+
+
+def _without_name(gap: str) -> str:
+    """The text between two boxes without the name of the second: ", " of ", y = "."""
+    return gap[:-_LONGEST_NAME] + _NAME_BEFORE.sub("", gap[-_LONGEST_NAME:])
 
 
 def _sentence_of(text: str, found: list[Box]) -> list[Box]:
@@ -97,7 +103,9 @@ def marked_answer(text: str) -> str | None:
 
 
 def _marked(line: str) -> str:
-    return _ANSWER_IS.sub("", line.strip("# \t\r"), count=1).strip("*_ \t")
+    line = line.strip("# \t\r")
+    said = _ANSWER_IS.match(line)
+    return line[said.end() if said else 0 :].strip("*_ \t")
 
 
 def column_answer(text: str | None) -> str:

@@ -22,7 +22,7 @@ _SENTENCE_INSIDE = re.compile(r"[.?!]\s+[A-Z]|\n")
 _BOX_OR_BRACE = re.compile(r"\\(?:f?boxed|fbox)(?![A-Za-z])(?P<brace>\s*\{)?|\\.|[{}]", re.DOTALL)
 # What follows "\boxed" without a brace: plain characters, and commands with their arguments.
 _ARGUMENT = r"\{(?:[^{}]|\{[^{}]*\})*\}"
-_BARE_CONTENT = re.compile(r"[ \t]*((?:\\[A-Za-z]+(?:" + _ARGUMENT + r")*|[^\s{}$\\])+)")
+_BARE_CONTENT = re.compile(r"[ \t]*((?:\\(?!f?boxed|fbox)[A-Za-z]+(?:" + _ARGUMENT + r")*|[^\s{}$\\])+)")
 _MENTION = re.compile(r"[A-Za-z]{2,}|[^0-9A-Za-z]*")  # "the \boxed command", "`\boxed`"
 _MAX_DOLLARS_TRIED = 4  # closers tried per inline "$" before it counts as a plain dollar sign: keeps the scan linear
 

@@ -170,10 +170,32 @@ def model_path(name: str) -> str:
     return str(local) if local.is_dir() else name
 
 
+def check_lora(model_config: PreTrainedConfig, config: ATESDConfig) -> None:
+    """Checks that the configured adapter fits the model, without its weights: on torch's meta device.
+
+    Raises:
+        ModelLoadError: a name in `lora_target_modules` that the model does not have, or a module without LoRA.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if config.use_peft:
+        with torch.device("meta"):
+            add_lora(AutoModelForCausalLM.from_config(model_config), config)
+
+
 def add_lora(model: Any, config: ATESDConfig) -> Any:
+    """Returns the `PeftModel` of `model` with the configured LoRA adapter. Raises ModelLoadError, as `check_lora`."""
     from peft import LoraConfig, get_peft_model
 
     targets = config.lora_target_modules
+    missing = [] if targets == "all-linear" else missing_modules(model, targets)
+    if missing:  # peft itself is content with one name that matches
+        found = sorted({name.split(".")[-1] for name, m in model.named_modules() if type(m).__name__ == "Linear"})
+        raise ModelLoadError(
+            f"lora_target_modules is {targets!r}, and the model has no {missing[0]!r}; its linear layers are: "
+            f"{', '.join(found)}"
+        )
     settings = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -186,6 +208,13 @@ def add_lora(model: Any, config: ATESDConfig) -> Any:
         return get_peft_model(model, settings, autocast_adapter_dtype=True)
     except ValueError as error:
         raise ModelLoadError(f"lora_target_modules is {targets!r}: {first_line(error)}") from error
+
+
+def missing_modules(model: Any, targets: str) -> list[str]:
+    """Returns the names in `targets`, with commas between, that are no module of `model`."""
+    modules = [f".{name}" for name, _ in model.named_modules()]
+    names = [name.strip() for name in targets.split(",")]
+    return [name for name in names if not any(module.endswith(f".{name}") for module in modules)]
 
 
 def first_line(error: Exception) -> str:

@@ -234,8 +234,8 @@ def check_decodable(model: nn.Module, problems: dict[str, str]) -> None:
     if looking:
         raise ModelError(
             f"the {kinds} adapter changes a token by what other tokens are ({looking}), so decoding token by token "
-            "would not give what a forward over the text gives: take an adapter that treats all tokens alike (LoRA, "
-            "DoRA, OFT, IA3 and others)."
+            "would not give what a forward over the text gives: take an adapter that treats all tokens alike "
+            "(LoRA, DoRA, OFT, IA3 and others)."
         )
 
 

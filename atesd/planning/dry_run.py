@@ -12,7 +12,7 @@ import torch
 
 from atesd.config import ATESDConfig
 from atesd.data.run_data import RunData, load_run_data
-from atesd.models.loading import context_length, load_model_config, load_tokenizer
+from atesd.models.loading import check_lora, context_length, load_model_config, load_tokenizer
 from atesd.models.precision import settle_precision
 from atesd.planning.memory_plan import GIB, MemoryPlan, ModelShape, model_shape, plan_memory
 from atesd_kernels.planning import gpu_memory
@@ -31,6 +31,7 @@ def dry_run(config: ATESDConfig) -> str:
     config.validate()
     settle_precision(config)
     tokenizer, model_config = load_tokenizer(config), load_model_config(config)
+    check_lora(model_config, config)
     data = load_run_data(config, tokenizer, context_length(model_config))
     lengths = prompt_lengths(data)
     shape = model_shape(model_config, config)

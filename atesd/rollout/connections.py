@@ -16,8 +16,10 @@ import urllib.request
 import weakref
 from typing import Any
 
+from atesd.errors import AtesdError
 
-class Refused(OSError):
+
+class Refused(AtesdError, OSError):
     """The server answered, with another status than 200."""
 
     def __init__(self, status: int, text: str):

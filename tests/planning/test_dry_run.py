@@ -15,7 +15,7 @@ from atesd import cli
 from atesd.config import load_config, recipes
 from atesd.data.run_data import load_run_data
 from atesd.models.batching import hidden_rows, pack
-from atesd.models.loading import context_length, load_tokenizer
+from atesd.models.loading import ModelLoadError, context_length, load_tokenizer
 from atesd.models.recompute import is_kept
 from atesd.planning.dry_run import dry_run
 from atesd.planning.memory_plan import GIB, Layout, model_shape, plan_memory
@@ -49,6 +49,21 @@ def test_a_preset_plans_the_published_batch_within_80_gb_without_weights(
     assert preset.per_device_train_batch_size * preset.gradient_accumulation_steps == GLOBAL_BATCH[size]
     assert preset.gradient_accumulation_steps % 8 == 0, "eight GPUs must be able to share a step"
     assert not (tmp_path / "r").exists(), "a dry run writes nothing"
+
+
+@pytest.mark.parametrize(
+    ("targets", "says"),
+    [
+        ("query_key_value", "has no 'query_key_value'; its linear layers are: down_proj, gate_proj"),
+        ("q_proj,fc1", "has no 'fc1'"),
+        ("q_proj,norm", "lora_target_modules is 'q_proj,norm': .*not supported"),
+    ],
+    ids=["of another family", "one of two", "no linear layer"],
+)
+def test_a_dry_run_refuses_an_adapter_that_does_not_fit_the_model(tiny_config, targets, says):
+    with pytest.raises(ModelLoadError, match=says):
+        dry_run(tiny_config(lora_target_modules=targets))
+    dry_run(tiny_config(lora_target_modules=targets, use_peft=False))
 
 
 @pytest.mark.parametrize("size", PARAMETERS)

@@ -202,7 +202,11 @@ class Run:
             phase=self.phase,
         )
         opened.callback(self.rollout.engine.close)  # closed last: it may take longest
-        self.reward = VerifierReward(self.tokenizer, config.num_generations) if self.objective.needs_reward else None
+        self.reward = (
+            VerifierReward(self.tokenizer, config.num_generations, config.box_only)
+            if self.objective.needs_reward
+            else None
+        )
         if self.reward:
             opened.callback(self.reward.grader.close)
         self.engine_mismatch = EngineMismatch(config.importance_clip, config.chunk_bytes)

@@ -158,7 +158,7 @@ def test_the_verifier_rewards_right_answers_only(tiny_config):
         return Rollout([1], trainer.run.tokenizer(text, add_special_tokens=False)["input_ids"], truncated)
 
     texts = [f"so \\boxed{{{problem.answer}}}", "so \\boxed{-1}", "no answer", f"\\boxed{{{problem.answer}.0}}"]
-    reward = VerifierReward(trainer.run.tokenizer, num_generations=4)
+    reward = VerifierReward(trainer.run.tokenizer, num_generations=4, box_only=False)
     advantages, metrics = reward.advantages([problem] * 4, [rollout(text) for text in texts])
     assert metrics == {"verifier_reward": 0.5, "groups_without_signal": 0.0}
     assert advantages[0] == advantages[3] > 0 > advantages[1] == advantages[2]

@@ -7,7 +7,7 @@ settings have the same names as in training but other defaults, so that one fact
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -176,12 +176,18 @@ def load_eval_config(flags: list[str]) -> EvalConfig:
     """
     config = parse(eval_parser(), flags, EvalConfig)
     config.validate()
-    if config.batch_size is None:
-        config.batch_size = 16 if config.rollout_engine == "hf" else 512
-    if config.output_dir is None:
-        evaluated = config.adapter or config.model_name_or_path
-        config.output_dir = f"evals/{short_name(config.dataset_name)}-{short_name(evaluated)}"
-    return config
+    return with_defaults(config)
+
+
+def with_defaults(config: EvalConfig) -> EvalConfig:
+    """Returns a valid configuration with the settings filled in that depend on others."""
+    evaluated = config.adapter or config.model_name_or_path or ""
+    name = f"{short_name(config.dataset_name or '')}-{short_name(evaluated)}"
+    return replace(
+        config,
+        batch_size=config.batch_size or (16 if config.rollout_engine == "hf" else 512),
+        output_dir=config.output_dir or f"evals/{name}",
+    )
 
 
 def short_name(path: str) -> str:

@@ -296,7 +296,7 @@ class TrainingFields:
 
 @dataclass
 class EvaluationFields:
-    _argument_group_name = "evaluation during training"
+    _argument_group_name = "grading, and evaluation during training"
 
     eval_steps: int = option(
         0, "HF", "Steps between evaluations on the num_eval_problems held out; 0 is off.", at_least=0
@@ -307,8 +307,12 @@ class EvaluationFields:
         None, "our choice", "Longest response in tokens; absent, max_completion_length.", at_least=1
     )
     eval_temperature: float = option(1.0, "OPSD", "Sampling temperature, without top-p and top-k.", above=0)
-    eval_box_only: bool = option(
-        True, "OPSD", "Count the last \\boxed{} only; off, a #### line or the last expression is an answer as well."
+    box_only: bool = option(
+        True,
+        "OPSD",
+        "Count the last \\boxed{} only, in evaluations and rewards; off, a #### line or the last expression is an "
+        "answer as well.",
+        "--eval_box_only",
     )
 
 

@@ -12,7 +12,16 @@ from atesd.data.latex_spans import Box, boxes, last_boxed, protected_spans
 from atesd.data.sentences import cut, sentence_cuts
 from atesd.data.thinking import without_thinking
 
-__all__ = ["boxed_answer", "boxed_parts", "column_answer", "final_answer", "marked_answer", "marker_line"]
+__all__ = [
+    "boxed_answer",
+    "boxed_parts",
+    "column_answer",
+    "final_answer",
+    "has_box",
+    "marked_answer",
+    "marker_line",
+    "response_answer",
+]
 
 _PLAIN_NUMBER = re.compile(r"[-+]?[$£€]?\s*[-+]?[\d.,/]+\s*%?")
 _ANSWER_IS = re.compile(
@@ -56,6 +65,22 @@ def boxed_answer(text: str) -> str | None:
     return None if box is None else box[2]
 
 
+def response_answer(text: str, box_only: bool) -> str | None:
+    r"""Returns the answer of a response: the parts in its last sentence's boxes, else its last box, or None.
+
+    Args:
+        text: a response. Its thinking does not count.
+        box_only: whether a `####` line is no answer.
+
+    >>> response_answer(r"\boxed{2} and \boxed{-2}", True), response_answer(r"\boxed{0.5} = \boxed{1/2}", True)
+    ('2, -2', '1/2')
+    """
+    text = without_thinking(text)
+    if has_box(text):
+        return boxed_parts(text) or boxed_answer(text)
+    return None if box_only else marked_answer(text)
+
+
 def boxed_parts(text: str) -> str | None:
     """Returns the boxes of the sentence with the last one, joined by ", ". None without a box, if the last is cut off,
     or if the sentence does not list its boxes with commas, "and" or "or"."""
@@ -77,13 +102,14 @@ def _without_name(gap: str) -> str:
 
 
 def _sentence_of(text: str, found: list[Box]) -> list[Box]:
-    """Returns those boxes that are in the sentence of the last one."""
+    """Returns those boxes that are in the sentence of the last one, and made by the same command: \\fbox or \\boxed."""
     begin = 0
     for piece in cut(text, sentence_cuts(text), protected_spans(text)):
         if begin + len(piece) > found[-1][0]:
             break
         begin += len(piece)
-    return [box for box in found if box[0] >= begin]
+    framed = text.startswith("\\fbox", found[-1][0])
+    return [box for box in found if box[0] >= begin and text.startswith("\\fbox", box[0]) == framed]
 
 
 def has_box(text: str) -> bool:

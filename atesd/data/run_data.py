@@ -63,7 +63,14 @@ def load_splits(config: ATESDConfig) -> ProblemSplits:
         problem_column=config.problem_column,
         solution_column=config.solution_column,
         answer_column=config.answer_column,
+        require_solution=reads_solutions(config),
     )
+
+
+def reads_solutions(config: ATESDConfig) -> bool:
+    """Whether anything in the run reads worked solutions: a teacher that is shown some, SFT, the probe or the score."""
+    shown = config.objective != "grpo" and not (config.exposure_policy == "fixed" and config.fixed_alpha == 0)
+    return shown or config.num_probe_problems > 0 or config.objective == "sft"
 
 
 def load_run_data(config: ATESDConfig, tokenizer: Any, context_length: int) -> RunData:

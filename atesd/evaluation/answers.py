@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from atesd.data.problems import Problem
+from atesd.data.thinking import decode_response
 from atesd.evaluation.files import sample_seed
 from atesd.evaluation.grading.grader import Grader
 from atesd.evaluation.statistics import estimate, majority_vote, pass_at, pass_at_levels
@@ -67,7 +68,7 @@ def answers(
             continue
         seeds = tuple(sample_seed(protocol.seed, problem.id, sample) for problem, _, sample in batch)
         rollouts = engine.generate([prompt for _, prompt, _ in batch], protocol.sampling(seeds))
-        texts = [tokenizer.decode(rollout.response_ids, skip_special_tokens=True) for rollout in rollouts]
+        texts = [decode_response(tokenizer, rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
         verdicts = grader.grade_many(texts, [problem.answer for problem, _, _ in batch])
         yield [
             {

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from atesd import __version__
 from atesd.config import ATESDConfig
 from atesd.config.doors import load_metrics
-from atesd.config.eval_config import FREE, EvalConfig
+from atesd.config.eval_config import FREE, EvalConfig, with_defaults
 from atesd.data.problems import Problem
 from atesd.data.prompts import PromptBuilder
 from atesd.data.templates import PromptTemplates
@@ -48,6 +48,7 @@ def evaluate(config: EvalConfig) -> Path:
         ValueError, ModelLoadError: settings, problems or model are unusable. Raised before sampling starts.
     """
     config.validate()
+    config = with_defaults(config)
     folder = Path(config.output_dir)
     adapter = find_adapter(config.adapter) if config.adapter else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,7 +61,8 @@ def evaluate(config: EvalConfig) -> Path:
     problems = load_benchmark(resolved)
     tokenizer = load_tokenizer(resolved)
     prompts = build_prompts(resolved, tokenizer, problems)
-    claim(folder, record(resolved, problems, adapter, device), (*FREE, "versions", "threads"))
+    record_now = record(resolved, problems, adapter, device)
+    claim(folder, record_now, (*FREE, "versions", "threads"), defaults=asdict(EvalConfig()))
 
     with SampleFile(folder) as file:
         expected = {

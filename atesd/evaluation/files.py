@@ -78,12 +78,13 @@ def sample_seed(seed: int, problem_id: str, sample: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 11
 
 
-def claim(folder: Path, record: dict[str, Any], free: tuple[str, ...]) -> None:
+def claim(folder: Path, record: dict[str, Any], free: tuple[str, ...], defaults: dict[str, Any]) -> None:
     """Writes `record` to `folder`, after checking that it matches the settings already there, if any.
 
     Args:
         record: JSON values. `record["settings"]` holds the user's settings.
         free: names of settings, and of `record` entries, that may differ.
+        defaults: the value of each setting that an existing folder does not name.
 
     Raises:
         EvalError: the folder holds an evaluation with other settings. The message lists the differences.
@@ -91,7 +92,9 @@ def claim(folder: Path, record: dict[str, Any], free: tuple[str, ...]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
     if path.is_file():
-        before = flat(json.loads(path.read_text(encoding="utf-8")), free)
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved["settings"] = defaults | saved["settings"]  # an older version had fewer settings
+        before = flat(saved, free)
         now = flat(json.loads(json.dumps(record)), free)
         differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if differ:

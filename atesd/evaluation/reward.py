@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from atesd.data.problems import Problem
+from atesd.data.thinking import decode_response
 from atesd.evaluation.grading.grader import Grader
 from atesd.rollout import Rollout
 
@@ -21,20 +22,19 @@ class VerifierReward:
     Args:
         tokenizer: decodes the responses.
         num_generations: responses per problem. They are consecutive and form a group.
+        box_only: whether only a box counts as an answer, as in the run's evaluations.
 
     Raises ImportError without math-verify.
     """
 
-    def __init__(self, tokenizer: Any, num_generations: int):
+    def __init__(self, tokenizer: Any, num_generations: int, box_only: bool = False):
         self.tokenizer, self.num_generations = tokenizer, num_generations
-        self.grader = Grader()
+        self.grader = Grader(box_only=box_only)
 
     def rewards(self, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> list[float]:
         """Returns 1.0 for each response with a correct final answer, else 0.0. A truncated response gets 0.0, since the
         grader could mistake the last expression before the cut for its answer."""
-        texts = [
-            "" if r.truncated else self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts
-        ]
+        texts = ["" if r.truncated else decode_response(self.tokenizer, r.prompt_ids, r.response_ids) for r in rollouts]
         return [float(verdict.correct) for verdict in self.grader.grade_many(texts, [p.answer for p in problems])]
 
     def advantages(

@@ -58,7 +58,7 @@ class TrainingEvaluation:
         )
         self.problems = problems[processes.rank :: processes.count]
         self.prompts = [prompts.student(problem) for problem in self.problems]
-        self.grader = Grader(box_only=config.eval_box_only)
+        self.grader = Grader(box_only=config.box_only)
 
     def close(self) -> None:
         if self.every:

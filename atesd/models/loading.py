@@ -49,11 +49,31 @@ def load_tokenizer(config: ATESDConfig | EvalConfig) -> PreTrainedTokenizerBase:
 
     with reraise_as_model_load_error(config):
         tokenizer = AutoTokenizer.from_pretrained(model_path(config.model_name_or_path))
+    check_vocabulary(tokenizer, load_model_config(config), config.model_name_or_path)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         # Any token works: padding is masked everywhere.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, model_config: Any, name: str) -> None:
+    """Raises ModelLoadError if the tokenizer can write a token that the model has no embedding for.
+
+    A special token that neither the chat template nor the tokenizer itself writes does no harm: Gemma 3 has one.
+    """
+    size = getattr(model_config.get_text_config(), "vocab_size", None)
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if size is not None and i >= size}
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    written = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+    template = str(tokenizer.chat_template)
+    harmful = [token for token in beyond if token not in special or token in written or token in template]
+    if harmful:
+        raise ModelLoadError(
+            f"the tokenizer of {name!r} has {len(tokenizer)} tokens, and the model has embeddings for {size}: it "
+            f"cannot read {harmful[0]!r} (token {beyond[harmful[0]]}). Use the model's own tokenizer, or resize the "
+            "embedding (model.resize_token_embeddings) and save the model"
+        )
 
 
 def load_model_config(config: ATESDConfig | EvalConfig) -> PreTrainedConfig:

@@ -14,6 +14,7 @@ import torch
 
 from atesd.data.problems import Problem
 from atesd.data.segmentation import split_reference
+from atesd.data.thinking import decode_response
 from atesd.models.batching import chunks, hidden_rows, pack
 from atesd.objectives import Distillation, ResponseTokens, percentile
 from atesd.rollout import Sampling
@@ -99,6 +100,7 @@ def grade(run: Run, problems: Sequence[Problem], responses: list[list[int]]) -> 
         return [None] * len(problems)
     from atesd.evaluation.grading.grader import Grader
 
-    texts = [run.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
-    with Grader() as grader:
+    prompts = [run.data.prompts.student(p) for p in problems]
+    texts = [decode_response(run.tokenizer, *ids) for ids in zip(prompts, responses, strict=True)]
+    with Grader(box_only=run.config.box_only) as grader:
         return [verdict.correct for verdict in grader.grade_many(texts, [p.answer for p in problems])]

@@ -112,6 +112,24 @@ def test_a_limit_that_exceeds_the_context_is_refused_before_the_weights_load(mak
     assert not Path(make().output_dir).exists()
 
 
+def test_python_callers_may_leave_out_what_flags_may(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = evaluate(make(batch_size=None, output_dir=None))
+    assert folder.parent.name == "evals"
+    assert json.loads((folder / "eval_config.json").read_text())["settings"]["batch_size"] == 16
+
+
+def test_an_evaluation_of_an_older_version_which_had_fewer_settings_goes_on(make):
+    folder = evaluate(make())
+    record = json.loads((folder / "eval_config.json").read_text())
+    for name in ("rollout_kwargs", "metrics"):
+        del record["settings"][name]
+    (folder / "eval_config.json").write_text(json.dumps(record))
+    before = (folder / "samples.jsonl").read_bytes()
+    evaluate(make())
+    assert (folder / "samples.jsonl").read_bytes() == before
+
+
 def test_the_same_seed_gives_the_same_samples_and_another_seed_others(make, tmp_path):
     first, again, other = (
         [
@@ -230,8 +248,10 @@ class Scripted:
 class Letters:
     """A tokenizer whose tokens are characters."""
 
+    all_special_ids, all_special_tokens = (), ()
+
     @staticmethod
-    def decode(ids, skip_special_tokens):
+    def decode(ids, skip_special_tokens=False):
         return "".join(map(chr, ids))
 
 

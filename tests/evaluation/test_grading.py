@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 
 import atesd
+from atesd.data.problems import Problem
+from atesd.data.thinking import decode_response
 from atesd.evaluation.grading import grader as grading
 from atesd.evaluation.grading.answer_text import same_answer
 from atesd.evaluation.grading.grader import Grader, Verdict, grade
+from atesd.rollout import Rollout
+from atesd.run import Run
 
 pytest.importorskip("math_verify", reason="grading needs math-verify (the eval extra)")
 
@@ -130,6 +134,44 @@ def test_box_only_gives_no_credit_for_an_answer_in_passing_or_on_a_marked_line()
         assert pool.grade("The answer is 7.", "7") == Verdict(False, None, "no answer")
         assert pool.grade("3 + 4 = 7\n#### 7", "7") == Verdict(False, None, "no answer")
         assert pool.grade(r"\boxed{7}", "7").correct
+
+
+@pytest.mark.parametrize("box_only", [True, False])
+@pytest.mark.parametrize(
+    ("response", "answer", "correct"),
+    [
+        (r"\boxed{4}. No, wait: \boxed{5", "4", False),
+        (r"<think>\boxed{4}</think> I do not know.", "4", False),
+        (r"<think>Perhaps \boxed{3}.</think> It is \boxed{4}.", "4", True),
+        ("<think>so 4", "4", False),
+        (r"\fbox{4}", "4", True),
+        (r"\boxed 4.", "4", True),
+        (r"$x = \boxed{2}$ or $x = \boxed{-2}$.", "2, -2", True),
+        (r"\boxed{5} or \boxed{6}", "6", False),
+        (r"So $\boxed{0.5} = \boxed{1/2}$.", r"\frac12", True),
+        (r"$\fbox{5", "5", False),
+    ],
+)
+def test_boxes_are_read_by_one_rule_whatever_else_may_be_an_answer(response, answer, correct, box_only):
+    with Grader(num_workers=1, box_only=box_only) as pool:
+        assert pool.grade(response, answer).correct is correct
+
+
+@pytest.mark.parametrize("box_only", [True, False])
+def test_one_setting_rules_the_reward_and_the_evaluations_of_a_run(tiny_config, box_only):
+    run = Run.build(
+        tiny_config(objective="grpo", exposure_policy="full", num_generations=2, box_only=box_only, eval_steps=1,
+                    num_eval_problems=2)
+    )  # fmt: skip
+    guess = run.tokenizer("It could be 5 or 6 or 7.").input_ids
+    problem = Problem("a", "", "", "7")
+    rewards = run.reward.rewards([problem], [Rollout([5], guess, truncated=False)])
+    text = decode_response(run.tokenizer, [5], guess)
+    run.close()
+    assert rewards == [float(not box_only)]
+    assert run.evaluation.grader.box_only == box_only
+    with Grader(box_only=box_only) as pool:
+        assert float(pool.grade(text, "7").correct) == rewards[0]
 
 
 def test_the_reference_answer_may_come_in_a_box():

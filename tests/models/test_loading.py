@@ -1,6 +1,7 @@
 """The model a run trains: LoRA in float32, errors for people, and SmolLM2 from its wheel."""
 
 import json
+import shutil
 import zipfile
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import BloomConfig, Gemma3Config
 
 from atesd.config import ATESDConfig
 from atesd.models import smollm
-from atesd.models.loading import ModelLoadError, context_length, load_model_and_tokenizer
+from atesd.models.loading import ModelLoadError, context_length, load_model_and_tokenizer, load_tokenizer
 from atesd.models.recompute import is_kept
 
 
@@ -105,6 +106,28 @@ def test_the_tokenizer_pads_on_the_left_and_always_has_a_pad_token(tiny_model_pa
     bare.save_pretrained(tmp_path)
     _, tokenizer = load(tmp_path)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("token", "special", "in_template", "refused"),
+    [("<|image|>", True, False, False), ("<|turn|>", True, True, True), ("word", False, False, True)],
+)
+def test_a_tokenizer_longer_than_the_embedding_is_refused_where_it_matters(
+    tiny_model_path, tmp_path, token, special, in_template, refused
+):
+    tokenizer = load_tokenizer(ATESDConfig(model_name_or_path=str(tiny_model_path)))
+    tokenizer.add_tokens([f"filler{n}" for n in range(300 - len(tokenizer))])
+    tokenizer.add_tokens([token], special_tokens=special)
+    if in_template:
+        tokenizer.chat_template += token
+    shutil.copytree(tiny_model_path, tmp_path, dirs_exist_ok=True)
+    tokenizer.save_pretrained(tmp_path)
+    config = ATESDConfig(model_name_or_path=str(tmp_path))
+    if refused:
+        with pytest.raises(ModelLoadError, match="has 301 tokens, and the model has embeddings for 300"):
+            load_tokenizer(config)
+    else:
+        assert len(load_tokenizer(config)) == 301
 
 
 def test_what_is_no_model_is_named_with_what_to_do(tmp_path):

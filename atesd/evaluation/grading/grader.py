@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import atesd
-from atesd.data.segmentation import boxed_answer, final_answer
+from atesd.data.answers import final_answer, has_box, response_answer
+from atesd.data.thinking import without_thinking
 from atesd.errors import MissingPackageError
 from atesd.evaluation.grading.answer_text import clean, same_answer
 from atesd.evaluation.grading.worker import MEMORY_LIMIT
@@ -113,10 +114,11 @@ class Grader:
 
     def _decide_by_text(self, text: str, gold: str) -> Verdict | dict[str, Any]:
         """Returns a verdict if text and numbers decide, else the request to send to a worker."""
-        extracted = boxed_answer(text) if self.box_only else final_answer(text)
+        text = without_thinking(text)
+        extracted = response_answer(text, self.box_only)
         if extracted is None:
             # An unclosed box is a truncated answer: do not grade its visible part.
-            if self.box_only or "\\boxed" in text or not text.strip():
+            if self.box_only or has_box(text) or not text.strip():
                 return Verdict(False, None, "no answer")
             return {"gold": clean(gold), "target": text[-_TEXT_SEARCHED:], "whole_text": True}
         if len(extracted) > _LONGEST_ANSWER:

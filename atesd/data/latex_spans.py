@@ -23,6 +23,7 @@ _BOX_OR_BRACE = re.compile(r"\\(?:f?boxed|fbox)(?![A-Za-z])(?P<brace>\s*\{)?|\\.
 # What follows "\boxed" without a brace: plain characters, and commands with their arguments.
 _ARGUMENT = r"\{(?:[^{}]|\{[^{}]*\})*\}"
 _BARE_CONTENT = re.compile(r"[ \t]*((?:\\(?!f?boxed|fbox)[A-Za-z]+(?:" + _ARGUMENT + r")*|[^\s{}$\\])+)")
+_SPACES = re.compile(r"\s*")
 _MENTION = re.compile(r"[A-Za-z]{2,}|[^0-9A-Za-z]*")  # "the \boxed command", "`\boxed`"
 _MAX_DOLLARS_TRIED = 4  # closers tried per inline "$" before it counts as a plain dollar sign: keeps the scan linear
 
@@ -79,15 +80,16 @@ def boxes(text: str) -> tuple[list[Box], bool]:
     >>> boxes(r"\boxed{1}, \fbox{2}, \boxed 3 and \boxed{4")
     ([(0, 9, '1'), (11, 19, '2'), (21, 29, '3')], True)
     """
-    closed: list[Box] = []
+    # (start, end, start of the content, its end). Boxes may nest, so contents are not copied yet.
+    closed: list[tuple[int, int, int, int]] = []
     text_end = len(text.rstrip())
     open_at: list[tuple[int, int]] = []  # (start of the command or -1 for a plain brace, start of the content)
     for match in _BOX_OR_BRACE.finditer(text):
         token = match.group()
         if token == "}":
             start, content = open_at.pop() if open_at else (-1, 0)
-            if start >= 0 and (filled := text[content : match.end() - 1].strip()):
-                closed.append((start, match.end(), filled))
+            if start >= 0 and _SPACES.match(text, content).end() < match.end() - 1:
+                closed.append((start, match.end(), content, match.end() - 1))
         elif token == "{":
             open_at.append((-1, match.end()))
         elif match["brace"]:
@@ -95,19 +97,24 @@ def boxes(text: str) -> tuple[list[Box], bool]:
         elif "box" in token:
             if match.end() >= text_end:
                 open_at.append((match.start(), match.end()))
-            elif bare := _bare_box(text, match.start(), match.end()):
-                closed.append(bare)
+            elif bare := _bare_box(text, match.end()):
+                closed.append((match.start(), bare[1], *bare))
     closed.sort()
-    next_start = [start for start, _, _ in closed[1:]] + [len(text)]
-    innermost = [box for box, start in zip(closed, next_start, strict=False) if start >= box[1]]
+    next_start = [box[0] for box in closed[1:]] + [len(text)]
+    innermost: list[Box] = [
+        (start, end, text[content:content_end].strip())
+        for (start, end, content, content_end), following in zip(closed, next_start, strict=False)
+        if following >= end
+    ]
     last_closed = innermost[-1][0] if innermost else -1
     return innermost, any(start > last_closed for start, _ in open_at)
 
 
-def _bare_box(text: str, start: int, end: int) -> Box | None:
+def _bare_box(text: str, end: int) -> tuple[int, int] | None:
+    """Returns start and end of the content that follows a box command without braces, which ends at `end`."""
     found = _BARE_CONTENT.match(text, end)
     content = found[1].rstrip(".,;:!?*'\"`") if found else ""
-    return None if found is None or _MENTION.fullmatch(content) else (start, found.start(1) + len(content), content)
+    return None if found is None or _MENTION.fullmatch(content) else (found.start(1), found.start(1) + len(content))
 
 
 def _find(text: str, closer: str, position: int, hopeless: set[str]) -> int:

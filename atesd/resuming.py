@@ -24,6 +24,7 @@ from atesd.storage.checkpoint import (
 )
 
 SUMMARY = "summary.json"
+PROBLEMS_PER_STEP = "problems_per_step"  # in a checkpoint's settings, beside those of the run
 
 
 def go_on_command(run_dir: str | Path) -> str:
@@ -65,14 +66,17 @@ def checkpoints_are_gone(run_dir: Path) -> str | None:
     return f"it has logged {steps} steps and saved every {save_steps}" if steps > save_steps else None
 
 
-def check_settings(checkpoint: Path, config: ATESDConfig, run_dir: Path) -> None:
+def check_settings(checkpoint: Path, config: ATESDConfig, run_dir: Path, num_processes: int) -> None:
     """Raises ConfigError if `config` differs from the checkpoint's settings in what may not change.
 
     config.yaml can be edited by hand; a checkpoint knows what it was made with.
     """
     settings = json.loads((checkpoint / SETTINGS).read_bytes())
     saved = ATESDConfig(**{name: settings.get(name, value) for name, value in asdict(config).items()})
-    may_change = (*MAY_CHANGE, "resume", "output_dir", "dry_run")
+    may_change = [*MAY_CHANGE, "resume", "output_dir", "dry_run"]
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * num_processes
+    if batch == settings.get(PROBLEMS_PER_STEP):  # the same batch on another number of processes
+        may_change += ["per_device_train_batch_size", "gradient_accumulation_steps"]
     advice = f"undo an edit of {run_dir / CONFIG_FILE}, or start a new run. --resume may change {', '.join(MAY_CHANGE)}"
     check_same_settings(saved, config, may_change, f"the checkpoint in {str(run_dir)!r}", advice)
 

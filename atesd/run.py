@@ -46,7 +46,7 @@ from atesd.parallel.processes import Processes, on_cpu
 from atesd.parallel.sharding import ShardingError, gather_tensors
 from atesd.reports.metrics import METRICS, SAMPLES, PhaseTimer, peak_memory_bytes
 from atesd.reports.report import REPORT
-from atesd.resuming import SUMMARY, check_settings, checkpoint_to_resume, go_on_command
+from atesd.resuming import PROBLEMS_PER_STEP, SUMMARY, check_settings, checkpoint_to_resume, go_on_command
 from atesd.rollout import Rollout, check_processes, make_engine
 from atesd.rollout.ahead import AheadEngine
 from atesd.rollout.batches import RolloutBatches
@@ -152,7 +152,7 @@ class Run:
         config = self.config
         path = checkpoint_to_resume(self.run_dir, config.allow_older_checkpoint) if config.resume else None
         if path:
-            check_settings(path, config, self.run_dir)
+            check_settings(path, config, self.run_dir, self.processes.count)
         return path
 
     def restore(self, checkpoint: Path) -> None:
@@ -343,7 +343,7 @@ class Run:
         state, adapter = self.state_dict(), self.student.writer() if self.config.use_peft else None
         if self.processes.is_main:
             keep = self.config.save_total_limit
-            settings = asdict(self.config)
+            settings = asdict(self.config) | {PROBLEMS_PER_STEP: self.rollout.problems_per_step}
             save_checkpoint(self.run_dir, self.step, state, adapter, keep, self.proven_step, settings)
         self.processes.barrier()
 

@@ -295,12 +295,14 @@ def test_the_best_whole_model_loads_by_itself(tiny_config):
     assert best.run.tokenizer.chat_template
 
 
-def test_the_clip_fraction_is_the_share_of_the_divergence_the_clip_takes(tiny_config):
+def test_the_clip_fraction_is_the_share_of_the_divergence_the_clip_takes(tiny_config, tmp_path):
     trainer = without_notice(lambda: Trainer(Run.build(tiny_config(entry_clip=1e-5))))
     metrics, _ = trainer.train_step(0)
     assert metrics["clip_fraction"] == pytest.approx(1 - metrics["loss"] / metrics["mismatch"]) and metrics["loss"] > -1
     assert metrics["clip_fraction"] > 0.01
-    trainer = without_notice(lambda: Trainer(Run.build(tiny_config(entry_clip=None, token_clip=1e-9))))
+    trainer = without_notice(
+        lambda: Trainer(Run.build(tiny_config(entry_clip=None, token_clip=1e-9, output_dir=str(tmp_path / "b"))))
+    )
     assert trainer.train_step(0)[0]["clip_fraction"] == pytest.approx(1.0, abs=0.05)
 
 

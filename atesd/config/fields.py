@@ -312,7 +312,6 @@ class EvaluationFields:
         "OPSD",
         "Count the last \\boxed{} only, in evaluations and rewards; off, a #### line or the last expression is an "
         "answer as well.",
-        "--eval_box_only",
     )
 
 

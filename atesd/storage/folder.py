@@ -26,6 +26,8 @@ class FolderInUse(AtesdError, RuntimeError):
 class OwnedFolder:
     """A folder that this process owns until `close`. A context manager.
 
+    Within a process the newest object owns it: a run that failed in a notebook does not keep the next one out.
+
     Attributes:
         path: the folder.
         made: whether this object made it.
@@ -33,6 +35,8 @@ class OwnedFolder:
 
     def __init__(self, path: Path, made: bool):
         self.path, self.made = path, made
+        for earlier in [folder for folder in _owned if folder.path.resolve() == path.resolve()]:
+            earlier.close()
         self.lock = lock(path)
         _owned.add(self)
 

@@ -157,11 +157,11 @@ def test_a_sweep_removes_nothing_it_did_not_make(recipe, tmp_path, capsys):
     assert mine.read_text() == "five years"
 
 
-def test_a_second_sweep_in_the_same_folder_is_refused(recipe, tmp_path, capsys):
-    with own(tmp_path, "output_dir"):  # as if in another process: each open file has its own lock
-        arguments = ["sweep", recipe, "--alphas", "0", "--seeds", "0", "--output_dir", str(tmp_path)]
-        assert cli.main(arguments) == 1
-    assert "is being written by another process" in capsys.readouterr().err
+def test_a_second_sweep_in_the_same_folder_is_refused(recipe, tmp_path, start_atesd):
+    with own(tmp_path, "output_dir"):
+        process = start_atesd("sweep", recipe, "--alphas", "0", "--seeds", "0", "--output_dir", str(tmp_path))
+        _, said = process.communicate(timeout=240)
+    assert process.returncode == 1 and "is being written by another process" in said.decode()
 
 
 def test_a_sweep_replaces_the_policy_of_a_recipe_and_what_it_takes(recipe, tmp_path):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -16,6 +15,7 @@ from signal import Signals
 
 from atesd import __version__
 from atesd.errors import AtesdError, ConfigError
+from atesd.stopping import Stopped, go_on_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def train(argv: list[str]) -> int:
-    from atesd.config import config_parser, load_config, recipes
+    from atesd.config import CONFIG_FILE, config_parser, load_config, recipes
 
     if not argv or {"-h", "--help"} & set(argv):
         config_parser().print_help()
@@ -82,12 +82,10 @@ def train(argv: list[str]) -> int:
 
         run_dir = trainer.train(config)
     except KeyboardInterrupt as stop:
-        from atesd.stopping import Stopped
-
         if isinstance(stop, Stopped):
             return fail(f"stopped by {Signals(stop.signal).name}. {stop}", 128 + stop.signal)
-        saved = (Path(config.output_dir) / "config.yaml").exists()
-        go_on = f"; go on with: atesd train --resume {shlex.quote(config.output_dir)}" if saved else ""
+        saved = (Path(config.output_dir) / CONFIG_FILE).exists()
+        go_on = f"; go on with: {go_on_command(config.output_dir)}" if saved else ""
         return fail(f"stopped{go_on}", 130)
     if int(os.environ.get("RANK", 0)) == 0:  # of the processes a launcher has started
         print(f"report: {Path(run_dir) / 'report.html'}")

@@ -26,6 +26,10 @@ class ModelFetchError(AtesdError, RuntimeError):
     """The quickstart's model could not be fetched or converted."""
 
 
+class StorageError(AtesdError, OSError):
+    """The disk is full or cannot be written to."""
+
+
 class MissingPackageError(AtesdError, ImportError):
     """A package that a setting needs is not installed."""
 

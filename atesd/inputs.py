@@ -51,7 +51,7 @@ def weights_digest(config: ATESDConfig) -> str | None:
 
 
 def keep_inputs(run_dir: Path, now: dict[str, str | None], allow_changed: bool) -> list[str]:
-    """Writes RUN_DIR/inputs.json if it is absent; else compares. Returns the names of all that changed since the start.
+    """Compares with RUN_DIR/inputs.json, writes it if absent or changed. Returns all that changed since the start.
 
     Raises:
         ConfigError: something differs from what the run last went on with, and `allow_changed` is False.
@@ -74,5 +74,6 @@ def keep_inputs(run_dir: Path, now: dict[str, str | None], allow_changed: bool) 
             "go on with --allow_changed_inputs, which summary.json will tell"
         )
     changed += [name for name in differ if name not in changed]
-    write_json(path, {"digests": now, "changed": changed})
+    if differ or not path.exists():
+        write_json(path, {"digests": now, "changed": changed})
     return changed

@@ -26,6 +26,7 @@ from atesd.config.doors import divergence_name
 from atesd.models.batching import PackedBatch, hidden_rows, to_device
 from atesd.parallel.processes import Processes
 from atesd_kernels import TokenStats, linear_divergence, linear_logprobs
+from atesd_kernels.integrations.backbone import AuxLoss
 from atesd_kernels.integrations.head import HeadSpec
 
 
@@ -258,9 +259,11 @@ class TokenTotals:
         self.sums.append(torch.stack([column.double().sum() for column in columns]))
         self.divergences.append(stats.divergence)
 
-    def add_aux_loss(self, value: Tensor, weighted: Tensor) -> None:
-        """Adds a micro-batch's share of the experts' auxiliary loss, without and with the model's coefficient."""
-        self.aux_losses.append(torch.stack([value.double(), weighted.double()]))
+    def add_aux_loss(self, aux: AuxLoss, share: float) -> Tensor:
+        """Adds a micro-batch's `share` of the experts' auxiliary loss. Returns it with the model's coefficient."""
+        weighted = aux.weighted(share)
+        self.aux_losses.append(torch.stack([aux.value.detach().double() * share, weighted.detach().double()]))
+        return weighted
 
     def aux_loss(self) -> tuple[float, float] | None:
         """Returns the step's auxiliary loss without and with its coefficient; None for a model that has none."""
@@ -268,6 +271,11 @@ class TokenTotals:
             return None
         value, weighted = torch.stack(self.aux_losses).sum(0).tolist()
         return value, weighted
+
+    def objective(self, loss: float) -> float:
+        """Returns the step's `loss` without the weighted auxiliary loss, which is not due to the teacher."""
+        aux_loss = self.aux_loss()
+        return loss if aux_loss is None else loss - aux_loss[1]
 
     def sum(self) -> Tensor:
         """Returns the sums, `(5,)` float64, in the order of `NAMES`."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from tqdm.auto import tqdm
 from atesd.config import CONFIG_FILE, ATESDConfig
 from atesd.config.checks import check_same_settings
 from atesd.config.fields import MAY_CHANGE
+from atesd.errors import AtesdError, StorageError
+from atesd.files import storage_fault
 from atesd.reports.metrics import METRICS, read_steps
+from atesd.stopping import go_on_command
 from atesd.storage.checkpoint import (
     CHECKPOINTS,
     SETTINGS,
@@ -23,12 +27,25 @@ from atesd.storage.checkpoint import (
     set_aside,
 )
 
-SUMMARY = "summary.json"
+SUMMARY, NONFINITE = "summary.json", "nonfinite"
 PROBLEMS_PER_STEP = "problems_per_step"  # in a checkpoint's settings, beside those of the run
 
 
-def go_on_command(run_dir: str | Path) -> str:
-    return f"atesd train --resume {shlex.quote(str(run_dir))}"
+class NonFiniteLoss(AtesdError, RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+@contextmanager
+def named_storage_faults(run_dir: Path) -> Iterator[None]:
+    """Raises StorageError in place of whatever error the storage has caused within."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, AtesdError) or (fault := storage_fault(error)) is None:
+            raise
+        raise StorageError(
+            f"{fault} ({error}); the last checkpoint is valid. Mend that, then go on with: {go_on_command(run_dir)}"
+        ) from error
 
 
 def checkpoint_to_resume(run_dir: Path, allow_older: bool) -> Path | None:
@@ -81,12 +98,22 @@ def check_settings(checkpoint: Path, config: ATESDConfig, run_dir: Path, num_pro
     check_same_settings(saved, config, may_change, f"the checkpoint in {str(run_dir)!r}", advice)
 
 
-def set_diverged_aside(run_dir: Path, proven_step: int) -> Path | None:
-    """Renames the checkpoints after `proven_step` to diverged-<name>. Returns the newest of the others, if any."""
+def proven_step(step: int, nonfinite_in_a_row: int) -> int:
+    """The last step whose weights are known to be good: the next update found loss and gradient finite."""
+    return step - nonfinite_in_a_row - 1
+
+
+def diverged(run_dir: Path, step: int, nonfinite_in_a_row: int) -> str:
+    """Renames the checkpoints after the proven step to diverged-<name>. Returns what happened and how to go on."""
     proven = None
-    for step, path in list_checkpoints(run_dir):
-        if step <= proven_step:
+    for saved_step, path in list_checkpoints(run_dir):
+        if saved_step <= proven_step(step, nonfinite_in_a_row):
             proven = path
         else:
             set_aside(path, "diverged")
-    return proven
+    go_on = f"go on from {proven.name} with {go_on_command(run_dir)} and" if proven else "start again with"
+    return (
+        f"the rollouts, the loss or its gradient were not finite in {nonfinite_in_a_row} steps in a row "
+        f"(the last is step {step}). The batches are in {run_dir / NONFINITE}; later checkpoints are "
+        f"kept as diverged-*. To mend it, {go_on} a lower learning_rate or max_grad_norm"
+    )

@@ -46,17 +46,25 @@ from atesd.parallel.processes import Processes, on_cpu
 from atesd.parallel.sharding import ShardingError, gather_tensors
 from atesd.reports.metrics import METRICS, SAMPLES, PhaseTimer, peak_memory_bytes
 from atesd.reports.report import REPORT
-from atesd.resuming import PROBLEMS_PER_STEP, SUMMARY, check_settings, checkpoint_to_resume, go_on_command
+from atesd.resuming import (
+    NONFINITE,
+    PROBLEMS_PER_STEP,
+    SUMMARY,
+    check_settings,
+    checkpoint_to_resume,
+    proven_step,
+)
 from atesd.rollout import Rollout, check_processes, make_engine
 from atesd.rollout.ahead import AheadEngine
 from atesd.rollout.batches import RolloutBatches
 from atesd.rollout.mismatch import EngineMismatch
 from atesd.rollout.seeds import seed_of
 from atesd.step_metrics import clip_fraction, outcome_metrics, response_metrics
+from atesd.stopping import go_on_command
 from atesd.storage.checkpoint import CHECKPOINTS, CheckpointError, load_checkpoint, save_checkpoint
 from atesd.storage.folder import OwnedFolder, own, own_new
 
-ADAPTER, MODEL, NONFINITE = "adapter", "model", "nonfinite"
+ADAPTER, MODEL = "adapter", "model"
 # What a run writes into its folder, and must not find there when it starts.
 WRITTEN = (CONFIG_FILE, INPUTS, METRICS, SAMPLES, CHECKPOINTS, BEST, ADAPTER, MODEL, SUMMARY, REPORT, NONFINITE)
 
@@ -294,7 +302,7 @@ class Run:
             "learning_rate": self.student.optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm,
             **stats,
-            **clip_fraction(self.config, loss - (aux_loss or (0.0, 0.0))[1], totals, stats.get("mismatch")),
+            **clip_fraction(self.config, totals.objective(loss), totals, stats.get("mismatch")),
             **self.processes.all_reduce_mean(rewards | response_metrics(rollouts)),
             "num_tokens": num_tokens,
             **self.engine_mismatch.take(self.processes.gather),
@@ -344,13 +352,9 @@ class Run:
         if self.processes.is_main:
             keep = self.config.save_total_limit
             settings = asdict(self.config) | {PROBLEMS_PER_STEP: self.rollout.problems_per_step}
-            save_checkpoint(self.run_dir, self.step, state, adapter, keep, self.proven_step, settings)
+            proven = proven_step(self.step, self.nonfinite_in_a_row)
+            save_checkpoint(self.run_dir, self.step, state, adapter, keep, proven, settings)
         self.processes.barrier()
-
-    @property
-    def proven_step(self) -> int:
-        """The last step whose weights are known to be good: the next update found loss and gradient finite."""
-        return self.step - self.nonfinite_in_a_row - 1
 
     def is_finished(self) -> bool:
         """Whether there is nothing left to do: all steps are made and the results written."""

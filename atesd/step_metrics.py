@@ -58,6 +58,18 @@ def outcome_metrics(outcome: dict[str, float | None]) -> dict[str, float]:
     return {names.get(name, name): value for name, value in outcome.items() if value is not None}
 
 
+def policy_signals(
+    objective: float, stats: dict[str, float], needs_reward: bool, skipped: bool
+) -> dict[str, float | None]:
+    """Returns what the policy observes of a step besides the outcome. All values are None if the step was skipped.
+
+    If the objective includes a reward, "loss" is the divergence without clips: the reward is not due to the teacher.
+    """
+    loss = stats.get("mismatch", objective) if needs_reward else objective
+    values = {"loss": loss, "mismatch": stats.get("mismatch"), "confidence": stats["student_confidence"]}
+    return dict.fromkeys(values) if skipped else values
+
+
 def sample_line(
     tokenizer: Any, problem: Problem, reference: Reference, rollout: Rollout, alpha: float
 ) -> dict[str, Any]:

@@ -1,13 +1,18 @@
-"""Ctrl-C and SIGTERM end a run after the step under way, when it can be saved."""
+"""Ctrl-C and SIGTERM end a run after the step under way, when it can be saved; and the command that goes on."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+
+def go_on_command(run_dir: str | os.PathLike[str]) -> str:
+    return f"atesd train --resume {shlex.quote(str(run_dir))}"
 
 
 class Stopped(KeyboardInterrupt):

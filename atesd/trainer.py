@@ -21,25 +21,15 @@ from torch import Tensor
 
 from atesd.config import ATESDConfig
 from atesd.data.problems import Problem
-from atesd.errors import AtesdError
-from atesd.files import storage_fault
 from atesd.models.batching import PackedBatch, assert_same_responses, chunks, hidden_rows_and_aux_loss, pack
 from atesd.objectives import ResponseTokens, TokenTotals
 from atesd.reports.step_log import StepLog
-from atesd.resuming import go_on_command, set_diverged_aside
+from atesd.resuming import NonFiniteLoss, diverged, named_storage_faults
 from atesd.rollout import Rollout, RolloutError
-from atesd.run import NONFINITE, Run
-from atesd.step_metrics import sample_line
+from atesd.run import Run
+from atesd.step_metrics import policy_signals, sample_line
 from atesd.stopping import Stopped, StopSignals
 from atesd_kernels.integrations.backbone import AuxLoss
-
-
-class StorageError(AtesdError, OSError):
-    """The disk is full or cannot be written to."""
-
-
-class NonFiniteLoss(AtesdError, RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
 
 
 def train(config: ATESDConfig) -> Path:
@@ -52,17 +42,13 @@ def train(config: ATESDConfig) -> Path:
     Raises:
         ValueError: settings, problems or prompts that cannot be used, before anything is trained.
         NonFiniteLoss: after `max_nonfinite_steps` such steps in a row.
+        StorageError: the disk is full or cannot be written to; the last checkpoint is valid.
     """
     config.validate()
     run = Run.build(config)
     try:
-        Trainer(run).train()
-    except Exception as error:
-        if isinstance(error, AtesdError) or (fault := storage_fault(error)) is None:
-            raise
-        raise StorageError(
-            f"{fault} ({error}); the last checkpoint is valid. Mend that, then go on with: {go_on_command(run.run_dir)}"
-        ) from error
+        with named_storage_faults(run.run_dir):
+            Trainer(run).train()
     finally:
         run.close()
     run.accelerator.end_training()  # after closing: vLLM in this process has process groups of its own
@@ -142,9 +128,8 @@ class Trainer:
 
         totals.over(run.processes)
         stats = totals.means(num_tokens)
-        aux_loss = totals.aux_loss()
-        objective = loss if aux_loss is None else loss - aux_loss[1]
-        learned = run.exposure.observe(t, self.measured(objective, stats, skipped) | outcome)
+        signals = policy_signals(totals.objective(loss), stats, run.objective.needs_reward, skipped)
+        learned = run.exposure.observe(t, signals | outcome)
         metrics = run.step_metrics(
             started, loss, grad_norm, num_tokens, totals, stats, rewards, rollouts, outcome, learned
         )
@@ -231,9 +216,7 @@ class Trainer:
             run.parallelism.loss_for_backward(loss, loss_so_far).backward()
             roots, gradients = [student_hidden], [states.grad]
             if aux is not None:
-                share = len(tokens.targets) / num_tokens
-                weighted = aux.weighted(share)
-                totals.add_aux_loss(aux.value.detach() * share, weighted.detach())
+                weighted = totals.add_aux_loss(aux, len(tokens.targets) / num_tokens)
                 if weighted.requires_grad:
                     roots.append(run.parallelism.loss_for_backward(weighted, loss_so_far))
                     gradients.append(None)
@@ -251,24 +234,10 @@ class Trainer:
                 run.teacher.update()
         return norm
 
-    def measured(self, loss: float, stats: dict[str, float], skipped: bool) -> dict[str, float | None]:
-        """Returns what the policy observes of a step besides the outcome. All values are None if the step was skipped.
-
-        `loss` is the objective, without an auxiliary loss, which is not due to the teacher.
-        If the loss includes a reward, "loss" is the divergence without clips: the reward is not due to the teacher.
-        """
-        loss_signal = stats.get("mismatch", loss) if self.run.objective.needs_reward else loss
-        values = {"loss": loss_signal, "mismatch": stats.get("mismatch"), "confidence": stats["student_confidence"]}
-        return dict.fromkeys(values) if skipped else values
-
     def check_finite(self) -> None:
         """Raises NonFiniteLoss after `max_nonfinite_steps` skipped steps in a row."""
         run = self.run
         if run.nonfinite_in_a_row >= run.config.max_nonfinite_steps:
-            proven = run.processes.broadcast_from_main(set_diverged_aside, run.run_dir, run.proven_step)
-            go_on = f"go on from {proven.name} with {go_on_command(run.run_dir)} and" if proven else "start again with"
             raise NonFiniteLoss(
-                f"the rollouts, the loss or its gradient were not finite in {run.nonfinite_in_a_row} steps in a row "
-                f"(the last is step {run.step}). The batches are in {run.run_dir / NONFINITE}; later checkpoints are "
-                f"kept as diverged-*. To mend it, {go_on} a lower learning_rate or max_grad_norm"
+                run.processes.broadcast_from_main(diverged, run.run_dir, run.step, run.nonfinite_in_a_row)
             )

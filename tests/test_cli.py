@@ -17,9 +17,8 @@ from atesd.models.loading import ModelLoadError
 from atesd.parallel.sharding import ShardingError
 from atesd.reports.metrics import RunLog
 from atesd.reports.report import ReportError
-from atesd.resuming import go_on_command
 from atesd.rollout import RolloutError
-from atesd.stopping import Stopped
+from atesd.stopping import Stopped, go_on_command
 from atesd.trainer import NonFiniteLoss
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import pytest
 
+from atesd.data.answers import final_answer
 from atesd.data.latex_spans import last_boxed, protected_spans
-from atesd.data.segmentation import final_answer, segment, split_reference
+from atesd.data.segmentation import segment, split_reference
 from atesd.evaluation.grading.answer_text import same_answer
 
 LENGTH = 8_000  # characters of the shorter text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import replace
 from itertools import accumulate
 
@@ -20,16 +19,11 @@ from atesd.run import Run
 from atesd.step_metrics import repetition
 from atesd.trainer import Trainer, train
 from atesd_kernels.integrations.head import unwrap
+from tests.quiet import quietly
 
 
 def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def without_notice(make):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return make()
 
 
 def batch_of(trainer):
@@ -76,7 +70,7 @@ def move_adapter(trainer):
 
 
 def test_full_exposure_with_a_frozen_teacher_is_opsd_to_rounding(tiny_config):
-    trainer = without_notice(lambda: Trainer(Run.build(tiny_config(exposure_policy="full", entry_clip=0.01))))
+    trainer = quietly(lambda: Trainer(Run.build(tiny_config(exposure_policy="full", entry_clip=0.01))))
     problems, rollouts = batch_of(trainer)
     move_adapter(trainer)
     loss, _, _ = trainer.distill(problems, rollouts, [1.0] * 4)
@@ -95,7 +89,7 @@ def test_full_exposure_with_a_frozen_teacher_is_opsd_to_rounding(tiny_config):
 
 
 def test_no_exposure_shows_the_teacher_the_answer_and_nothing_else_of_the_reference(tiny_config, monkeypatch):
-    trainer = without_notice(lambda: Trainer(Run.build(tiny_config(exposure_policy="fixed", fixed_alpha=0.0))))
+    trainer = quietly(lambda: Trainer(Run.build(tiny_config(exposure_policy="fixed", fixed_alpha=0.0))))
     read, build = [], trainer.run.data.prompts.teacher
     monkeypatch.setattr(trainer.run.data.prompts, "teacher", lambda *args: read.append(build(*args)) or read[-1])
     trainer.train_step(0)
@@ -114,7 +108,7 @@ def test_every_objective_trains(tiny_config, objective, monkeypatch):
     )
     policy = "atesd" if objective == "distill+grpo" else "full"
     config = tiny_config(objective=objective, num_generations=2, exposure_policy=policy, max_steps=2)
-    rows = rows_of(without_notice(lambda: train(config)) / "metrics.jsonl")
+    rows = rows_of(quietly(lambda: train(config)) / "metrics.jsonl")
     assert len(rows) == 2 and all(row["grad_norm"] > 0 for row in rows)
     for row in rows:
         assert ("mismatch" in row) == ("distill" in objective)
@@ -130,7 +124,7 @@ def test_what_the_policy_hears_of_a_step_with_groups_and_a_reward_is_of_distinct
     pytest.importorskip("math_verify")
     monkeypatch.setattr(VerifierReward, "advantages", lambda self, problems, rollouts: ([1.0] * len(rollouts), {}))
     settings = {"objective": "distill+grpo", "num_generations": 2, "reward_weight": 50.0, "entry_clip": None}
-    trainer = without_notice(lambda: Trainer(Run.build(tiny_config(**settings))))
+    trainer = quietly(lambda: Trainer(Run.build(tiny_config(**settings))))
     scored, heard = [], {}
     grounded, observe = trainer.run.exposure.meter.grounded, trainer.run.exposure.policy.observe
     trainer.run.exposure.meter.grounded = lambda alphas, problems: scored.extend(problems) or grounded(alphas, problems)
@@ -144,14 +138,14 @@ def test_what_the_policy_hears_of_a_step_with_groups_and_a_reward_is_of_distinct
 def test_sft_learns_the_references(tiny_config):
     config = tiny_config(objective="sft", exposure_policy="full", use_peft=False, learning_rate=3e-3, max_steps=6,
                          max_grad_norm=1.0, entry_clip=None)  # fmt: skip
-    rows = rows_of(without_notice(lambda: train(config)) / "metrics.jsonl")
+    rows = rows_of(quietly(lambda: train(config)) / "metrics.jsonl")
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
     assert rows[-1]["probe_nll"] < rows[0]["probe_nll"] - 0.1
 
 
 def test_the_verifier_rewards_right_answers_only(tiny_config):
     pytest.importorskip("math_verify")
-    trainer = without_notice(lambda: Trainer(Run.build(tiny_config())))
+    trainer = quietly(lambda: Trainer(Run.build(tiny_config())))
     problem = trainer.run.data.problems.train[0]
 
     def rollout(text, truncated=False):
@@ -188,7 +182,7 @@ def test_recipes_that_contradict_themselves_are_refused(tiny_config, settings, m
 
 def test_per_example_exposure_gives_each_problem_its_own_alpha_and_resumes(tiny_config, tmp_path, monkeypatch):
     settings = {"per_example_exposure": True, "num_generations": 2, "max_steps": 4, "save_steps": 2}
-    trainer = without_notice(lambda: Trainer(Run.build(tiny_config(**settings))))
+    trainer = quietly(lambda: Trainer(Run.build(tiny_config(**settings))))
     seen, distill = [], trainer.distill
     trainer.distill = lambda *args: seen.append(args[2]) or distill(*args)
     metrics, _ = trainer.train_step(0)
@@ -196,7 +190,7 @@ def test_per_example_exposure_gives_each_problem_its_own_alpha_and_resumes(tiny_
     assert len(set(seen[0])) == 4
     assert metrics["alpha"] == pytest.approx(sum(seen[0]) / 8)
 
-    whole = without_notice(lambda: train(tiny_config(**settings, output_dir=str(tmp_path / "whole"))))
+    whole = quietly(lambda: train(tiny_config(**settings, output_dir=str(tmp_path / "whole"))))
     step = Trainer.train_step
 
     def dies_in_the_third(self, t):
@@ -206,10 +200,10 @@ def test_per_example_exposure_gives_each_problem_its_own_alpha_and_resumes(tiny_
 
     monkeypatch.setattr(Trainer, "train_step", dies_in_the_third)
     with pytest.raises(KeyboardInterrupt):
-        without_notice(lambda: train(tiny_config(**settings, output_dir=str(tmp_path / "cut"))))
+        quietly(lambda: train(tiny_config(**settings, output_dir=str(tmp_path / "cut"))))
     monkeypatch.undo()
     resumed = tiny_config(**settings, output_dir=str(tmp_path / "cut"), resume=str(tmp_path / "cut"))
-    cut = without_notice(lambda: train(resumed))
+    cut = quietly(lambda: train(resumed))
     for a, b in zip(rows_of(whole / "metrics.jsonl"), rows_of(cut / "metrics.jsonl"), strict=True):
         assert (a["loss"], a["alpha"], a["student_entropy"]) == (b["loss"], b["alpha"], b["student_entropy"])
 
@@ -272,7 +266,7 @@ def test_repetition_counts_what_was_said_before():
 
 def test_a_run_stops_early_keeps_its_best_adapter_and_says_why(tiny_config):
     config = tiny_config(max_steps=12, early_stopping_patience=2, save_best=True, learning_rate=0.3, max_grad_norm=1e6)
-    run_dir = without_notice(lambda: train(config))
+    run_dir = quietly(lambda: train(config))
     rows, summary = rows_of(run_dir / "metrics.jsonl"), json.loads((run_dir / "summary.json").read_text())
     assert len(rows) == summary["steps"] < 12 and "early_stopping_patience" in summary["stopped"]
     best = min(rows, key=lambda row: row["probe_nll"])
@@ -280,7 +274,7 @@ def test_a_run_stops_early_keeps_its_best_adapter_and_says_why(tiny_config):
     assert json.loads((run_dir / "best" / "best.json").read_text())["step"] == summary["best_step"]
     assert (run_dir / "checkpoints" / f"step-{summary['steps']:06d}").is_dir()
     # the adapter kept is the one that was measured
-    trainer = without_notice(lambda: Trainer(Run.build(tiny_config(output_dir=str(run_dir.parent / "again")))))
+    trainer = quietly(lambda: Trainer(Run.build(tiny_config(output_dir=str(run_dir.parent / "again")))))
     trainer.run.student.model.load_adapter(str(run_dir / "best" / "adapter"), "best", is_trainable=False)
     trainer.run.student.model.set_adapter("best")
     assert trainer.run.exposure.meter.measure(0, [0.5] * 2, trainer.run.data.problems.train)[
@@ -289,18 +283,18 @@ def test_a_run_stops_early_keeps_its_best_adapter_and_says_why(tiny_config):
 
 
 def test_the_best_whole_model_loads_by_itself(tiny_config):
-    run_dir = without_notice(lambda: train(tiny_config(use_peft=False, save_best=True, max_steps=1)))
-    best = without_notice(lambda: Trainer(Run.build(tiny_config(model_name_or_path=str(run_dir / "best" / "model"),
+    run_dir = quietly(lambda: train(tiny_config(use_peft=False, save_best=True, max_steps=1)))
+    best = quietly(lambda: Trainer(Run.build(tiny_config(model_name_or_path=str(run_dir / "best" / "model"),
                                                       output_dir=str(run_dir.parent / "loaded")))))  # fmt: skip
     assert best.run.tokenizer.chat_template
 
 
 def test_the_clip_fraction_is_the_share_of_the_divergence_the_clip_takes(tiny_config, tmp_path):
-    trainer = without_notice(lambda: Trainer(Run.build(tiny_config(entry_clip=1e-5))))
+    trainer = quietly(lambda: Trainer(Run.build(tiny_config(entry_clip=1e-5))))
     metrics, _ = trainer.train_step(0)
     assert metrics["clip_fraction"] == pytest.approx(1 - metrics["loss"] / metrics["mismatch"]) and metrics["loss"] > -1
     assert metrics["clip_fraction"] > 0.01
-    trainer = without_notice(
+    trainer = quietly(
         lambda: Trainer(Run.build(tiny_config(entry_clip=None, token_clip=1e-9, output_dir=str(tmp_path / "b"))))
     )
     assert trainer.train_step(0)[0]["clip_fraction"] == pytest.approx(1.0, abs=0.05)
@@ -311,7 +305,7 @@ def test_the_signals_need_no_forward_beyond_student_teacher_and_a_due_probe(tiny
     """Two micro-batches: two forwards of each model; a due probe adds its own, the grounded score one of the teacher.
     Rows are packed: no forward sees a padding token."""
     config = tiny_config(probe_every=2, grounding=grounding, exposure_policy="full")
-    trainer = without_notice(lambda: Trainer(Run.build(config)))
+    trainer = quietly(lambda: Trainer(Run.build(config)))
     widths = []
     base = unwrap(trainer.run.student.model)
     base.model.register_forward_pre_hook(
@@ -352,7 +346,7 @@ def test_nothing_vocabulary_sized_is_allocated_outside_the_loss_chunk(tiny_confi
     AutoTokenizer.from_pretrained(tiny_model_path).save_pretrained(tmp_path / "wide")
     config = tiny_config(model_name_or_path=str(tmp_path / "wide"), chunk_bytes=chunk, max_completion_length=40,
                          exposure_policy="full", importance_clip=2.0)  # fmt: skip
-    trainer = without_notice(lambda: Trainer(Run.build(config)))
+    trainer = quietly(lambda: Trainer(Run.build(config)))
     problems, rollouts = batch_of(trainer)
     rollouts = [replace(r, logprobs=[-9.0] * len(r.response_ids)) for r in rollouts]  # as from an engine of its own
     assert chunk < 4 * vocab * sum(len(r.response_ids) for r in rollouts[:2]) / 4

@@ -73,6 +73,10 @@ def test_a_file_imports_only_from_rooms_below(module):
     assert not upwards, f"{module} imports {sorted(upwards)}, which lie in rooms beside or above its own"
 
 
+def test_the_trainer_is_read_in_one_go():
+    assert len(modules()["atesd.trainer"].read_text(encoding="utf-8").splitlines()) < 250
+
+
 def test_no_circle_of_files():
 
     arrows = {module: imported(module) for module in modules()}

@@ -69,16 +69,16 @@ def response_answer(text: str, box_only: bool) -> str | None:
     r"""Returns the answer of a response: the parts in its last sentence's boxes, else its last box, or None.
 
     Args:
-        text: a response. Its thinking does not count.
+        text: a response, `without_thinking`.
         box_only: whether a `####` line is no answer.
 
     >>> response_answer(r"\boxed{2} and \boxed{-2}", True), response_answer(r"\boxed{0.5} = \boxed{1/2}", True)
     ('2, -2', '1/2')
     """
-    text = without_thinking(text)
-    if has_box(text):
-        return boxed_parts(text) or boxed_answer(text)
-    return None if box_only else marked_answer(text)
+    if not has_box(text):
+        return None if box_only else marked_answer(text)
+    last = last_boxed(text)
+    return boxed_parts(text) or (last and last[2])
 
 
 def boxed_parts(text: str) -> str | None:

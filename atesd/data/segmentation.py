@@ -18,13 +18,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from atesd.data.answers import boxed_answer, column_answer, final_answer, marker_line
+from atesd.data.answers import column_answer, final_answer, marker_line
 from atesd.data.latex_spans import last_boxed, protected_spans
 from atesd.data.sentences import cut, line_start, sentence_cuts
 from atesd.data.solutions import solution_text
 from atesd.errors import DataError
 
-__all__ = ["Reference", "boxed_answer", "final_answer", "segment", "split_reference"]
+__all__ = ["Reference", "segment", "split_reference"]
 
 # "Step 3:", "**Step 3.**", "### Step 3 - title"
 _STEP = re.compile(r"^[ \t]*(?:#{1,6}[ \t]*)?(?:\*\*|__)?(?:Step|STEP)[ \t]+\d+[ \t]*(?:[:.)\-–—*]|$)", re.MULTILINE)

@@ -6,7 +6,6 @@ This file guarantees that a killed evaluation resumes without repeating samples 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any
 from atesd.errors import AtesdError
 from atesd.files import write_json
 from atesd.reports.metrics import as_line, read_jsonl
+from atesd.storage.folder import FolderInUse, OwnedFolder
 
 SETTINGS, SAMPLES, RESULTS = "eval_config.json", "samples.jsonl", "results.json"
 BLOCK, BLOCKS = 1 << 16, 64
@@ -37,11 +37,9 @@ class SampleFile:
 
     def __init__(self, folder: Path):
         self.path = folder / SAMPLES
-        self.lock = (folder / ".lock").open("w")
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.lock.close()
+            self.folder = OwnedFolder(folder, made=False, take_over=False)
+        except FolderInUse as error:
             raise EvalError(
                 f"{folder} is being written by another evaluation: wait, or choose another output_dir"
             ) from error
@@ -65,7 +63,7 @@ class SampleFile:
 
     def __exit__(self, *error: object) -> None:
         self.file.close()
-        self.lock.close()
+        self.folder.close()
 
 
 def sample_seed(seed: int, problem_id: str, sample: int) -> int:

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from atesd.data.answers import final_answer
 from atesd.data.context import exposed_text, is_full, num_exposed
 from atesd.data.prompts import PromptBuilder, PromptTooLong
-from atesd.data.segmentation import final_answer, segment, split_reference
+from atesd.data.segmentation import segment, split_reference
 from atesd.exposure.outcomes import GROUNDING_PROBLEMS, first_scored
 from atesd.exposure.policies import ExposurePolicy
 from atesd_kernels import exposure_logprobs

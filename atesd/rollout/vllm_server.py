@@ -35,10 +35,8 @@ from atesd_kernels.integrations.head import unwrap
 
 MAX_CONNECTIONS = 256
 START_SECONDS = CLOSE_SECONDS = 30.0  # most seconds for the first request and for the last
-BYTES, BYTES_A_TOKEN = (
-    1 << 20,
-    1 << 10,
-)  # most of an answer, and more for each token: its text, number and log-probability
+# Most bytes of an answer, and more for each token: its text, number and log-probability.
+BYTES, BYTES_A_TOKEN = 1 << 20, 1 << 10
 NOT_FOUND, BUSY = 404, (408, 429, 502, 503, 504)
 FOR_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank {rank}"
 FOR_ALL_WEIGHTS = f"VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls {WORKER_EXTENSION}"

@@ -21,6 +21,7 @@ import torch
 
 from atesd.errors import AtesdError
 from atesd.files import fsync, storage_fault
+from atesd.stopping import go_on_command
 from atesd.storage.manifest import MANIFEST, damage, write_manifest
 
 CHECKPOINTS = "checkpoints"
@@ -82,7 +83,7 @@ def save_checkpoint(
         kept = f"{previous} is complete and valid" if previous else "there is no earlier checkpoint"
         raise CheckpointError(
             f"{fault} at {folder}: the checkpoint of step {step} could not be written. {kept}. "
-            f"Mend that (free some space, or make it writable), then go on with: atesd train --resume {run_dir}"
+            f"Mend that (free some space, or make it writable), then go on with: {go_on_command(run_dir)}"
         ) from error
     remove_old(run_dir, final, keep, proven_step)
     return final

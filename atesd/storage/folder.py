@@ -27,16 +27,18 @@ class OwnedFolder:
     """A folder that this process owns until `close`. A context manager.
 
     Within a process the newest object owns it: a run that failed in a notebook does not keep the next one out.
+    With `take_over=False` it is refused there too.
 
     Attributes:
         path: the folder.
         made: whether this object made it.
     """
 
-    def __init__(self, path: Path, made: bool):
+    def __init__(self, path: Path, made: bool, take_over: bool = True):
         self.path, self.made = path, made
-        for earlier in [folder for folder in _owned if folder.path.resolve() == path.resolve()]:
-            earlier.close()
+        if take_over:
+            for earlier in [folder for folder in _owned if folder.path.resolve() == path.resolve()]:
+                earlier.close()
         self.lock = lock(path)
         _owned.add(self)
 

@@ -53,12 +53,14 @@ def sweep(
     if not alphas or not seeds:
         raise ConfigError("a sweep needs at least an alpha and a seed")
     runs = {(alpha, seed): folder / f"alpha-{alpha:g}-seed-{seed}" for seed in seeds for alpha in alphas}
-    for (alpha, seed), run_dir in runs.items():  # all of them are checked before the folder is made
-        run_config(recipe, flags, run_dir, alpha, seed)
-    with own(folder, "output_dir"):  # no other sweep runs here: what is there now stays as it is
+    with own(folder, "output_dir") as owned:  # no other sweep runs here: what is there now stays as it is
+        try:  # all of them, before the first run starts
+            configs = [run_config(recipe, flags, run_dir, *of_run) for of_run, run_dir in runs.items()]
+        except ConfigError:
+            owned.discard()
+            raise
         rows: list[dict[str, Any]] = []
-        for (alpha, seed), run_dir in runs.items():
-            config = run_config(recipe, flags, run_dir, alpha, seed)
+        for ((alpha, seed), run_dir), config in zip(runs.items(), configs, strict=True):
             if not (run_dir / STUDY).exists():
                 print(f"alpha {alpha:g}, seed {seed}: {run_dir}", flush=True)
                 run_one(config, alpha, seed)

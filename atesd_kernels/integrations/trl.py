@@ -10,7 +10,8 @@ the source of every function that this file replaces or relies on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -194,16 +195,24 @@ def _forward_hidden(
     return Hidden(states[:, -logits_to_keep - 1 : -1], head, aux)
 
 
+@contextmanager
+def _logged(trainer: Any, aux_losses: list[AuxLoss]) -> Iterator[None]:
+    """Logs the auxiliary losses that the forwards within put into `aux_losses`."""
+    aux_losses.clear()
+    yield
+    for aux in aux_losses:
+        _log_aux_loss(trainer, aux)
+    aux_losses.clear()  # it would keep the graph
+
+
 def _loss_with_aux(
     trainer: Any, compute_loss: Callable[..., Tensor], aux_losses: list[AuxLoss], *args: Any, **kwargs: Any
 ) -> Tensor:
     """Adds the student's auxiliary loss to TRL's `compute_loss`, whose forwards put it into `aux_losses`."""
-    aux_losses.clear()
-    loss = compute_loss(*args, **kwargs)
-    for aux in aux_losses:
-        loss = loss + aux.weighted(_share_of_batch(trainer))
-        _log_aux_loss(trainer, aux)
-    aux_losses.clear()  # it would keep the graph
+    with _logged(trainer, aux_losses):
+        loss = compute_loss(*args, **kwargs)
+        for aux in aux_losses:
+            loss = loss + aux.weighted(_share_of_batch(trainer))
     return loss
 
 
@@ -386,12 +395,8 @@ def _last_hidden_state(
 def _loss_with_logged_aux(
     trainer: Any, compute_loss: Callable[..., Any], aux_losses: list[AuxLoss], *args: Any, **kwargs: Any
 ) -> Any:
-    aux_losses.clear()
-    loss = compute_loss(*args, **kwargs)
-    for aux in aux_losses:
-        _log_aux_loss(trainer, aux)
-    aux_losses.clear()  # it would keep the graph
-    return loss
+    with _logged(trainer, aux_losses):
+        return compute_loss(*args, **kwargs)
 
 
 def _full_tensor(tensor: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Olm
 
 from atesd.run import Run
 from atesd.trainer import Trainer, train
+from tests.quiet import quietly
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -24,12 +24,6 @@ EXPERTS = {
 COEFFICIENT = 0.5
 
 
-@pytest.fixture(autouse=True)
-def decoding_with_the_model_itself(monkeypatch):
-    """These tests are about training; tests/rollout is about layers packed for decoding."""
-    monkeypatch.setattr("atesd.rollout.packed.onednn_packs", lambda dtype: False)
-
-
 def saved(config, folder, tokenizer_from, **changes) -> str:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(type(config)(**{**config.to_dict(), **changes}))
@@ -40,12 +34,6 @@ def saved(config, folder, tokenizer_from, **changes) -> str:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(folder)
     return str(folder)
-
-
-def quietly(make):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return make()
 
 
 def lines(run_dir):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 
 import pytest
 import torch
@@ -31,6 +30,7 @@ from atesd.models.packed_attention import check_packing, use_packed_attention
 from atesd.rollout import RolloutError
 from atesd.run import Run
 from atesd.trainer import Trainer
+from tests.quiet import quietly
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -61,12 +61,6 @@ def saved(config, folder, tokenizer_from) -> str:
     random_model(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(folder)
     return str(folder)
-
-
-def quietly(make):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return make()
 
 
 def dense_loss(trainer, problems, rollouts, T=1.1):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from atesd.storage.folder import own
 from atesd.studies import sweep
 from atesd.studies.held_out import measure
 from atesd.trainer import Trainer
+from tests.quiet import quietly
 
 
 @pytest.fixture
@@ -27,12 +27,6 @@ def recipe(tiny_config, tmp_path) -> str:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(settings | {"bf16": None}))
     return str(path)
-
-
-def quietly(make):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return make()
 
 
 def test_a_sweep_goes_on_where_it_was_stopped_and_draws_its_figure(recipe, tmp_path, monkeypatch, capsys):

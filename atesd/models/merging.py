@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from atesd.errors import ModelError
-from atesd.parallel.sharding import full_tensor, gathered_params, is_sharded
+from atesd.parallel.sharding import drop_zero_hooks, full_tensor, gathered_params, is_sharded
 from atesd_kernels.integrations.head import unwrap
 from atesd_kernels.integrations.wrappers import without_wrappers
 
@@ -61,7 +61,9 @@ def own_copy(module: nn.Module) -> nn.Module:
     """Returns a copy of `module` that shares its tensors. Sharded ones are gathered; ZeRO-3's must be already."""
     memo: dict[int, Any] = {id(b): full_tensor(b) for b in module.buffers()}
     memo |= {id(p): nn.Parameter(full_tensor(p).detach(), requires_grad=False) for p in module.parameters()}
-    return copy.deepcopy(module, memo)
+    copied = copy.deepcopy(module, memo)
+    drop_zero_hooks(copied)
+    return copied
 
 
 def merge(module: Any) -> nn.Module:

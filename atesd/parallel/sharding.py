@@ -121,6 +121,18 @@ def gathered_params(parameters: list[Any]) -> Iterator[None]:
                 p.ds_active_sub_modules.discard(IN_USE_MARKER)
 
 
+def drop_zero_hooks(module: nn.Module) -> None:
+    """Removes from a copied `module`, in place, what ZeRO-3 put into the original to gather its parameters.
+
+    The copy's parameters are not ZeRO's, and its hooks would count its forwards as the original's.
+    """
+    for part in module.modules():
+        part._parameters = dict(part._parameters.items())  # ZeRO-3's own dict gathers what is read from it
+        for hooks in (part._forward_pre_hooks, part._forward_hooks):
+            for key in [k for k, hook in hooks.items() if getattr(hook, "__module__", "").startswith("deepspeed.")]:
+                del hooks[key]
+
+
 def reshard(model: nn.Module) -> None:
     """Reshard what a forward without gradient has left gathered. A no-op without FSDP2."""
     for module in sharded_modules(model):

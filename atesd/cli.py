@@ -16,6 +16,7 @@ from signal import Signals
 from atesd import __version__
 from atesd.errors import AtesdError, ConfigError
 from atesd.stopping import Stopped, go_on_command
+from atesd.terminal import plain_messages, show
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,11 +28,12 @@ def main(argv: list[str] | None = None) -> int:
     if rest and arguments.command not in own_flags:
         parser.error(f"unexpected {' '.join(rest)!r}")
     try:
-        if arguments.command in own_flags:
-            return own_flags[arguments.command](argv[argv.index(arguments.command) + 1 :])
-        if arguments.command == "report":
-            return report(Path(arguments.run_dir))
-        return doctor()
+        with plain_messages():
+            if arguments.command in own_flags:
+                return own_flags[arguments.command](argv[argv.index(arguments.command) + 1 :])
+            if arguments.command == "report":
+                return report(Path(arguments.run_dir))
+            return doctor()
     except ConfigError as error:
         return fail(error, 2)
     except KeyboardInterrupt:
@@ -67,14 +69,14 @@ def train(argv: list[str]) -> int:
 
     if not argv or {"-h", "--help"} & set(argv):
         config_parser().print_help()
-        print(f"\nrecipes that ship with atesd: {', '.join(recipes())}")
+        show(f"\nrecipes that ship with atesd: {', '.join(recipes())}")
         return 0 if argv else 2
     recipe, flags = (None, argv) if argv[0].startswith("-") else (argv[0], argv[1:])
     config = load_config(recipe, flags)
     if config.dry_run:
         from atesd.planning.dry_run import dry_run
 
-        print(dry_run(config))
+        show(dry_run(config))
         return 0
 
     try:
@@ -88,7 +90,7 @@ def train(argv: list[str]) -> int:
         go_on = f"; go on with: {go_on_command(config.output_dir)}" if saved else ""
         return fail(f"stopped{go_on}", 130)
     if int(os.environ.get("RANK", 0)) == 0:  # of the processes a launcher has started
-        print(f"report: {Path(run_dir) / 'report.html'}")
+        show(f"report: {Path(run_dir) / 'report.html'}")
     return 0
 
 
@@ -104,10 +106,10 @@ def evaluation(argv: list[str]) -> int:
 
     from atesd.evaluation.command import evaluate
 
-    print(f"evaluation: {config.output_dir}", flush=True)
+    show(f"evaluation: {config.output_dir}")
     folder = evaluate(config)
-    print(summary(folder / "results.md"))
-    print(f"\nreport: {folder / 'results.html'}")
+    show(summary(folder / "results.md"))
+    show(f"\nreport: {folder / 'results.html'}")
     return 0
 
 
@@ -120,8 +122,8 @@ def comparison(argv: list[str]) -> int:
     from atesd.evaluation.compare import compare
 
     folder = compare(arguments.compare, arguments.output_dir)
-    print(summary(folder / "comparison.md"))
-    print(f"\nreport: {folder / 'comparison.html'}")
+    show(summary(folder / "comparison.md"))
+    show(f"\nreport: {folder / 'comparison.html'}")
     return 0
 
 
@@ -153,7 +155,7 @@ def sweep(argv: list[str]) -> int:
     from atesd.studies import sweep as study
 
     folder = own.output_dir or f"runs/sweep-{Path(recipe or 'run').stem}"
-    print(f"figure: {study.sweep(recipe, rest, folder, alphas, seeds) / 'study.png'}")
+    show(f"figure: {study.sweep(recipe, rest, folder, alphas, seeds) / 'study.png'}")
     return 0
 
 
@@ -161,23 +163,23 @@ def scaling(argv: list[str]) -> int:
     from atesd.planning.scaling import main as tables
 
     if {"-h", "--help"} & set(argv):
-        print("atesd scaling [--flag value ...]: the flags of `atesd train`, on top of its recipe")
+        show("atesd scaling [--flag value ...]: the flags of `atesd train`, on top of its recipe")
         return 0
-    print(tables(argv))
+    show(tables(argv))
     return 0
 
 
 def report(run_dir: Path) -> int:
     from atesd.reports.report import write_report
 
-    print(write_report(run_dir))
+    show(write_report(run_dir))
     return 0
 
 
 def doctor() -> int:
     from atesd.planning.doctor import describe
 
-    print(describe())
+    show(describe())
     return 0
 
 
@@ -194,5 +196,5 @@ def needs_no_traceback(error: BaseException) -> bool:
 
 
 def fail(message: object, code: int) -> int:
-    print(f"atesd: {message}", file=sys.stderr)
+    show(f"atesd: {message}", sys.stderr)
     return code

@@ -13,11 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from atesd.config import ATESDConfig
 from atesd.exposure.signals import finite
 from atesd.step_metrics import NGRAM
+from atesd.terminal import show
 
 START_STEPS = 5  # the mean over this many first steps is a metric's start
 IN_A_ROW = 3  # a sign must last this many steps
@@ -76,7 +75,7 @@ class Guards:
             self.signs_in_a_row[sign] = self.signs_in_a_row.get(sign, 0) + 1
             if self.signs_in_a_row[sign] != IN_A_ROW:
                 continue
-            tqdm.write(f"step {step}: the student may be collapsing: {sign}, {IN_A_ROW} steps in a row")
+            show(f"step {step}: the student may be collapsing: {sign}, {IN_A_ROW} steps in a row")
             if self.config.stop_on_collapse:
                 self.stop_reason = f"collapse: {sign} (stop_on_collapse)"
         present = set(self.signs(metrics))

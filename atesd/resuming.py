@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import yaml
-from tqdm.auto import tqdm
 
 from atesd.config import CONFIG_FILE, ATESDConfig
 from atesd.config.checks import check_same_settings
@@ -26,6 +25,7 @@ from atesd.storage.checkpoint import (
     newest_whole_checkpoint,
     set_aside,
 )
+from atesd.terminal import show
 
 SUMMARY, NONFINITE = "summary.json", "nonfinite"
 PROBLEMS_PER_STEP = "problems_per_step"  # in a checkpoint's settings, beside those of the run
@@ -63,7 +63,7 @@ def checkpoint_to_resume(run_dir: Path, allow_older: bool) -> Path | None:
         raise CheckpointError(f"damaged checkpoints: {found}. Restore the files from a copy; {older}")
     for path, fault in damaged.items():
         aside = set_aside(path, "damaged")
-        tqdm.write(f"{path} is damaged: {fault}. It is now {aside.name}, and the run goes on from {whole}")
+        show(f"{path} is damaged: {fault}. It is now {aside.name}, and the run goes on from {whole}")
     if whole is None and (gone := checkpoints_are_gone(run_dir)):
         raise CheckpointError(
             f"{run_dir} has no checkpoint to go on from, but {gone}: going on would start at step 1 and empty the "

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from tqdm.auto import tqdm
 
 from atesd.config import CONFIG_FILE, ATESDConfig
 from atesd.config.doors import POLICY_FIELDS
@@ -63,6 +62,7 @@ from atesd.step_metrics import clip_fraction, outcome_metrics, response_metrics
 from atesd.stopping import go_on_command
 from atesd.storage.checkpoint import CHECKPOINTS, CheckpointError, load_checkpoint, save_checkpoint
 from atesd.storage.folder import OwnedFolder, own, own_new
+from atesd.terminal import name_phase, show
 
 ADAPTER, MODEL = "adapter", "model"
 # What a run writes into its folder, and must not find there when it starts.
@@ -134,11 +134,13 @@ class Run:
         checkpoint = self.processes.broadcast_from_main(self.checkpoint_to_resume)
         if self.processes.is_main:  # before anything long: however the run ends, it can be resumed
             config.save(self.run_dir)
-            print(f"run directory: {self.run_dir}", flush=True)
+            show(f"run directory: {self.run_dir}")
         check_processes(config, self.processes)
         check_kernels(config)
         with ExitStack() as opened:  # if a later part fails, stops the subprocesses of the earlier ones
             self.build_data()
+            if self.processes.is_main:
+                config.save(self.run_dir)  # again: with the counts of problems that were found
             digests = input_digests(config, self.data, self.tokenizer)
             self.changed_inputs = self.processes.broadcast_from_main(
                 keep_inputs, self.run_dir, digests, config.allow_changed_inputs
@@ -267,6 +269,7 @@ class Run:
         """Times a named part of a step, and gives freed memory back around the parts that allocate most."""
         if name == "optimizer":  # its state comes on top of what the activations have left
             self.freed_memory.release()
+        name_phase(name)
         with self.timer.phase(name):
             yield
         if name in ("rollout", "loss_backward", "optimizer"):
@@ -371,9 +374,7 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         batch = {"problem_ids": [p.id for p in problems], "rollouts": [asdict(r) for r in rollouts]}
         torch.save({"step": step, **numbers, **batch}, path)
-        tqdm.write(
-            f"step {step} skipped: its rollouts, loss or gradient are not finite ({numbers}); the batch is in {path}"
-        )
+        show(f"step {step} skipped: its rollouts, loss or gradient are not finite ({numbers}); the batch is in {path}")
 
     def write_best(self) -> None:
         """Keep these weights as the best so far. Every process calls it."""

@@ -29,6 +29,7 @@ from atesd.rollout import Rollout, RolloutError
 from atesd.run import Run
 from atesd.step_metrics import policy_signals, sample_line
 from atesd.stopping import Stopped, StopSignals
+from atesd.terminal import show
 from atesd_kernels.integrations.backbone import AuxLoss
 
 
@@ -65,7 +66,7 @@ class Trainer:
         """All steps from where the run stands, then the adapter, a summary and the report. Returns the run's folder."""
         run, config = self.run, self.run.config
         if run.is_finished():
-            print(f"the run is finished after step {run.step}; --max_steps {run.step + 100} would go on", flush=True)
+            show(f"the run is finished after step {run.step}; --max_steps {run.step + 100} would go on")
             return run.run_dir
         log = StepLog(run.run_dir, run.accelerator, asdict(config), run.step, config.logging_steps)
         if run.step == 0 and (measured := run.evaluation.measure(0)):

@@ -30,7 +30,7 @@ ROOMS = (
     ("config",),
     ("parallel", "storage"),
     ("files",),
-    ("errors", "stopping", "__init__"),
+    ("errors", "stopping", "terminal", "__init__"),
 )
 HEIGHT = {room: -level for level, rooms in enumerate(ROOMS) for room in rooms}
 FEW_ENOUGH = 16  # a room with more files answers more than one question

@@ -26,6 +26,7 @@ from atesd.errors import ConfigError, suggest
 from atesd.files import write_atomically
 
 CONFIG_FILE = "config.yaml"
+COUNTS = ("num_train_problems", "num_probe_problems", "num_eval_problems")
 
 
 @dataclass
@@ -40,6 +41,8 @@ class ATESDConfig(groups.Settings):
 
     # Whether output_dir is the default, which contains the time: a run then takes the next free name.
     named_by_time: ClassVar[bool] = False
+    # Counts of problems that were chosen for other data: as many are taken as there are.
+    up_to: ClassVar[frozenset[str]] = frozenset()
 
     def validate(self) -> None:
         """Raises ConfigError (a ValueError) naming the first field that cannot be used, before anything loads."""
@@ -77,8 +80,20 @@ def load_config(recipe_or_yaml: str | None, flags: list[str]) -> ATESDConfig:
     elif config.output_dir is None:
         config.output_dir = f"runs/{file.stem if file else 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
         config.named_by_time = True  # type: ignore[misc]
+    config.up_to = counts_up_to(file, recipe_or_yaml, flags)  # type: ignore[misc]
     config.validate()
     return config
+
+
+def counts_up_to(file: Path | None, recipe_or_yaml: str | None, flags: list[str]) -> frozenset[str]:
+    """Returns the counts of problems that nobody chose for this data set: defaults, and those of a recipe.
+
+    A count in the user's own file or in a flag is meant. So is a recipe's where the data set is the recipe's own.
+    """
+    spelled = [flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags]
+    of_recipe = recipe_or_yaml in recipes()
+    own = read_own(file) if file and not (of_recipe and "dataset_name" in spelled) else {}
+    return frozenset(COUNTS) - {*spelled, *own}
 
 
 def settings_file(recipe_or_yaml: str | None, resume: str | None) -> Path | None:
@@ -115,7 +130,8 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_own(path: Path) -> dict[str, Any]:
+    """The lines of a file, without those of the one that it extends."""
     try:
         with path.open(encoding="utf-8") as file:
             settings = yaml.load(file, Loader=UniqueKeys) or {}
@@ -125,7 +141,11 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{path} holds {type(settings).__name__}; it must hold lines of `field: value`")
-    settings = dict(settings)
+    return dict(settings)
+
+
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    settings = read_own(path)
     # `extends: NAME` (a recipe that ships, or a file beside this one) gives the settings this file does not name
     inherited = {}
     if parent := settings.pop("extends", None):

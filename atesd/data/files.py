@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,8 @@ def _load(path: Path, name: str, split: str) -> Any:
     except ImportError as error:
         raise MissingPackageError("reading a dataset needs the datasets library: pip install datasets") from error
     if path.is_file():
-        return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
+        with _no_bars(datasets):  # "Generating train split": for a local file it is over at once
+            return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         loaded = datasets.load_from_disk(str(path))
         saved = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
@@ -65,6 +68,17 @@ def _load(path: Path, name: str, split: str) -> Any:
         return datasets.load_dataset(str(path), split=split)
     hub_name, _, config = name.partition(":")
     return datasets.load_dataset(hub_name, config or None, split=split)
+
+
+@contextmanager
+def _no_bars(datasets: Any) -> Iterator[None]:
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _read_csv(path: Path) -> Rows:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ def load_problems(
     solution_column: str = "solution",
     answer_column: str | None = "answer",
     require_solution: bool = True,
+    up_to: Collection[str] = (),
 ) -> ProblemSplits:
     r"""Loads problems into splits that are disjoint by problem text (ignoring white space and case).
 
@@ -76,6 +77,8 @@ def load_problems(
             name is also looked for under the names that known data sets use, see ``layouts.py``. The answer is
             extracted from the solution (``\boxed{}``, else ``####``) if ``answer_column`` is ``None`` or the solution
             column (GSM8K), or if there is none.
+        up_to: which of ``num_train``, ``num_probe`` and ``num_eval`` are upper bounds. Where the data set is too small,
+            each held-out one of these takes a quarter of the problems at most, and training the rest (our choice).
         require_solution: ``False`` if nothing reads worked solutions: in evaluations, and for some runs.
 
     Raises DataError for a missing file or column, an empty problem or solution (naming the row), or too few problems.
@@ -119,15 +122,36 @@ def load_problems(
             "no answer column, no \\boxed{}, no '####' line, or an answer that says there is none",
             stacklevel=2,
         )
-    least = num_probe + num_eval + (1 if num_train is None else num_train)
+    asked = num_train, num_probe, num_eval
+    if wanted is None or len(problems) < wanted:  # the data set has been read to its end
+        num_train, num_probe, num_eval = _counts_of(len(problems), asked, up_to)
+    held_out = num_probe + num_eval
+    least = held_out + (1 if num_train is None else num_train)
     if len(problems) < least:
         raise DataError(
             f"{name_or_path} has {len(problems)} different problems with an answer ({len(skipped)} had none); "
             f"num_train_problems={num_train}, num_probe_problems={num_probe}, num_eval_problems={num_eval} need {least}"
         )
-    held_out = num_probe + num_eval
-    train, probe, evaluated = problems[held_out:], problems[:num_probe], problems[num_probe:held_out]
+    probe, evaluated = problems[:num_probe], problems[num_probe:held_out]
+    train = problems[held_out : None if num_train is None else least]
+    if asked != (num_train, num_probe, num_eval):
+        warnings.warn(
+            f"{name_or_path} has {len(problems)} problems with an answer, fewer than the defaults or the recipe ask "
+            f"for: num_train_problems is {len(train)}, num_probe_problems {num_probe}, num_eval_problems {num_eval}",
+            stacklevel=2,
+        )
     return ProblemSplits(train, probe, evaluated, len(skipped), repeated)
+
+
+def _counts_of(found: int, asked: tuple[int | None, int, int], up_to: Collection[str]) -> tuple[int | None, int, int]:
+    """Returns the counts for training, probe and evaluation that fit `found` problems, where `up_to` allows it."""
+    train, *held_out = asked
+    for index, name in enumerate(("num_probe", "num_eval")):
+        if name in up_to and held_out[index]:
+            held_out[index] = min(held_out[index], max(1, found // 4))
+    if train is not None and "num_train" in up_to:
+        train = min(train, max(1, found - sum(held_out)))
+    return train, *held_out
 
 
 def _gsm_symbolic(seed: int, wanted: int) -> Iterator[Problem]:

@@ -64,6 +64,7 @@ def load_splits(config: ATESDConfig) -> ProblemSplits:
         solution_column=config.solution_column,
         answer_column=config.answer_column,
         require_solution=reads_solutions(config),
+        up_to=[name.removesuffix("_problems") for name in config.up_to],
     )
 
 
@@ -71,6 +72,14 @@ def reads_solutions(config: ATESDConfig) -> bool:
     """Whether anything in the run reads worked solutions: a teacher that is shown some, SFT, the probe or the score."""
     shown = config.objective != "grpo" and not (config.exposure_policy == "fixed" and config.fixed_alpha == 0)
     return shown or config.num_probe_problems > 0 or config.objective == "sft"
+
+
+def settle_counts(config: ATESDConfig, problems: ProblemSplits) -> None:
+    """Replaces counts that were upper bounds by what was found, so that a resumed run splits alike."""
+    for name in config.up_to:
+        if getattr(config, name) is not None:
+            split = name.removeprefix("num_").removesuffix("_problems")
+            setattr(config, name, len(getattr(problems, split)))
 
 
 def load_run_data(config: ATESDConfig, tokenizer: Any, context_length: int) -> RunData:
@@ -81,6 +90,7 @@ def load_run_data(config: ATESDConfig, tokenizer: Any, context_length: int) -> R
         PromptTooLong: a problem does not fit and `overlong_problems` is `refuse`, or no problem of a split fits.
     """
     problems = load_splits(config)
+    settle_counts(config, problems)
     prompts = PromptBuilder(
         tokenizer,
         PromptTemplates.from_file(config.prompt_templates) if config.prompt_templates else None,

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from atesd import __version__
 from atesd.config import ATESDConfig
@@ -33,6 +32,7 @@ from atesd.files import write_json
 from atesd.models.loading import context_length, load_model_config, load_tokenizer, model_path
 from atesd.planning.versions import installed_version
 from atesd.rollout import RolloutEngine, make_engine
+from atesd.terminal import progress, show
 
 # The exact prompt of OPSD's evaluation.
 PROMPT = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -92,7 +92,7 @@ def evaluate(config: EvalConfig) -> Path:
     seen = seen_in_training(problems, run) if run else None
     nonfinite = sum(row["finish_reason"] == "nonfinite" for row in rows)
     if nonfinite:
-        tqdm.write(f"{nonfinite} samples ended at non-finite logits: the model's weights have diverged")
+        show(f"{nonfinite} samples ended at non-finite logits: the model's weights have diverged")
     write_json(folder / RESULTS, {**results, **statistics, "nonfinite": nonfinite, "seen_in_training": seen})
     return write_reports(folder)
 
@@ -113,13 +113,13 @@ def generate_samples(
         config.seed, config.batch_size,
     )  # fmt: skip
     total, started, tokens = len(problems) * protocol.k, time.perf_counter(), 0
-    with tqdm(total=total, initial=len(done), desc="samples") as bar:
+    with progress("samples", total, done=len(done), in_logs=True) as bar:
         for batch in answers(problems, prompts, engine, tokenizer, grader, protocol, done):
             file.append(batch)
             tokens += sum(row["num_tokens"] for row in batch)
             right = sum(row["correct"] for row in file.rows) / len(file.rows)
+            bar.n = len(file.rows)
             bar.set_postfix({"right": f"{right:.1%}", "tok/s": f"{tokens / (time.perf_counter() - started):.0f}"})
-            bar.update(len(batch))
 
 
 def engine_settings(config: EvalConfig, prompts: list[list[int]], device: torch.device) -> ATESDConfig:

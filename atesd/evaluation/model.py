@@ -17,8 +17,9 @@ from torch import nn
 from atesd.config import CONFIG_FILE
 from atesd.config.eval_config import EvalConfig
 from atesd.evaluation.files import EvalError
-from atesd.models.loading import ModelLoadError, first_line, load_base
+from atesd.models.loading import ModelLoadError, first_line, load_base, old_name_of_checkpointing
 from atesd.storage.checkpoint import latest_checkpoint
+from atesd.storage.manifest import MANIFEST, damage
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -29,10 +30,17 @@ def find_adapter(path: str) -> Path:
     newest = latest_checkpoint(given)
     for folder in (given, given / "adapter", *([newest / "adapter"] if newest else [])):
         if (folder / ADAPTER_FILE).is_file():
+            check_checkpoint(folder.parent)
             return folder
     if (given / "model" / "config.json").is_file():
         raise EvalError(f"adapter is {path!r}, a run without LoRA: give --model {given / 'model'} instead")
     raise EvalError(f"adapter is {path!r}, which holds no {ADAPTER_FILE}: give a run directory or an adapter folder")
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raises EvalError if `folder` is a checkpoint that has changed since it was written."""
+    if (folder / MANIFEST).is_file() and (fault := damage(folder)):
+        raise EvalError(f"the checkpoint {folder} is damaged: {fault}. Give another checkpoint or adapter")
 
 
 def find_run(folder: Path) -> Path | None:
@@ -67,8 +75,9 @@ def load_student(config: EvalConfig, adapter: Path | None, device: torch.device)
         from peft import PeftModel
 
         try:
-            model = PeftModel.from_pretrained(model, str(adapter))
-        except (RuntimeError, ValueError, KeyError) as error:
+            with old_name_of_checkpointing():
+                model = PeftModel.from_pretrained(model, str(adapter))
+        except Exception as error:  # its files may be damaged in any way
             raise ModelLoadError(
                 f"the adapter in {adapter} does not fit the model {config.model_name_or_path!r}: {first_line(error)}"
             ) from error

@@ -19,6 +19,7 @@ from atesd.evaluation.grading.grader import Grader
 from atesd.models.memory import FreedMemory
 from atesd.parallel.processes import Processes
 from atesd.rollout import RolloutEngine, RolloutError
+from atesd.terminal import progress
 
 CONFIDENCE, NUM_BOOTSTRAP = 0.95, 2_000
 ANSWERS_AT_ONCE = 16
@@ -75,8 +76,12 @@ class TrainingEvaluation:
         mine: list[Sample] = []
         try:
             self.engine.sync()
-            for batch in answers(self.problems, self.prompts, self.engine, self.tokenizer, self.grader, self.protocol):
-                mine += batch
+            number, hidden = len(self.problems) * self.protocol.k, not self.processes.is_main
+            with progress("evaluation", number, hidden=hidden):
+                for batch in answers(
+                    self.problems, self.prompts, self.engine, self.tokenizer, self.grader, self.protocol
+                ):
+                    mine += batch
         except RolloutError as error:
             self.failure = str(error)
         if self.processes.any(self.failure is not None):

@@ -5,6 +5,8 @@ The trainer, evaluation, benches and tests all load their model here, so all get
 
 from __future__ import annotations
 
+import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
     from atesd.config import ATESDConfig
     from atesd.config.eval_config import EvalConfig
+
+BAR_DELAY = 5.0  # seconds after which loading shows a bar
 
 
 class ModelLoadError(AtesdError, RuntimeError):
@@ -102,7 +106,7 @@ def load_base(config: ATESDConfig | EvalConfig, attn_implementation: str | None 
 
     path = model_path(config.model_name_or_path)
     attn_implementation = attn_implementation or default_attention(load_model_config(config))
-    with reraise_as_model_load_error(config):
+    with reraise_as_model_load_error(config), bars_of_long_loads():
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, config.torch_dtype), attn_implementation=attn_implementation
         )
@@ -168,10 +172,39 @@ def use_liger_kernels(model: Any) -> None:
 
 
 @contextmanager
-def reraise_as_model_load_error(config: ATESDConfig | EvalConfig) -> Iterator[None]:
+def old_name_of_checkpointing() -> Iterator[None]:
+    """Context of peft's calls: peft 0.21 asks transformers 5.24 for a property by its old name, which warns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
+@contextmanager
+def bars_of_long_loads() -> Iterator[None]:
+    """Context in which transformers shows its bars only for work of more than `BAR_DELAY` seconds."""
+    from transformers.utils import logging
+
+    before = logging.set_tqdm_hook(lambda make, args, kwargs: make(*args, **{"delay": BAR_DELAY, **kwargs}))
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    finally:
+        logging.set_tqdm_hook(before)
+
+
+@contextmanager
+def reraise_as_model_load_error(config: ATESDConfig | EvalConfig) -> Iterator[None]:
+    """Context of a call to transformers: whatever it raises is about the files, and comes in a dozen types."""
+    try:
+        yield
+    except (AtesdError, MemoryError):
+        raise
+    except pickle.UnpicklingError as error:  # its own message advises to run what the pickle says
+        raise ModelLoadError(
+            f"model_name_or_path is {config.model_name_or_path!r}, whose weights are in a pickle (a .bin file) that is "
+            "damaged or holds more than tensors, such as code to run. Nothing of it was run. Use weights in "
+            "safetensors, or convert the file where you trust it"
+        ) from error
+    except Exception as error:
         raise ModelLoadError(
             f"model_name_or_path is {config.model_name_or_path!r}, which does not load: {first_line(error)}\n"
             f"Use a folder with a model and tokenizer, a reachable Hub id, or {SPECIAL_MODEL!r}."
@@ -225,7 +258,8 @@ def add_lora(model: Any, config: ATESDConfig) -> Any:
     )
     try:
         # The adapter is float32 even on a bfloat16 base: bfloat16 would round AdamW's small updates away.
-        return get_peft_model(model, settings, autocast_adapter_dtype=True)
+        with old_name_of_checkpointing():
+            return get_peft_model(model, settings, autocast_adapter_dtype=True)
     except ValueError as error:
         raise ModelLoadError(f"lora_target_modules is {targets!r}: {first_line(error)}") from error
 

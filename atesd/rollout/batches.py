@@ -11,6 +11,7 @@ from atesd.models.batching import ProblemSampler
 from atesd.parallel.processes import Processes
 from atesd.rollout.ahead import AheadEngine
 from atesd.rollout.engine import Rollout, RolloutEngine, RolloutError
+from atesd.terminal import progress
 
 
 class RolloutBatches:
@@ -86,7 +87,7 @@ class RolloutBatches:
             return [Rollout(prompt, reply, truncated=False) for prompt, reply in zip(prompts, replies, strict=True)]
         with self.phase("weight_sync"):
             self.engine.sync()
-        with self.phase("rollout"):
+        with self.phase("rollout"), progress("rollouts", len(prompts), hidden=not self.processes.is_main):
             rollouts = self.engine.generate(prompts)
             self.engine.release()
         return rollouts

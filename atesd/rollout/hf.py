@@ -29,6 +29,7 @@ from atesd.parallel.sharding import is_sharded, unsharded
 from atesd.rollout.engine import Rollout, Sampling
 from atesd.rollout.packed import decoding_model, packable_layers
 from atesd.rollout.seeds import ResponseSeeds
+from atesd.terminal import advance
 from atesd_kernels.integrations.backbone import wants_aux_loss
 from atesd_kernels.integrations.head import unwrap
 
@@ -158,7 +159,7 @@ class HFEngine:
         ended = torch.zeros_like(running, dtype=torch.bool)
         responses = input_ids.new_full((len(input_ids), limit), self.pad_id)
         lengths = torch.full_like(running, limit)
-        finite = torch.ones_like(ended)
+        finite, counted = torch.ones_like(ended), len(input_ids)
         for step in range(limit):
             out = model(
                 input_ids=tokens,
@@ -180,6 +181,8 @@ class HFEngine:
             ended |= ending
             if (step + 1) % check_interval == 0:
                 left = [row for row, done in enumerate(ended.tolist()) if not done]
+                advance(counted - len(left), f"token {step + 1} of {limit}")
+                counted = len(left)
                 if not left:
                     break
                 if 2 * len(left) <= len(running):
@@ -189,6 +192,7 @@ class HFEngine:
                     mask, position, padding = mask[keep], position[keep], [padding[row] for row in left]
             tokens, position = sampled[:, None], position[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        advance(counted)
         rows = zip(responses.tolist(), lengths.tolist(), finite.tolist(), strict=True)
         return [(row[:n], drawn) for row, n, drawn in rows]
 

@@ -11,11 +11,10 @@ import threading
 from abc import ABC, abstractmethod
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from atesd.rollout.answer_rules import COMPLETION_RULES, Asked, Completion, broken_rule
 from atesd.rollout.engine import Rollout, RolloutError, Sampling
 from atesd.rollout.seeds import ResponseSeeds
+from atesd.terminal import show
 
 STOPPED = "the engine was stopped while it was generating."
 
@@ -86,7 +85,7 @@ class RequestEngine(ABC):
         for attempt in range(1 + self.retries):
             left = [i for i in range(len(prompts)) if i not in done]
             if attempt:
-                tqdm.write(f"{len(left)} of {len(prompts)} rollouts failed and are asked for again: {problem}")
+                show(f"{len(left)} of {len(prompts)} rollouts failed and are asked for again: {problem}")
             if self.stopped.wait(self.pause * attempt):
                 raise RolloutError(STOPPED)
             answers = self.complete([prompts[i] for i in left], [parameters[i] for i in left])

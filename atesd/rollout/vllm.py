@@ -27,6 +27,7 @@ from atesd.rollout.requests import RequestEngine
 from atesd.rollout.seeds import ResponseSeeds
 from atesd.rollout.vllm_worker import WORKER_EXTENSION
 from atesd.rollout.weights import check_merged, merged_weights
+from atesd.terminal import advance
 from atesd_kernels.integrations.head import unwrap
 
 BLOCK = 128  # tokens in a block of the cache on a CPU; on a GPU they are smaller
@@ -137,6 +138,7 @@ class VLLMEngine(RequestEngine):
                     for output in engine.step():
                         if output.finished:
                             answers[indices.pop(output.request_id)] = completion(output.outputs[0])
+                            advance(1)
         except Exception as error:
             for index in indices.values():
                 answers[index] = error

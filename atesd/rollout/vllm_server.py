@@ -31,6 +31,7 @@ from atesd.rollout.seeds import ResponseSeeds
 from atesd.rollout.vllm import request_settings
 from atesd.rollout.vllm_worker import WORKER_EXTENSION
 from atesd.rollout.weights import check_merged, check_plain_lora, merged_weights
+from atesd.terminal import advance
 from atesd_kernels.integrations.head import unwrap
 
 MAX_CONNECTIONS = 256
@@ -212,7 +213,7 @@ class VLLMServerEngine(RequestEngine):
             self.lost = False
         with ThreadPoolExecutor(min(len(prompts), MAX_CONNECTIONS)) as pool:
             try:
-                return list(pool.map(self.complete_one, prompts, parameters))
+                return [counted(answer) for answer in pool.map(self.complete_one, prompts, parameters)]
             except KeyboardInterrupt:  # leaving the pool would wait for every answer
                 self.stop()
                 raise
@@ -274,6 +275,11 @@ class refused_as:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Refused) and error.status not in BUSY:
             raise RolloutError(f"the vLLM server does not {self.what}\nIts answer: {reason(error)}") from error
+
+
+def counted(answer: Completion | Exception) -> Completion | Exception:
+    advance(int(isinstance(answer, Completion)))
+    return answer
 
 
 def reason(error: Exception) -> str:

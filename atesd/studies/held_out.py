@@ -19,6 +19,7 @@ from atesd.models.batching import chunks, hidden_rows, pack
 from atesd.objectives import Distillation, ResponseTokens, percentile
 from atesd.rollout import Sampling
 from atesd.run import Run
+from atesd.terminal import progress
 from atesd_kernels.integrations.wrappers import eval_mode
 
 
@@ -58,7 +59,7 @@ def measure(run: Run, problems: Sequence[Problem], alpha: float) -> list[Measure
     distillation = Distillation(scoring_temperature=config.scoring_temperature, chunk_bytes=config.chunk_bytes)
     kl, agree, responses = [], [], []
     run.rollout.engine.sync()
-    with eval_mode(run.student.model), run.student.autocast():
+    with eval_mode(run.student.model), run.student.autocast(), progress("held-out problems", len(problems)):
         # decode as many at once as a training step, and score as many as a micro-batch
         for part in chunks(len(problems), config.per_device_train_batch_size * config.gradient_accumulation_steps):
             seeds = tuple(range(part.start, part.stop))

@@ -24,6 +24,7 @@ from atesd.run import Run
 from atesd.storage.folder import LOCK, own
 from atesd.studies.held_out import measure
 from atesd.studies.sweep_plot import study_figure
+from atesd.terminal import show
 from atesd.trainer import Trainer
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # [paper]
@@ -62,7 +63,7 @@ def sweep(
         rows: list[dict[str, Any]] = []
         for ((alpha, seed), run_dir), config in zip(runs.items(), configs, strict=True):
             if not (run_dir / STUDY).exists():
-                print(f"alpha {alpha:g}, seed {seed}: {run_dir}", flush=True)
+                show(f"alpha {alpha:g}, seed {seed}: {run_dir}")
                 run_one(config, alpha, seed)
             rows += json.loads((run_dir / STUDY).read_text(encoding="utf-8"))
         write_json(folder / STUDY, {"rows": rows, "summary": summarise(rows)})

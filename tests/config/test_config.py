@@ -320,3 +320,18 @@ def test_a_file_may_extend_a_recipe_or_a_file_beside_it(tmp_path):
         load_config(str(tmp_path / "mine.yaml"), [])
     with pytest.raises(ConfigError, match="there is no recipe 'quikstart'"):
         load_config(write_yaml(tmp_path / "lost.yaml", extends="quikstart"), [])
+
+
+def test_a_count_of_problems_is_meant_where_it_was_chosen_for_the_data_set(tmp_path):
+    every = {"num_train_problems", "num_probe_problems", "num_eval_problems"}
+    six = tmp_path / "six.jsonl"
+    six.touch()
+    mine = write_yaml(tmp_path / "mine.yaml", extends="quickstart", dataset_name=str(six), num_eval_problems=2)
+    assert load_config(mine, []).up_to == every - {"num_eval_problems"}
+    assert load_config(mine, ["--num-probe-problems=3"]).up_to == {"num_train_problems"}
+    assert load_config("quickstart", ["--dataset_name", str(six)]).up_to == every
+    assert load_config("quickstart", []).up_to == {"num_eval_problems"}
+    run = load_config(mine, ["--output_dir", str(tmp_path / "run")])
+    (tmp_path / "run").mkdir()
+    run.save(tmp_path / "run")
+    assert load_config(None, ["--resume", str(tmp_path / "run")]).up_to == frozenset()

@@ -204,3 +204,45 @@ def test_every_reference_solution_is_graded_as_right():
     with Grader() as grader:
         verdicts = grader.grade_many([p.solution for p in problems], [p.answer for p in problems])
     assert all(verdict.correct for verdict in verdicts)
+
+
+COUNTS = ("num_train", "num_probe", "num_eval")
+
+
+@pytest.mark.parametrize(
+    ("asked", "up_to", "got"),
+    [
+        ((400, 8, 64), COUNTS, (6, 3, 3)),  # a recipe made for other data
+        ((None, 16, 0), COUNTS, (9, 3, 0)),  # the defaults
+        ((None, 2, 3), COUNTS, (7, 2, 3)),  # enough for all: nothing changes
+        ((4, 2, 3), COUNTS, (4, 2, 3)),
+        ((5, 8, 0), ("num_probe",), (5, 3, 0)),  # what the user chose stays
+        ((400, 2, 5), ("num_train", "num_probe"), (5, 2, 5)),
+    ],
+)
+def test_counts_chosen_for_other_data_are_upper_bounds(tmp_path, asked, up_to, got):
+    path = write_jsonl(tmp_path / "twelve.jsonl", ROWS)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        splits = load(path, *asked, up_to=up_to)
+    assert (len(splits.train), len(splits.probe), len(splits.eval)) == got
+    assert len(set(texts(splits.train + splits.probe + splits.eval))) == sum(got)
+    changed = asked[0] not in (None, got[0]) or asked[1:] != got[1:]
+    assert bool(told) == changed
+    if changed:
+        assert f"num_train_problems is {got[0]}, num_probe_problems {got[1]}, num_eval_problems {got[2]}" in str(
+            told[0].message
+        )
+
+
+@pytest.mark.parametrize("asked", [(1, 12, 0), (13, 0, 0), (None, 6, 6)])
+def test_counts_that_the_user_chose_are_not_lowered(tmp_path, asked):
+    path = write_jsonl(tmp_path / "twelve.jsonl", ROWS)
+    with pytest.raises(ValueError, match="12 different problems"):
+        load(path, *asked, up_to=())
+
+
+def test_a_file_too_small_to_hold_anything_out_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "two.jsonl", ROWS[:2])
+    with pytest.raises(ValueError, match="2 different problems"):
+        load(path, 400, 8, 8, up_to=COUNTS)

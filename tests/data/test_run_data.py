@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from atesd.config import load_config
 from atesd.errors import DataError
 from atesd.trainer import train
 
@@ -34,3 +35,13 @@ def test_a_run_that_reads_no_solution_needs_none(tiny_config, without_solutions,
 def test_a_run_that_reads_solutions_is_refused_without_them(tiny_config, without_solutions, settings):
     with pytest.raises(DataError, match="solution_column"):
         train(tiny_config(dataset_name=without_solutions, max_steps=1, **settings))
+
+
+def test_a_recipe_takes_a_small_file_and_the_run_keeps_the_counts_it_found(tiny_config, without_solutions):
+    config = tiny_config(dataset_name=without_solutions, max_steps=1, num_train_problems=400, num_eval_problems=8,
+                         **{**NO_TEACHER, "num_probe_problems": 0})  # fmt: skip
+    config.up_to = frozenset({"num_train_problems", "num_eval_problems"})
+    with pytest.warns(UserWarning, match="num_train_problems is 6"):
+        run_dir = train(config)
+    saved = load_config(None, ["--resume", str(run_dir)])
+    assert (saved.num_train_problems, saved.num_eval_problems, saved.up_to) == (6, 2, frozenset())

@@ -311,6 +311,12 @@ def test_a_run_s_adapter_is_found_and_changes_the_samples(make, tiny_config, tmp
     assert "were trained on" in (tmp_path / "by-run/results.html").read_text()
     with pytest.raises(EvalError, match=r"holds no adapter_config.json"):
         evaluate(make(adapter=str(tmp_path), output_dir=str(tmp_path / "none")))
+    weights = run / "checkpoints/step-000002/adapter/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    for damaged in (run / "checkpoints/step-000002", run / "checkpoints/step-000002/adapter"):
+        with pytest.raises(EvalError, match=r"step-000002 is damaged: adapter/adapter_model.safetensors has changed"):
+            evaluate(make(model_name_or_path=None, adapter=str(damaged), output_dir=str(tmp_path / "damaged")))
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_a_run_without_lora_is_evaluated_from_its_model_folder(make, tiny_config, tmp_path):

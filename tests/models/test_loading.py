@@ -1,11 +1,14 @@
 """The model a run trains: LoRA in float32, errors for people, and SmolLM2 from its wheel."""
 
 import json
+import os
+import pickle
 import shutil
 import zipfile
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig, Gemma3Config
 
@@ -17,6 +20,48 @@ from atesd.models.recompute import is_kept
 
 def load(path, **settings):
     return load_model_and_tokenizer(ATESDConfig(model_name_or_path=str(path), lora_r=4, lora_alpha=8, **settings))
+
+
+class Command:
+    """Would run a command where a pickle is loaded without care."""
+
+    def __init__(self, touched):
+        self.touched = touched
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.touched}",)
+
+
+@pytest.mark.parametrize("kind", ["code", "code in an archive", "a pointer of git-lfs", "half an archive", "empty"])
+def test_weights_in_a_pickle_load_or_are_refused_by_name(tiny_model_path, tmp_path, kind):
+    folder, touched = tmp_path / "model", tmp_path / "touched"
+    shutil.copytree(tiny_model_path, folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    file = folder / "pytorch_model.bin"
+    torch.save(weights, file)
+    load(folder)
+    if kind == "code":
+        file.write_bytes(pickle.dumps({"weight": Command(touched)}, protocol=2))
+    elif kind == "code in an archive":
+        torch.save({"weight": Command(touched)}, file)
+    elif kind == "a pointer of git-lfs":
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    else:
+        file.write_bytes(file.read_bytes()[: 5_000 if "half" in kind else 0])
+    with pytest.raises(ModelLoadError) as refused:
+        load(folder)
+    assert str(folder) in str(refused.value)
+    assert "weights_only" not in str(refused.value)  # torch's own advice: to run what the pickle says
+    assert not touched.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"\xff" * 64])
+def test_a_safetensors_file_that_is_none_is_refused_by_name(tiny_model_path, tmp_path, content):
+    shutil.copytree(tiny_model_path, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelLoadError, match="does not load"):
+        load(tmp_path / "model")
 
 
 def trainable(model):

@@ -230,8 +230,7 @@ class Run:
         meter = OutcomeMeter(
             self.student.model,
             self.teacher,
-            self.data.prompts,
-            self.data.references,
+            self.data,
             self.data.problems.probe,
             probe_every=config.probe_every,
             grounding=config.grounding,

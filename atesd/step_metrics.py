@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from atesd.config import ATESDConfig
-from atesd.data.context import exposed_text
 from atesd.data.problems import Problem
-from atesd.data.segmentation import Reference
 from atesd.objectives import TokenTotals
 from atesd.rollout import Rollout
 
@@ -70,10 +68,8 @@ def policy_signals(
     return dict.fromkeys(values) if skipped else values
 
 
-def sample_line(
-    tokenizer: Any, problem: Problem, reference: Reference, rollout: Rollout, alpha: float
-) -> dict[str, Any]:
-    """Returns one problem of the step, its response, and the part of the reference that the teacher read."""
+def sample_line(tokenizer: Any, problem: Problem, exposed: str, rollout: Rollout, alpha: float) -> dict[str, Any]:
+    """Returns one problem of the step, its response, and the part of a reference that the teacher read."""
     return {
         "problem_id": problem.id,
         "problem": problem.problem,
@@ -81,5 +77,5 @@ def sample_line(
         "response": tokenizer.decode(rollout.response_ids, skip_special_tokens=True),
         "truncated": rollout.truncated,
         "alpha": alpha,
-        "exposed": exposed_text(reference, alpha),
+        "exposed": exposed,
     }

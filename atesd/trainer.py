@@ -135,8 +135,8 @@ class Trainer:
             started, loss, grad_norm, num_tokens, totals, stats, rewards, rollouts, outcome, learned
         )
         run.student.scheduler.step()
-        reference = run.data.references[problems[0].id]
-        return metrics, sample_line(run.tokenizer, problems[0], reference, rollouts[0], local_alphas[0])
+        exposed = run.data.exposed(problems[0], local_alphas[0])
+        return metrics, sample_line(run.tokenizer, problems[0], exposed, rollouts[0], local_alphas[0])
 
     def roll_out(self, t: int) -> tuple[list[Problem], list[Rollout]]:
         """The step's problems and responses, y ~ p_S(.|x). If they fail, the run is saved as it was before the step."""
@@ -188,7 +188,7 @@ class Trainer:
         """`(N, hidden)`: the teacher's hidden states at the student's response tokens, its prompt exposed by alpha."""
         run = self.run
         exposed = zip(problems, alphas, strict=True)
-        prompts = [run.data.prompts.teacher(p, run.data.references[p.id], alpha) for p, alpha in exposed]
+        prompts = [run.data.teacher_prompt(problem, alpha) for problem, alpha in exposed]
         batch = pack(prompts, [r.response_ids for r in rollouts], run.device)
         assert_same_responses(student_batch, batch)
         with run.phase("teacher"):

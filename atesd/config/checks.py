@@ -90,6 +90,7 @@ def check_combinations(config: Settings) -> None:
         )
     check_divergence(config)
     check_objective(config)
+    check_reference(config)
     if config.attn_implementation in FLASH_PACKAGES:
         module, package = FLASH_PACKAGES[config.attn_implementation]
         if find_spec(module) is None:
@@ -137,6 +138,27 @@ def check_combinations(config: Settings) -> None:
             f"from the student itself: leave it out"
         )
     check_staleness(config)
+
+
+def check_reference(config: Settings) -> None:
+    """Raises ConfigError for settings of the teacher's reading that would be ignored."""
+    source, changed = config.reference_source, []
+    for name, usual in (("reference_source", "own"), ("exposure_order", "leading"), ("segments_column", None)):
+        changed += [name] if getattr(config, name) != usual else []
+    if changed and config.objective in ("sft", "grpo"):
+        raise ConfigError(
+            f"objective {config.objective!r} has no teacher, so {changed[0]} ({getattr(config, changed[0])}) would be "
+            "ignored: leave it out"
+        )
+    if source != "none":
+        return
+    if config.exposure_policy in LEARNED_POLICIES:
+        raise ConfigError(
+            f"reference_source is 'none', so exposure_policy {config.exposure_policy!r} would learn from an exposure "
+            "that changes nothing: set exposure_policy to 'full'"
+        )
+    if len(changed) > 1:
+        raise ConfigError(f"reference_source is 'none', so {changed[1]} would be ignored: leave it out")
 
 
 def check_staleness(config: Settings) -> None:

@@ -80,6 +80,12 @@ class DataFields:
     answer_column: str = option(
         "answer", "our choice", "Column with the final answer; absent, it is found in the solution."
     )
+    segments_column: str | None = option(
+        None,
+        "our choice",
+        "List column with what the teacher may read, such as kinds of help; exposure runs over its entries. Absent: "
+        "the solution is split.",
+    )
     num_train_problems: int | None = option(
         None, "our choice", "Training problems to keep; absent, all there are.", at_least=1
     )
@@ -227,6 +233,15 @@ class ExposureFields:
         "JSON object of further keyword arguments for the policy: start_alpha and end_alpha of linear and cosine, or "
         "what one of your own takes.",
         json_object=True,
+    )
+    reference_source: Literal["own", "other_problem", "wrong_answer", "none"] = option(
+        "own",
+        "paper",
+        "Whose reference the teacher reads. Controls: that of another training problem; its own with a wrong final "
+        "answer; none, so that it reads the student's prompt.",
+    )
+    exposure_order: Literal["leading", "trailing", "random"] = option(
+        "leading", "paper", "Which segments an exposure shows; random is one order for each problem."
     )
     fixed_alpha: float | None = option(None, "paper", "The exposure where exposure_policy is fixed.", between=(0, 1))
     alpha_min: float = option(0.0, "our choice", "Lower clip of alpha.", between=(0, 1))

@@ -1,7 +1,7 @@
 """Maps an exposure alpha to the part of the reference that the teacher reads.
 
-This is the method's definition: the first floor(alpha*m) segments, and always the answer. It works on text; tokens and
-chat templates are in ``prompts.py``.
+This is the method's definition: the first floor(alpha*m) segments, and always the answer. A reference may name another
+order, as a control. This file works on text; tokens and chat templates are in ``prompts.py``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 
 from atesd.data.segmentation import Reference
 
-__all__ = ["exposed_text", "num_exposed"]
+__all__ = ["exposed_segments", "exposed_text", "num_exposed"]
 
 # An alpha this close below k/m counts as k/m. Covers float32 (0.7 is 0.69999999) and products such as 0.29 * 100.
 ALPHA_TOLERANCE = 1e-7
@@ -33,8 +33,19 @@ def num_exposed(alpha: float, num_segments: int) -> int:
     return min(num_segments, math.floor((alpha + ALPHA_TOLERANCE) * num_segments))
 
 
+def exposed_segments(reference: Reference, alpha: float) -> list[int]:
+    """Returns the numbers of the ``floor(alpha * m)`` exposed segments, ascending.
+
+    >>> reference = Reference(segments=("a ", "b ", "c "), answer="1", order=(2, 0, 1))
+    >>> exposed_segments(reference, 0.4), exposed_segments(reference, 0.7)
+    ([2], [0, 2])
+    """
+    m = len(reference.segments)
+    return sorted((reference.order or range(m))[: num_exposed(alpha, m)])
+
+
 def exposed_text(reference: Reference, alpha: float) -> str:
-    r"""Returns the first ``floor(alpha * m)`` segments verbatim; at ``alpha = 1`` the full solution with its tail.
+    r"""Returns the exposed segments verbatim, in the solution's order; at ``alpha = 1`` the solution with its tail.
 
     The tail is the sentence or line that states the answer. Below alpha = 1 it is omitted: it could reveal the last
     step of the working, and the prompt template gives the answer separately.
@@ -47,7 +58,7 @@ def exposed_text(reference: Reference, alpha: float) -> str:
     """
     if is_full(alpha):
         return reference.solution
-    return "".join(reference.segments[: num_exposed(alpha, len(reference.segments))])
+    return "".join(reference.segments[number] for number in exposed_segments(reference, alpha))
 
 
 def is_full(alpha: float) -> bool:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
 from atesd.data.answers import final_answer
 from atesd.errors import DataError
 
-__all__ = ["cell", "find_columns", "problem_text"]
+__all__ = ["cell", "find_columns", "problem_text", "text_list"]
 
 Columns = dict[str, str | None]
 
@@ -130,6 +131,25 @@ def cell(record: dict[str, Any], key: str, column: str | None, where: str) -> st
         return str(value).strip()
     shown = json.dumps(value, default=str)[:80]
     raise DataError(f"{where}: column {column!r} holds {type(value).__name__}, not text or a number: {shown}")
+
+
+def text_list(record: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
+    """Returns the texts of a list column, stripped, without empty ones. A CSV file holds the list as JSON.
+
+    Raises DataError, naming row and column, for a cell that is no list of texts.
+    """
+    value = _value(record, column)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(json.JSONDecodeError):
+            value = json.loads(value)
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, (list, tuple)) or not all(isinstance(piece, str) for piece in value):
+        shown = json.dumps(value, default=str)[:80]
+        raise DataError(
+            f"{where}: segments_column={column!r} must hold a list of texts, not {shown}; the columns are "
+            f"{sorted(record)}"
+        )
+    return tuple(piece.strip() for piece in value if piece.strip())
 
 
 def problem_text(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from atesd.data.answers import column_answer, final_answer
 from atesd.data.files import open_dataset
-from atesd.data.layouts import cell, find_columns, problem_text
+from atesd.data.layouts import cell, find_columns, problem_text, text_list
 from atesd.data.solutions import solution_text
 from atesd.errors import DataError, MissingPackageError
 
@@ -28,12 +28,16 @@ _REPEATS_TOLERATED = 20  # generated entries tried per requested problem, before
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: an id for messages, its text, a worked solution, and the final answer alone."""
+    """One problem: an id for messages, its text, a worked solution, and the final answer alone.
+
+    ``segments`` are what exposure runs over, where the data give them; None: the solution is split.
+    """
 
     id: str
     problem: str
     solution: str
     answer: str
+    segments: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ def load_problems(
     problem_column: str = "problem",
     solution_column: str = "solution",
     answer_column: str | None = "answer",
+    segments_column: str | None = None,
     require_solution: bool = True,
     up_to: Collection[str] = (),
 ) -> ProblemSplits:
@@ -77,6 +82,8 @@ def load_problems(
             name is also looked for under the names that known data sets use, see ``layouts.py``. The answer is
             extracted from the solution (``\boxed{}``, else ``####``) if ``answer_column`` is ``None`` or the solution
             column (GSM8K), or if there is none.
+        segments_column: a column with a list of texts, over which exposure runs in the place of the solution's own
+            segments. Without a solution column they are the solution.
         up_to: which of ``num_train``, ``num_probe`` and ``num_eval`` are upper bounds. Where the data set is too small,
             each held-out one of these takes a quarter of the problems at most, and training the rest (our choice).
         require_solution: ``False`` if nothing reads worked solutions: in evaluations, and for some runs.
@@ -98,8 +105,8 @@ def load_problems(
     else:
         dataset = open_dataset(name_or_path, dataset_split)
         columns = {"problem": problem_column, "solution": solution_column, "answer": answer_column}
-        columns = find_columns(name_or_path, dataset, columns, require_solution)
-        rows = _dataset_rows(dataset, Path(name_or_path).stem, columns, require_solution, seed)
+        columns = find_columns(name_or_path, dataset, columns, require_solution and not segments_column)
+        rows = _dataset_rows(dataset, Path(name_or_path).stem, columns, segments_column, require_solution, seed)
 
     wanted = None if num_train is None else num_probe + num_eval + num_train
     problems: list[Problem] = []
@@ -171,13 +178,21 @@ def _gsm_symbolic(seed: int, wanted: int) -> Iterator[Problem]:
 
 
 def _dataset_rows(
-    dataset: Any, name: str, columns: dict[str, str | None], require_solution: bool, seed: int
+    dataset: Any,
+    name: str,
+    columns: dict[str, str | None],
+    segments_column: str | None,
+    require_solution: bool,
+    seed: int,
 ) -> Iterator[Problem]:
     order = list(range(len(dataset)))
     random.Random(seed).shuffle(order)
     for row in order:
         record, where = dataset[row], f"{name}-{row}"
         problem, raw, answer = (cell(record, key, columns[key], where) for key in ("problem", "solution", "answer"))
+        pieces = text_list(record, segments_column, where) if segments_column else None
+        if pieces and not columns["solution"]:
+            raw = "\n\n".join(pieces)
         solution = solution_text(raw)
         answer = column_answer(answer if columns["answer"] else final_answer(raw))
         says_none = bool(columns["answer"]) and not answer
@@ -187,4 +202,4 @@ def _dataset_rows(
                 raise DataError(f"row {row} of {name} has an empty {key} (column {columns[key]!r}): fill or remove it")
         if require_solution and not solution:  # nothing but thinking, that was cut off
             answer = ""
-        yield Problem(where, problem_text(problem), solution, answer)
+        yield Problem(where, problem_text(problem), solution, answer, pieces)

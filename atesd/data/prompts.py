@@ -100,18 +100,22 @@ class PromptBuilder:
         """Returns the student's user message, before the chat template: the problem only."""
         return fill(self.templates.student, problem=problem.problem)
 
-    def teacher_text(self, problem: Problem, reference: Reference, alpha: float) -> str:
+    def teacher_text(self, problem: Problem, reference: Reference | None, alpha: float) -> str:
         """Returns the teacher's user message at exposure ``alpha``, before the chat template.
 
         alpha = 1: ``templates.teacher`` with the exact solution, OPSD's prompt. floor(alpha*m) = 0 (no segment
         exposed), or a problem without a solution: ``templates.teacher_answer_only``. In between:
-        ``templates.teacher_partial`` with the exposed segments, without trailing white space.
+        ``templates.teacher_partial`` with the exposed segments, without trailing white space; ``teacher_parts`` if the
+        reference names an order. Without a reference: the student's message.
         """
+        if reference is None:
+            return self.student_text(problem)
         exposed = exposed_text(reference, alpha)
         if is_full(alpha) and exposed.strip():
             template = self.templates.teacher
         elif exposed:
-            template, exposed = self.templates.teacher_partial, exposed.rstrip()
+            template = self.templates.teacher_parts if reference.order else self.templates.teacher_partial
+            exposed = exposed.rstrip()
         else:
             template = self.templates.teacher_answer_only
         transition = self.templates.transition
@@ -127,8 +131,11 @@ class PromptBuilder:
             raise PromptTooLong(problem.id, "student prompt", len(ids), self.max_prompt_length, advice)
         return self._fits(problem, "student prompt", ids)
 
-    def teacher(self, problem: Problem, reference: Reference, alpha: float) -> list[int]:
-        """Returns the token ids of the teacher's prompt at ``alpha``, including the generation prompt."""
+    def teacher(self, problem: Problem, reference: Reference | None, alpha: float) -> list[int]:
+        """Returns the token ids of the teacher's prompt at ``alpha``, including the generation prompt.
+
+        ``reference`` is what the teacher is shown of: the problem's own one, another's, or None.
+        """
         ids = self._ids(self.teacher_text(problem, reference, alpha), self.teacher_chat_kwargs)
         return self._fits(problem, f"teacher prompt at alpha={alpha:g}", ids)
 
@@ -176,33 +183,34 @@ class PromptBuilder:
             advice = f"the context less eval_max_completion_length={max_new_tokens}; lower it, or drop the problem"
             raise PromptTooLong(problem.id, "evaluation prompt", length, limit, advice)
 
-    def check(self, problem: Problem, reference: Reference, max_alpha: float = 1.0) -> None:
+    def check(self, problem: Problem, own: Reference, shown: Reference | None, max_alpha: float = 1.0) -> None:
         """Raises ``PromptTooLong`` if any prompt of this problem, at any alpha up to ``max_alpha``, does not fit.
 
-        Also raises it if the reference reply does not fit after the longest prompt.
+        Also raises it if the reply, the problem's ``own`` reference, does not fit after the longest prompt. ``shown``
+        is what the teacher reads.
         """
-        m = len(reference.segments)
+        m = len(shown.segments) if shown else 0
         exposures = {0.0, max_alpha} | ({(m - 1) / m} if m and is_full(max_alpha) else set())
-        longest = max(len(self.teacher(problem, reference, alpha)) for alpha in exposures)
+        longest = max(len(self.teacher(problem, shown, alpha)) for alpha in exposures)
         longest = max(longest, len(self.student(problem)))
-        replies = [self.reference_completion(reference, after_teacher_prompt=after)[0] for after in (False, True)]
+        replies = [self.reference_completion(own, after_teacher_prompt=after)[0] for after in (False, True)]
         total = longest + max(map(len, replies))
         if total > self.context_length:
             advice = "use a model with a longer context or drop the problem"
             raise PromptTooLong(problem.id, "prompt and reference reply", total, self.context_length, advice)
 
-    def largest_alpha(self, problem: Problem, reference: Reference) -> float:
+    def largest_alpha(self, problem: Problem, own: Reference, shown: Reference | None) -> float:
         """Returns the largest exposure that ``check`` accepts: 1.0, or k/m for the largest k that fits.
 
         Raises ``PromptTooLong`` if even the prompt with the answer alone does not fit.
         """
-        m = len(reference.segments) or 1
-        self.check(problem, reference, 0.0)
+        m = (len(shown.segments) if shown else 0) or 1
+        self.check(problem, own, shown, 0.0)
         fits, too_many = 0, m + 1  # bisection: prompt length never decreases with k
         while too_many - fits > 1:
             k = (fits + too_many) // 2
             try:
-                self.check(problem, reference, k / m)
+                self.check(problem, own, shown, k / m)
                 fits = k
             except PromptTooLong:
                 too_many = k

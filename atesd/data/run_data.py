@@ -12,9 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from atesd.config import ATESDConfig
+from atesd.data.context import exposed_text
 from atesd.data.problems import Problem, ProblemSplits, load_problems
 from atesd.data.prompts import PromptBuilder, PromptTemplates, PromptTooLong
 from atesd.data.segmentation import Reference, split_reference
+from atesd.data.shown import ShownReferences
+
+ENOUGH = 8  # problems whose prompts tell whether student and teacher read the same
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class RunData:
         problems: the splits. All of their problems fit the context.
         references: {problem id: reference split into segments}.
         prompts: builds the token ids.
+        shown: what the teacher reads of each problem's reference, or of another's.
         exposure_limit: {problem id: largest alpha whose teacher prompt fits}, for problems where it is below 1
             (`overlong_problems: cut`).
         too_long: number of problems dropped because they do not fit (`overlong_problems: skip` or `cut`).
@@ -33,12 +38,28 @@ class RunData:
     problems: ProblemSplits
     references: dict[str, Reference]
     prompts: PromptBuilder
+    shown: ShownReferences
     exposure_limit: dict[str, float]
     too_long: int
 
     def alpha(self, problem: Problem, alpha: float) -> float:
         """Returns `alpha`, clipped to the largest exposure of this problem that fits the teacher's context."""
         return min(alpha, self.exposure_limit.get(problem.id, 1.0))
+
+    def teacher_prompt(self, problem: Problem, alpha: float) -> list[int]:
+        """Returns the ids of the teacher's prompt at `alpha`. Raises PromptTooLong."""
+        return self.prompts.teacher(problem, self.shown.of(problem), alpha)
+
+    def exposed(self, problem: Problem, alpha: float) -> str:
+        """Returns the part of a reference that the teacher reads at `alpha`; "" without one."""
+        shown = self.shown.of(problem)
+        return "" if shown is None else exposed_text(shown, alpha)
+
+    def no_signal(self) -> bool:
+        """Whether the teacher reads what the student reads. It starts equal to it, so their divergence starts at 0."""
+        return self.shown.source == "none" and all(
+            self.teacher_prompt(p, 0.0) == self.prompts.student(p) for p in self.problems.train[:ENOUGH]
+        )
 
     def counts(self) -> dict[str, int]:
         """Returns counts for the summary at the end of the run."""
@@ -63,6 +84,7 @@ def load_splits(config: ATESDConfig) -> ProblemSplits:
         problem_column=config.problem_column,
         solution_column=config.solution_column,
         answer_column=config.answer_column,
+        segments_column=config.segments_column,
         require_solution=reads_solutions(config),
         up_to=[name.removesuffix("_problems") for name in config.up_to],
     )
@@ -70,7 +92,8 @@ def load_splits(config: ATESDConfig) -> ProblemSplits:
 
 def reads_solutions(config: ATESDConfig) -> bool:
     """Whether anything in the run reads worked solutions: a teacher that is shown some, SFT, the probe or the score."""
-    shown = config.objective != "grpo" and not (config.exposure_policy == "fixed" and config.fixed_alpha == 0)
+    never_exposed = config.exposure_policy == "fixed" and config.fixed_alpha == 0
+    shown = config.objective != "grpo" and config.reference_source != "none" and not never_exposed
     return shown or config.num_probe_problems > 0 or config.objective == "sft"
 
 
@@ -102,17 +125,20 @@ def load_run_data(config: ATESDConfig, tokenizer: Any, context_length: int) -> R
     )
     checked = [*problems.train, *problems.probe]
     references = {p.id: split_reference(p.solution, p.answer) for p in checked}
+    shown = ShownReferences(
+        problems.train, source=config.reference_source, order=config.exposure_order, seed=config.seed
+    )
     exposure_limit: dict[str, float] = {}
     too_long: dict[str, PromptTooLong] = {}
     everything = [*checked, *problems.eval]
     for problem in everything:
         try:
             if problem.id in references:
-                prompts.check(problem, references[problem.id])
+                prompts.check(problem, references[problem.id], shown.of(problem))
             elif config.eval_steps:
                 prompts.check_answer_fits(problem, config.eval_completion_length)
             else:  # a study measures student and teacher on this problem
-                prompts.check(problem, split_reference(problem.solution, problem.answer))
+                prompts.check(problem, split_reference(problem.solution, problem.answer), shown.of(problem))
         except PromptTooLong as error:
             if config.overlong_problems == "refuse":
                 raise
@@ -121,7 +147,7 @@ def load_run_data(config: ATESDConfig, tokenizer: Any, context_length: int) -> R
         by_id = {p.id: p for p in checked}
         for name in [name for name in too_long if name in references]:
             with suppress(PromptTooLong):
-                exposure_limit[name] = prompts.largest_alpha(by_id[name], references[name])
+                exposure_limit[name] = prompts.largest_alpha(by_id[name], references[name], shown.of(by_id[name]))
                 del too_long[name]
     if exposure_limit:
         warnings.warn(
@@ -142,4 +168,11 @@ def load_run_data(config: ATESDConfig, tokenizer: Any, context_length: int) -> R
             if getattr(problems, name) and not left:
                 raise next(iter(too_long.values()))
         problems = replace(problems, **kept)
-    return RunData(problems, references, prompts, exposure_limit, len(too_long))
+    data = RunData(problems, references, prompts, shown, exposure_limit, len(too_long))
+    if data.no_signal():
+        warnings.warn(
+            "no signal: reference_source is 'none', and the teacher's prompt is the student's. The teacher starts "
+            "equal to the student, so the distillation loss starts at 0",
+            stacklevel=2,
+        )
+    return data

@@ -16,7 +16,7 @@ block) is no part of a reference.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from atesd.data.answers import column_answer, final_answer, marker_line
 from atesd.data.latex_spans import last_boxed, protected_spans
@@ -38,12 +38,14 @@ class Reference:
     """A split solution: ``segments`` of working, the ``answer``, and the ``tail`` that states the answer.
 
     ``tail`` is empty if the solution does not end by stating its answer. ``solution`` is the original text,
-    without thinking.
+    without thinking. ``order`` holds the segments' numbers in the order in which exposure adds them; empty: leading
+    ones first.
     """
 
     segments: tuple[str, ...]
     answer: str
     tail: str = ""
+    order: tuple[int, ...] = field(default=(), repr=False)
 
     @property
     def solution(self) -> str:

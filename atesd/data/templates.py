@@ -28,6 +28,7 @@ _RULES = {
     "student": ({"problem"}, {"reference", "transition"}),
     "teacher": ({"problem", "reference"}, set()),
     "teacher_partial": ({"problem", "reference", "answer"}, set()),
+    "teacher_parts": ({"problem", "reference", "answer"}, set()),
     "teacher_answer_only": ({"problem", "answer"}, {"reference"}),
     # inserted verbatim, so slots are not filled ({answer} is allowed: \boxed{answer} is LaTeX)
     "transition": (set(), {"problem", "reference", "transition"}),
@@ -42,6 +43,8 @@ class PromptTemplates:
     ``student``             the problem only.
     ``teacher``             alpha = 1: the full solution. This is OPSD's prompt.
     ``teacher_partial``     in between: the first floor(alpha*m) segments (at least one) and the final answer.
+    ``teacher_parts``       the same for segments that are not the leading ones (``exposure_order``), or that the data
+                            give (``segments_column``).
     ``teacher_answer_only`` floor(alpha*m) = 0: the final answer only; does not mention a reference solution.
     ``transition``          the instruction to the teacher, the same at every alpha.
     ``system``              a system message for both, or ``None`` for the chat template's default.
@@ -58,6 +61,10 @@ class PromptTemplates:
     system: str | None = None
     teacher_partial: str = (
         "{problem}\n\nHere is the beginning of a reference solution to this problem:\n\n{reference}\n\n"
+        "Its final answer is: {answer}\n\n{transition}"
+    )
+    teacher_parts: str = (
+        "{problem}\n\nHere are parts of a reference solution to this problem:\n\n{reference}\n\n"
         "Its final answer is: {answer}\n\n{transition}"
     )
     teacher_answer_only: str = "{problem}\n\nThe final answer to this problem is: {answer}\n\n{transition}"

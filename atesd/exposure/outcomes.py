@@ -5,15 +5,13 @@ Both are measured on reference solutions, without gradient, before the step's up
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
 
-from atesd.data.context import num_exposed
 from atesd.data.problems import Problem
-from atesd.data.prompts import PromptBuilder
-from atesd.data.segmentation import Reference
+from atesd.data.run_data import RunData
 from atesd.models.batching import chunks, pack
 from atesd.models.teachers import Teacher
 from atesd.objectives import token_logprobs
@@ -24,15 +22,18 @@ from atesd_kernels.integrations.wrappers import eval_mode
 GROUNDING_PROBLEMS = 2  # problems per step for the grounded score (our choice: 2 % of a step's time)
 
 
-def first_scored(ends: Sequence[int], alpha: float, grounding: str) -> int:
-    """The first reference token that the grounded score counts; the teacher could copy those before it.
+def scored_tokens(ends: Sequence[int], copied: Collection[int], num_tokens: int) -> torch.Tensor:
+    """Returns which tokens of a reference the grounded score counts, bool `(num_tokens,)`: those outside of `copied`.
 
     Args:
         ends: where each segment of the tokenised reference ends.
-        grounding: "reference" scores all tokens outside the exposed prefix, "answer" those after the last segment.
+        copied: the numbers of the segments that the teacher could copy.
     """
-    exposed = num_exposed(alpha, len(ends)) if grounding == "reference" else len(ends)
-    return ends[exposed - 1] if exposed else 0
+    counted = torch.ones(num_tokens, dtype=torch.bool)
+    for number, (start, end) in enumerate(zip((0, *ends), ends, strict=False)):
+        if number in copied:
+            counted[start:end] = False
+    return counted
 
 
 class OutcomeMeter:
@@ -40,7 +41,7 @@ class OutcomeMeter:
 
     Args:
         model, teacher: the student and its teacher.
-        prompts, references: the prompt builder, and the reference solutions by problem id.
+        data: prompts, the problems' own references, and what the teacher is shown.
         probe: held-out problems; an empty list switches the probe NLL off.
         probe_every: steps between probe measurements.
         grounding: "reference" scores all reference tokens outside the teacher's context, "answer" the final answer
@@ -54,8 +55,7 @@ class OutcomeMeter:
         self,
         model: nn.Module,
         teacher: Teacher,
-        prompts: PromptBuilder,
-        references: Mapping[str, Reference],
+        data: RunData,
         probe: list[Problem],
         *,
         probe_every: int,
@@ -64,7 +64,7 @@ class OutcomeMeter:
         chunk_bytes: int | None,
         processes: Processes,
     ):
-        self.model, self.teacher, self.prompts, self.references = model, teacher, prompts, references
+        self.model, self.teacher, self.data = model, teacher, data
         self.backbone, self.head = hidden_states_and_head(model)
         self.device = self.head.weight.device
         self.probe, self.probe_every, self.grounding, self.batch_size = probe, probe_every, grounding, batch_size
@@ -103,27 +103,33 @@ class OutcomeMeter:
         """Returns, for each problem, `log p_S` of its reference's tokens, `(tokens,)` float64."""
         parts: list[torch.Tensor] = []
         for part in chunks(len(problems), self.batch_size):
-            replies = [self.prompts.reference_completion(self.references[p.id])[0] for p in problems[part]]
-            batch = pack([self.prompts.student(p) for p in problems[part]], replies, self.device)
+            prompts = self.data.prompts
+            replies = [prompts.reference_completion(self.data.references[p.id])[0] for p in problems[part]]
+            batch = pack([prompts.student(p) for p in problems[part]], replies, self.device)
             logprobs = token_logprobs(self.backbone, self.head, batch, self.chunk_bytes)
             parts += logprobs.double().split(batch.lengths)
         return parts
 
     def grounded(self, alphas: Sequence[float], problems: list[Problem]) -> float:
-        """Returns the mean over problems of the mean `log p_T^alpha` of reference tokens outside the teacher's context.
+        """Returns the mean over problems of the mean `log p_T^alpha` of those reference tokens it could not copy.
 
-        The teacher could copy the exposed tokens, so they are context here and not scored. The answer is in its context
-        at every alpha but is always scored: otherwise nothing would be scored at alpha = 1.
+        The exposed segments of the problem's own solution are context and not scored. The answer is in the teacher's
+        context at every alpha but is always scored: otherwise nothing would be scored at alpha = 1.
         """
-        contexts, scored = [], []
+        contexts, scored, masks = [], [], []
         mine, counted = self.processes.padded_round_robin(list(zip(problems, alphas, strict=False)))
         for problem, alpha in mine:
-            reference = self.references[problem.id]
-            ids, ends = self.prompts.reference_completion(reference, after_teacher_prompt=True)
-            cut = first_scored(ends, alpha, self.grounding)
-            contexts.append(self.prompts.teacher(problem, reference, alpha) + ids[:cut])
+            own = self.data.references[problem.id]
+            ids, ends = self.data.prompts.reference_completion(own, after_teacher_prompt=True)
+            by_answer = self.grounding == "answer"
+            copied = set(range(len(ends))) if by_answer else self.data.shown.copied(problem, own, alpha)
+            kept = scored_tokens(ends, copied, len(ids))
+            cut = int(kept.int().argmax())  # those before it are context only
+            contexts.append(self.data.teacher_prompt(problem, alpha) + ids[:cut])
             scored.append(ids[cut:])
+            masks.append(kept[cut:])
         batch = pack(contexts, scored, self.device)
         logprobs = token_logprobs(self.teacher.backbone_call, self.teacher.head, batch, self.chunk_bytes)
-        scores = [float(part.double().mean()) for part in logprobs.split(batch.lengths)]
+        parts = zip(logprobs.double().cpu().split(batch.lengths), masks, strict=True)
+        scores = [float(part[mask].mean()) for part, mask in parts]
         return self.processes.all_reduce_sum(sum(scores[:counted]))[0] / len(problems)

@@ -23,7 +23,7 @@ from atesd.data.answers import final_answer
 from atesd.data.context import exposed_text, is_full, num_exposed
 from atesd.data.prompts import PromptBuilder, PromptTooLong
 from atesd.data.segmentation import segment, split_reference
-from atesd.exposure.outcomes import GROUNDING_PROBLEMS, first_scored
+from atesd.exposure.outcomes import GROUNDING_PROBLEMS
 from atesd.exposure.policies import ExposurePolicy
 from atesd_kernels import exposure_logprobs
 from atesd_kernels.integrations.source import is_as_expected
@@ -265,7 +265,8 @@ class ExposureCallback(TrainerCallback):
         for _, text in rows:
             ids, ends = self._reply(text)
             replies.append(ids)
-            exposed.append(first_scored(ends, alpha, self.grounding))
+            copied = num_exposed(alpha, len(ends)) if self.grounding == "reference" else len(ends)
+            exposed.append(ends[copied - 1] if copied else 0)
         contexts = self.trainer._tokenize_prompts(prompts)
         with self.trainer._get_teacher_context_for_self_distillation():
             means, _ = self._score(self.trainer.teacher_model, contexts, replies, exposed)

@@ -51,12 +51,14 @@ def dry_run(config: ATESDConfig) -> str:
     if device == "cuda":
         parts.append(f"  this GPU has {memory / GIB:.1f} GiB")
     parts += ["", "problems", *(f"  {name:24} {count}" for name, count in data.counts().items())]
+    if data.no_signal():
+        parts.append("  no signal: the teacher reads what the student reads")
     for problem in data.problems.train[:PROMPTS_SHOWN]:
         reference = data.references[problem.id]
         alpha = data.alpha(problem, exposure_shown(config))
         ids = {
             "student": data.prompts.student(problem),
-            f"teacher, alpha = {alpha:g}": data.prompts.teacher(problem, reference, alpha),
+            f"teacher, alpha = {alpha:g}": data.teacher_prompt(problem, alpha),
             "reference reply": data.prompts.reference_completion(reference)[0],
         }
         for name, tokens in ids.items():
@@ -73,7 +75,7 @@ def exposure_shown(config: ATESDConfig) -> float:
 def prompt_lengths(data: RunData) -> list[tuple[int, int]]:
     """Returns (student, teacher at the largest alpha) prompt lengths in tokens, for the first problems."""
     return [
-        (len(data.prompts.student(p)), len(data.prompts.teacher(p, data.references[p.id], data.alpha(p, 1.0))))
+        (len(data.prompts.student(p)), len(data.teacher_prompt(p, data.alpha(p, 1.0))))
         for p in data.problems.train[:PROMPTS_MEASURED]
     ]
 

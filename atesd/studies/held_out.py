@@ -67,7 +67,7 @@ def measure(run: Run, problems: Sequence[Problem], alpha: float) -> list[Measure
             responses += [r.response_ids for r in run.rollout.engine.generate(prompts[part], sampling)]
         for part in chunks(len(problems), config.per_device_train_batch_size):
             replies = responses[part]
-            exposed = [run.data.prompts.teacher(p, references[p.id], run.data.alpha(p, alpha)) for p in problems[part]]
+            exposed = [run.data.teacher_prompt(p, run.data.alpha(p, alpha)) for p in problems[part]]
             student, teacher = (pack(read, replies, run.device) for read in (prompts[part], exposed))
             _, stats = distillation(
                 hidden_rows(run.student.backbone, student),

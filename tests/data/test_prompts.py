@@ -250,15 +250,17 @@ def test_an_over_long_prompt_is_refused_by_its_problem_and_never_cut(backend):
 def test_the_check_before_training_finds_what_any_exposure_would_refuse(backend):
     tokenizer = make_tokenizer(backend, read_template("thinking"))
     roomy = builder_of(tokenizer, max_completion_length=10)
-    roomy.check(PROBLEM, REFERENCE)
+    roomy.check(PROBLEM, REFERENCE, REFERENCE)
     needed = max(len(roomy.teacher(PROBLEM, REFERENCE, alpha)) for alpha in ALPHAS)
     reply = len(roomy.reference_completion(REFERENCE)[0])
     assert reply > 10
-    builder_of(tokenizer, max_completion_length=10, context_length=needed + reply).check(PROBLEM, REFERENCE)
+    builder_of(tokenizer, max_completion_length=10, context_length=needed + reply).check(PROBLEM, REFERENCE, REFERENCE)
     with pytest.raises(PromptTooLong, match="prompt and reference reply"):
-        builder_of(tokenizer, max_completion_length=10, context_length=needed + reply - 1).check(PROBLEM, REFERENCE)
+        builder_of(tokenizer, max_completion_length=10, context_length=needed + reply - 1).check(
+            PROBLEM, REFERENCE, REFERENCE
+        )
     nothing_to_cut = split_reference("#### 10", None)
-    roomy.check(PROBLEM, nothing_to_cut)
+    roomy.check(PROBLEM, nothing_to_cut, nothing_to_cut)
 
 
 def test_the_reference_reply_is_the_solution_closed_by_eos(backend):

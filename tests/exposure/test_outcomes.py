@@ -57,3 +57,26 @@ def test_nothing_is_measured_that_is_not_asked_for(tiny_config):
         "probe_nll": None,
         "grounded": None,
     }
+
+
+@pytest.mark.parametrize(
+    ("settings", "alpha", "copied"),
+    [
+        ({"exposure_order": "trailing"}, 0.34, {2}),
+        ({"exposure_order": "trailing"}, 0.67, {1, 2}),
+        ({"exposure_order": "random"}, 0.67, None),
+        ({"reference_source": "other_problem"}, 0.67, set()),
+        ({"reference_source": "wrong_answer"}, 1.0, set()),
+        ({"reference_source": "none", "exposure_policy": "full"}, 1.0, set()),
+    ],
+)
+def test_the_grounded_score_is_of_the_own_solution_less_what_of_it_can_be_copied(tiny_config, settings, alpha, copied):
+    trainer = Trainer(Run.build(tiny_config(grounding="reference", **settings)))
+    data, problem = trainer.run.data, trainer.run.data.problems.train[0]
+    reply, ends = data.prompts.reference_completion(data.references[problem.id])
+    copied = set(data.shown.of(problem).order[:2]) if copied is None else copied
+    counted = [t for t in range(len(reply)) if not any(t in range(([0] + ends)[s], ends[s]) for s in copied)]
+    logprobs = dense_logprobs(trainer, data.teacher_prompt(problem, alpha), reply)
+    expected = logprobs[counted].mean().item()
+    assert trainer.run.exposure.meter.grounded([alpha], [problem]) == pytest.approx(expected, rel=1e-5)
+    trainer.run.close()

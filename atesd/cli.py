@@ -1,4 +1,4 @@
-"""The command line: `atesd train | eval | sweep | scaling | report | doctor`.
+"""The command line: `atesd train | eval | merge | sweep | scaling | report | doctor`.
 
 Nothing else knows about argv or exit codes. Nothing heavy is imported before a command needs it: `atesd --help` answers
 at once, and a mistyped flag is refused before torch loads.
@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.command in own_flags:
             return own_flags[arguments.command](argv[argv.index(arguments.command) + 1 :])
+        if arguments.command == "merge":
+            return merge(arguments)
         if arguments.command == "report":
             return report(Path(arguments.run_dir))
         return doctor()
@@ -52,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     # They have a flag for every field of their configuration, which HfArgumentParser makes once it is asked for.
     commands.add_parser("train", add_help=False, help="train a recipe or YAML file, or go on with a run (--resume)")
     commands.add_parser("eval", add_help=False, help="evaluate a model or a run's adapter, or --compare evaluations")
+    add_merge(commands.add_parser("merge", help="write the model of a run: base and adapter merged, with tokenizer"))
     sweeping = "run a recipe at fixed exposures and several seeds, and draw outcome and mismatch against alpha"
     commands.add_parser("sweep", add_help=False, help=sweeping)
     predicting = "predicted memory and time of a step for models of 1.7B to 70B on 1 to 64 GPUs; flags as for train"
@@ -60,6 +63,15 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("run_dir", metavar="RUN_DIR")
     commands.add_parser("doctor", help="versions, devices, and which backends work here and why others do not")
     return parser
+
+
+def add_merge(merging: argparse.ArgumentParser) -> None:
+    merging.add_argument("run", metavar="RUN", help="run directory (newest checkpoint), checkpoint, or adapter's folder")
+    merging.add_argument("--output_dir", required=True, metavar="DIR", help="folder to write; absent or empty")
+    merging.add_argument("--model", help="base model, where it is no longer what the run names")
+    types, what = ("auto", "float32", "bfloat16", "float16"), "the base model's files; without LoRA, what was trained"
+    merging.add_argument("--torch_dtype", choices=types, default="auto", help=f"type of the weights; auto: as {what}")
+    merging.add_argument("--push_to_hub", metavar="NAME", help="also upload the merged model to this repository")
 
 
 def train(argv: list[str]) -> int:
@@ -164,6 +176,13 @@ def scaling(argv: list[str]) -> int:
         print("atesd scaling [--flag value ...]: the flags of `atesd train`, on top of its recipe")
         return 0
     print(tables(argv))
+    return 0
+
+
+def merge(arguments: argparse.Namespace) -> int:
+    from atesd.merge import merge as merged
+
+    print(merged(**{name: value for name, value in vars(arguments).items() if name != "command"}))
     return 0
 
 

@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_merge(merging: argparse.ArgumentParser) -> None:
-    merging.add_argument("run", metavar="RUN", help="run directory (newest checkpoint), checkpoint, or adapter's folder")
+    merging.add_argument("run", metavar="RUN", help="run directory (its newest checkpoint), checkpoint or adapter")
     merging.add_argument("--output_dir", required=True, metavar="DIR", help="folder to write; absent or empty")
     merging.add_argument("--model", help="base model, where it is no longer what the run names")
     types, what = ("auto", "float32", "bfloat16", "float16"), "the base model's files; without LoRA, what was trained"

@@ -1,4 +1,4 @@
-"""Uploads to the Hugging Face Hub, by huggingface_hub as it is. What can be refused is refused before the work starts."""
+"""Uploads to the Hugging Face Hub, by huggingface_hub as it is. What can be refused is refused before the work."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def push_folder(folder: Path, name: str) -> str:
 
 
 def hub(call: str, name: str, failed: str, **arguments: Any) -> Any:
-    """Calls a method of huggingface_hub's `HfApi`. Raises HubError in place of its errors, which begins with `failed`."""
+    """Calls a method of huggingface_hub's `HfApi`. Its errors become HubErrors, which begin with `failed`."""
     import huggingface_hub
     from huggingface_hub.errors import HTTPError
 

@@ -1,7 +1,7 @@
 """`atesd merge`: writes what a run has trained as one model, which transformers and vLLM load like any other.
 
-An adapter is merged layer by layer in float32, by peft's own merge (models/merging.py), and rounded once. Weights trained
-without an adapter are written as they are.
+An adapter is merged layer by layer in float32, by peft's own merge (models/merging.py), and rounded once. Weights
+trained without an adapter are written as they are.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def merge(
         ModelError: there is no trained model, or its adapter cannot be merged.
         HubError: the upload failed; the folder is complete.
     """
-    if push_to_hub:
+    if push_to_hub is not None:
         check_push(push_to_hub)
     trained = find_trained(Path(run).expanduser())
     with own_empty(Path(output_dir)) as folder:
@@ -242,9 +242,7 @@ def own_empty(path: Path) -> OwnedFolder:
 def refuse_content(path: Path) -> None:
     found = [each.name for each in path.iterdir() if each.name not in (LOCK, STAGING)] if path.is_dir() else []
     if found:
-        raise ConfigError(
-            f"output_dir is {str(path)!r}, which holds {found[0]}: give a folder that is absent or empty"
-        )
+        raise ConfigError(f"output_dir is {str(path)!r}, which holds {found[0]}: give a folder that is absent or empty")
 
 
 def write(model: Any, tokenizer: Any, folder: Path) -> None:

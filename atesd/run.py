@@ -33,6 +33,7 @@ from atesd.exposure.outcomes import OutcomeMeter
 from atesd.exposure.policies import make_policy
 from atesd.files import write_json
 from atesd.guards import BEST, Guards
+from atesd.hub import make_repository, push_folder
 from atesd.inputs import INPUTS, input_digests, keep_inputs
 from atesd.models.batching import ProblemSampler
 from atesd.models.loading import check_kernels, context_length, load_model, load_model_config, load_tokenizer
@@ -149,6 +150,8 @@ class Run:
             self.build_evaluation(opened)
             if checkpoint:
                 self.restore(checkpoint)
+            if config.push_to_hub:
+                self.processes.broadcast_from_main(make_repository, config.push_to_hub)
             self.opened = opened.pop_all()
 
     def checkpoint_to_resume(self) -> Path | None:
@@ -394,6 +397,12 @@ class Run:
         from atesd.reports.report import write_report  # here: training itself does without matplotlib
 
         write_report(self.run_dir)
+
+    def push_to_hub(self) -> None:
+        """Upload the trained adapter (or model) to the repository that the settings name, if any."""
+        if self.config.push_to_hub and self.processes.is_main:
+            folder = self.run_dir / (ADAPTER if self.config.use_peft else MODEL)
+            print(f"uploaded to {push_folder(folder, self.config.push_to_hub)}", flush=True)
 
     def close(self) -> None:
         """End the processes that the graders and the engine have started, and give the folder up."""

@@ -48,6 +48,7 @@ def nothing_runs(monkeypatch, tmp_path):
     monkeypatch.setattr("atesd.evaluation.command.evaluate", record("eval", Path("evals")))
     monkeypatch.setattr("atesd.evaluation.compare.compare", record("compare", Path("evals")))
     monkeypatch.setattr("atesd.reports.report.write_report", record("report", Path("report.html")))
+    monkeypatch.setattr("atesd.merge.merge", record("merge", ""))
     monkeypatch.setattr("atesd.planning.scaling.main", record("scaling", ""))
     return done
 

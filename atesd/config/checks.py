@@ -16,6 +16,7 @@ from atesd.config import doors
 from atesd.config.fields import MAY_CHANGE, RolloutFields, Settings
 from atesd.config.options import check_fields, parse_json
 from atesd.errors import ConfigError, suggest
+from atesd.hub import check_push
 from atesd.storage.folder import already_holds
 
 SPECIAL_MODEL = "smollm2-135m-instruct"
@@ -198,6 +199,8 @@ def check_places(config: Settings) -> None:
         )
     if data.endswith((".json", ".jsonl", ".parquet")) and not Path(data).expanduser().is_file():
         raise ConfigError(f"dataset_name is {data!r}, and there is no such file: give a file, a folder or a Hub name")
+    if config.push_to_hub is not None:
+        check_push(config.push_to_hub)
     out = config.resume or config.output_dir
     require(config, "output_dir", out is not None, "a folder for the run")
     require(config, "output_dir", bool(str(out).strip()), "the path of a folder for the run")

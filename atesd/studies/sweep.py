@@ -88,6 +88,8 @@ def run_config(recipe: str | None, flags: list[str], run_dir: Path, alpha: float
         raise ConfigError(
             "rollout_engine is not 'hf': a sweep measures the student before and after each run in its own process"
         )
+    if config.push_to_hub:
+        raise ConfigError("push_to_hub is set: a sweep has many runs, and one repository holds one. Leave it out")
     config.num_eval_problems = config.num_eval_problems or NUM_PROBLEMS
     if not goes_on:
         return config

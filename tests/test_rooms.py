@@ -29,7 +29,7 @@ ROOMS = (
     ("data", "models", "reports"),
     ("config",),
     ("parallel", "storage"),
-    ("files", "hub"),
+    ("files", "hub", "packages"),
     ("errors", "stopping", "__init__"),
 )
 HEIGHT = {room: -level for level, rooms in enumerate(ROOMS) for room in rooms}

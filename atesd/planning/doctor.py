@@ -17,7 +17,7 @@ PACKAGES = (
     "torch triton transformers accelerate peft datasets reasoning-gym gguf safetensors "
     "liger-kernel flash-attn vllm trl math-verify"
 ).split()
-EXTRAS = {"triton": "gpu", "liger-kernel": "gpu", "flash-attn": "flash", "vllm": "vllm", "math-verify": "eval"}
+EXTRAS = {"triton": "gpu", "liger-kernel": "gpu", "flash-attn": "flash", "vllm": "vllm"}
 EXTRAS |= {"trl": "bench"}
 
 

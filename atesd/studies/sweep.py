@@ -23,7 +23,6 @@ from atesd.files import write_json
 from atesd.run import Run
 from atesd.storage.folder import LOCK, own
 from atesd.studies.held_out import measure
-from atesd.studies.sweep_plot import study_figure
 from atesd.trainer import Trainer
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # [paper]
@@ -54,18 +53,21 @@ def sweep(
         raise ConfigError("a sweep needs at least an alpha and a seed")
     runs = {(alpha, seed): folder / f"alpha-{alpha:g}-seed-{seed}" for seed in seeds for alpha in alphas}
     with own(folder, "output_dir") as owned:  # no other sweep runs here: what is there now stays as it is
-        try:  # all of them, before the first run starts
+        try:
+            # all settings, before the first run starts
             configs = [run_config(recipe, flags, run_dir, *of_run) for of_run, run_dir in runs.items()]
-        except ConfigError:
-            owned.discard()
+            rows: list[dict[str, Any]] = []
+            for ((alpha, seed), run_dir), config in zip(runs.items(), configs, strict=True):
+                if not (run_dir / STUDY).exists():
+                    print(f"alpha {alpha:g}, seed {seed}: {run_dir}", flush=True)
+                    run_one(config, alpha, seed)
+                rows += json.loads((run_dir / STUDY).read_text(encoding="utf-8"))
+        except BaseException:
+            owned.discard()  # the folder goes if there is no run in it
             raise
-        rows: list[dict[str, Any]] = []
-        for ((alpha, seed), run_dir), config in zip(runs.items(), configs, strict=True):
-            if not (run_dir / STUDY).exists():
-                print(f"alpha {alpha:g}, seed {seed}: {run_dir}", flush=True)
-                run_one(config, alpha, seed)
-            rows += json.loads((run_dir / STUDY).read_text(encoding="utf-8"))
         write_json(folder / STUDY, {"rows": rows, "summary": summarise(rows)})
+        from atesd.studies.sweep_plot import study_figure  # here: without matplotlib, load_config says what to install
+
         study_figure(summarise(rows), folder / "study.png")
     return folder
 

@@ -77,10 +77,15 @@ def add_merge(merging: argparse.ArgumentParser) -> None:
 def train(argv: list[str]) -> int:
     from atesd.config import CONFIG_FILE, config_parser, load_config, recipes
 
-    if not argv or {"-h", "--help"} & set(argv):
+    if not argv:
+        from atesd.config.pages import train_page
+
+        print(train_page())
+        return 2
+    if {"-h", "--help"} & set(argv):
         config_parser().print_help()
         print(f"\nrecipes that ship with atesd: {', '.join(recipes())}")
-        return 0 if argv else 2
+        return 0
     recipe, flags = (None, argv) if argv[0].startswith("-") else (argv[0], argv[1:])
     config = load_config(recipe, flags)
     if config.dry_run:
@@ -107,9 +112,14 @@ def train(argv: list[str]) -> int:
 def evaluation(argv: list[str]) -> int:
     from atesd.config.eval_config import eval_parser, load_eval_config
 
-    if not argv or {"-h", "--help"} & set(argv):
+    if not argv:
+        from atesd.config.pages import EVAL
+
+        print(EVAL)
+        return 2
+    if {"-h", "--help"} & set(argv):
         eval_parser().print_help()
-        return 0 if argv else 2
+        return 0
     if "--compare" in argv:
         return comparison(argv)
     config = load_eval_config(argv)

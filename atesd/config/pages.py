@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import fill
+
 from atesd.config.load import recipes
 
 TRAIN = """\
@@ -11,7 +13,7 @@ atesd train: a model learns from its own answers, taught by itself reading part 
   atesd train my_run.yaml --max_steps 500   your file; `extends: quickstart` takes over a recipe
   atesd train --resume runs/my_run          go on with a run
 
-Recipes: {recipes}
+{recipes}
 
 The settings that people change, as flags or as lines of the YAML file:
   --model_name_or_path     a folder or a Hub id
@@ -58,4 +60,5 @@ The settings that people change:
 
 
 def train_page() -> str:
-    return TRAIN.format(recipes=", ".join(recipes()))
+    names = f"Recipes: {', '.join(recipes())}"
+    return TRAIN.format(recipes=fill(names, 98, subsequent_indent="  ", break_on_hyphens=False))

@@ -28,6 +28,7 @@ BASE = [
     "numpy>=1.26,<3",
     "pyyaml>=6,<7",
     "tqdm>=4.66,<5",
+    "rich>=13.7,<16",
 ]
 GPU = ["triton>=3.6; platform_system == 'Linux'", "liger-kernel>=0.6,<1; platform_system == 'Linux'"]
 TRL = ["trl>=1.0,<2"]

@@ -15,6 +15,7 @@ from signal import Signals
 
 from atesd import __version__
 from atesd.errors import AtesdError, ConfigError
+from atesd.reports.printout import messages_to_stderr
 from atesd.stopping import Stopped, go_on_command
 
 
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
             return merge(arguments)
         if arguments.command == "report":
             return report(Path(arguments.run_dir))
-        return doctor()
+        return doctor(arguments.json)
     except ConfigError as error:
         return fail(error, 2)
     except KeyboardInterrupt:
@@ -61,7 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("scaling", add_help=False, help=predicting)
     show = commands.add_parser("report", help="draw RUN_DIR/report.html, of a finished run or one under way")
     show.add_argument("run_dir", metavar="RUN_DIR")
-    commands.add_parser("doctor", help="versions, devices, and which backends work here and why others do not")
+    told = commands.add_parser("doctor", help="versions, devices, and which backends work here and why others do not")
+    told.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
 
 
@@ -84,15 +86,21 @@ def train(argv: list[str]) -> int:
         return 2
     if {"-h", "--help"} & set(argv):
         config_parser().print_help()
-        print(f"\nrecipes that ship with atesd: {', '.join(recipes())}")
+        print(f"\n--json prints what --dry-run says as one JSON document\nrecipes: {', '.join(recipes())}")
         return 0
-    recipe, flags = (None, argv) if argv[0].startswith("-") else (argv[0], argv[1:])
-    config = load_config(recipe, flags)
+    argv, as_json = without_json(argv)
+    recipe, flags = (None, argv) if not argv or argv[0].startswith("-") else (argv[0], argv[1:])
+    with messages_to_stderr(as_json):
+        config = load_config(recipe, flags)
     if config.dry_run:
         from atesd.planning.dry_run import dry_run
 
-        print(dry_run(config))
+        with messages_to_stderr(as_json):
+            plan = dry_run(config)
+        plan.show(as_json)
         return 0
+    if as_json:
+        raise ConfigError("--json prints the plan of a --dry-run: add that flag, or read a run's metrics.jsonl")
 
     try:
         from atesd import trainer
@@ -119,37 +127,34 @@ def evaluation(argv: list[str]) -> int:
         return 2
     if {"-h", "--help"} & set(argv):
         eval_parser().print_help()
+        print("\n--json prints the results as one JSON document")
         return 0
+    argv, as_json = without_json(argv)
     if "--compare" in argv:
-        return comparison(argv)
-    config = load_eval_config(argv)
+        return comparison(argv, as_json)
+    with messages_to_stderr(as_json):
+        config = load_eval_config(argv)
 
-    from atesd.evaluation.command import evaluate
+        from atesd.evaluation.command import evaluate
+        from atesd.evaluation.report import printout
 
-    print(f"evaluation: {config.output_dir}", flush=True)
-    folder = evaluate(config)
-    print(summary(folder / "results.md"))
-    print(f"\nreport: {folder / 'results.html'}")
+        print(f"evaluation: {config.output_dir}", flush=True)
+        results = printout(evaluate(config))
+    results.show(as_json)
     return 0
 
 
-def comparison(argv: list[str]) -> int:
+def comparison(argv: list[str], as_json: bool) -> int:
     parser = argparse.ArgumentParser(prog="atesd eval", allow_abbrev=False)
     parser.add_argument("--compare", nargs="+", metavar="RUN", required=True)
     parser.add_argument("--output_dir", metavar="FOLDER", help="default: evals/compare-A-B")
     arguments = parser.parse_args(argv)
 
-    from atesd.evaluation.compare import compare
+    from atesd.evaluation.compare import compare, printout
 
     folder = compare(arguments.compare, arguments.output_dir)
-    print(summary(folder / "comparison.md"))
-    print(f"\nreport: {folder / 'comparison.html'}")
+    printout(folder, arguments.compare).show(as_json)
     return 0
-
-
-def summary(markdown: Path) -> str:
-    """A written report without its settings: what a terminal shows."""
-    return markdown.read_text(encoding="utf-8").partition("\n## Settings")[0].rstrip()
 
 
 def sweep(argv: list[str]) -> int:
@@ -160,6 +165,7 @@ def sweep(argv: list[str]) -> int:
     parser.add_argument("--alphas", help="exposures, with commas between", default="0,0.25,0.5,0.75,1")
     parser.add_argument("--seeds", help="seeds, with commas between", default="0,1,2")
     parser.add_argument("--output_dir", help="folder of the runs and the figure; the same one goes on with a sweep")
+    parser.add_argument("--json", action="store_true", help="print the results as one JSON document")
     parser.epilog = "All other flags are those of `atesd train`."
     if not argv:
         parser.print_help()
@@ -175,7 +181,9 @@ def sweep(argv: list[str]) -> int:
     from atesd.studies import sweep as study
 
     folder = own.output_dir or f"runs/sweep-{Path(recipe or 'run').stem}"
-    print(f"figure: {study.sweep(recipe, rest, folder, alphas, seeds) / 'study.png'}")
+    with messages_to_stderr(own.json):
+        done = study.sweep(recipe, rest, folder, alphas, seeds)
+    study.printout(done).show(own.json)
     return 0
 
 
@@ -183,9 +191,12 @@ def scaling(argv: list[str]) -> int:
     from atesd.planning.scaling import main as tables
 
     if {"-h", "--help"} & set(argv):
-        print("atesd scaling [--flag value ...]: the flags of `atesd train`, on top of its recipe")
+        print("atesd scaling [--json] [--flag value ...]: the flags of `atesd train`, on top of its recipe")
         return 0
-    print(tables(argv))
+    argv, as_json = without_json(argv)
+    with messages_to_stderr(as_json):
+        predicted = tables(argv)
+    predicted.show(as_json)
     return 0
 
 
@@ -203,11 +214,16 @@ def report(run_dir: Path) -> int:
     return 0
 
 
-def doctor() -> int:
+def doctor(as_json: bool) -> int:
     from atesd.planning.doctor import describe
 
-    print(describe())
+    describe().show(as_json)
     return 0
+
+
+def without_json(argv: list[str]) -> tuple[list[str], bool]:
+    """The arguments without --json, and whether it was among them."""
+    return [word for word in argv if word != "--json"], "--json" in argv
 
 
 def needs_no_traceback(error: BaseException) -> bool:

@@ -20,6 +20,7 @@ from atesd.config import CONFIG_FILE, ATESDConfig, load_config
 from atesd.config.checks import check_same_settings
 from atesd.errors import ConfigError
 from atesd.files import write_json
+from atesd.reports.printout import Printout, Table
 from atesd.run import Run
 from atesd.storage.folder import LOCK, own
 from atesd.studies.held_out import measure
@@ -29,6 +30,7 @@ ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # [paper]
 SEEDS = (0, 1, 2)  # our choice
 NUM_PROBLEMS = 24  # our choice, used if the recipe has no evaluation problems
 GROUPS = ("easy", "middle", "hard")
+MEASURED = ("outcome", "accuracy", "mismatch_p95", "top1_disagreement")
 STUDY, BEFORE = "study.json", "before.json"
 
 
@@ -117,6 +119,19 @@ def run_one(config: ATESDConfig, alpha: float, seed: int) -> None:
     write_json(run_dir / STUDY, rows)
     del run
     gc.collect()  # breaks reference cycles, since the next run needs the memory
+
+
+def printout(folder: Path) -> Printout:
+    """Returns what the terminal shows of a finished study: its summary, a row for each alpha and group of problems."""
+    study = json.loads((folder / STUDY).read_text(encoding="utf-8"))
+    columns = [name for name in MEASURED if all(name in row for row in study["summary"])]
+    rows = [
+        [f"{row['alpha']:g}", row["group"], *(f"{row[name]:.4g} ± {row[f'{name}_std']:.2g}" for name in columns)]
+        for row in study["summary"]
+    ]
+    figure = folder / "study.png"
+    table = Table("mean ± standard deviation over the seeds", rows, ["alpha", "problems", *columns])
+    return Printout([table, f"figure: {figure}"], {**study, "folder": str(folder), "figure": str(figure)})
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
@@ -90,14 +91,15 @@ class Run:
         bound_product_caches()
         self.config = config
         self.step, self.nonfinite_in_a_row = 0, 0
-        trackers = None if config.report_to == "none" else config.report_to.replace(" ", "").split(",")
-        self.accelerator = Accelerator(cpu=on_cpu(), log_with=trackers)
+        self.accelerator = Accelerator(cpu=on_cpu())
         self.device, self.processes = self.accelerator.device, Processes(self.accelerator)
         self.folder: OwnedFolder | None = None
         # Use the main process's values: the default folder contains the time, and precision depends on the machine
         config.output_dir, config.bf16 = self.processes.broadcast_from_main(lambda: (self.own_folder(), config.bf16))
         self.run_dir = Path(config.output_dir)
         self.accelerator.project_configuration.set_directories(str(self.run_dir))
+        trackers = None if config.report_to == "none" else config.report_to.replace(" ", "").split(",")
+        self.accelerator.log_with = filter_trackers(trackers, str(self.run_dir))  # some of them write into the folder
         self.freed_memory, self.timer = FreedMemory(keep=config.keep_freed_memory), PhaseTimer()
         self.opened = ExitStack()
 

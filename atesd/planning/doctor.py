@@ -18,8 +18,7 @@ PACKAGES = (
     "torch triton transformers accelerate peft datasets reasoning-gym gguf safetensors "
     "liger-kernel flash-attn vllm trl math-verify"
 ).split()
-EXTRAS = {"triton": "gpu", "liger-kernel": "gpu", "flash-attn": "flash", "vllm": "vllm"}
-EXTRAS |= {"trl": "bench"}
+EXTRAS = {"triton": "gpu", "liger-kernel": "gpu", "flash-attn": "flash", "vllm": "vllm", "trl": "trl"}
 
 
 def describe() -> Printout:

@@ -102,7 +102,7 @@ can-test-vllm:
 # Without --no-compile pip compiles ten thousand files, of which the tests import a few.
 $(VLLM_VENV)/.installed: requirements-vllm.txt setup.py | can-test-vllm
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --no-compile --requirement requirements-vllm.txt --editable ".[eval]"
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-compile --requirement requirements-vllm.txt --editable .
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

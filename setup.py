@@ -12,7 +12,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# What `atesd train quickstart` needs without a GPU: reasoning-gym writes the problems, gguf reads the model.
+# What every command needs without a GPU: reasoning-gym writes the quickstart's problems, gguf reads its model,
+# math-verify grades answers.
 BASE = [
     "torch>=2.11",
     "transformers>=5.17,<6",
@@ -23,12 +24,13 @@ BASE = [
     "gguf>=0.17,<1",
     "reasoning-gym>=0.1.23,<0.2",
     "matplotlib>=3.8,<4",
+    "math-verify>=0.8,<1",
     "numpy>=1.26,<3",
     "pyyaml>=6,<7",
     "tqdm>=4.66,<5",
+    "rich>=13.7,<16",
 ]
 GPU = ["triton>=3.6; platform_system == 'Linux'", "liger-kernel>=0.6,<1; platform_system == 'Linux'"]
-EVAL = ["math-verify>=0.8,<1"]
 TRL = ["trl>=1.0,<2"]
 LIGER = ["liger-kernel>=0.6,<1; platform_system == 'Linux'"]
 # The peers that stand beside the losses. Those of BENCH run on a CPU too.
@@ -44,7 +46,7 @@ TEST = [
     "mypy>=1.15,<3",
     "triton>=3.6; platform_system == 'Linux'",
 ]
-TEST += [*EVAL, *TRL, *LIGER, "pytorch-lightning>=2.4,<3"]
+TEST += [*TRL, *LIGER, "pytorch-lightning>=2.4,<3"]
 
 README = Path(__file__).parent / "README.md"
 
@@ -79,10 +81,10 @@ setup(
     extras_require={
         "gpu": GPU,
         "flash": ["flash-attn>=2.7,<3; platform_system == 'Linux'"],
+        "trl": TRL,
         "vllm": ["vllm>=0.32,<1; platform_system == 'Linux'"],
         # a narrow range: a checkpoint's optimizer states are put back by names DeepSpeed keeps for itself
         "deepspeed": ["deepspeed>=0.19.8,<0.20; platform_system == 'Linux'"],
-        "eval": EVAL,
         "bench": BENCH,
         "bench-gpu": BENCH_GPU,
         "test": TEST,

@@ -1,4 +1,4 @@
-"""The command line: `atesd train | eval | sweep | scaling | report | doctor`.
+"""The command line: `atesd train | eval | merge | sweep | scaling | report | doctor`.
 
 Nothing else knows about argv or exit codes. Nothing heavy is imported before a command needs it: `atesd --help` answers
 at once, and a mistyped flag is refused before torch loads.
@@ -15,6 +15,7 @@ from signal import Signals
 
 from atesd import __version__
 from atesd.errors import AtesdError, ConfigError
+from atesd.reports.printout import messages_to_stderr
 from atesd.stopping import Stopped, go_on_command
 from atesd.terminal import plain_messages, show
 
@@ -31,9 +32,11 @@ def main(argv: list[str] | None = None) -> int:
         with plain_messages():
             if arguments.command in own_flags:
                 return own_flags[arguments.command](argv[argv.index(arguments.command) + 1 :])
+            if arguments.command == "merge":
+                return merge(arguments)
             if arguments.command == "report":
                 return report(Path(arguments.run_dir))
-            return doctor()
+            return doctor(arguments.json)
     except ConfigError as error:
         return fail(error, 2)
     except KeyboardInterrupt:
@@ -54,30 +57,52 @@ def build_parser() -> argparse.ArgumentParser:
     # They have a flag for every field of their configuration, which HfArgumentParser makes once it is asked for.
     commands.add_parser("train", add_help=False, help="train a recipe or YAML file, or go on with a run (--resume)")
     commands.add_parser("eval", add_help=False, help="evaluate a model or a run's adapter, or --compare evaluations")
+    add_merge(commands.add_parser("merge", help="write the model of a run: base and adapter merged, with tokenizer"))
     sweeping = "run a recipe at fixed exposures and several seeds, and draw outcome and mismatch against alpha"
     commands.add_parser("sweep", add_help=False, help=sweeping)
     predicting = "predicted memory and time of a step for models of 1.7B to 70B on 1 to 64 GPUs; flags as for train"
     commands.add_parser("scaling", add_help=False, help=predicting)
     show = commands.add_parser("report", help="draw RUN_DIR/report.html, of a finished run or one under way")
     show.add_argument("run_dir", metavar="RUN_DIR")
-    commands.add_parser("doctor", help="versions, devices, and which backends work here and why others do not")
+    told = commands.add_parser("doctor", help="versions, devices, and which backends work here and why others do not")
+    told.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
+
+
+def add_merge(merging: argparse.ArgumentParser) -> None:
+    merging.add_argument("run", metavar="RUN", help="run directory (its newest checkpoint), checkpoint or adapter")
+    merging.add_argument("--output_dir", required=True, metavar="DIR", help="folder to write; absent or empty")
+    merging.add_argument("--model", help="base model, where it is no longer what the run names")
+    types, what = ("auto", "float32", "bfloat16", "float16"), "the base model's files; without LoRA, what was trained"
+    merging.add_argument("--torch_dtype", choices=types, default="auto", help=f"type of the weights; auto: as {what}")
+    merging.add_argument("--push_to_hub", metavar="NAME", help="also upload the merged model to this repository")
 
 
 def train(argv: list[str]) -> int:
     from atesd.config import CONFIG_FILE, config_parser, load_config, recipes
 
-    if not argv or {"-h", "--help"} & set(argv):
+    if not argv:
+        from atesd.config.pages import train_page
+
+        show(train_page())
+        return 2
+    if {"-h", "--help"} & set(argv):
         config_parser().print_help()
-        show(f"\nrecipes that ship with atesd: {', '.join(recipes())}")
-        return 0 if argv else 2
-    recipe, flags = (None, argv) if argv[0].startswith("-") else (argv[0], argv[1:])
-    config = load_config(recipe, flags)
+        show(f"\n--json prints what --dry-run says as one JSON document\nrecipes: {', '.join(recipes())}")
+        return 0
+    argv, as_json = without_json(argv)
+    recipe, flags = (None, argv) if not argv or argv[0].startswith("-") else (argv[0], argv[1:])
+    with messages_to_stderr(as_json):
+        config = load_config(recipe, flags)
     if config.dry_run:
         from atesd.planning.dry_run import dry_run
 
-        show(dry_run(config))
+        with messages_to_stderr(as_json):
+            plan = dry_run(config)
+        plan.show(as_json)
         return 0
+    if as_json:
+        raise ConfigError("--json prints the plan of a --dry-run: add that flag, or read a run's metrics.jsonl")
 
     try:
         from atesd import trainer
@@ -97,39 +122,41 @@ def train(argv: list[str]) -> int:
 def evaluation(argv: list[str]) -> int:
     from atesd.config.eval_config import eval_parser, load_eval_config
 
-    if not argv or {"-h", "--help"} & set(argv):
+    if not argv:
+        from atesd.config.pages import EVAL
+
+        show(EVAL)
+        return 2
+    if {"-h", "--help"} & set(argv):
         eval_parser().print_help()
-        return 0 if argv else 2
+        show("\n--json prints the results as one JSON document")
+        return 0
+    argv, as_json = without_json(argv)
     if "--compare" in argv:
-        return comparison(argv)
-    config = load_eval_config(argv)
+        return comparison(argv, as_json)
+    with messages_to_stderr(as_json):
+        config = load_eval_config(argv)
 
-    from atesd.evaluation.command import evaluate
+        from atesd.evaluation.command import evaluate
+        from atesd.evaluation.report import printout
 
-    show(f"evaluation: {config.output_dir}")
-    folder = evaluate(config)
-    show(summary(folder / "results.md"))
-    show(f"\nreport: {folder / 'results.html'}")
+        show(f"evaluation: {config.output_dir}")
+        results = printout(evaluate(config))
+    results.show(as_json)
     return 0
 
 
-def comparison(argv: list[str]) -> int:
+def comparison(argv: list[str], as_json: bool) -> int:
     parser = argparse.ArgumentParser(prog="atesd eval", allow_abbrev=False)
     parser.add_argument("--compare", nargs="+", metavar="RUN", required=True)
     parser.add_argument("--output_dir", metavar="FOLDER", help="default: evals/compare-A-B")
     arguments = parser.parse_args(argv)
 
-    from atesd.evaluation.compare import compare
+    from atesd.evaluation.compare import compare, printout
 
     folder = compare(arguments.compare, arguments.output_dir)
-    show(summary(folder / "comparison.md"))
-    show(f"\nreport: {folder / 'comparison.html'}")
+    printout(folder, arguments.compare).show(as_json)
     return 0
-
-
-def summary(markdown: Path) -> str:
-    """A written report without its settings: what a terminal shows."""
-    return markdown.read_text(encoding="utf-8").partition("\n## Settings")[0].rstrip()
 
 
 def sweep(argv: list[str]) -> int:
@@ -140,6 +167,7 @@ def sweep(argv: list[str]) -> int:
     parser.add_argument("--alphas", help="exposures, with commas between", default="0,0.25,0.5,0.75,1")
     parser.add_argument("--seeds", help="seeds, with commas between", default="0,1,2")
     parser.add_argument("--output_dir", help="folder of the runs and the figure; the same one goes on with a sweep")
+    parser.add_argument("--json", action="store_true", help="print the results as one JSON document")
     parser.epilog = "All other flags are those of `atesd train`."
     if not argv:
         parser.print_help()
@@ -155,7 +183,9 @@ def sweep(argv: list[str]) -> int:
     from atesd.studies import sweep as study
 
     folder = own.output_dir or f"runs/sweep-{Path(recipe or 'run').stem}"
-    show(f"figure: {study.sweep(recipe, rest, folder, alphas, seeds) / 'study.png'}")
+    with messages_to_stderr(own.json):
+        done = study.sweep(recipe, rest, folder, alphas, seeds)
+    study.printout(done).show(own.json)
     return 0
 
 
@@ -163,9 +193,19 @@ def scaling(argv: list[str]) -> int:
     from atesd.planning.scaling import main as tables
 
     if {"-h", "--help"} & set(argv):
-        show("atesd scaling [--flag value ...]: the flags of `atesd train`, on top of its recipe")
+        show("atesd scaling [--json] [--flag value ...]: the flags of `atesd train`, on top of its recipe")
         return 0
-    show(tables(argv))
+    argv, as_json = without_json(argv)
+    with messages_to_stderr(as_json):
+        predicted = tables(argv)
+    predicted.show(as_json)
+    return 0
+
+
+def merge(arguments: argparse.Namespace) -> int:
+    from atesd.merge import merge as merged
+
+    show(merged(**{name: value for name, value in vars(arguments).items() if name != "command"}))
     return 0
 
 
@@ -176,11 +216,16 @@ def report(run_dir: Path) -> int:
     return 0
 
 
-def doctor() -> int:
+def doctor(as_json: bool) -> int:
     from atesd.planning.doctor import describe
 
-    show(describe())
+    describe().show(as_json)
     return 0
+
+
+def without_json(argv: list[str]) -> tuple[list[str], bool]:
+    """The arguments without --json, and whether it was among them."""
+    return [word for word in argv if word != "--json"], "--json" in argv
 
 
 def needs_no_traceback(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ from atesd.files import write_json
 from atesd.models.loading import load_model_config, model_path
 
 INPUTS = "inputs.json"
+BASE_FILES = "the base model's files"
 
 
 def input_digests(config: ATESDConfig, data: RunData, tokenizer: Any) -> dict[str, str | None]:
@@ -35,7 +36,7 @@ def input_digests(config: ATESDConfig, data: RunData, tokenizer: Any) -> dict[st
         "the tokenizer": digest([words, tokenizer.special_tokens_map]),
         "the chat template": digest(tokenizer.chat_template),
         "the prompt templates": digest(asdict(data.prompts.templates)),
-        "the base model's files": weights_digest(config),
+        BASE_FILES: weights_digest(config),
     }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
 from accelerate.utils import set_seed
 
 from atesd.config import CONFIG_FILE, ATESDConfig
@@ -32,6 +33,7 @@ from atesd.exposure.outcomes import OutcomeMeter
 from atesd.exposure.policies import make_policy
 from atesd.files import write_json
 from atesd.guards import BEST, Guards
+from atesd.hub import make_repository, push_folder
 from atesd.inputs import INPUTS, input_digests, keep_inputs
 from atesd.models.batching import ProblemSampler
 from atesd.models.loading import check_kernels, context_length, load_model, load_model_config, load_tokenizer
@@ -89,14 +91,15 @@ class Run:
         bound_product_caches()
         self.config = config
         self.step, self.nonfinite_in_a_row = 0, 0
-        trackers = None if config.report_to == "none" else config.report_to.replace(" ", "").split(",")
-        self.accelerator = Accelerator(cpu=on_cpu(), log_with=trackers)
+        self.accelerator = Accelerator(cpu=on_cpu())
         self.device, self.processes = self.accelerator.device, Processes(self.accelerator)
         self.folder: OwnedFolder | None = None
         # Use the main process's values: the default folder contains the time, and precision depends on the machine
         config.output_dir, config.bf16 = self.processes.broadcast_from_main(lambda: (self.own_folder(), config.bf16))
         self.run_dir = Path(config.output_dir)
         self.accelerator.project_configuration.set_directories(str(self.run_dir))
+        trackers = None if config.report_to == "none" else config.report_to.replace(" ", "").split(",")
+        self.accelerator.log_with = filter_trackers(trackers, str(self.run_dir))  # some of them write into the folder
         self.freed_memory, self.timer = FreedMemory(keep=config.keep_freed_memory), PhaseTimer()
         self.opened = ExitStack()
 
@@ -151,6 +154,8 @@ class Run:
             self.build_evaluation(opened)
             if checkpoint:
                 self.restore(checkpoint)
+            if config.push_to_hub:
+                self.processes.broadcast_from_main(make_repository, config.push_to_hub)
             self.opened = opened.pop_all()
 
     def checkpoint_to_resume(self) -> Path | None:
@@ -394,6 +399,12 @@ class Run:
         from atesd.reports.report import write_report  # here: training itself does without matplotlib
 
         write_report(self.run_dir)
+
+    def push_to_hub(self) -> None:
+        """Upload the trained adapter (or model) to the repository that the settings name, if any."""
+        if self.config.push_to_hub and self.processes.is_main:
+            folder = self.run_dir / (ADAPTER if self.config.use_peft else MODEL)
+            show(f"uploaded to {push_folder(folder, self.config.push_to_hub)}")
 
     def close(self) -> None:
         """End the processes that the graders and the engine have started, and give the folder up."""

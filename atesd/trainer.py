@@ -44,6 +44,7 @@ def train(config: ATESDConfig) -> Path:
         ValueError: settings, problems or prompts that cannot be used, before anything is trained.
         NonFiniteLoss: after `max_nonfinite_steps` such steps in a row.
         StorageError: the disk is full or cannot be written to; the last checkpoint is valid.
+        HubError: `push_to_hub` failed. At the end of a run: the run is complete.
     """
     config.validate()
     run = Run.build(config)
@@ -53,6 +54,7 @@ def train(config: ATESDConfig) -> Path:
     finally:
         run.close()
     run.accelerator.end_training()  # after closing: vLLM in this process has process groups of its own
+    run.push_to_hub()
     return run.run_dir
 
 

@@ -1,5 +1,6 @@
 """The command line: its answers, exit codes and speed, without training anything."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -16,6 +17,7 @@ from atesd.evaluation.files import EvalError
 from atesd.models.loading import ModelLoadError
 from atesd.parallel.sharding import ShardingError
 from atesd.reports.metrics import RunLog
+from atesd.reports.printout import Printout
 from atesd.reports.report import ReportError
 from atesd.rollout import RolloutError
 from atesd.stopping import Stopped, go_on_command
@@ -97,22 +99,27 @@ def test_train_help_explains_the_fields_and_train_alone_is_no_success(capsys):
     assert cli.main(["train"]) == 2
 
 
-def test_eval_hands_its_settings_on_and_shows_the_results_without_the_settings(monkeypatch, capsys, tmp_path):
+def test_eval_hands_its_settings_on_and_shows_the_results(monkeypatch, capsys, tmp_path):
     seen = []
 
     class Evaluation:
         @staticmethod
         def evaluate(config):
             seen.append(config)
-            (tmp_path / "results.md").write_text("# mine\n\n| average@2 |\n\n## Settings\n\n| seed |")
+            print("on the way")
             return tmp_path
 
+    results = Printout(["average@2", f"report: {tmp_path / 'results.html'}"], {"metrics": {"average@2": 0.5}})
+    monkeypatch.setattr("atesd.evaluation.report.printout", lambda folder: results if folder == tmp_path else None)
     monkeypatch.setitem(sys.modules, "atesd.evaluation.command", Evaluation)
     monkeypatch.setattr("atesd.evaluation.command", Evaluation, raising=False)
     assert cli.main(["eval", "--model", "m", "--data", "d.jsonl", "--k", "2"]) == 0
     assert (seen[0].model_name_or_path, seen[0].num_generations, seen[0].output_dir) == ("m", 2, "evals/d-m")
     text = capsys.readouterr().out
-    assert "average@2" in text and "results.html" in text and "seed" not in text
+    assert "on the way" in text and "average@2" in text and "results.html" in text
+    assert cli.main(["eval", "--model", "m", "--data", "d.jsonl", "--k", "2", "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out) == {"metrics": {"average@2": 0.5}} and "on the way" in told.err
 
 
 def test_eval_help_explains_the_protocol_and_a_mistyped_flag_is_refused_by_name(capsys):
@@ -199,4 +206,4 @@ def test_doctor_names_versions_devices_and_why_a_backend_is_missing(capsys, monk
     for line in ("cores", "triton", "vllm", "smollm2"):
         assert line in text
     if not torch.cuda.is_available():
-        assert "triton          not available: " in text
+        assert re.search(r"^  triton +not available: ", text, re.MULTILINE)

@@ -131,7 +131,7 @@ def test_this_environment_satisfies_every_extra_it_has_packages_of(built):
     """Extras resolve together: one set of versions, those the tests run with, is within all their ranges at once."""
     fields = metadata_of(built)
     extras = fields.get_all("Provides-Extra")
-    assert {"gpu", "vllm", "eval", "bench", "test"} <= set(extras)
+    assert {"gpu", "trl", "vllm", "bench", "test"} <= set(extras)
     checked = set()
     for requirement in all_requirements(built):
         try:

@@ -12,6 +12,7 @@ import pytest
 
 from atesd import cli
 from atesd.config import load_config
+from atesd.reports.printout import Printout
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "atesd_kernels/README.md", "atesd/README.md", "bench/README.md")]
@@ -39,16 +40,17 @@ def nothing_runs(monkeypatch, tmp_path):
     def record(name, result):
         return lambda *arguments, **options: (done.append((name, arguments)), result)[1]
 
-    for name in ("evals/results.md", "evals/comparison.md"):
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).write_text("")
+    nothing = Printout([], {})
+    for name in ("evaluation.report", "evaluation.compare", "studies.sweep"):
+        monkeypatch.setattr(f"atesd.{name}.printout", lambda *_: nothing)
     monkeypatch.setattr("atesd.trainer.train", record("train", Path("runs/my_run")))
-    monkeypatch.setattr("atesd.planning.dry_run.dry_run", record("dry run", ""))
+    monkeypatch.setattr("atesd.planning.dry_run.dry_run", record("dry run", nothing))
     monkeypatch.setattr("atesd.studies.sweep.sweep", record("sweep", Path("runs")))
     monkeypatch.setattr("atesd.evaluation.command.evaluate", record("eval", Path("evals")))
     monkeypatch.setattr("atesd.evaluation.compare.compare", record("compare", Path("evals")))
     monkeypatch.setattr("atesd.reports.report.write_report", record("report", Path("report.html")))
-    monkeypatch.setattr("atesd.planning.scaling.main", record("scaling", ""))
+    monkeypatch.setattr("atesd.merge.merge", record("merge", ""))
+    monkeypatch.setattr("atesd.planning.scaling.main", record("scaling", nothing))
     return done
 
 

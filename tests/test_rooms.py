@@ -20,7 +20,7 @@ ROOMS = (
     ("studies",),
     ("trainer",),
     ("run",),
-    ("integrations",),
+    ("integrations", "merge"),
     ("guards", "inputs", "resuming"),
     ("step_metrics",),
     ("evaluation",),
@@ -29,7 +29,7 @@ ROOMS = (
     ("data", "models", "reports"),
     ("config",),
     ("parallel", "storage"),
-    ("files",),
+    ("files", "hub", "packages"),
     ("errors", "stopping", "terminal", "__init__"),
 )
 HEIGHT = {room: -level for level, rooms in enumerate(ROOMS) for room in rooms}

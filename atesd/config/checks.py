@@ -16,6 +16,8 @@ from atesd.config import doors
 from atesd.config.fields import MAY_CHANGE, RolloutFields, Settings
 from atesd.config.options import check_fields, parse_json
 from atesd.errors import ConfigError, suggest
+from atesd.hub import check_push
+from atesd.packages import require_packages
 from atesd.storage.folder import already_holds
 
 SPECIAL_MODEL = "smollm2-135m-instruct"
@@ -35,12 +37,13 @@ FLASH_PACKAGES = {
 
 
 def check(config: Settings) -> None:
-    """Raises ConfigError for the first setting that cannot be used."""
+    """Raises ConfigError for the first setting that cannot be used, MissingPackageError for an absent package."""
     check_fields(config)
     check_engine(config)
     check_policy(config)
     check_combinations(config)
     check_places(config)
+    check_packages(config)
 
 
 def require(config: Settings, name: str, holds: bool, what: str) -> None:
@@ -121,11 +124,6 @@ def check_combinations(config: Settings) -> None:
             f"eval_steps is {config.eval_steps} but num_eval_problems is 0, so there is nothing to evaluate on: "
             f"set num_eval_problems to 32 or more, or eval_steps to 0"
         )
-    if config.eval_steps and find_spec("math_verify") is None:
-        raise ConfigError(
-            f"eval_steps is {config.eval_steps}, and an evaluation grades answers with math-verify, which is not "
-            f"installed: pip install 'atesd[eval]', or set eval_steps to 0"
-        )
     trackers = config.report_to.replace(" ", "").split(",")
     for tracker in trackers:
         what = f"made of {', '.join(TRACKERS)}{suggest(tracker, TRACKERS)}"
@@ -186,8 +184,6 @@ def check_objective(config: Settings) -> None:
         )
     if "grpo" in objective:
         require(config, "num_generations", config.num_generations >= 2, f"at least 2, for objective is {objective!r}")
-        if find_spec("math_verify") is None:
-            raise ConfigError(f"objective {objective!r} grades answers with math-verify: pip install 'atesd[eval]'")
     if config.per_example_exposure and not learned and not doors.is_object(config.exposure_policy):
         raise ConfigError(
             f"per_example_exposure is on, and exposure_policy {config.exposure_policy!r} gives every problem the same "
@@ -220,12 +216,25 @@ def check_places(config: Settings) -> None:
         )
     if data.endswith((".json", ".jsonl", ".parquet")) and not Path(data).expanduser().is_file():
         raise ConfigError(f"dataset_name is {data!r}, and there is no such file: give a file, a folder or a Hub name")
+    if config.push_to_hub is not None:
+        check_push(config.push_to_hub)
     out = config.resume or config.output_dir
     require(config, "output_dir", out is not None, "a folder for the run")
     require(config, "output_dir", bool(str(out).strip()), "the path of a folder for the run")
     for name in ("config.yaml", "metrics.jsonl"):  # the run looks again once it owns the folder
         if not config.resume and not config.named_by_time and (Path(out) / name).exists():
             raise ConfigError(already_holds("output_dir", out, name))
+
+
+def check_packages(config: Settings) -> None:
+    """Raises MissingPackageError for what a run would import after its last step, or leave out without a word."""
+    require_packages("the report of a run", "matplotlib")
+    if config.eval_steps or "grpo" in config.objective:
+        require_packages(f"grading (eval_steps {config.eval_steps}, objective {config.objective!r})", "math_verify")
+    for tracker in config.report_to.replace(" ", "").split(","):
+        modules = ("tensorboard", "tensorboardX") if tracker == "tensorboard" else (tracker,)
+        if tracker != "none" and not any(find_spec(module) for module in modules):
+            require_packages(f"report_to {tracker!r}", modules[0])
 
 
 def check_resumable(saved: Settings, given: Settings, output_dir: str | None) -> None:

@@ -17,6 +17,7 @@ from atesd.config.fields import RolloutFields
 from atesd.config.load import config_parser, parse
 from atesd.config.options import check_fields, option
 from atesd.errors import ConfigError
+from atesd.packages import require_packages
 
 # Settings that neither samples nor verdicts depend on: they may differ when an evaluation goes on.
 FREE = (
@@ -28,6 +29,7 @@ FREE = (
     "rollout_timeout",
     "rollout_retries",
 )
+LONGEST = 38912  # tokens of a response in OPSD's protocol
 FREE += ("vllm_server_base_url", "vllm_kv_cache_bytes", "vllm_enable_sleep_mode")
 
 
@@ -89,7 +91,13 @@ class EvalRolloutFields(RolloutFields):
     _argument_group_name = "samples"
 
     num_generations: int = option(12, "paper", "k: samples of each problem.", "--k", at_least=1)
-    max_completion_length: int = option(38912, "OPSD", "Longest response in tokens.", "--max_new_tokens", at_least=1)
+    max_completion_length: int | None = option(
+        None,
+        "OPSD",
+        f"Longest response in tokens; absent, {LONGEST}, or what the model's context leaves beside the longest prompt.",
+        "--max_new_tokens",
+        at_least=1,
+    )
     temperature: float = option(1.0, "OPSD", "Sampling temperature.", above=0)
     top_p: float = option(
         1.0, "OPSD", "Nucleus sampling; 1 is off, as OPSD states (its script falls back to 0.95).", above=0, at_most=1
@@ -140,8 +148,8 @@ class EvalConfig(EvalRunFields, EvalGradingFields, EvalRolloutFields, EvalDataFi
 
     Example:
         >>> config = load_eval_config(["--model", "smollm2-135m-instruct", "--data", "aime24"])
-        >>> config.num_generations, config.max_completion_length, config.output_dir
-        (12, 38912, 'evals/aime24-smollm2-135m-instruct')
+        >>> config.num_generations, config.temperature, config.output_dir
+        (12, 1.0, 'evals/aime24-smollm2-135m-instruct')
     """
 
     def validate(self) -> None:
@@ -153,6 +161,7 @@ class EvalConfig(EvalRunFields, EvalGradingFields, EvalRolloutFields, EvalDataFi
         if self.dataset_name == "gsm_symbolic" and self.num_problems is None:
             raise ConfigError("gsm_symbolic makes as many problems as are asked for: give --num_problems, 100 say")
         check_fields(self)
+        require_packages("an evaluation", "math_verify", "matplotlib")
         for name in ("importance_clip", "max_staleness"):
             require(self, name, not getattr(self, name), "left out: it is a setting of training")
         check_engine(self)

@@ -17,7 +17,7 @@ from atesd.config.options import option, switch_off_zeros
 MAY_CHANGE = (
     "max_steps learning_rate max_grad_norm max_nonfinite_steps gradient_checkpointing "
     "gradient_checkpointing_mode chunk_bytes keep_freed_memory logging_steps "
-    "save_steps save_total_limit report_to eval_steps early_stopping_patience stop_on_collapse save_best "
+    "save_steps save_total_limit report_to push_to_hub eval_steps early_stopping_patience stop_on_collapse save_best "
     "allow_changed_inputs allow_older_checkpoint"
 ).split()
 
@@ -369,6 +369,12 @@ class RunFields:
     save_steps: int = option(10, "our choice", "Steps between checkpoints.", at_least=1)
     save_total_limit: int = option(
         2, "our choice", "Checkpoints kept; one whose next step was finite is kept in any case.", at_least=1
+    )
+    push_to_hub: str | None = option(
+        None,
+        "HF",
+        "Name of a repository of the Hugging Face Hub, USER/NAME: at the end of the run its adapter is uploaded there, "
+        "or the model where use_peft is false. `atesd merge --push_to_hub` uploads the merged model.",
     )
     report_to: str = option("none", "HF", "none, or trackers of accelerate with commas between: tensorboard, wandb.")
 

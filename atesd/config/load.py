@@ -196,13 +196,23 @@ def config_parser(field_groups: tuple[type, ...] = groups.GROUPS, prog: str = "a
             # HfArgumentParser hands all of a field's metadata to argparse, which refuses words of our own.
             shown = copy(field)
             shown.metadata = {"help": with_range(field.metadata), "aliases": field.metadata["aliases"]}
+            before = len(parser._actions)
             HfArgumentParser._parse_dataclass_field(parser, shown)
+            for action in parser._actions[before + 1 :]:  # --no_X, which repeats the help of --X
+                action.help = f"Turn {field.name} off."
 
     return Parser(field_groups, prog=prog, usage=usage, allow_abbrev=False, formatter_class=HelpFormatter)
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter):
-    """Shows --learning_rate once, without its spelling --learning-rate, which works as well."""
+    """Shows --learning_rate once, without its spelling --learning-rate, which works as well.
+
+    Of --X and --no_X, only the first has the default.
+    """
+
+    def _get_help_string(self, action: Any) -> str | None:
+        negative = any(name.startswith("--no_") for name in action.option_strings)
+        return action.help if negative else super()._get_help_string(action)
 
     def _format_action_invocation(self, action: Any) -> str:
         if not action.option_strings:

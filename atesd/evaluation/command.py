@@ -17,7 +17,7 @@ import torch
 from atesd import __version__
 from atesd.config import ATESDConfig
 from atesd.config.doors import load_metrics
-from atesd.config.eval_config import FREE, EvalConfig, with_defaults
+from atesd.config.eval_config import FREE, LONGEST, EvalConfig, with_defaults
 from atesd.data.problems import Problem
 from atesd.data.prompts import PromptBuilder
 from atesd.data.templates import PromptTemplates
@@ -60,11 +60,13 @@ def evaluate(config: EvalConfig) -> Path:
     )
     problems = load_benchmark(resolved)
     tokenizer = load_tokenizer(resolved)
-    prompts = build_prompts(resolved, tokenizer, problems)
+    prompts, room = build_prompts(resolved, tokenizer, problems)
+    if resolved.max_completion_length is None:
+        resolved = replace(resolved, max_completion_length=default_length(resolved, room))
     record_now = record(resolved, problems, adapter, device)
-    claim(folder, record_now, (*FREE, "versions", "threads"), defaults=asdict(EvalConfig()))
+    made = claim(folder, record_now, (*FREE, "versions", "threads"), defaults=asdict(EvalConfig()))
 
-    with SampleFile(folder) as file:
+    with SampleFile(folder, made) as file:
         expected = {
             (p.id, s): sample_seed(config.seed, p.id, s) for p in problems for s in range(config.num_generations)
         }
@@ -138,8 +140,22 @@ def engine_settings(config: EvalConfig, prompts: list[list[int]], device: torch.
     return ATESDConfig(**{name: value for name, value in asdict(config).items() if name in shared} | sizes)
 
 
-def build_prompts(config: EvalConfig, tokenizer: Any, problems: list[Problem]) -> list[list[int]]:
-    """Returns prompts as token ids. Raises ConfigError if the longest and its completion exceed the context."""
+def default_length(config: EvalConfig, room: int) -> int:
+    """Returns OPSD's length of a response, or what the context leaves; then says so."""
+    if room < LONGEST:
+        show(
+            f"max_completion_length: {room} tokens instead of OPSD's {LONGEST}, for the context of "
+            f"{config.model_name_or_path} leaves no more beside the longest prompt"
+        )
+    return min(room, LONGEST)
+
+
+def build_prompts(config: EvalConfig, tokenizer: Any, problems: list[Problem]) -> tuple[list[list[int]], int]:
+    """Returns prompts as token ids, and how many tokens the context leaves beside the longest.
+
+    Raises:
+        ConfigError: the longest prompt and its completion exceed the context.
+    """
     context = context_length(load_model_config(config))
     templates = PromptTemplates.from_file(config.prompt_templates) if config.prompt_templates else None
     kwargs = json.loads(config.chat_template_kwargs)
@@ -155,13 +171,13 @@ def build_prompts(config: EvalConfig, tokenizer: Any, problems: list[Problem]) -
     prompts = [builder.student(problem) for problem in problems]
     longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
     room = context - len(prompts[longest])
-    if config.max_completion_length > room:
+    if (config.max_completion_length or 1) > room:
         raise ConfigError(
             f"max_completion_length is {config.max_completion_length}, but the context of {config.model_name_or_path} "
             f"has {context} tokens, and the longest prompt ({problems[longest].id}) takes {len(prompts[longest])} of "
             f"them: give --max_new_tokens {room} or fewer, or use a model with a longer context"
         )
-    return prompts
+    return prompts, room
 
 
 def record(config: EvalConfig, problems: list[Problem], adapter: Path | None, device: torch.device) -> dict[str, Any]:

@@ -6,6 +6,7 @@ that comes from the difficulty of the problems.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from atesd.evaluation.report import CELL, EvalRun, interval, is_share, load_run,
 from atesd.evaluation.statistics import estimate
 from atesd.files import write_json
 from atesd.reports.markup import card, html_table, markdown_table, page, text
+from atesd.reports.printout import Printout, Table
 
 # entries that are expected to differ between two runs
 EXPECTED = (
@@ -66,6 +68,18 @@ def compare(folders: Sequence[str | Path], output_dir: str | Path | None = None)
     (folder / "comparison.html").write_text(html(header, rows, pairs), encoding="utf-8")
     write_json(folder / "comparison.json", {"pairs": pairs})
     return folder
+
+
+def printout(folder: Path, folders: Sequence[str | Path]) -> Printout:
+    """Returns what the terminal shows of the comparison in `folder`, which is one of the evaluations `folders`."""
+    pairs = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["pairs"]
+    header, rows = overview([load_run(each) for each in folders])
+    parts: list[str | Table] = [Table("evaluations", rows, header)]
+    for pair in pairs:
+        header, rows = rows_of(pair)
+        parts += [Table(f"{pair['b']} - {pair['a']}", rows, header), *notes(pair)]
+    report = folder / "comparison.html"
+    return Printout([*parts, f"report: {report}"], {"pairs": pairs, "folder": str(folder), "report": str(report)})
 
 
 def paired(a: EvalRun, b: EvalRun) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from atesd.errors import AtesdError
 from atesd.files import write_json
 from atesd.reports.metrics import as_line, read_jsonl
-from atesd.storage.folder import FolderInUse, OwnedFolder
+from atesd.storage.folder import FolderInUse, OwnedFolder, make
 
 SETTINGS, SAMPLES, RESULTS = "eval_config.json", "samples.jsonl", "results.json"
 BLOCK, BLOCKS = 1 << 16, 64
@@ -28,17 +29,20 @@ class EvalError(AtesdError, ValueError):
 class SampleFile:
     """`FOLDER/samples.jsonl`, locked by one process at a time. A context manager.
 
+    If the context ends with an error before there is a sample, the folder is as if there had been no evaluation.
+
     Args:
         folder: existing folder of the evaluation.
+        made: what `claim` made for it.
 
     Attributes:
         rows: the existing and appended samples. An incomplete last line, left by a kill, is removed from the file.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, made: Sequence[Path] = ()):
         self.path = folder / SAMPLES
         try:
-            self.folder = OwnedFolder(folder, made=False, take_over=False)
+            self.folder = OwnedFolder(folder, made, take_over=False)
         except FolderInUse as error:
             raise EvalError(
                 f"{folder} is being written by another evaluation: wait, or choose another output_dir"
@@ -61,8 +65,10 @@ class SampleFile:
     def __enter__(self) -> SampleFile:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.file.close()
+        if kind is not None and not self.rows:
+            self.folder.discard(SETTINGS, SAMPLES)
         self.folder.close()
 
 
@@ -76,8 +82,10 @@ def sample_seed(seed: int, problem_id: str, sample: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 11
 
 
-def claim(folder: Path, record: dict[str, Any], free: tuple[str, ...], defaults: dict[str, Any]) -> None:
+def claim(folder: Path, record: dict[str, Any], free: tuple[str, ...], defaults: dict[str, Any]) -> list[Path]:
     """Writes `record` to `folder`, after checking that it matches the settings already there, if any.
+
+    Returns the folders that were made for it.
 
     Args:
         record: JSON values. `record["settings"]` holds the user's settings.
@@ -86,8 +94,9 @@ def claim(folder: Path, record: dict[str, Any], free: tuple[str, ...], defaults:
 
     Raises:
         EvalError: the folder holds an evaluation with other settings. The message lists the differences.
+        ConfigError: the folder cannot be made or written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    made = make(folder, "output_dir")
     path = folder / SETTINGS
     if path.is_file():
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -104,6 +113,7 @@ def claim(folder: Path, record: dict[str, Any], free: tuple[str, ...], defaults:
     elif (folder / SAMPLES).exists():
         raise EvalError(f"{folder} holds {SAMPLES} but no {SETTINGS}: not an evaluation; choose another --output_dir")
     write_json(path, record)
+    return made
 
 
 def flat(record: dict[str, Any], free: tuple[str, ...]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from atesd.evaluation import plots
 from atesd.evaluation.files import RESULTS, SETTINGS, EvalError
 from atesd.reports.markup import card, html_table, markdown_table, page, sample_cards, text
 from atesd.reports.metrics import read_jsonl
+from atesd.reports.printout import Printout, Table
 
 CELL = "td:nth-child(2){font-family:inherit}td,th{white-space:nowrap}"
 DESCRIPTIONS = {
@@ -66,6 +67,17 @@ def write_reports(folder: Path) -> Path:
     (folder / "results.md").write_text(markdown_report(run), encoding="utf-8")
     (folder / "results.html").write_text(html_report(run), encoding="utf-8")
     return folder
+
+
+def printout(folder: Path) -> Printout:
+    """Returns what the terminal shows of a finished evaluation: its results, without the settings."""
+    run = load_run(folder)
+    header, rows = metric_table(run)
+    report, warned = folder / "results.html", warning_lines(run)
+    return Printout(
+        [headline(run), Table(run.name, rows, header), *warned, f"report: {report}"],
+        {**run.results, "settings": run.settings, "warnings": warned, "folder": str(folder), "report": str(report)},
+    )
 
 
 def markdown_report(run: EvalRun) -> str:

@@ -17,7 +17,7 @@ from atesd.rollout import Rollout
 
 
 class VerifierReward:
-    """Grades responses with math-verify (`pip install 'atesd[eval]'`).
+    """Grades responses with math-verify.
 
     Args:
         tokenizer: decodes the responses.

@@ -12,28 +12,28 @@ from importlib import util
 from atesd import __version__
 from atesd.models.smollm import FOLDER, default_cache_dir, is_complete
 from atesd.planning.versions import installed_version
+from atesd.reports.printout import Printout, Table
 
 PACKAGES = (
     "torch triton transformers accelerate peft datasets reasoning-gym gguf safetensors "
     "liger-kernel flash-attn vllm trl math-verify"
 ).split()
-EXTRAS = {"triton": "gpu", "liger-kernel": "gpu", "flash-attn": "flash", "vllm": "vllm", "math-verify": "eval"}
-EXTRAS |= {"trl": "bench"}
+EXTRAS = {"triton": "gpu", "liger-kernel": "gpu", "flash-attn": "flash", "vllm": "vllm", "trl": "trl"}
 
 
-def describe() -> str:
+def describe() -> Printout:
     """Returns everything about this machine that affects a run, one line each."""
     import torch
 
     sections = {
-        "atesd": [f"{'atesd':15} {__version__}", f"{'python':15} {platform.python_version()}, {platform.platform()}"],
-        "packages": [f"{name:15} {version(name)}" for name in PACKAGES],
+        "atesd": {"atesd": __version__, "python": f"{platform.python_version()}, {platform.platform()}"},
+        "packages": {name: version(name) for name in PACKAGES},
         "devices": devices(torch),
-        "loss backends": [f"{name:15} {state}" for name, state in loss_backends(torch).items()],
-        "rollout engines": [f"{'hf':15} available", f"{'vllm':15} {available('vllm', 'vllm')}"],
-        "quickstart model": [f"{'smollm2':15} {quickstart_model()}"],
+        "loss backends": loss_backends(torch),
+        "rollout engines": {"hf": "available", "vllm": available("vllm", "vllm")},
+        "quickstart model": {"smollm2": quickstart_model()},
     }
-    return "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections.items())
+    return Printout([Table(title, [[*line] for line in lines.items()]) for title, lines in sections.items()], sections)
 
 
 def version(package: str) -> str:
@@ -42,17 +42,17 @@ def version(package: str) -> str:
     return installed_version(package) or missing
 
 
-def devices(torch) -> list[str]:
+def devices(torch) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    lines = [f"{'cpu':15} {cores} cores, torch uses {torch.get_num_threads()} threads, {cpu_capability(torch)}"]
+    found = {"cpu": f"{cores} cores, torch uses {torch.get_num_threads()} threads, {cpu_capability(torch)}"}
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         bf16 = "with bfloat16" if torch.cuda.is_bf16_supported() else "without bfloat16"
-        lines.append(f"{f'cuda:{index}':15} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {bf16}")
+        found[f"cuda:{index}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {bf16}"
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
-        lines.append(f"{'gpu':15} none: " + ("no usable device or driver" if built else "this torch is a CPU build"))
-    return lines
+        found["gpu"] = "none: " + ("no usable device or driver" if built else "this torch is a CPU build")
+    return found
 
 
 def cpu_capability(torch) -> str:

@@ -6,6 +6,7 @@ It needs only the model's configuration and tokenizer. It does not train, load w
 from __future__ import annotations
 
 import statistics
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from atesd.data.run_data import RunData, load_run_data
 from atesd.models.loading import check_lora, context_length, load_model_config, load_tokenizer
 from atesd.models.precision import settle_precision
 from atesd.planning.memory_plan import GIB, MemoryPlan, ModelShape, model_shape, plan_memory
+from atesd.reports.printout import Printout, Table
 from atesd_kernels.planning import gpu_memory
 
 PROMPTS_SHOWN = 2
 PROMPTS_MEASURED = 256
 
 
-def dry_run(config: ATESDConfig) -> str:
+def dry_run(config: ATESDConfig) -> Printout:
     """Returns the report: problems, memory plan and first prompts.
 
     Raises:
@@ -47,12 +49,29 @@ def dry_run(config: ATESDConfig) -> str:
         f"teacher at alpha = 1 {statistics.median(teacher):g}, at most {teacher[-1]} (of {len(lengths)} problems)",
         "planned for": f"{device}, responses of {config.max_completion_length} tokens, the longest of these prompts",
     }
-    parts = ["memory plan of one process", describe(plan, shape, notes)]
     if device == "cuda":
-        parts.append(f"  this GPU has {memory / GIB:.1f} GiB")
-    parts += ["", "problems", *(f"  {name:24} {count}" for name, count in data.counts().items())]
+        notes["this GPU"] = f"{memory / GIB:.1f} GiB"
+    prompts = first_prompts(config, data, tokenizer)
+    plan_table = Table("memory plan of one process", plan_rows(plan, shape), ["part", "size", ""])
+    counts = Table("problems", [[name, f"{count:,}"] for name, count in data.counts().items()])
     if data.no_signal():
-        parts.append("  no signal: the teacher reads what the student reads")
+        notes["no signal"] = "the teacher reads what the student reads"
+    texts = [f"--- {p['problem']}, {p['prompt']} ({p['tokens']} tokens)\n{p['text']}" for p in prompts]
+    return Printout(
+        [Table("run", [[*note] for note in notes.items()]), plan_table, counts, *texts],
+        {
+            "run": notes,
+            "bytes": {**asdict(plan), "total": plan.total},
+            "parameters": {"model": shape.parameters, "adapter": shape.lora_parameters},
+            "problems": data.counts(),
+            "prompts": prompts,
+        },
+    )
+
+
+def first_prompts(config: ATESDConfig, data: RunData, tokenizer: Any) -> list[dict[str, Any]]:
+    """What student and teacher read of the first problems, and the reply that is scored."""
+    rows = []
     for problem in data.problems.train[:PROMPTS_SHOWN]:
         reference = data.references[problem.id]
         alpha = data.alpha(problem, exposure_shown(config))
@@ -61,9 +80,11 @@ def dry_run(config: ATESDConfig) -> str:
             f"teacher, alpha = {alpha:g}": data.teacher_prompt(problem, alpha),
             "reference reply": data.prompts.reference_completion(reference)[0],
         }
-        for name, tokens in ids.items():
-            parts += ["", f"--- {problem.id}, {name} ({len(tokens)} tokens)", tokenizer.decode(tokens)]
-    return "\n".join(parts)
+        rows += [
+            {"problem": problem.id, "prompt": name, "tokens": len(tokens), "text": tokenizer.decode(tokens)}
+            for name, tokens in ids.items()
+        ]
+    return rows
 
 
 def exposure_shown(config: ATESDConfig) -> float:
@@ -80,8 +101,8 @@ def prompt_lengths(data: RunData) -> list[tuple[int, int]]:
     ]
 
 
-def describe(plan: MemoryPlan, shape: ModelShape, notes: dict[str, Any]) -> str:
-    """Returns the plan as a readable table; `notes` are lines above it."""
+def plan_rows(plan: MemoryPlan, shape: ModelShape) -> list[list[str]]:
+    """Returns the parts of the plan, each with its size and what it is."""
     rows = [
         ("weights", plan.weights, f"{shape.parameters:,} parameters, and {shape.lora_parameters:,} of the adapter"),
         ("teacher", plan.teacher, "a copy beside the student's weights" if plan.teacher else "the base: no copy"),
@@ -96,6 +117,5 @@ def describe(plan: MemoryPlan, shape: ModelShape, notes: dict[str, Any]) -> str:
         ("head's gradient", plan.head_gradient, "while training, added up over the loss's chunks"),
         ("total", plan.total, "always there + the larger of generating and training"),
     ]
-    rows = [row for row in rows if row[1] or row[0] == "teacher"]
-    lines = [f"  {name:16} {value}" for name, value in notes.items()]
-    return "\n".join([*lines, *(f"  {name:16} {size / GIB:8.2f} GiB  {note}".rstrip() for name, size, note in rows)])
+    shown = [row for row in rows if row[1] or row[0] == "teacher"]
+    return [[name, f"{size / GIB:.2f} GiB", note] for name, size, note in shown]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
@@ -26,6 +27,7 @@ from atesd.planning.memory_plan import (
     plan_time,
 )
 from atesd.reports.markup import markdown_table
+from atesd.reports.printout import Printout, Table
 
 QWEN3 = partial(Qwen3Config, vocab_size=151_936, num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960)
 # From the models' configuration files
@@ -94,8 +96,16 @@ def predict(model: str, config: ATESDConfig, gpus: int, gpu: GPUSpec = H100) -> 
 
 
 def overview(config: ATESDConfig) -> str:
-    """Returns a table with one row per model and one column per number of GPUs."""
+    """Returns a markdown table with one row per model and one column per number of GPUs."""
+    table = overview_table(predictions(config))
+    return markdown_table(table.header, table.rows)
 
+
+def predictions(config: ATESDConfig) -> dict[str, dict[int, Prediction | None]]:
+    return {model: {gpus: predict(model, config, gpus) for gpus in GPUS} for model in MODELS}
+
+
+def overview_table(found: dict[str, dict[int, Prediction | None]]) -> Table:
     def cell(prediction: Prediction | None) -> str:
         if prediction is None:
             return "does not fit"
@@ -103,30 +113,38 @@ def overview(config: ATESDConfig) -> str:
         sharded = f", weights over {shards}" if shards > 1 else ""
         return f"{prediction.memory.total / GIB:.0f} GiB, {prediction.time.total:.0f} s{sharded}"
 
-    rows = [[model, *(cell(predict(model, config, gpus)) for gpus in GPUS)] for model in MODELS]
-    header = [LABEL, *(f"{gpus} GPU" + "s" * (gpus > 1) for gpus in GPUS)]
-    return markdown_table(header, rows)
+    rows = [[model, *map(cell, of_model.values())] for model, of_model in found.items()]
+    return Table("", rows, [LABEL, *(f"{gpus} GPU" + "s" * (gpus > 1) for gpus in GPUS)])
 
 
-def details(config: ATESDConfig) -> str:
-    """Returns all parts of every prediction, and their assumptions."""
-    parts = [f"{LABEL}: {assumptions(config)}"]
-    for model in MODELS:
-        rows = []
-        for gpus in GPUS:
-            found = predict(model, config, gpus)
-            if found is None:
-                rows.append([str(gpus), "does not fit"] + [""] * (len(MEMORY) + len(SECONDS) + 1))
-                continue
-            layout, memory, time = found.layout, found.memory, found.time
-            rows.append([
-                str(gpus), f"{layout.shards} / {layout.decoding} / {found.micro_batch}",
-                *(f"{getattr(memory, name) / GIB:.1f}" for name in MEMORY),
-                *(f"{getattr(time, name):.1f}" for name in SECONDS),
-            ])  # fmt: skip
-        header = ["GPUs", "shards / decoding / micro-batch", *(f"{n.replace('_', ' ')} GiB" for n in MEMORY)]
-        parts.append(f"{model}\n\n{markdown_table([*header, *(f'{n} s' for n in SECONDS)], rows)}")
-    return "\n\n".join(parts)
+def details_table(model: str, of_model: dict[int, Prediction | None]) -> Table:
+    """Returns all parts of a model's predictions: one row per part, one column per number of GPUs."""
+    columns = [column(prediction) for prediction in of_model.values()]
+    names = ["shards", "GPUs that decode", "micro-batch", *(f"{name.replace('_', ' ')}, GiB" for name in MEMORY)]
+    names += [f"{name}, s" for name in SECONDS]
+    rows = [[name, *cells] for name, *cells in zip(names, *columns, strict=True)]
+    return Table(model, rows, ["GPUs", *map(str, of_model)])
+
+
+def column(found: Prediction | None) -> list[str]:
+    if found is None:
+        return ["-"] * (3 + len(MEMORY) + len(SECONDS))
+    layout = [str(n) for n in (found.layout.shards, found.layout.decoding, found.micro_batch)]
+    memory = [f"{getattr(found.memory, name) / GIB:.1f}" for name in MEMORY]
+    return [*layout, *memory, *(f"{getattr(found.time, name):.1f}" for name in SECONDS)]
+
+
+def as_json(found: Prediction | None) -> dict[str, Any] | None:
+    """Returns a prediction in bytes and seconds; None if no layout fits."""
+    if found is None:
+        return None
+    return {
+        "shards": found.layout.shards,
+        "decoding": found.layout.decoding,
+        "micro_batch": found.micro_batch,
+        "bytes": {name: getattr(found.memory, name) for name in MEMORY},
+        "seconds": {name: getattr(found.time, name) for name in SECONDS},
+    }
 
 
 MEMORY = (
@@ -148,7 +166,15 @@ def assumptions(config: ATESDConfig, gpu: GPUSpec = H100) -> str:
     )
 
 
-def main(flags: list[str]) -> str:
+def main(flags: list[str]) -> Printout:
     """Returns the output of `atesd scaling [--flag value ...]`. The flags of `atesd train` override RECIPE."""
     config = load_config(RECIPE, flags)
-    return f"{details(config)}\n\n{overview(config)}"
+    found = predictions(config)
+    tables = [details_table(model, of_model) for model, of_model in found.items()]
+    return Printout(
+        [f"{LABEL}: {assumptions(config)}", *tables, "A column of - does not fit.", overview_table(found)],
+        {
+            "assumptions": f"{LABEL}: {assumptions(config)}",
+            "models": {m: {gpus: as_json(p) for gpus, p in of_model.items()} for m, of_model in found.items()},
+        },
+    )

@@ -10,6 +10,7 @@ import fcntl
 import os
 import socket
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,10 +32,10 @@ class OwnedFolder:
 
     Attributes:
         path: the folder.
-        made: whether this object made it.
+        made: the folders that were made for it: itself first, then those above. Empty if it was there.
     """
 
-    def __init__(self, path: Path, made: bool, take_over: bool = True):
+    def __init__(self, path: Path, made: Sequence[Path] = (), take_over: bool = True):
         self.path, self.made = path, made
         if take_over:
             for earlier in [folder for folder in _owned if folder.path.resolve() == path.resolve()]:
@@ -55,8 +56,9 @@ class OwnedFolder:
         for name in (*names, LOCK):
             with suppress(OSError):
                 (self.path / name).rmdir() if (self.path / name).is_dir() else (self.path / name).unlink()
-        if self.made and not any(self.path.iterdir()):
-            self.path.rmdir()
+        with suppress(OSError):  # the first that is not empty, and all above it, stay
+            for made in self.made:
+                made.rmdir()
         self.close()
 
     def __enter__(self) -> OwnedFolder:
@@ -111,17 +113,20 @@ def own(path: Path, setting: str) -> OwnedFolder:
     return OwnedFolder(path, make(path, setting))
 
 
-def make(path: Path, setting: str) -> bool:
-    """Makes a folder and those above it. Returns whether it was absent; the answer is right for one process only.
+def make(path: Path, setting: str) -> list[Path]:
+    """Makes a folder and those above it. Returns those that were absent, itself first; none if it was there.
+
+    Of several processes that make the same folder, one is told that it was absent.
 
     Raises:
         ConfigError: the system refuses it, or something else has that name.
     """
     try:
+        above = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             path.mkdir()
-            return True
+            return [path, *above]
         except FileExistsError:
             if not path.is_dir():
                 raise
@@ -134,7 +139,7 @@ def make(path: Path, setting: str) -> bool:
         raise ConfigError(
             f"{setting} is {str(path)!r}, which cannot be made or written to ({why}{where}): choose another folder"
         ) from error
-    return False
+    return []
 
 
 def lock(folder: Path) -> int:

@@ -20,10 +20,10 @@ from atesd.config import CONFIG_FILE, ATESDConfig, load_config
 from atesd.config.checks import check_same_settings
 from atesd.errors import ConfigError
 from atesd.files import write_json
+from atesd.reports.printout import Printout, Table
 from atesd.run import Run
 from atesd.storage.folder import LOCK, own
 from atesd.studies.held_out import measure
-from atesd.studies.sweep_plot import study_figure
 from atesd.terminal import show
 from atesd.trainer import Trainer
 
@@ -31,6 +31,7 @@ ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # [paper]
 SEEDS = (0, 1, 2)  # our choice
 NUM_PROBLEMS = 24  # our choice, used if the recipe has no evaluation problems
 GROUPS = ("easy", "middle", "hard")
+MEASURED = ("outcome", "accuracy", "mismatch_p95", "top1_disagreement")
 STUDY, BEFORE = "study.json", "before.json"
 
 
@@ -55,18 +56,21 @@ def sweep(
         raise ConfigError("a sweep needs at least an alpha and a seed")
     runs = {(alpha, seed): folder / f"alpha-{alpha:g}-seed-{seed}" for seed in seeds for alpha in alphas}
     with own(folder, "output_dir") as owned:  # no other sweep runs here: what is there now stays as it is
-        try:  # all of them, before the first run starts
+        try:
+            # all settings, before the first run starts
             configs = [run_config(recipe, flags, run_dir, *of_run) for of_run, run_dir in runs.items()]
-        except ConfigError:
-            owned.discard()
+            rows: list[dict[str, Any]] = []
+            for ((alpha, seed), run_dir), config in zip(runs.items(), configs, strict=True):
+                if not (run_dir / STUDY).exists():
+                    show(f"alpha {alpha:g}, seed {seed}: {run_dir}")
+                    run_one(config, alpha, seed)
+                rows += json.loads((run_dir / STUDY).read_text(encoding="utf-8"))
+        except BaseException:
+            owned.discard()  # the folder goes if there is no run in it
             raise
-        rows: list[dict[str, Any]] = []
-        for ((alpha, seed), run_dir), config in zip(runs.items(), configs, strict=True):
-            if not (run_dir / STUDY).exists():
-                show(f"alpha {alpha:g}, seed {seed}: {run_dir}")
-                run_one(config, alpha, seed)
-            rows += json.loads((run_dir / STUDY).read_text(encoding="utf-8"))
         write_json(folder / STUDY, {"rows": rows, "summary": summarise(rows)})
+        from atesd.studies.sweep_plot import study_figure  # here: without matplotlib, load_config says what to install
+
         study_figure(summarise(rows), folder / "study.png")
     return folder
 
@@ -89,6 +93,8 @@ def run_config(recipe: str | None, flags: list[str], run_dir: Path, alpha: float
         raise ConfigError(
             "rollout_engine is not 'hf': a sweep measures the student before and after each run in its own process"
         )
+    if config.push_to_hub:
+        raise ConfigError("push_to_hub is set: a sweep has many runs, and one repository holds one. Leave it out")
     config.num_eval_problems = config.num_eval_problems or NUM_PROBLEMS
     if not goes_on:
         return config
@@ -114,6 +120,19 @@ def run_one(config: ATESDConfig, alpha: float, seed: int) -> None:
     write_json(run_dir / STUDY, rows)
     del run
     gc.collect()  # breaks reference cycles, since the next run needs the memory
+
+
+def printout(folder: Path) -> Printout:
+    """Returns what the terminal shows of a finished study: its summary, a row for each alpha and group of problems."""
+    study = json.loads((folder / STUDY).read_text(encoding="utf-8"))
+    columns = [name for name in MEASURED if all(name in row for row in study["summary"])]
+    rows = [
+        [f"{row['alpha']:g}", row["group"], *(f"{row[name]:.4g} ± {row[f'{name}_std']:.2g}" for name in columns)]
+        for row in study["summary"]
+    ]
+    figure = folder / "study.png"
+    table = Table("mean ± standard deviation over the seeds", rows, ["alpha", "problems", *columns])
+    return Printout([table, f"figure: {figure}"], {**study, "folder": str(folder), "figure": str(figure)})
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

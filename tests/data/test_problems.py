@@ -199,7 +199,7 @@ def test_gsm_symbolic_without_reasoning_gym_says_what_to_install(monkeypatch):
 
 
 def test_every_reference_solution_is_graded_as_right():
-    pytest.importorskip("math_verify", reason="grading needs math-verify (the eval extra)")
+    pytest.importorskip("math_verify", reason="grading needs math-verify")
     problems = load("gsm_symbolic", num_train=200).train
     with Grader() as grader:
         verdicts = grader.grade_many([p.solution for p in problems], [p.answer for p in problems])

@@ -109,7 +109,7 @@ def test_the_command_prints_the_tables_and_writes_the_page(written, tmp_path, ca
     folders = [str(written("a", [0, 2])), str(written("b", [1, 2]))]
     assert cli.main(["eval", "--compare", *folders, "--output_dir", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
-    assert "## b - a" in text and "comparison.html" in text
+    assert "\nb - a\n" in text and "comparison.html" in text
     assert cli.main(["eval", "--compare", folders[0]]) == 1
     assert "needs two evaluations" in capsys.readouterr().err
 

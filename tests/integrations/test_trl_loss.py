@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from torch import nn
@@ -11,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 pytest.importorskip("trl", reason="trl is not installed")
 
+import atesd_kernels
 from atesd_kernels import divergence
 from atesd_kernels.integrations import trl as adapter
 from atesd_kernels.integrations.source import UnexpectedSourceError
@@ -192,3 +196,19 @@ def test_what_it_cannot_serve_is_refused_by_name(sharp_model_path, tmp_path):
     trainer.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="shards its parameters"):
         use_linear_divergence(trainer)
+
+
+@pytest.mark.parametrize("kind", ["SDFTTrainer", "SDPOTrainer", "GKDTrainer", "DistillationTrainer"])
+def test_the_columns_that_the_manual_names_are_enough(kind, sharp_model_path, tmp_path, monkeypatch):
+    manual = Path(atesd_kernels.__file__).with_name("README.md").read_text(encoding="utf-8")
+    (line,) = (line for line in manual.splitlines() if line.startswith(f"| `{kind}` "))
+    columns = re.findall(r"`(\w+)`", line.split("|")[2])
+    from_list, seen = datasets.Dataset.from_list, []
+
+    def only_those(rows):
+        seen.extend({name: row[name] for name in columns} for row in rows)
+        return from_list(seen)
+
+    monkeypatch.setattr(datasets.Dataset, "from_list", only_those)
+    train(make_trainer(kind.removesuffix("Trainer").lower(), sharp_model_path, tmp_path, lora=True, max_steps=1), True)
+    assert seen and set(seen[0]) == set(columns)

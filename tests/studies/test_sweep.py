@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,13 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_draws_its_figure(recipe, tmp_p
     assert steps == [*expected, expected[-1]], "only the step that was interrupted is made again"
     steps.clear()
     assert quietly(lambda: cli.main(arguments)) == 0 and steps == []
+    capsys.readouterr()
+    assert quietly(lambda: cli.main([*arguments, "--json"])) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["summary"] and told["figure"] == str(folder / "study.png")
+    assert quietly(lambda: cli.main(arguments)) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"alpha +problems +outcome", table) and re.search(r"0 +hard +-?[\d.]+ ± ", table)
     assert cli.main([*arguments, "--learning_rate", "0.03"]) == 2 and steps == []
     assert "learning_rate is 0.03, but the run in" in capsys.readouterr().err
 

@@ -8,7 +8,6 @@ answer is killed and replaced, so no answer takes longer than the limit.
 from __future__ import annotations
 
 import atexit
-import importlib.util
 import json
 import os
 import selectors
@@ -25,9 +24,9 @@ from typing import Any
 import atesd
 from atesd.data.answers import final_answer, has_box, response_answer
 from atesd.data.thinking import without_thinking
-from atesd.errors import MissingPackageError
 from atesd.evaluation.grading.answer_text import clean, same_answer
 from atesd.evaluation.grading.worker import MEMORY_LIMIT
+from atesd.packages import require_packages
 
 __all__ = ["Grader", "Verdict", "grade"]
 
@@ -65,16 +64,13 @@ class Grader:
             verdicts = grader.grade_many([r"... so \boxed{\frac{2}{4}}", "I give up"], [r"\frac12", "7"])
             [v.correct for v in verdicts]   # [True, False]
 
-    Raises ImportError when math-verify is not installed.
+    Raises MissingPackageError (an ImportError) when math-verify is not installed.
     """
 
     def __init__(self, num_workers: int = 2, time_limit: float = 5.0, box_only: bool = False):
         if num_workers < 1 or not time_limit > 0:
             raise ValueError(f"num_workers and time_limit must be positive, got {num_workers} and {time_limit}")
-        if importlib.util.find_spec("math_verify") is None:
-            raise MissingPackageError(
-                "grading needs math-verify: pip install 'atesd[eval]' (or pip install math-verify)"
-            )
+        require_packages("grading", "math_verify")
         self.num_workers, self.time_limit, self.box_only = num_workers, time_limit, box_only
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()

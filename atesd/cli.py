@@ -1,4 +1,4 @@
-"""The command line: `atesd train | eval | merge | sweep | scaling | report | doctor`.
+"""The command line: `atesd train | eval | merge | study | sweep | scaling | report | doctor`.
 
 Nothing else knows about argv or exit codes. Nothing heavy is imported before a command needs it: `atesd --help` answers
 at once, and a mistyped flag is refused before torch loads.
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    own_flags = {"train": train, "eval": evaluation, "sweep": sweep, "scaling": scaling}
+    own_flags = {"train": train, "eval": evaluation, "study": study, "sweep": sweep, "scaling": scaling}
     if rest and arguments.command not in own_flags:
         parser.error(f"unexpected {' '.join(rest)!r}")
     try:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         return fail(error, 2)
     except KeyboardInterrupt:
-        how = "; go on with the same command" if arguments.command in ("eval", "sweep") else ""
+        how = "; go on with the same command" if arguments.command in ("eval", "study", "sweep") else ""
         return fail(f"stopped{how}", 130)
     except Exception as error:
         if os.environ.get("ATESD_TRACEBACK") or not needs_no_traceback(error):
@@ -58,6 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("train", add_help=False, help="train a recipe or YAML file, or go on with a run (--resume)")
     commands.add_parser("eval", add_help=False, help="evaluate a model or a run's adapter, or --compare evaluations")
     add_merge(commands.add_parser("merge", help="write the model of a run: base and adapter merged, with tokenizer"))
+    studying = "run a study: variants and seeds of a recipe, measured alike and compared with intervals"
+    commands.add_parser("study", add_help=False, help=studying)
     sweeping = "run a recipe at fixed exposures and several seeds, and draw outcome and mismatch against alpha"
     commands.add_parser("sweep", add_help=False, help=sweeping)
     predicting = "predicted memory and time of a step for models of 1.7B to 70B on 1 to 64 GPUs; flags as for train"
@@ -159,34 +161,16 @@ def comparison(argv: list[str], as_json: bool) -> int:
     return 0
 
 
+def study(argv: list[str]) -> int:
+    from atesd.studies.command import study as run
+
+    return run(argv)
+
+
 def sweep(argv: list[str]) -> int:
-    usage = (
-        "atesd sweep RECIPE_OR_YAML [--alphas 0,0.25,0.5,0.75,1] [--seeds 0,1,2] [--output_dir DIR] [--flag value ...]"
-    )
-    parser = argparse.ArgumentParser(prog="atesd sweep", usage=usage, allow_abbrev=False)
-    parser.add_argument("--alphas", help="exposures, with commas between", default="0,0.25,0.5,0.75,1")
-    parser.add_argument("--seeds", help="seeds, with commas between", default="0,1,2")
-    parser.add_argument("--output_dir", help="folder of the runs and the figure; the same one goes on with a sweep")
-    parser.add_argument("--json", action="store_true", help="print the results as one JSON document")
-    parser.epilog = "All other flags are those of `atesd train`."
-    if not argv:
-        parser.print_help()
-        return 2
-    recipe, flags = (None, argv) if argv[0].startswith("-") else (argv[0], argv[1:])
-    own, rest = parser.parse_known_args(flags)
-    try:
-        alphas = [float(alpha) for alpha in own.alphas.split(",")]
-        seeds = [int(seed) for seed in own.seeds.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"--alphas and --seeds are numbers with commas between: {error}") from error
+    from atesd.studies.command import sweep as run
 
-    from atesd.studies import sweep as study
-
-    folder = own.output_dir or f"runs/sweep-{Path(recipe or 'run').stem}"
-    with messages_to_stderr(own.json):
-        done = study.sweep(recipe, rest, folder, alphas, seeds)
-    study.printout(done).show(own.json)
-    return 0
+    return run(argv)
 
 
 def scaling(argv: list[str]) -> int:

@@ -113,7 +113,12 @@ def estimate(
 
 
 def t_quantile(p: float, degrees: int) -> float:
-    """Student's t quantile: Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5), within 1 % for `degrees` >= 3."""
+    """Student's t quantile: exact for 1 and 2 degrees, else within 1 %, by the Cornish-Fisher expansion (Abramowitz and
+    Stegun 26.7.5)."""
+    if degrees == 1:
+        return math.tan(math.pi * (p - 0.5))
+    if degrees == 2:
+        return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
     z = NormalDist().inv_cdf(p)
     terms = (
         z,

@@ -20,7 +20,7 @@ PANELS = {
 
 
 @matplotlib.rc_context(STYLE)
-def study_figure(summary: list[dict[str, Any]], path: Path) -> None:
+def sweep_figure(summary: list[dict[str, Any]], path: Path) -> None:
     """Plots each panel against alpha, by difficulty, to `path`. Error bars are one standard deviation over seeds."""
     names = [name for name in PANELS if any(name in row for row in summary)]
     figure = Figure(figsize=(3.6 * len(names), 3.2), dpi=144, layout="constrained")

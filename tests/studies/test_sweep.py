@@ -17,6 +17,7 @@ from atesd.run import Run
 from atesd.storage.folder import own
 from atesd.studies import sweep
 from atesd.studies.held_out import measure
+from atesd.studies.trial import BEFORE
 from atesd.trainer import Trainer
 from tests.quiet import quietly
 
@@ -52,23 +53,25 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_draws_its_figure(recipe, tmp_p
     capsys.readouterr()
     assert quietly(lambda: cli.main([*arguments, "--json"])) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["summary"] and told["figure"] == str(folder / "study.png")
+    assert told["by_difficulty"] and told["folder"] == str(folder)
     assert quietly(lambda: cli.main(arguments)) == 0
     table = capsys.readouterr().out
     assert re.search(r"alpha +problems +outcome", table) and re.search(r"0 +hard +-?[\d.]+ ± ", table)
     assert cli.main([*arguments, "--learning_rate", "0.03"]) == 2 and steps == []
     assert "learning_rate is 0.03, but the run in" in capsys.readouterr().err
 
-    assert (folder / "study.png").read_bytes().startswith(b"\x89PNG")
+    for figure in ("study.png", "sweep.png"):
+        assert (folder / figure).read_bytes().startswith(b"\x89PNG")
     study = json.loads((folder / "study.json").read_text())
-    assert len(study["rows"]) == 2 * 6
-    assert {(row["alpha"], row["group"]) for row in study["summary"]} == {
+    rows = sweep.rows_of(study)
+    assert len(rows) == 2 * 6
+    assert {(row["alpha"], row["group"]) for row in study["by_difficulty"]} == {
         (alpha, group) for alpha in (0.0, 1.0) for group in ("all", "easy", "middle", "hard")
     }
-    first = study["rows"]
+    first = rows
     assert first[0]["before"]["reference_nll"] == first[6]["before"]["reference_nll"], "the same problems and student"
     assert first[0]["before"] != first[0]["after"]
-    saved = yaml.safe_load((folder / "alpha-0-seed-0" / "config.yaml").read_text())
+    saved = yaml.safe_load((folder / "alpha-0/seed-0" / "config.yaml").read_text())
     assert saved["bf16"] is not None, "a run that goes on elsewhere goes on in its precision"
 
 
@@ -117,7 +120,9 @@ def rows_with(falls):
         {
             "alpha": alpha, "seed": seed, "id": f"p{i}",
             "before": {"reference_nll": float(i)},
-            "after": {"reference_nll": i - fall, "mismatch_p95": i / 10, "top1_disagreement": 0.2, "correct": i < 3},
+            "after": {
+                "reference_nll": i - fall, "mismatch_p95": i / 10, "top1_disagreement": 0.2, "average": float(i < 3),
+            },
         }
         for (alpha, seed), fall in falls.items() for i in range(6)
     ]  # fmt: skip
@@ -143,19 +148,19 @@ def test_a_run_that_died_before_its_first_checkpoint_goes_on(recipe, tmp_path, m
 
     monkeypatch.setattr(Trainer, "train", dies)
     assert quietly(lambda: cli.main(arguments)) == 130
-    before = (folder / "alpha-0.5-seed-0" / sweep.BEFORE).read_text()
+    before = (folder / "alpha-0.5/seed-0" / BEFORE).read_text()
     monkeypatch.setattr(Trainer, "train", trains)
     assert quietly(lambda: cli.main(arguments)) == 0
-    assert (folder / "alpha-0.5-seed-0" / sweep.BEFORE).read_text() == before
-    assert len(json.loads((folder / "study.json").read_text())["rows"]) == 6
+    assert (folder / "alpha-0.5/seed-0" / BEFORE).read_text() == before
+    assert len(sweep.rows_of(json.loads((folder / "study.json").read_text()))) == 6
 
 
 def test_a_sweep_removes_nothing_it_did_not_make(recipe, tmp_path, capsys):
-    mine = tmp_path / "alpha-0-seed-0" / "thesis.tex"
-    mine.parent.mkdir()
+    mine = tmp_path / "alpha-0/seed-0" / "thesis.tex"
+    mine.parent.mkdir(parents=True)
     mine.write_text("five years")
     assert cli.main(["sweep", recipe, "--alphas", "0", "--seeds", "0", "--output_dir", str(tmp_path)]) == 2
-    assert "alpha-0-seed-0 exists, and no sweep made it" in capsys.readouterr().err
+    assert "seed-0 exists, and no study made it" in capsys.readouterr().err
     assert mine.read_text() == "five years"
 
 
@@ -168,7 +173,7 @@ def test_a_second_sweep_in_the_same_folder_is_refused(recipe, tmp_path, start_at
 
 def test_a_sweep_replaces_the_policy_of_a_recipe_and_what_it_takes(recipe, tmp_path):
     flags = ["--exposure_policy", "linear", "--exposure_kwargs", '{"start_alpha": 1}']
-    config = sweep.run_config(recipe, flags, tmp_path / "run", 0.5, 0)
+    config = sweep.spec_of(recipe, [0.5], [0]).config("alpha-0.5", 0, tmp_path / "run", flags)
     assert (config.exposure_policy, config.exposure_kwargs, config.fixed_alpha) == ("fixed", "{}", 0.5)
 
 
@@ -177,7 +182,7 @@ def test_a_sweep_that_cannot_run_is_refused_before_its_first_run(recipe, tmp_pat
     assert "fixed_alpha is 2.0" in capsys.readouterr().err
     assert cli.main(["sweep", recipe, "--seeds", "one"]) == 2
     assert cli.main(["sweep", recipe, "--rollout_engine", "vllm_server"]) == 2
-    assert "rollout_engine is not 'hf'" in capsys.readouterr().err
+    assert "rollout_engine is 'vllm_server'" in capsys.readouterr().err
     assert not Path(tmp_path / "s").exists()
     with pytest.raises(ConfigError, match="an alpha and a seed"):
         sweep.sweep(recipe, [], str(tmp_path / "s"), alphas=[])

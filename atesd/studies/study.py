@@ -1,0 +1,121 @@
+"""`atesd study`: runs every variant of a study at every seed, measures each before and after, and compares them.
+
+Runs go one after the other, or `jobs` at a time. A killed study goes on where it was. Finished runs are kept, and a run
+with the settings of a finished one, in this study or in one beside it, is not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+from atesd.errors import ConfigError
+from atesd.files import write_json
+from atesd.storage.folder import own
+from atesd.studies.comparison import compare_variants
+from atesd.studies.spec import OWN, StudySpec
+from atesd.studies.study_report import STUDY, write_study_report
+from atesd.studies.trial import MEASURED, Trial, check_measurable, digest_of, resumed, run_trial
+from atesd.terminal import show
+
+
+def run_study(spec: StudySpec, flags: list[str], output_dir: str, jobs: int = 1) -> Path:
+    """Runs the study. Returns its folder, with `study.json`, and a folder VARIANT/seed-N for each run.
+
+    Args:
+        spec: the study.
+        flags: settings over those of the study, as for `atesd train`.
+        output_dir: the folder; the same one goes on with a study.
+        jobs: runs at a time, each in a process of its own with its share of the processor's cores.
+
+    Raises:
+        ConfigError: settings are unusable. Raised before the first run starts.
+    """
+    spelled = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags}
+    if taken := spelled & set(OWN):
+        raise ConfigError(f"--{min(taken)} is the study's own to set: leave it out")
+    if jobs < 1:
+        raise ConfigError(f"jobs is {jobs}; it must be at least 1")
+    folder = Path(output_dir)
+    with own(folder, "output_dir") as owned:
+        try:
+            trials = list(trials_of(spec, flags, folder))
+            finished = dict(finished_runs(folder))
+            todo: dict[str, Trial] = {}  # of equal runs only the first is made
+            for trial in trials:
+                if trial.result() is None and trial.digest not in finished:
+                    todo.setdefault(trial.digest, trial)
+            for number, trial in enumerate(run_all(list(todo.values()), jobs), 1):
+                finished[trial.digest] = trial.folder / MEASURED
+                show(f"{number} of {len(todo)} runs: {trial.folder}")
+        except BaseException:
+            owned.discard()  # the folder goes if there is no run in it
+            raise
+        for trial in trials:
+            if trial.result() is None:
+                share(finished[trial.digest], trial)
+        write_json(folder / STUDY, compare_variants(spec, trials))
+        return write_study_report(folder)
+
+
+def trials_of(spec: StudySpec, flags: list[str], folder: Path) -> Iterator[Trial]:
+    """Yields the runs of a study, seed by seed, so that a part of the study compares all of its variants."""
+    for seed in spec.seeds:
+        for variant in spec.variants:
+            run_dir = folder / variant / f"seed-{seed}"
+            # load_config refuses a folder that holds a run; `resumed` looks into it
+            config = spec.config(variant, seed, run_dir / "new" if run_dir.exists() else run_dir, flags)
+            check_measurable(config)
+            config.output_dir = str(run_dir)
+            digest = digest_of(config, spec.measure)
+            yield Trial(variant, seed, spec.measure, run_dir, resumed(run_dir, config), digest)
+
+
+def finished_runs(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yields the digest and file of every finished run of this study, and of the finished studies beside it."""
+    beside = [file.parent for file in sorted(folder.absolute().parent.glob(f"*/{STUDY}"))]
+    for study in (*beside, folder):
+        for file in sorted(study.glob(f"*/seed-*/{MEASURED}")):
+            try:
+                yield json.loads(file.read_text(encoding="utf-8"))["digest"], file
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # of another program: that run is made
+
+
+def share(source: Path, trial: Trial) -> None:
+    """Takes over the numbers of an equal run."""
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    content = json.loads(source.read_text(encoding="utf-8"))
+    write_json(
+        trial.folder / MEASURED,
+        {**content, "variant": trial.variant, "seed": trial.seed, "same_as": os.path.relpath(source, trial.folder)},
+    )
+
+
+def run_all(todo: list[Trial], jobs: int) -> Iterator[Trial]:
+    """Makes the runs. Yields each as it ends."""
+    if jobs == 1 or len(todo) < 2:
+        for trial in todo:
+            run_trial(trial)
+            yield trial
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), start_worker, (threads,)) as pool:
+        running = {pool.submit(run_trial, trial): trial for trial in todo}
+        try:
+            for done in as_completed(running):
+                done.result()
+                yield running[done]
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def start_worker(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)

@@ -1,0 +1,152 @@
+"""One run of a study: measured, trained, and measured again. Killed at any moment, it goes on where it was."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from atesd import __version__
+from atesd.config import CONFIG_FILE, ATESDConfig, load_config
+from atesd.config.checks import check_same_settings
+from atesd.errors import ConfigError
+from atesd.evaluation.answers import EvalProtocol, answers
+from atesd.evaluation.files import fingerprint
+from atesd.evaluation.grading.grader import Grader
+from atesd.evaluation.statistics import pass_at
+from atesd.files import sha256, write_json
+from atesd.models.loading import model_path
+from atesd.run import Run
+from atesd.storage.folder import LOCK
+from atesd.studies.held_out import measure
+from atesd.studies.spec import Measure
+from atesd.terminal import progress
+from atesd.trainer import Trainer
+
+MEASURED, BEFORE = "measured.json", "before.json"
+ANSWERS_AT_ONCE = 64
+# Settings that change no number of a run.
+NOT_COMPARED = (
+    "output_dir resume dry_run report_to logging_steps save_steps save_total_limit save_best allow_changed_inputs "
+    "allow_older_checkpoint push_to_hub"
+).split()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a study.
+
+    Attributes:
+        variant, seed, measure: of the study.
+        folder: of the run.
+        config: its settings; those of the run in `folder`, if there is one.
+        digest: of all that decides its numbers. Runs of two studies with the same one are the same run.
+    """
+
+    variant: str
+    seed: int
+    measure: Measure
+    folder: Path
+    config: ATESDConfig
+    digest: str
+
+    @property
+    def alpha(self) -> float:
+        """The exposure at which the teacher is measured: the run's only one, else 1 (our choice)."""
+        return self.config.fixed_alpha if self.config.exposure_policy == "fixed" else 1.0
+
+    def result(self) -> dict[str, Any] | None:
+        """Returns what was measured; None if the run is not finished."""
+        file = self.folder / MEASURED
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def digest_of(config: ATESDConfig, measure: Measure) -> str:
+    """Returns `Trial.digest` for settings as the study gives them."""
+    settings = {name: value for name, value in asdict(config).items() if name not in NOT_COMPARED}
+    data = Path(config.dataset_name)
+    files = [sha256(data) if data.is_file() else None, fingerprint(model_path(config.model_name_or_path))]
+    content = [settings, asdict(measure), files, __version__]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def resumed(folder: Path, config: ATESDConfig) -> ATESDConfig:
+    """Returns the settings to go on with in `folder`: `config`, or those of the run that it holds.
+
+    Raises:
+        ConfigError: the folder holds something else, or a run with other settings.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        if folder.exists() and any(path.name not in (LOCK, MEASURED) for path in folder.iterdir()):
+            raise ConfigError(f"{folder} exists, and no study made it: move it, or choose another output_dir")
+        return config
+    saved = load_config(None, ["--resume", str(folder)])
+    settled = ["resume", "output_dir", *(["bf16"] if config.bf16 is None else []), *config.up_to]
+    check_same_settings(saved, config, settled, f"the run in {str(folder)!r}", "or choose another output_dir")
+    return saved
+
+
+def run_trial(trial: Trial) -> None:
+    """Trains one run, and writes what was measured before and after, problem by problem, to its measured.json."""
+    trial.config.validate()
+    with closing(Run.build(trial.config)) as run:
+        before_file = run.run_dir / BEFORE
+        if not before_file.exists():
+            write_json(before_file, measured(run, trial))
+        before = json.loads(before_file.read_text(encoding="utf-8"))
+        Trainer(run).train()
+        after = measured(run, trial)
+    of_the_run = {"variant": trial.variant, "seed": trial.seed, "digest": trial.digest}
+    write_json(trial.folder / MEASURED, {**of_the_run, "before": before, "after": after})
+    del run
+    gc.collect()  # breaks reference cycles, since the next run needs the memory
+
+
+def measured(run: Run, trial: Trial) -> dict[str, dict[str, float]]:
+    """Measures the student on the held-out problems, and its divergence from its teacher at `trial.alpha`.
+
+    Returns {problem id: {metric: value}} with Average@k, pass@k and what `held_out.Measured` explains. All variants of
+    a seed answer the same problems with the same sampling seeds.
+    """
+    problems, k = run.data.problems.eval, trial.measure.k
+    states = measure(run, problems, trial.alpha)
+    length = run.config.eval_completion_length
+    protocol = EvalProtocol(k, length, trial.measure.temperature, 1.0, 0, run.config.seed, ANSWERS_AT_ONCE)
+    prompts = [run.data.prompts.student(problem) for problem in problems]
+    samples: dict[str, list[dict[str, Any]]] = {problem.id: [] for problem in problems}
+    run.rollout.engine.sync()
+    with Grader(box_only=run.config.box_only) as grader, progress("held-out answers", len(problems) * k):
+        for batch in answers(problems, prompts, run.rollout.engine, run.tokenizer, grader, protocol):
+            for sample in batch:
+                samples[sample["problem_id"]].append(sample)
+    run.rollout.engine.release()
+    rows = {}
+    for state, own in zip(states, samples.values(), strict=True):
+        right = sum(sample["correct"] for sample in own)
+        rows[state.id] = {
+            "average": right / k,
+            "pass": pass_at(k, right, k),
+            "response_length": sum(sample["num_tokens"] for sample in own) / k,
+            "no_answer": sum(sample["extracted"] is None for sample in own) / k,
+            "mismatch": state.mismatch,
+            "mismatch_p95": state.mismatch_p95,
+            "top1_disagreement": state.top1_disagreement,
+            "reference_nll": state.reference_nll,
+        }
+    return rows
+
+
+def check_measurable(config: ATESDConfig) -> None:
+    """Raises ConfigError for a run that a study cannot measure."""
+    if find_spec("math_verify") is None:
+        raise ConfigError("a study grades answers with math-verify: pip install 'atesd[eval]'")
+    if config.rollout_engine != "hf":
+        raise ConfigError(
+            f"rollout_engine is {config.rollout_engine!r}: a study measures the student before and after each run in "
+            "its own process, so it must be 'hf'"
+        )

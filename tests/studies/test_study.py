@@ -1,0 +1,209 @@
+"""Studies: their files, their runs however they are stopped, and their numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from atesd import cli
+from atesd.evaluation.statistics import t_quantile
+from atesd.studies.comparison import interval
+from atesd.studies.spec import Measure, StudySpec, load_spec, shipped
+from atesd.studies.study import run_study
+from atesd.studies.study_report import printout
+from atesd.trainer import Trainer
+from tests.quiet import quietly
+
+
+@pytest.fixture
+def recipe(tiny_config, tmp_path) -> str:
+    config = tiny_config(max_steps=2, num_probe_problems=2, learning_rate=0.02, save_steps=1)
+    settings = {name: value for name, value in vars(config).items() if value is not None and name != "output_dir"}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings | {"bf16": None, "num_train_problems": 8}))
+    return str(path)
+
+
+@pytest.fixture
+def study(recipe, tmp_path) -> str:
+    path = tmp_path / "mine.yaml"
+    content = {
+        "about": "a small one",
+        "recipe": "tiny.yaml",  # beside this file
+        "seeds": [0, 1],
+        "baseline": "full",
+        "settings": {"exposure_policy": "full"},
+        "variants": {"full": {}, "half": {"exposure_policy": "fixed", "fixed_alpha": 0.5}, "again": {}},
+        "measure": {"problems": 4, "k": 2, "temperature": 0.8},
+        "published": {"half": {"value": 57.4, "source": "a paper"}},
+    }
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return str(path)
+
+
+def command(study, folder, *flags):
+    return quietly(lambda: cli.main(["study", study, "--output_dir", str(folder), *flags]))
+
+
+def test_a_study_killed_and_resumed_gives_the_same_numbers(study, tmp_path, monkeypatch):
+    whole, part = tmp_path / "a" / "whole", tmp_path / "b" / "part"
+    assert command(study, whole) == 0
+    step, steps = Trainer.train_step, []
+
+    def dies(self, t):
+        steps.append(t)
+        if len(steps) in (2, 5):
+            raise KeyboardInterrupt
+        return step(self, t)
+
+    monkeypatch.setattr(Trainer, "train_step", dies)
+    assert command(study, part) == 130
+    assert command(study, part) == 130
+    assert command(study, part) == 0
+    assert len(steps) == 2 * 2 * 2 + 2, "of equal variants one is run, and a killed run makes its step again"
+    numbers = [json.loads((folder / "study.json").read_text()) for folder in (whole, part)]
+    assert numbers[0] == numbers[1]
+    steps.clear()
+    assert command(study, part) == 0 and steps == []
+
+    found = numbers[0]
+    assert [run["variant"] for run in found["runs"]] == ["full", "half", "again"] * 2
+    assert found["variants"]["again"]["metrics"]["average"]["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert (part / "again/seed-0").is_dir() and not (part / "again/seed-0/config.yaml").exists()
+    assert json.loads((part / "again/seed-0/measured.json").read_text())["same_as"] == "../../full/seed-0/measured.json"
+    starts = [{n: row["average"] for n, row in run["before"].items()} for run in found["runs"] if run["seed"] == 0]
+    assert starts[0] == starts[1] == starts[2], "all variants of a seed start from the same answers"
+    for name in ("study.md", "study.html", "study.png"):
+        assert (part / name).stat().st_size > 200
+    told = str(printout(part))
+    for words in ("full", "half", "57.4", "a paper", "average@2", "less full", "Student's t over 2 seeds"):
+        assert words in told
+
+
+def test_a_run_of_another_study_with_the_same_settings_is_taken_over(study, tmp_path, monkeypatch):
+    first, second = tmp_path / "studies" / "first", tmp_path / "studies" / "second"
+    assert command(study, first, "--seeds", "0", "--variants", "full") == 0
+    steps, step = [], Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self, t: steps.append(t) or step(self, t))
+    assert command(study, second, "--seeds", "0", "--variants", "half") == 0
+    assert steps == [0, 1], "the baseline is the first study's"
+    taken = json.loads((second / "full/seed-0/measured.json").read_text())
+    assert taken["same_as"] == "../../../first/full/seed-0/measured.json"
+    assert command(study, tmp_path / "studies" / "third", "--seeds", "0", "--variants", "full", "--max_steps", "1") == 0
+    assert steps == [0, 1, 0], "another number of steps is another run"
+
+
+def test_several_runs_at_a_time_give_the_same_numbers(study, tmp_path):
+    one, two = tmp_path / "a" / "one", tmp_path / "b" / "two"
+    for folder, jobs in ((one, "1"), (two, "2")):
+        assert command(study, folder, "--seeds", "0", "--jobs", jobs) == 0
+    first, second = (json.loads((folder / "study.json").read_text()) for folder in (one, two))
+    assert first == second
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_a_study_that_ships_is_valid_for_every_seed_and_variant(name, tmp_path):
+    spec = load_spec(name)
+    assert spec.about and len(spec.seeds) >= (3 if name == "fixed-exposure" else 5)
+    for variant in spec.variants:
+        config = spec.config(variant, 1, tmp_path / "run", [])
+        assert (config.seed, config.num_eval_problems) == (1, spec.measure.problems)
+
+
+def test_the_controls_have_the_same_budget_of_responses():
+    spec = load_spec("controls")
+    budgets = set()
+    for variant in spec.variants:
+        config = spec.config(variant, 0, "unused", [])
+        rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.num_generations
+        budgets.add((rollouts, config.max_steps, config.max_completion_length))
+    assert len(budgets) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"variant": {}}, "unknown key 'variant'.*did you mean variants"),
+        ({"baseline": "ful"}, "the baseline of study 'mine' is 'ful'"),
+        ({"variants": {"full": {"learning_rat": 1}}}, "unknown setting 'learning_rat' in full.*learning_rate"),
+        ({"variants": {"full": {"seed": 3}}}, "seed in full.*the study's own to set"),
+        ({"variants": {"full": {"entry_clip": None}}}, "entry_clip is null"),
+        ({"variants": {"full": {}, "a/b": {}}}, "variant 'a/b'"),
+        ({"variants": {}}, "at least a variant and a seed"),
+        ({"seeds": []}, "at least a variant and a seed"),
+        ({"seeds": [1, 1]}, "names a seed twice"),
+        ({"seeds": ["one"]}, "cannot be used"),
+        ({"measure": {"problems": 1}}, "problems in measure.*at least 2"),
+        ({"measure": {"n": 1}}, "cannot be used"),
+        ({"published": {"none": {"value": 1}}}, "published number for 'none'"),
+    ],
+)
+def test_a_study_that_cannot_be_used_is_refused_by_name(study, tmp_path, capsys, changes, told):
+    import re
+
+    content = yaml.safe_load((tmp_path / "mine.yaml").read_text())
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**content, **changes}))
+    assert cli.main(["study", study, "--output_dir", str(tmp_path / "s")]) == 2
+    assert re.search(told, capsys.readouterr().err)
+    assert not (tmp_path / "s").exists()
+
+
+def test_flags_and_folders_that_do_not_go_are_refused_before_the_first_run(study, tmp_path, capsys):
+    folder = str(tmp_path / "s")
+    for flags, told in (
+        (["--seeds", "x"], "--seeds are whole numbers"),
+        (["--variants", "ful"], "did you mean full"),
+        (["--seed", "3"], "--seed is the study's own to set"),
+        (["--num-eval-problems=3"], "--num_eval_problems is the study's own"),
+        (["--jobs", "0"], "jobs is 0"),
+        (["--rollout_engine", "vllm_server"], "it must be 'hf'"),
+        (["--max_step", "1"], "did you mean max_steps"),
+    ):
+        assert cli.main(["study", study, "--output_dir", folder, *flags]) == 2
+        assert told in capsys.readouterr().err
+        assert not (tmp_path / "s").exists()
+    assert cli.main(["study", "control"]) == 2
+    assert "did you mean controls" in capsys.readouterr().err
+    mine = tmp_path / "s" / "half" / "seed-1" / "thesis.tex"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("five years")
+    assert cli.main(["study", study, "--output_dir", folder]) == 2
+    assert "no study made it" in capsys.readouterr().err
+    assert mine.read_text() == "five years" and not (tmp_path / "s" / "full").exists()
+
+
+def test_help_names_the_studies_and_the_settings_of_one(capsys):
+    assert cli.main(["study"]) == 2
+    told = capsys.readouterr().out
+    assert all(name in told for name in shipped())
+    with pytest.raises(SystemExit):
+        cli.main(["study", "controls", "--help"])
+    told = capsys.readouterr().out
+    assert "--reference_source other_problem" in told and "--jobs" in told
+
+
+def test_an_interval_is_student_s_t():
+    # mean 2, standard deviation 1; the quantile for 2 degrees of freedom is 4.3027
+    found = interval([1.0, 2.0, 3.0])
+    assert found["value"] == 2.0
+    assert found["high"] - 2.0 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert found["low"] == pytest.approx(4.0 - found["high"])
+
+
+@pytest.mark.parametrize(("degrees", "exact"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216)])
+def test_quantiles_of_student_s_t_for_few_seeds(degrees, exact):
+    assert t_quantile(0.975, degrees) == pytest.approx(exact, rel=0.01)
+
+
+def test_a_study_without_signal_says_so(recipe, tmp_path):
+    variants = {"own": {}, "none": {"reference_source": "none"}}
+    spec = StudySpec("s", variants, "own", recipe, settings={"exposure_policy": "full"}, seeds=(0,),
+                     measure=Measure(3, 1, 1.0))  # fmt: skip
+    folder = quietly(lambda: run_study(spec, ["--max_steps", "1"], str(tmp_path / "s")))
+    assert "none (no signal)" in (folder / "study.md").read_text()
+    assert "One seed gives no interval." in str(printout(folder))
+    assert replace(spec, seeds=(0, 1)).only(["none"], [1]).seeds == (1,)

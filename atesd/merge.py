@@ -252,6 +252,7 @@ def write(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(staging)
     files = sorted(staging.iterdir(), key=lambda path: path.name == MODEL_FILE)
     for path in files:
+        path.chmod((staging / MODEL_FILE).stat().st_mode)  # safetensors lets its owner alone read what it writes
         fsync(path)
     for path in files:
         path.rename(folder / path.name)

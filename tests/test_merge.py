@@ -67,6 +67,7 @@ def test_the_merged_model_of_a_run_is_its_student_with_tokenizer_and_generation_
     names = {path.name for path in out.iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json"} <= names and "model.safetensors" in names
     assert not [name for name in names if name.startswith(".") or "adapter" in name]
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1, "who may read one file may read all"
     tokenizer, before = (AutoTokenizer.from_pretrained(path) for path in (out, tiny_model_path))
     assert tokenizer.chat_template == before.chat_template and tokenizer.padding_side == before.padding_side
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atesd import cli, merge
+from atesd.models import model_folder
 from atesd.storage.checkpoint import latest_checkpoint
 from atesd.trainer import train
 
@@ -171,7 +172,7 @@ def test_a_merge_that_fails_leaves_no_folder_and_a_full_disk_is_named(runs, tmp_
 
 
 def test_a_merge_after_a_killed_one_goes_through(runs, tmp_path):
-    left = tmp_path / "merged" / merge.STAGING
+    left = tmp_path / "merged" / model_folder.STAGING
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
     merge.merge(str(runs / "adapter"), str(tmp_path / "merged"))
@@ -216,7 +217,7 @@ def test_an_adapter_that_cannot_be_merged_is_refused(tiny_model_path, tmp_path, 
 
 
 def test_the_weights_are_in_shards_of_a_size(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge, "SHARD_SIZE", "40KB")
+    monkeypatch.setattr(model_folder, "SHARD_SIZE", "40KB")
     merge.merge(str(runs / "adapter"), str(tmp_path / "merged"))
     assert len(list((tmp_path / "merged").glob("model-*-of-*.safetensors"))) > 1
     assert (tmp_path / "merged" / "model.safetensors.index.json").is_file()

@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
                 return report(Path(arguments.run_dir))
             return doctor(arguments.json)
     except ConfigError as error:
+        if os.environ.get("ATESD_TRACEBACK"):
+            raise
         return fail(error, 2)
     except KeyboardInterrupt:
         how = "; go on with the same command" if arguments.command in ("eval", "study", "sweep") else ""
@@ -45,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("ATESD_TRACEBACK") or not needs_no_traceback(error):
             raise
-        return fail(f"{error}\n(ATESD_TRACEBACK=1 shows where this was raised)", 1)
+        hint = "" if isinstance(error, AtesdError) else "\n(ATESD_TRACEBACK=1 shows where this was raised)"
+        return fail(f"{error}{hint}", 1)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -18,18 +18,15 @@ from torch import nn
 from atesd.config.eval_config import EvalConfig
 from atesd.errors import AtesdError, ConfigError, ModelError, StorageError
 from atesd.evaluation.model import ADAPTER_FILE, base_model, find_run, load_student
-from atesd.files import fsync, storage_fault
+from atesd.files import storage_fault
 from atesd.hub import check_push, make_repository, push_folder
 from atesd.inputs import BASE_FILES, INPUTS, weights_digest
 from atesd.models.loading import load_base, load_model_config, model_path, reraise_as_model_load_error
 from atesd.models.merging import adapted_modules, base_of, check_mergeable, merged_module
+from atesd.models.model_folder import MODEL_FILE, STAGING, own_empty, write_model
 from atesd.storage.checkpoint import CHECKPOINTS, CheckpointError, load_checkpoint, newest_whole_checkpoint
-from atesd.storage.folder import LOCK, OwnedFolder, own_new
 from atesd.storage.manifest import MANIFEST, damage
 from atesd_kernels.integrations.head import unwrap
-
-MODEL_FILE, STAGING = "config.json", ".writing-merged"
-SHARD_SIZE = "5GB"
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ def merge(
             weights, source, rounding = build(trained, model, torch_dtype)
             if push_to_hub:
                 make_repository(push_to_hub)
-            write(weights, tokenizer_of(trained, model), folder.path)
+            write_model(weights, tokenizer_of(trained, model), folder.path)
         except BaseException as error:
             shutil.rmtree(folder.path / STAGING, ignore_errors=True)
             folder.discard()
@@ -224,36 +221,3 @@ def tokenizer_of(trained: Path, model: str | None) -> Any:
     name = str(trained) if (trained / MODEL_FILE).is_file() else base_name(trained, model)
     with reraise_as_model_load_error(EvalConfig(model_name_or_path=name)):
         return AutoTokenizer.from_pretrained(model_path(name))
-
-
-def own_empty(path: Path) -> OwnedFolder:
-    """Makes and owns the output folder. Raises ConfigError if there is anything in it."""
-    refuse_content(path)
-    folder = own_new(path, (), "output_dir")
-    try:
-        refuse_content(path)  # another process may have written it in between
-    except ConfigError:
-        folder.close()
-        raise
-    shutil.rmtree(path / STAGING, ignore_errors=True)  # of a merge that was killed
-    return folder
-
-
-def refuse_content(path: Path) -> None:
-    found = [each.name for each in path.iterdir() if each.name not in (LOCK, STAGING)] if path.is_dir() else []
-    if found:
-        raise ConfigError(f"output_dir is {str(path)!r}, which holds {found[0]}: give a folder that is absent or empty")
-
-
-def write(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Writes beside, then moves the files into `folder`; config.json comes last: without it nothing loads the rest."""
-    staging = folder / STAGING
-    model.save_pretrained(staging, max_shard_size=SHARD_SIZE)
-    tokenizer.save_pretrained(staging)
-    files = sorted(staging.iterdir(), key=lambda path: path.name == MODEL_FILE)
-    for path in files:
-        fsync(path)
-    for path in files:
-        path.rename(folder / path.name)
-    staging.rmdir()
-    fsync(folder)

@@ -13,6 +13,7 @@ import pytest
 import atesd
 from atesd import cli
 from atesd.config import load_config
+from atesd.errors import AtesdError
 from atesd.evaluation.files import EvalError
 from atesd.models.loading import ModelLoadError
 from atesd.parallel.sharding import ShardingError
@@ -153,10 +154,39 @@ def test_an_error_of_ours_shows_its_message_wherever_it_was_raised(monkeypatch, 
 
     monkeypatch.setattr(cli, "report", fails)
     assert cli.main(["report", "x"]) == 1
-    assert capsys.readouterr().err.startswith("atesd: too long: make it shorter\n")
+    assert capsys.readouterr().err == "atesd: too long: make it shorter\n"
     monkeypatch.setenv("ATESD_TRACEBACK", "1")
     with pytest.raises(error):
         cli.main(["report", "x"])
+
+
+@pytest.mark.parametrize("command", [
+    ["report", "nowhere"],
+    ["merge", "nowhere", "--output_dir", "out"],
+    ["eval", "--compare", "a", "b"],
+    ["train", "quickstart", "--max_step", "2"],
+])  # fmt: skip
+def test_a_refusal_is_one_message_without_a_hint_at_the_traceback(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(command) in (1, 2)
+    said = capsys.readouterr().err
+    assert said.startswith("atesd: ") and "TRACEBACK" not in said
+    monkeypatch.setenv("ATESD_TRACEBACK", "1")
+    with pytest.raises(AtesdError):
+        cli.main(command)
+
+
+def test_a_built_in_error_of_the_losses_names_the_way_to_its_traceback(monkeypatch, capsys):
+    import torch
+
+    from atesd_kernels import linear_divergence
+
+    rows = torch.zeros(2, 4)
+    wrong = {"divergence": "no_such"}
+    monkeypatch.setattr(cli, "report", lambda run_dir: linear_divergence(rows, torch.zeros(8, 4), rows, **wrong))
+    assert cli.main(["report", "x"]) == 1
+    said = capsys.readouterr().err
+    assert "no_such" in said and said.endswith("(ATESD_TRACEBACK=1 shows where this was raised)\n")
 
 
 def test_every_error_class_of_atesd_is_an_atesd_error_and_a_built_in_one():

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atesd import cli, merge
+from atesd.models import model_folder
 from atesd.storage.checkpoint import latest_checkpoint
 from atesd.trainer import train
 
@@ -67,6 +68,7 @@ def test_the_merged_model_of_a_run_is_its_student_with_tokenizer_and_generation_
     names = {path.name for path in out.iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json"} <= names and "model.safetensors" in names
     assert not [name for name in names if name.startswith(".") or "adapter" in name]
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1, "who may read one file may read all"
     tokenizer, before = (AutoTokenizer.from_pretrained(path) for path in (out, tiny_model_path))
     assert tokenizer.chat_template == before.chat_template and tokenizer.padding_side == before.padding_side
 
@@ -170,7 +172,7 @@ def test_a_merge_that_fails_leaves_no_folder_and_a_full_disk_is_named(runs, tmp_
 
 
 def test_a_merge_after_a_killed_one_goes_through(runs, tmp_path):
-    left = tmp_path / "merged" / merge.STAGING
+    left = tmp_path / "merged" / model_folder.STAGING
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
     merge.merge(str(runs / "adapter"), str(tmp_path / "merged"))
@@ -215,7 +217,7 @@ def test_an_adapter_that_cannot_be_merged_is_refused(tiny_model_path, tmp_path, 
 
 
 def test_the_weights_are_in_shards_of_a_size(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge, "SHARD_SIZE", "40KB")
+    monkeypatch.setattr(model_folder, "SHARD_SIZE", "40KB")
     merge.merge(str(runs / "adapter"), str(tmp_path / "merged"))
     assert len(list((tmp_path / "merged").glob("model-*-of-*.safetensors"))) > 1
     assert (tmp_path / "merged" / "model.safetensors.index.json").is_file()

@@ -76,7 +76,9 @@ def draw(parts: Sequence[str | Table]) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
-    for part in parts:
+    for number, part in enumerate(parts):
+        if number:
+            console.print()
         if isinstance(part, str):
             console.print(Text(printable(part)), soft_wrap=True)
         else:

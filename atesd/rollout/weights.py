@@ -25,7 +25,7 @@ _LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.)")  # "model.layers.3" of "model.layers
 
 @torch.no_grad()
 def merged_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Yields `(name, tensor)` pairs in `dtype`, with the names and shapes of the model's checkpoint, as peft merges them.
+    """Yields `(name, tensor)` pairs in `dtype`, named and shaped as in the model's checkpoint, as peft merges them.
 
     Merges one layer at a time and does not change the model's weights. Yields tied tensors once. Buffers that a
     checkpoint holds keep their dtype. If weights are sharded, all processes must iterate together; the main one gets

@@ -13,7 +13,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import KasaConfig
 from safetensors.torch import load_file
 from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, Glm4MoeConfig, LlamaConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Glm4MoeConfig,
+    LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen3MoeConfig,
 )  # fmt: skip
 
 from atesd.errors import ModelError

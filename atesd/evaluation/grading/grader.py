@@ -123,7 +123,7 @@ class Grader:
     def _decide_by_text(self, text: str, gold: str, box_only: bool) -> Verdict | dict[str, Any]:
         """Returns a verdict if text and numbers decide, else the request to send to a worker."""
         text = without_thinking(text)
-        extracted = response_answer(text, box_only)
+        extracted = response_answer(text, box_only, has_parts="," in gold)
         if extracted is None:
             # An unclosed box is a truncated answer: do not grade its visible part.
             if box_only or has_box(text) or not text.strip():

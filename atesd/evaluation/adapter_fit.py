@@ -23,7 +23,7 @@ Shapes = dict[str, tuple[int, ...]]
 def check_adapter_fits(config: EvalConfig, adapter: Path) -> None:
     """Checks the adapter in folder `adapter` against the configured model, on torch's meta device.
 
-    Adapters that cannot be built there (BOFT, SHiRA) are left to the loading.
+    Adapters that cannot be built there (SHiRA, BOFT) are left to the loading.
 
     Raises:
         ModelLoadError: other target modules, layers or shapes than the model has.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import BOFTConfig, LoraConfig, get_peft_model
+from peft import LoraConfig, ShiraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from atesd import cli
@@ -332,27 +332,27 @@ def adapter_of(config, folder, **settings):
     return str(folder)
 
 
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        ({"hidden_size": 48, "intermediate_size": 96}, r"is \(2, 48\), where the model needs \(2, \d+\)"),
-        ({"num_hidden_layers": 3}, r"the model has no place for its 'model\.layers\.2\."),
-        ({"num_hidden_layers": 1}, r"it has no weights for the model's 'model\.layers\.1\."),
-        (None, "Target modules .* not found"),
-    ],
-    ids=["other widths", "more layers", "fewer layers", "other modules"],
-)
+OTHERS = {
+    "other widths": ({"hidden_size": 48, "intermediate_size": 96}, r"is \(2, \d+\), where the model needs \(2, \d+\)"),
+    "more layers": ({"num_hidden_layers": 3}, r"the model has no place for its 'model\.layers\.2\."),
+    "fewer layers": ({"num_hidden_layers": 1}, r"it has no weights for the model's 'model\.layers\.1\."),
+}
+
+
+@pytest.mark.parametrize("other", [*OTHERS, "other modules"])
 def test_an_adapter_of_another_model_is_refused_before_weights_are_loaded(
-    make, tmp_path, tiny_model_path, monkeypatch, changes, problem
+    make, tmp_path, tiny_model_path, monkeypatch, other
 ):
     monkeypatch.setattr(evaluation, "load_student", lambda *_: pytest.fail("the weights were loaded"))
-    other, settings = AutoConfig.from_pretrained(tiny_model_path), {}
-    if changes is None:
-        other, settings = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4), {"target_modules": ["c_attn"]}
-    for name, value in (changes or {}).items():
-        setattr(other, name, value)
-    other.layer_types = None
-    folder = adapter_of(other, tmp_path / "adapter", **settings)
+    if other in OTHERS:
+        changes, problem = OTHERS[other]
+        config = AutoConfig.from_pretrained(tiny_model_path)
+        config.update({**changes, "layer_types": None})
+        folder = adapter_of(config, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    else:
+        problem = "Target modules .* not found"
+        config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4)
+        folder = adapter_of(config, tmp_path / "adapter", target_modules=["c_attn"])
     with pytest.raises(ModelLoadError, match=rf"does not fit the model.*{problem}"):
         evaluate(make(adapter=folder))
     assert not (tmp_path / "eval").exists()
@@ -377,8 +377,8 @@ def test_an_adapter_with_stored_embeddings_fits_and_one_that_torch_cannot_lay_ou
     model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
     assert adapter_problem(config, tmp_path / "a") is None
-    boft = BOFTConfig(target_modules=["q_proj"], boft_block_size=4)
-    get_peft_model(AutoModelForCausalLM.from_config(config), boft).save_pretrained(tmp_path / "b")
+    shira = ShiraConfig(target_modules=["q_proj"], r=2)
+    get_peft_model(AutoModelForCausalLM.from_config(config), shira).save_pretrained(tmp_path / "b")
     assert adapter_problem(config, tmp_path / "b") is None
 
 

@@ -166,7 +166,7 @@ def _plain(value: Any) -> Any:
 
 
 def _decoded(text: str) -> Any:
-    """Returns the list of texts that `text` holds as JSON (Skywork's verl rows), else `text`. "[1, 2]" is an interval."""
+    """Returns the list of texts that `text` holds as JSON (Skywork), else `text`. "[1, 2]" is an interval."""
     if not text.lstrip().startswith('["'):
         return text
     try:

@@ -106,6 +106,11 @@ def check_token_tensors(lead: torch.Size, device: torch.device, **tensors: Tenso
         if tensor is None:
             continue
         require(
+            isinstance(tensor, Tensor),
+            lambda: f"{name} must be a tensor, got {type(tensor).__name__}; pass torch.as_tensor({name}).",
+            TypeError,
+        )
+        require(
             tensor.shape == lead,
             lambda: f"{name} must have the leading shape {tuple(lead)}, got {tuple(tensor.shape)}.",
         )

@@ -102,6 +102,10 @@ TEXTS = {
     "closing marks": lambda n: "." + ")" * n + "x",
     "nested boxes": lambda n: "\\boxed{" * (n // 8) + "1" + "}" * (n // 8),
     "a word between boxes": lambda n: "\\boxed{1}" + "x" * n + "\\boxed{2}",
+    "bullets with boxes": repeated("- \\boxed{1}\n - \\boxed{2}\n"),
+    "labels with boxes": repeated("(a) \\boxed{1}. (b) \\boxed{2}. Part 3 \\boxed{3}\n\n"),
+    "numbers with boxes": lambda n: "".join(f"{i % 100}. \\boxed{{{i}}}\n" for i in range(n // 15)),
+    "bullets and spaces": lambda n: "\\boxed{1}\n- " + " " * n + "\n\\boxed{2}",
     "spaces in a unit": lambda n: "\\boxed{\\text{1" + " " * n + "!}}",
 }
 READERS = {

@@ -9,6 +9,7 @@ import re
 from itertools import pairwise
 
 from atesd.data.latex_spans import Box, boxes, last_boxed, protected_spans
+from atesd.data.listed_answers import listed_boxes
 from atesd.data.sentences import cut, sentence_cuts
 from atesd.data.thinking import without_thinking
 
@@ -46,9 +47,9 @@ _SAYS_NONE |= {"notapplicable", "seesolution", "seeproof", "tobeproved", "proofp
 def final_answer(text: str) -> str | None:
     r"""Returns the answer that a solution states: its last ``\boxed{...}``, else the last ``#### ...`` line, else None.
 
-    Several boxes in one final sentence are one answer with parts, "2, -2". It is None if the last box is cut off, or if
-    it is unclear whether several boxes are parts. A ``####`` line counts only if it is last or holds a plain number;
-    otherwise it is a heading. Thinking does not count.
+    Several boxes in one final sentence, or in the items of a final list, are one answer with parts, "2, -2". It is None
+    if the last box is cut off, or if it is unclear whether several boxes are parts. A ``####`` line counts only if it
+    is last or holds a plain number; otherwise it is a heading. Thinking does not count.
 
     >>> final_answer(r"so $x = \boxed{\frac{1}{2}}$"), final_answer("5 + 5\n#### 10"), final_answer("ten")
     ('\\frac{1}{2}', '10', None)
@@ -65,12 +66,14 @@ def boxed_answer(text: str) -> str | None:
     return None if box is None else box[2]
 
 
-def response_answer(text: str, box_only: bool) -> str | None:
+def response_answer(text: str, box_only: bool, has_parts: bool = False) -> str | None:
     r"""Returns the answer of a response: the parts in its last sentence's boxes, else its last box, or None.
 
     Args:
         text: a response, `without_thinking`.
         box_only: whether a `####` line is no answer.
+        has_parts: whether the reference has several parts. Only then the boxes of a list are parts: else a response
+            that lists its steps would lose its last box.
 
     >>> response_answer(r"\boxed{2} and \boxed{-2}", True), response_answer(r"\boxed{0.5} = \boxed{1/2}", True)
     ('2, -2', '1/2')
@@ -78,15 +81,21 @@ def response_answer(text: str, box_only: bool) -> str | None:
     if not has_box(text):
         return None if box_only else marked_answer(text)
     last = last_boxed(text)
-    return boxed_parts(text) or (last and last[2])
+    return boxed_parts(text, in_lists=has_parts) or (last and last[2])
 
 
-def boxed_parts(text: str) -> str | None:
-    """Returns the boxes of the sentence with the last one, joined by ", ". None without a box, if the last is cut off,
-    or if the sentence does not list its boxes with commas, "and" or "or"."""
+def boxed_parts(text: str, in_lists: bool = True) -> str | None:
+    """Returns the boxes of the list or sentence with the last one, joined by ", ".
+
+    None without a box, if the last is cut off, if the sentence does not list its boxes with commas, "and" or "or", or
+    if a list's items may be steps. `in_lists`: whether the items of a list may be parts.
+    """
     found, cut_off = boxes(text)
     if not found or cut_off:
         return None
+    listed = listed_boxes(text, found) if in_lists and len(found) > 1 else []
+    if listed is None or listed:
+        return None if listed is None else ", ".join(listed)
     sentence = _sentence_of(text, found) if len(found) > 1 else found
     if len({content for _, _, content in sentence}) == 1:
         return sentence[-1][2]

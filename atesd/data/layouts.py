@@ -123,6 +123,8 @@ def cell(record: dict[str, Any], key: str, column: str | None, where: str) -> st
         if len(turns) > 1:
             raise DataError(f"{where}: column {column!r} holds a chat with {len(turns)} {ROLES[key][0]} turns, not one")
         value = turns[0] if turns else None
+    if key == "answer" and isinstance(value, str):
+        value = _plain(_decoded(value))
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, float) and value.is_integer():
@@ -181,6 +183,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)) and len(value) == 1 and not isinstance(value[0], Mapping):
         return _plain(value[0])
     return value
+
+
+def _decoded(text: str) -> Any:
+    """Returns the list of texts that `text` holds as JSON (Skywork), else `text`. "[1, 2]" is an interval."""
+    if not text.lstrip().startswith('["'):
+        return text
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if all(isinstance(part, str) for part in value) else text
 
 
 def _is_chat(value: Any) -> bool:

@@ -69,7 +69,8 @@ def answers(
         seeds = tuple(sample_seed(protocol.seed, problem.id, sample) for problem, _, sample in batch)
         rollouts = engine.generate([prompt for _, prompt, _ in batch], protocol.sampling(seeds))
         texts = [decode_response(tokenizer, rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
-        verdicts = grader.grade_many(texts, [problem.answer for problem, _, _ in batch])
+        golds, cut_off = [problem.answer for problem, _, _ in batch], [rollout.cut_off for rollout in rollouts]
+        verdicts = grader.grade_many(texts, golds, cut_off)
         yield [
             {
                 "problem_id": problem.id,

@@ -22,6 +22,7 @@ from atesd.data.problems import Problem
 from atesd.data.prompts import PromptBuilder
 from atesd.data.templates import PromptTemplates
 from atesd.errors import ConfigError
+from atesd.evaluation.adapter_fit import check_adapter_fits
 from atesd.evaluation.answers import EvalProtocol, Sample, answers, summarise
 from atesd.evaluation.benchmarks import load_benchmark, seen_in_training
 from atesd.evaluation.files import RESULTS, EvalError, SampleFile, claim, fingerprint, read_json, sample_seed
@@ -63,6 +64,8 @@ def evaluate(config: EvalConfig) -> Path:
     prompts, room = build_prompts(resolved, tokenizer, problems)
     if resolved.max_completion_length is None:
         resolved = replace(resolved, max_completion_length=default_length(resolved, room))
+    if adapter:
+        check_adapter_fits(resolved, adapter)
     record_now = record(resolved, problems, adapter, device)
     made = claim(folder, record_now, (*FREE, "versions", "threads"), defaults=asdict(EvalConfig()))
 

@@ -1,7 +1,7 @@
 """Verifier rewards for rollouts, and GRPO's group-relative advantages.
 
 This file works on text and answers; objectives.py works on hidden states. The grader is that of evaluation
-(`grading/grader.py`): a response gets reward 1 if its final answer is correct, and 0 otherwise.
+(`grading/grader.py`), with its rules for responses that were cut off: reward 1 if the final answer is correct, else 0.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class VerifierReward:
         self.grader = Grader(box_only=box_only)
 
     def rewards(self, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> list[float]:
-        """Returns 1.0 for each response with a correct final answer, else 0.0. A truncated response gets 0.0, since the
-        grader could mistake the last expression before the cut for its answer."""
-        texts = ["" if r.truncated else decode_response(self.tokenizer, r.prompt_ids, r.response_ids) for r in rollouts]
-        return [float(verdict.correct) for verdict in self.grader.grade_many(texts, [p.answer for p in problems])]
+        """Returns 1.0 for each response with a correct final answer, else 0.0."""
+        texts = [decode_response(self.tokenizer, r.prompt_ids, r.response_ids) for r in rollouts]
+        golds, cut_off = [p.answer for p in problems], [r.cut_off for r in rollouts]
+        return [float(verdict.correct) for verdict in self.grader.grade_many(texts, golds, cut_off)]
 
     def advantages(
         self, problems: Sequence[Problem], rollouts: Sequence[Rollout]

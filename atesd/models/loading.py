@@ -107,9 +107,18 @@ def load_base(config: ATESDConfig | EvalConfig, attn_implementation: str | None 
     path = model_path(config.model_name_or_path)
     attn_implementation = attn_implementation or default_attention(load_model_config(config))
     with reraise_as_model_load_error(config), bars_of_long_loads():
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, config.torch_dtype), attn_implementation=attn_implementation
+        model, told = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, config.torch_dtype),
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
         )
+    if missing := sorted({*told["missing_keys"], *(entry[0] for entry in told["mismatched_keys"])}):
+        raise ModelLoadError(
+            f"model_name_or_path is {config.model_name_or_path!r}, whose files lack {len(missing)} of the model's weights, "
+            f"such as {missing[0]!r}. transformers would fill them with random numbers. Use a complete model"
+        )
+    return model
 
 
 def load_model(config: ATESDConfig) -> PreTrainedModel:

@@ -33,6 +33,11 @@ class Rollout:
     logprobs: list[float] | None = None
     staleness: int = 0
 
+    @property
+    def cut_off(self) -> bool:
+        """Whether it ended before its end token. A grader then takes its closed box only."""
+        return self.truncated or not self.finite
+
 
 @dataclass(frozen=True)
 class Sampling:

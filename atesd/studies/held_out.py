@@ -17,7 +17,7 @@ from atesd.data.segmentation import split_reference
 from atesd.data.thinking import decode_response
 from atesd.models.batching import chunks, hidden_rows, pack
 from atesd.objectives import Distillation, ResponseTokens, percentile
-from atesd.rollout import Sampling
+from atesd.rollout import Rollout, Sampling
 from atesd.run import Run
 from atesd.terminal import progress
 from atesd_kernels.integrations.wrappers import eval_mode
@@ -57,16 +57,16 @@ def measure(run: Run, problems: Sequence[Problem], alpha: float) -> list[Measure
     references.update({p.id: split_reference(p.solution, p.answer) for p in problems if p.id not in references})
     prompts = [run.data.prompts.student(p) for p in problems]
     distillation = Distillation(scoring_temperature=config.scoring_temperature, chunk_bytes=config.chunk_bytes)
-    kl, agree, responses = [], [], []
+    kl, agree, rollouts = [], [], []
     run.rollout.engine.sync()
     with eval_mode(run.student.model), run.student.autocast(), progress("held-out problems", len(problems)):
         # decode as many at once as a training step, and score as many as a micro-batch
         for part in chunks(len(problems), config.per_device_train_batch_size * config.gradient_accumulation_steps):
             seeds = tuple(range(part.start, part.stop))
             sampling = Sampling(config.max_completion_length, config.temperature, config.top_p, config.top_k, seeds)
-            responses += [r.response_ids for r in run.rollout.engine.generate(prompts[part], sampling)]
+            rollouts += run.rollout.engine.generate(prompts[part], sampling)
         for part in chunks(len(problems), config.per_device_train_batch_size):
-            replies = responses[part]
+            replies = [r.response_ids for r in rollouts[part]]
             exposed = [run.data.teacher_prompt(p, run.data.alpha(p, alpha)) for p in problems[part]]
             student, teacher = (pack(read, replies, run.device) for read in (prompts[part], exposed))
             _, stats = distillation(
@@ -81,7 +81,7 @@ def measure(run: Run, problems: Sequence[Problem], alpha: float) -> list[Measure
             agree += stats.top1_agree.double().split(student.lengths)
         nll = run.exposure.meter.reference_nll(problems)
     run.rollout.engine.release()
-    correct = grade(run, problems, responses)
+    correct = grade(run, problems, rollouts)
     return [
         Measured(
             id=p.id,
@@ -96,12 +96,12 @@ def measure(run: Run, problems: Sequence[Problem], alpha: float) -> list[Measure
     ]
 
 
-def grade(run: Run, problems: Sequence[Problem], responses: list[list[int]]) -> list[bool | None]:
+def grade(run: Run, problems: Sequence[Problem], rollouts: list[Rollout]) -> list[bool | None]:
     if find_spec("math_verify") is None:
         return [None] * len(problems)
     from atesd.evaluation.grading.grader import Grader
 
-    prompts = [run.data.prompts.student(p) for p in problems]
-    texts = [decode_response(run.tokenizer, *ids) for ids in zip(prompts, responses, strict=True)]
+    texts = [decode_response(run.tokenizer, r.prompt_ids, r.response_ids) for r in rollouts]
+    golds, cut_off = [p.answer for p in problems], [r.cut_off for r in rollouts]
     with Grader(box_only=run.config.box_only) as grader:
-        return [verdict.correct for verdict in grader.grade_many(texts, [p.answer for p in problems])]
+        return [verdict.correct for verdict in grader.grade_many(texts, golds, cut_off)]

@@ -102,6 +102,23 @@ def backbone_forward(model: Any) -> Callable[..., Any]:
     return forward
 
 
+def with_adapter_names(model: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a backbone's `forward` that also takes `adapter_names`, as peft's own does: an adapter for each row.
+
+    Only peft's own forward gives them to its layers; a backbone would drop the argument without a word.
+    """
+    peft = without_wrappers(model)
+    if not hasattr(peft, "get_base_model"):
+        return forward
+    base = unwrap(model)
+
+    def run(**inputs: Any) -> Any:
+        named = inputs.get("adapter_names") is not None
+        return _forward_of_peft(peft, base, forward, **inputs) if named else forward(**inputs)
+
+    return run
+
+
 def _active_adapters(peft: Any) -> list[Any]:
     if not hasattr(peft, "get_base_model"):  # a bare model, which may have a peft_config of its own
         return []

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from .backbone import as_output, backbone_forward
+from .backbone import as_output, backbone_forward, with_adapter_names
 from .head_spec import HeadError, HeadSpec
 from .logit_probe import with_measured_transform
 from .sharded_head import gathered_head
@@ -37,10 +37,10 @@ def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., Any], HeadSp
 
     Returns:
         `(backbone, head)`. `backbone(input_ids=..., ...)` returns an output whose `last_hidden_state` is
-        `(batch, length, hidden)`, adapters included. Where the configuration asks for a mixture of experts' auxiliary
-        loss (`output_router_logits`), a forward with gradient also returns that: see `backbone.aux_loss_of`. `head` is
-        a `HeadSpec` that maps the rows to logits. A head sharded by FSDP2 or DeepSpeed's ZeRO-3 is gathered: see
-        `sharded_head`.
+        `(batch, length, hidden)`, adapters included; it takes peft's `adapter_names` too. Where the configuration asks
+        for a mixture of experts' auxiliary loss (`output_router_logits`), a forward with gradient also returns that:
+        see `backbone.aux_loss_of`. `head` is a `HeadSpec` that maps the rows to logits. A head sharded by FSDP2 or
+        DeepSpeed's ZeRO-3 is gathered: see `sharded_head`.
 
     Raises:
         HeadError: a `ValueError`: there is no head, it has an adapter or a wrapper or is not a plain linear layer, the
@@ -65,7 +65,7 @@ def hidden_states_and_head(model: nn.Module) -> tuple[Callable[..., Any], HeadSp
     weight, bias = head.weight, head.bias
     if root is not None or isinstance(weight, DTensor):
         weight, bias = gathered_head(head, type(base).__name__)
-    forward = backbone_forward(model)
+    forward = with_adapter_names(model, backbone_forward(model))
 
     def run(function: Callable[[], Any]) -> Any:
         return function() if root is None else through(root, root, function)

@@ -99,6 +99,11 @@ class _RandomStates:
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         own = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        if own.shape[-1] != self.unit_states.shape[1]:
+            raise HeadError(
+                f"the hidden states of {type(self.base).__name__} have size {own.shape[-1]}, and its head takes "
+                f"{self.unit_states.shape[1]}: there is a layer between them. Compute the loss from its logits."
+            )
         if self.own is None:
             self.own = own[0]
             self.norm = float(own.float().norm(dim=-1).mean())

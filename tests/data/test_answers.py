@@ -2,7 +2,7 @@
 
 import pytest
 
-from atesd.data.answers import boxed_answer, column_answer, final_answer
+from atesd.data.answers import boxed_answer, column_answer, final_answer, response_answer
 from atesd.data.latex_spans import last_boxed
 from atesd.data.thinking import decode_response, opens_thinking, without_thinking
 
@@ -75,6 +75,52 @@ def test_boxes_without_a_brace_and_framed_boxes_count_and_words_about_boxes_do_n
 )
 def test_several_boxes_in_the_final_sentence_are_parts_or_no_answer(text, answer):
     assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Two parts.\n\n- The first is $\\boxed{2}$.\n- The second is $\\boxed{5}$.", "2, 5"),
+        ("* **Sum:** \\boxed{3}\n\n* **Product:** \\boxed{2}\n\nBoth are positive.", "3, 2"),
+        ("**Part (a).** We find $\\boxed{3}$.\n\n**Part (b).** Work.\n\nHence $\\boxed{9}$.", "3, 9"),
+        ("(a) Find x. (b) Find y.\n\n(a) It is $\\boxed{3}$.\n\n(b) By (a), it is $\\boxed{4}$.", "3, 4"),
+        ("(i) Trivial.\n(ii) It is \\boxed{5}.\n(iii) It is \\boxed{6}.", "5, 6"),
+        ("Part 1: \\boxed{1}\n\nPart 2: \\boxed{2}", "1, 2"),
+        ("\\begin{itemize}\n\\item $\\boxed{2}$\n\\item $\\boxed{3}$\n\\end{itemize}", "2, 3"),
+        ("- first:\n  - \\boxed{1}\n  - as said\n- second:\n  - \\boxed{2}", "1, 2"),
+        ("1. $x = \\boxed{2}$.\n2. $y = \\boxed{5}$.", None),  # parts or steps
+        ("(a) $x = \\boxed{1}$ and $y = \\boxed{2}$.\n(b) It is \\boxed{5}.", None),
+        ("(a) It is \\boxed{3}.\n\n(b) It is \\boxed{4}.\n\nThe total is \\boxed{7}.", None),
+    ],
+)
+def test_boxes_in_the_items_of_a_final_list_are_parts_or_no_answer(text, answer):
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Step 1: add. We get \\boxed{5}.\n\nStep 2: double. So it is \\boxed{10}.",
+        "1. Add: $2 + 3 = \\boxed{5}$.\n2. Double it.\n3. So it is $\\boxed{10}$.",
+        "1. Add: $\\boxed{5}$.\n2. Double: $\\boxed{12}$.\n\nThe answer is $\\boxed{10}$.",
+        "- If $n$ is even, $\\boxed{4}$.\n- If $n$ is odd, $\\boxed{6}$.\n\nIn total $\\boxed{10}$.",
+        "- a sum of \\boxed{3}\n- a product of \\boxed{2}\nThus \\boxed{10}.",
+        "\\begin{enumerate}\n\\item $\\boxed{2}$\n\\item $\\boxed{3}$\n\\end{enumerate}\nThe sum is \\boxed{10}.",
+        "(a) Trivial.\n(b) It is \\boxed{10}.",
+        "(A) 5 (B) 10 (C) 15. By (A) and (B), \\boxed{5} is too small. It is \\boxed{10}.",
+        "Case (a) gives \\boxed{1}. Case (b) gives \\boxed{10}.",
+        "- \\boxed{10} by the first way\n- \\boxed{10} by the second",
+    ],
+)
+def test_boxes_on_the_way_to_the_answer_are_no_parts(text):
+    assert final_answer(text) == "10"
+
+
+def test_a_response_that_lists_boxes_is_parts_only_where_the_reference_has_parts():
+    listed = "- It costs \\boxed{4}.\n- So the change is \\boxed{6}."
+    assert response_answer(listed, True) == "6"
+    assert response_answer(listed, True, has_parts=True) == "4, 6"
+    assert response_answer("1. \\boxed{4}\n2. \\boxed{6}", True, has_parts=True) == "6"
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ WITHOUT_SOLUTION = {
     "HMMT": {"problem_idx": 1, "problem": ASK, "answer": "7", "problem_type": ["Algebra", "Combinatorics"]},
     "AIME25 of MathArena": {"problem_idx": 1, "problem": ASK, "answer": 7, "problem_type": ["Algebra"]},
     "DAPO": verl_row(INSTRUCTIONS[0][0] + ASK + INSTRUCTIONS[0][1]),
+    "verl, Skywork": {**verl_row(ASK), "reward_model": {"style": "rule", "ground_truth": '["7"]'}},
     "verl, MATH": verl_row(ASK + INSTRUCTIONS[2][1]),
     "DeepMath": {"question": ASK, "final_answer": "7", "difficulty": 3.0, "topic": "sums"},
     "GSM8K": LAYOUTS["GSM8K"],
@@ -201,3 +202,14 @@ def test_cells_that_are_arrays_tensors_or_lists_of_one_are_read():
     assert {cell({"a": value}, "answer", "a", "row") for value in values} == {"7"}
     with pytest.raises(DataError, match="'a' holds list, not text"):
         cell({"a": numpy.array([1, 2])}, "answer", "a", "row")
+
+
+def test_a_list_written_as_text_is_read_as_one_and_an_interval_stays_as_it_is():
+    def answer(text):
+        return cell({"a": text}, "answer", "a", "row")
+
+    assert answer('["\\\\frac{1}{2}"]') == r"\frac{1}{2}"
+    assert [answer(text) for text in ("[1, 2]", "[7]", '["', '["a" + "b"]')] == ["[1, 2]", "[7]", '["', '["a" + "b"]']
+    with pytest.raises(DataError, match="'a' holds list, not text"):
+        answer('["7", "8"]')
+    assert cell({"a": '["7"]'}, "problem", "a", "row") == '["7"]'

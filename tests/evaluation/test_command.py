@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, ShiraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from atesd import cli
 from atesd.config.eval_config import LONGEST, EvalConfig, load_eval_config, short_name
 from atesd.data.problems import Problem
 from atesd.errors import ConfigError
 from atesd.evaluation import command as evaluation
+from atesd.evaluation.adapter_fit import adapter_problem
 from atesd.evaluation.answers import EvalProtocol, answers, summarise
 from atesd.evaluation.command import evaluate
 from atesd.evaluation.files import EvalError, SampleFile, fingerprint
@@ -328,16 +331,61 @@ def test_a_run_without_lora_is_evaluated_from_its_model_folder(make, tiny_config
         evaluate(make(adapter=str(run), output_dir=str(tmp_path / "none")))
 
 
-def test_an_adapter_of_another_model_is_refused(make, tmp_path, tiny_model_path):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
+def adapter_of(config, folder, **settings):
+    """An adapter for a random model of `config`, in `folder`."""
+    base = AutoModelForCausalLM.from_config(config)
+    get_peft_model(base, LoraConfig(**{"r": 2, "target_modules": "all-linear", **settings})).save_pretrained(folder)
+    return str(folder)
 
-    other = AutoConfig.from_pretrained(tiny_model_path)
-    other.hidden_size, other.intermediate_size = 48, 96
-    model = get_peft_model(AutoModelForCausalLM.from_config(other), LoraConfig(r=2, target_modules="all-linear"))
-    model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ModelLoadError, match="does not fit the model"):
-        evaluate(make(adapter=str(tmp_path / "adapter")))
+
+OTHERS = {
+    "other widths": ({"hidden_size": 48, "intermediate_size": 96}, r"is \(2, \d+\), where the model needs \(2, \d+\)"),
+    "more layers": ({"num_hidden_layers": 3}, r"the model has no place for its 'model\.layers\.2\."),
+    "fewer layers": ({"num_hidden_layers": 1}, r"it has no weights for the model's 'model\.layers\.1\."),
+}
+
+
+@pytest.mark.parametrize("other", [*OTHERS, "other modules"])
+def test_an_adapter_of_another_model_is_refused_before_weights_are_loaded(
+    make, tmp_path, tiny_model_path, monkeypatch, other
+):
+    monkeypatch.setattr(evaluation, "load_student", lambda *_: pytest.fail("the weights were loaded"))
+    if other in OTHERS:
+        changes, problem = OTHERS[other]
+        config = AutoConfig.from_pretrained(tiny_model_path)
+        config.update({**changes, "layer_types": None})
+        folder = adapter_of(config, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    else:
+        problem = "Target modules .* not found"
+        config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4)
+        folder = adapter_of(config, tmp_path / "adapter", target_modules=["c_attn"])
+    with pytest.raises(ModelLoadError, match=rf"does not fit the model.*{problem}"):
+        evaluate(make(adapter=folder))
+    assert not (tmp_path / "eval").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"modules_to_save": ["norm"]}, {"use_dora": True}, {"target_modules": ["embed_tokens", "q_proj"]},
+     {"init_lora_weights": "pissa"}, {"trainable_token_indices": [5, 6]}],
+    ids=lambda settings: next(iter(settings)),
+)  # fmt: skip
+def test_an_adapter_of_the_model_fits_whatever_its_kind(tmp_path, tiny_model_path, settings):
+    config = AutoConfig.from_pretrained(tiny_model_path)
+    adapter = adapter_of(config, tmp_path / "adapter", **settings)
+    assert adapter_problem(config, Path(adapter)) is None
+
+
+def test_an_adapter_with_stored_embeddings_fits_and_one_that_torch_cannot_lay_out_is_left_to_the_loading(
+    tmp_path, tiny_model_path
+):
+    config = AutoConfig.from_pretrained(tiny_model_path)
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    assert adapter_problem(config, tmp_path / "a") is None
+    shira = ShiraConfig(target_modules=["q_proj"], r=2)
+    get_peft_model(AutoModelForCausalLM.from_config(config), shira).save_pretrained(tmp_path / "b")
+    assert adapter_problem(config, tmp_path / "b") is None
 
 
 def test_a_fingerprint_sees_one_changed_bit_of_a_small_file_and_an_update_of_a_large_one(tmp_path):

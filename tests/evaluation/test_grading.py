@@ -8,12 +8,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import atesd
 from atesd.data.problems import Problem
 from atesd.data.thinking import decode_response
+from atesd.evaluation.answers import EvalProtocol, answers
 from atesd.evaluation.grading import grader as grading
 from atesd.evaluation.grading.answer_text import same_answer
 from atesd.evaluation.grading.grader import Grader, Verdict, grade
@@ -174,6 +176,33 @@ def test_one_setting_rules_the_reward_and_the_evaluations_of_a_run(tiny_config, 
         assert float(pool.grade(text, "7").correct) == rewards[0]
 
 
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        (r"So it is \boxed{7}. To check, 3 +", True),
+        ("3 + 4 = 7\n#### 7", False),  # the next token may have been "0"
+        ("so the result is 7", False),
+        (r"\boxed{8}, or perhaps \boxed{7", False),
+        (r"<think>\boxed{7} or", False),
+    ],
+)
+@pytest.mark.parametrize("ended_by", ["length", "non-finite logits"])
+def test_a_response_that_was_cut_off_is_graded_by_its_closed_box_in_reward_and_evaluations(
+    tiny_config, said, right, ended_by
+):
+    run = Run.build(tiny_config(objective="grpo", exposure_policy="full", num_generations=2, box_only=False))
+    problem, ids = Problem("a", "", "", "7"), run.tokenizer(said).input_ids
+    rollout = Rollout([5], ids, truncated=ended_by == "length", finite=ended_by == "length")
+    rewards = run.reward.rewards([problem], [rollout])
+    run.close()
+    protocol = EvalProtocol(k=1, max_completion_length=9, temperature=1.0, top_p=1.0, top_k=0, seed=0, batch_size=1)
+    engine = SimpleNamespace(generate=lambda *_: [rollout])
+    with Grader(num_workers=1) as pool:
+        (sample,) = next(answers([problem], [[5]], engine, run.tokenizer, pool, protocol))
+        assert pool.grade_many([said], ["7"], cut_off=[True])[0].correct is right
+    assert sample["correct"] is right and rewards == [float(right)]
+
+
 def test_the_reference_answer_may_come_in_a_box():
     assert grade(r"\boxed{0.5}", r"Thus \boxed{\frac{1}{2}}").correct
 
@@ -191,5 +220,5 @@ def test_grading_without_math_verify_says_what_to_install(monkeypatch):
 
 
 def test_lists_of_different_lengths_are_refused(grader):
-    with pytest.raises(ValueError, match="2 predictions but 1 answers"):
+    with pytest.raises(ValueError, match="2 predictions, 1 answers, 1 cut_off"):
         grader.grade_many(["a", "b"], ["c"])

@@ -248,3 +248,43 @@ def test_an_auxiliary_loss_without_gradient_under_reentrant_checkpointing_is_ref
 def test_the_backbone_of_a_plain_model_is_the_module_itself():
     model = build(LlamaConfig(**SIZES))
     assert backbone_forward(model) is model.model and backbone_forward(with_lora(model)) is model.model
+
+
+def with_two_loras(model):
+    model = with_lora(model)
+    model.add_adapter("second", LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B.second" in name:
+                p.normal_(std=0.3)
+    return model.eval()
+
+
+IDS = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8], [5, 6, 7, 8]])
+ROW_ADAPTERS = ["default", "second", "__base__"]
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [(LlamaConfig(**SIZES), {}), (EXPERTS["Mixtral"], {"output_router_logits": True})],
+    ids=["dense", "experts with an auxiliary loss"],
+)
+def test_each_row_gets_the_adapter_that_it_names(config, changes):
+    model = with_two_loras(build(config, **changes))
+    backbone, head = hidden_states_and_head(model)
+    expected = model(input_ids=IDS, adapter_names=ROW_ADAPTERS).logits
+    got = head.logits(backbone(input_ids=IDS, adapter_names=ROW_ADAPTERS).last_hidden_state)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert min((got[i] - got[j]).abs().max() for i, j in ((0, 1), (1, 2), (0, 2))) > 1e-2
+    plain = head.logits(backbone(input_ids=IDS).last_hidden_state)
+    torch.testing.assert_close(plain, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_adapter_names_that_peft_refuses_are_refused():
+    model = with_two_loras(build(LlamaConfig(**SIZES)))
+    backbone, _ = hidden_states_and_head(model)
+    with pytest.raises(ValueError, match=r"non-existing adapter.*third"):
+        backbone(input_ids=IDS, adapter_names=["third"] * 3)
+    model.train()
+    with pytest.raises(ValueError, match=r"adapter_names.*training mode"):
+        backbone(input_ids=IDS, adapter_names=ROW_ADAPTERS)

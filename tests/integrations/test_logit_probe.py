@@ -143,6 +143,12 @@ def test_a_head_that_is_more_than_a_matrix_is_refused_whoever_takes_it(caller):
         CALLERS[caller](small("bert", is_decoder=True))
 
 
+@pytest.mark.parametrize("caller", CALLERS)
+def test_a_head_of_another_width_than_the_hidden_states_is_refused(caller):
+    with pytest.raises(HeadError, match="states of ElectraForCausalLM have size 32, and its head takes 24"):
+        CALLERS[caller](small("electra", is_decoder=True, embedding_size=24))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_refusal_names_both_numbers(dtype):
     model = small("llama", dtype)

@@ -183,3 +183,16 @@ def test_a_term_that_only_carries_a_built_in_name_takes_no_shortcut_of_the_built
     plain = DivergenceTerm(name, lambda log_p, log_q, beta: own.term(log_p, log_q, beta))
     value = linear_divergence(*pair.tensors, divergence=plain, backend="torch")
     assert value.item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("convert", "kind"), [(numpy.asarray, "ndarray"), (list, "list")])
+@pytest.mark.parametrize("name", ["mask", "token_weight", "targets"])
+def test_what_is_no_tensor_is_refused_by_name(name, convert, kind):
+    hidden, weight = torch.randn(3, 8), torch.randn(20, 8)
+    with pytest.raises(TypeError, match=rf"{name} must be a tensor, got {kind}"):
+        linear_divergence(hidden, weight, hidden, **{name: convert([1, 0, 1])})
+
+
+def test_targets_of_log_probabilities_that_are_no_tensor_are_refused():
+    with pytest.raises(TypeError, match="targets must be a tensor, got list"):
+        linear_logprobs(torch.randn(3, 8), torch.randn(20, 8), [1, 2, 3])

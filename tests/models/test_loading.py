@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig, Gemma3Config
 
@@ -54,6 +54,16 @@ def test_weights_in_a_pickle_load_or_are_refused_by_name(tiny_model_path, tmp_pa
     assert str(folder) in str(refused.value)
     assert "weights_only" not in str(refused.value)  # torch's own advice: to run what the pickle says
     assert not touched.exists()
+
+
+def test_weights_that_the_files_lack_are_not_made_up(tiny_model_path, tmp_path):
+    shutil.copytree(tiny_model_path, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("0.mlp.up_proj.weight"))
+    save_file({n: w for n, w in weights.items() if n != name}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"lack 1 of the model's weights, such as 'model.layers.0.mlp.up_proj"):
+        load(tmp_path / "model")
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"\xff" * 64])

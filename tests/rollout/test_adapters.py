@@ -11,7 +11,16 @@ import torch
 from peft import PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import KasaConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Glm4MoeConfig,
+    LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen3MoeConfig,
+)  # fmt: skip
 
 from atesd.errors import ModelError
 from atesd.models import merging
@@ -21,6 +30,7 @@ from atesd.rollout import packed
 from atesd.rollout.hf import HFEngine
 from atesd.rollout.packed import PackedLinear, decoding_model, packable_layers
 from atesd.rollout.weights import check_merged, check_plain_lora, merged_weights
+from atesd_kernels.integrations.head import unwrap
 
 LINEAR = ["q_proj", "down_proj"]
 IDS = torch.tensor([[5, 6, 7, 20, 30, 6], [8, 9, 10, 40, 50, 60]])
@@ -101,13 +111,21 @@ def assert_decodes_as_it_computes(model):
         torch.testing.assert_close(logprobs(twin), logprobs(model), rtol=1e-3, atol=1e-3)
 
 
-def assert_merges_into_its_logits(model, config=None):
+def assert_merges_into_its_logits(model):
     kept = {name: p.clone() for name, p in model.named_parameters()}
     check_merged(model)
-    other = bare(config)
-    other.load_state_dict(dict(merged_weights(model, torch.float32)))
+    other = from_checkpoint(dict(merged_weights(model, torch.float32)), unwrap(model).config)
     torch.testing.assert_close(logprobs(other), logprobs(model), rtol=1e-3, atol=1e-3)
     assert all(torch.equal(p, kept[name]) for name, p in model.named_parameters()), "the model itself has changed"
+
+
+def from_checkpoint(weights, config):
+    """The model that transformers loads from a checkpoint's tensors; it must know all of their names."""
+    cls = type(AutoModelForCausalLM.from_config(config))
+    found, report = cls.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
+    assert not report["unexpected_keys"] and not report["missing_keys"] and not report["mismatched_keys"]
+    use_packed_attention(found)
+    return found.eval()
 
 
 @pytest.mark.parametrize("kind", IN_LAYERS)
@@ -187,17 +205,36 @@ def test_an_adapter_on_an_embedding_tied_to_the_head_is_refused_for_merging():
 
 
 MOE: dict[str, Any] = {"num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 16}
-EXPERTS = [Qwen3MoeConfig, MixtralConfig, OlmoeConfig]
+EXPERTS = [Qwen3MoeConfig(**SMALL, **MOE), MixtralConfig(**SMALL, **MOE), OlmoeConfig(**SMALL, **MOE)]
+
+
+CORRECTED = Glm4MoeConfig(**SMALL, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+                          first_k_dense_replace=1)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [*EXPERTS, CORRECTED], ids=lambda config: config.model_type)
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "LoRA"])
+def test_engines_are_sent_the_tensors_that_a_checkpoint_of_the_model_holds(config, wrapped, tmp_path):
+    model = bare(config)
+    with torch.no_grad():
+        for buffer in model.buffers():
+            buffer.add_(0.5)  # a router's correction bias is a buffer, and starts as zeros
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    student = get_peft_model(model, with_tuner(PeftType.LORA, target_modules=["q_proj"])) if wrapped else model
+    sent = dict(merged_weights(student, torch.float32))
+    assert sent.keys() == stored.keys()
+    for name, tensor in stored.items():
+        torch.testing.assert_close(sent[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("parameters", [["gate_up_proj"], ["gate_up_proj", "down_proj"]])
-@pytest.mark.parametrize("config", EXPERTS)
+@pytest.mark.parametrize("config", EXPERTS, ids=lambda config: config.model_type)
 def test_experts_under_target_parameters_decode_as_they_compute_and_merge(config, parameters):
-    config = config(**{**SMALL, **MOE})
     options = {"target_modules": ["q_proj"], "target_parameters": [f"mlp.experts.{name}" for name in parameters]}
     model = adapted(bare(config), with_tuner(PeftType.LORA, **options))
     assert_decodes_as_it_computes(model)
-    assert_merges_into_its_logits(model, config)
+    assert_merges_into_its_logits(model)
 
 
 @pytest.fixture

@@ -54,6 +54,7 @@ class Grader:
         time_limit: seconds per answer (our choice: 5). A slower answer counts as wrong, with reason "time limit".
         box_only: accept only the last ``\boxed{}``, as the papers do. By default the answer may also be on a ``####``
             line; without box and line, it is the last expression near the end of the response, as in math-verify.
+            A response that was cut off has only its box, if that closes: a line or expression may go on after the cut.
 
     math-verify decides if the answers are neither equal as text nor both plain numbers. It treats a decimal and an
     exact value as equal if they agree to six decimals.
@@ -92,14 +93,21 @@ class Grader:
         """Grades one response against the reference answer."""
         return self.grade_many([prediction_text], [answer])[0]
 
-    def grade_many(self, prediction_texts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        """Grades each response against the answer at the same index. Returns verdicts in that order."""
-        if len(prediction_texts) != len(answers):
-            raise ValueError(f"{len(prediction_texts)} predictions but {len(answers)} answers")
+    def grade_many(
+        self, prediction_texts: Sequence[str], answers: Sequence[str], cut_off: Sequence[bool] | None = None
+    ) -> list[Verdict]:
+        """Grades each response against the answer at the same index. Returns verdicts in that order.
+
+        Args:
+            cut_off: whether each response ended before its end token, as at the length limit; absent: none did.
+        """
+        cut_off = [False] * len(answers) if cut_off is None else cut_off
+        if not len(prediction_texts) == len(answers) == len(cut_off):
+            raise ValueError(f"{len(prediction_texts)} predictions, {len(answers)} answers, {len(cut_off)} cut_off")
         verdicts: list[Verdict | None] = []
         waiting: deque[tuple[int, dict[str, Any]]] = deque()
-        for index, (text, answer) in enumerate(zip(prediction_texts, answers, strict=True)):
-            decided = self._decide_by_text(text, final_answer(str(answer)) or str(answer))
+        for index, (text, answer, cut) in enumerate(zip(prediction_texts, answers, cut_off, strict=True)):
+            decided = self._decide_by_text(text, final_answer(str(answer)) or str(answer), self.box_only or cut)
             verdicts.append(decided if isinstance(decided, Verdict) else None)
             if not isinstance(decided, Verdict):
                 waiting.append((index, decided))
@@ -108,13 +116,13 @@ class Grader:
                 self._run(waiting, verdicts)
         return verdicts  # type: ignore[return-value]  # every entry is filled by now
 
-    def _decide_by_text(self, text: str, gold: str) -> Verdict | dict[str, Any]:
+    def _decide_by_text(self, text: str, gold: str, box_only: bool) -> Verdict | dict[str, Any]:
         """Returns a verdict if text and numbers decide, else the request to send to a worker."""
         text = without_thinking(text)
-        extracted = response_answer(text, self.box_only)
+        extracted = response_answer(text, box_only, has_parts="," in gold)
         if extracted is None:
             # An unclosed box is a truncated answer: do not grade its visible part.
-            if self.box_only or has_box(text) or not text.strip():
+            if box_only or has_box(text) or not text.strip():
                 return Verdict(False, None, "no answer")
             return {"gold": clean(gold), "target": text[-_TEXT_SEARCHED:], "whole_text": True}
         if len(extracted) > _LONGEST_ANSWER:

@@ -10,7 +10,7 @@ import pytest
     "name",
     [
         "config.doors",
-        "data.context",
+        "data.reading.context",
         "data.latex_spans",
         "data.segmentation",
         "data.templates",

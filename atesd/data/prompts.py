@@ -1,6 +1,6 @@
 r"""Builds the token ids of student prompts, teacher prompts and reference replies.
 
-``context.py`` decides what the teacher reads, ``templates.py`` has the wording, and this file converts text to ids. The
+``reading/context.py`` decides what the teacher reads, ``templates.py`` has the wording, and this file converts text to ids. The
 tokenizer's chat template renders a prompt with the generation prompt; tokenisation adds no further special tokens.
 Prompts are never truncated: one that is too long raises an error with its problem's id.
 
@@ -16,8 +16,8 @@ import warnings
 from typing import Any
 
 from atesd.data.chat_tokens import ChatTokens
-from atesd.data.context import exposed_text, is_full
 from atesd.data.problems import Problem
+from atesd.data.reading.context import exposed_text, is_full
 from atesd.data.segmentation import Reference
 from atesd.data.templates import PromptTemplates, fill
 from atesd.data.thinking import closing_mark, opens_thinking

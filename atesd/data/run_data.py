@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from atesd.config import ATESDConfig
-from atesd.data.context import exposed_text
 from atesd.data.problems import Problem, ProblemSplits, load_problems
 from atesd.data.prompts import PromptBuilder, PromptTemplates, PromptTooLong
+from atesd.data.reading.context import exposed_text
+from atesd.data.reading.shown import ShownReferences
 from atesd.data.segmentation import Reference, split_reference
-from atesd.data.shown import ShownReferences
 
 ENOUGH = 8  # problems whose prompts tell whether student and teacher read the same
 

@@ -1,6 +1,6 @@
 r"""Splits a reference solution into segments of working, a final answer and a tail.
 
-``context.py`` decides how many of the segments a teacher reads. The paper defines the reference as segments r_1..r_m
+``reading/context.py`` decides how many of the segments a teacher reads. The paper defines the reference as segments r_1..r_m
 and an answer. How to find them is our choice:
 
 1. The *tail* is the end of the solution that states the answer: a last line ``#### N``, or else the last sentence if it

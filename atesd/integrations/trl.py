@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from atesd.data.answers import final_answer
-from atesd.data.context import exposed_text, is_full, num_exposed
 from atesd.data.prompts import PromptBuilder, PromptTooLong
+from atesd.data.reading.context import exposed_text, is_full, num_exposed
 from atesd.data.segmentation import segment, split_reference
 from atesd.exposure.outcomes import GROUNDING_PROBLEMS
 from atesd.exposure.policies import ExposurePolicy

@@ -115,7 +115,7 @@ def load_base(config: ATESDConfig | EvalConfig, attn_implementation: str | None 
         )
     if missing := sorted({*told["missing_keys"], *(entry[0] for entry in told["mismatched_keys"])}):
         raise ModelLoadError(
-            f"model_name_or_path is {config.model_name_or_path!r}, whose files lack {len(missing)} of the model's weights, "
+            f"model_name_or_path is {config.model_name_or_path!r}, whose files lack {len(missing)} of its weights, "
             f"such as {missing[0]!r}. transformers would fill them with random numbers. Use a complete model"
         )
     return model

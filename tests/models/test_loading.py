@@ -62,7 +62,7 @@ def test_weights_that_the_files_lack_are_not_made_up(tiny_model_path, tmp_path):
     weights = load_file(file)
     name = next(name for name in weights if name.endswith("0.mlp.up_proj.weight"))
     save_file({n: w for n, w in weights.items() if n != name}, file, metadata={"format": "pt"})
-    with pytest.raises(ModelLoadError, match=r"lack 1 of the model's weights, such as 'model.layers.0.mlp.up_proj"):
+    with pytest.raises(ModelLoadError, match=r"lack 1 of its weights, such as 'model.layers.0.mlp.up_proj"):
         load(tmp_path / "model")
 
 

@@ -66,6 +66,19 @@ def test_rare_letters_are_read_only_where_a_reference_shows_them():
             assert not rare & set(prompt) - set(shown)
 
 
+def test_what_a_rare_letter_does_is_trained_only_where_a_reference_shows_it():
+    """Else the bare student would know the rare letters from the lines that follow an error."""
+    machine, rng, rare, kept = Machine(), random.Random(3), set(LETTERS[NUM_COMMON:]), 0
+    for _ in range(300):
+        prompt, response, trained = document(machine, rng, bare=False)
+        text, shown = tokenizer().decode(response), tokenizer().decode(prompt)
+        for number, line in enumerate(text.splitlines()[:LENGTH]):
+            if line[1] in rare and trained[5 * number + 3]:
+                assert line in shown
+                kept += 1
+    assert kept > 50
+
+
 def test_a_run_goes_on_from_its_errors_and_does_not_learn_them():
     machine, word = Machine(), Word(7, ("c", "a", "f", "e"))
     states, wrong = walk(machine, word, random.Random(0), 0.5)

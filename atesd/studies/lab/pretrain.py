@@ -6,8 +6,9 @@ have letters of all kinds. So it can follow a reference for every letter, and wi
 only. That is a plateau, which more training does not leave, and not a moment at which training has to stop.
 
 In half of the documents, lines go wrong: a random state stands in the place of the right one, and the working goes on
-from there. The wrong state itself is not trained. A model that has never seen an error copies the reference on, line by
-line, after a student's first error; this one goes on from what the student has written.
+from there. The wrong state itself is not trained, nor is what a rare letter makes of it, which no reference shows. A
+model that has never seen an error copies the reference on, line by line, after a student's first error; this one goes
+on from what the student has written.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from atesd.studies.lab.world import (
     solution,
     tokenizer,
 )
+from atesd.terminal import show
 
 STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP = 1_600, 48, 4e-3, 100
 BARE = 0.4  # share of bare problems
@@ -64,7 +66,8 @@ def document(machine: Machine, rng: random.Random, bare: bool) -> Document:
     word = draw(rng, LETTERS[:NUM_COMMON], "pretraining", num_early=min(num_shown, LENGTH))
     message = word.text if bare else teacher_message(machine, word, num_shown)
     states, wrong = walk(machine, word, rng, WRONG if rng.random() < FAULTY else 0.0)
-    trained = [flag for bad in wrong for flag in (True, True, True, not bad, True)]
+    known = [not bad and not secret for bad, secret in zip(wrong, unread(machine, word, states), strict=True)]
+    trained = [flag for state in known for flag in (True, True, True, state, True)]
     response = encode(solution(word, states) + END)
     return encode(USER + message + ASSISTANT), response, trained + [True] * (len(response) - len(trained))
 
@@ -79,6 +82,15 @@ def teacher_message(machine: Machine, word: Word, num_shown: int) -> str:
     if num_shown:
         return fill(TEMPLATES.teacher_partial, problem=word.text, reference=shown.rstrip(), answer=answer)
     return fill(TEMPLATES.teacher_answer_only, problem=word.text, answer=answer)
+
+
+def unread(machine: Machine, word: Word, states: list[int]) -> list[bool]:
+    """Returns which states no reference shows: those to which a rare letter leads from a state off the reference."""
+    right = [word.start, *machine.states(word)]
+    return [
+        letter not in LETTERS[:NUM_COMMON] and before != shown
+        for letter, before, shown in zip(word.letters, [word.start, *states], right, strict=False)
+    ]
 
 
 def walk(machine: Machine, word: Word, rng: random.Random, wrong_rate: float) -> tuple[list[int], list[bool]]:
@@ -136,7 +148,7 @@ def pretrain(machine: Machine, seed: int = 0, steps: int = STEPS) -> LlamaForCau
             optimizer.zero_grad()
             schedule.step()
             if (step + 1) % 100 == 0:
-                print(f"step {step + 1} of {steps}: loss {loss:.3f}", flush=True)
+                show(f"step {step + 1} of {steps}: loss {loss:.3f}")
     return model
 
 
@@ -188,7 +200,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()
     folder = make_lab(arguments.output_dir, arguments.seed, arguments.steps)
-    print(f"made {folder}: go on with `atesd train lab` where {folder} lies")
+    show(f"made {folder}: go on with `atesd train lab` where {folder} lies")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atesd.data.context import exposed_segments, exposed_text
 from atesd.data.problems import Problem
+from atesd.data.reading.context import exposed_segments, exposed_text
+from atesd.data.reading.shown import ShownReferences
+from atesd.data.reading.wrong_answers import with_answer, wrong_answer
 from atesd.data.segmentation import Reference, split_reference
-from atesd.data.shown import ShownReferences
-from atesd.data.wrong_answers import with_answer, wrong_answer
 from atesd.errors import DataError
 
 TRAIN = [

@@ -11,10 +11,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from atesd.data.context import exposed_segments, exposed_text
 from atesd.data.problems import Problem
+from atesd.data.reading.context import exposed_segments, exposed_text
+from atesd.data.reading.wrong_answers import with_answer, wrong_answer
 from atesd.data.segmentation import Reference, split_reference
-from atesd.data.wrong_answers import with_answer, wrong_answer
 from atesd.errors import DataError
 
 __all__ = ["ShownReferences"]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atesd.data.context import exposed_text, num_exposed
+from atesd.data.reading.context import exposed_text, num_exposed
 from atesd.data.segmentation import Reference, split_reference
 
 REFERENCE = Reference(segments=("One. ", "Two.\n", "Three. "), answer="6", tail="So $\\boxed{6}$.")

@@ -1,7 +1,7 @@
 r"""Splits a reference solution into segments of working, a final answer and a tail.
 
-``reading/context.py`` decides how many of the segments a teacher reads. The paper defines the reference as segments r_1..r_m
-and an answer. How to find them is our choice:
+``reading/context.py`` decides how many of the segments a teacher reads. The paper defines the reference as segments
+r_1..r_m and an answer. How to find them is our choice:
 
 1. The *tail* is the end of the solution that states the answer: a last line ``#### N``, or else the last sentence if it
    holds the last ``\boxed{}``. The tail does not count in m, and only alpha = 1 exposes it. The answer itself is always

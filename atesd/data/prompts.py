@@ -1,8 +1,8 @@
 r"""Builds the token ids of student prompts, teacher prompts and reference replies.
 
 ``reading/context.py`` decides what the teacher reads, ``templates.py`` has the wording, and this file converts text to
-ids. The tokenizer's chat template renders a prompt with the generation prompt; tokenisation adds no further special tokens.
-Prompts are never truncated: one that is too long raises an error with its problem's id.
+ids. The tokenizer's chat template renders a prompt with the generation prompt; tokenisation adds no further special
+tokens. Prompts are never truncated: one that is too long raises an error with its problem's id.
 
 In both prompts the response follows the generation prompt, so it comes right after the same closing tokens unless the
 chat kwargs differ. For example, Qwen3's ``enable_thinking=False`` ends the prompt with an empty ``<think></think>``

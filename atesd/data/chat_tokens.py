@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from atesd.data.thinking import MARKS
@@ -52,13 +53,28 @@ class ChatTokens:
     def turn_end(self, rendered_end: str) -> list[int]:
         """Returns the ids that end an assistant's turn: what the template writes after it, up to its control token.
 
-        Falls back to the tokenizer's end-of-sequence token if the template writes none.
+        Where control tokens follow one another up to the end-of-sequence token, all of these (Cohere 2 ends a response
+        and then the turn). Falls back to the end-of-sequence token if the template writes none.
         """
         ids = list(self.tokenizer(rendered_end, add_special_tokens=False)["input_ids"]) if rendered_end.strip() else []
         marks = {self.control.get(mark) for pair in MARKS for mark in pair}
         ends = set(self.control.values()) - marks
         first = next((index for index, token in enumerate(ids) if token in ends), None)
-        return [self.tokenizer.eos_token_id] if first is None else ids[: first + 1]
+        if first is None:
+            return [self.tokenizer.eos_token_id]
+        together = list(takewhile(ends.__contains__, ids[first:]))
+        if self.tokenizer.eos_token_id in together:
+            first += together.index(self.tokenizer.eos_token_id)
+        return ids[: first + 1]
+
+    def header(self, text: str) -> list[int]:
+        """Returns the ids of what the template writes before an assistant's text, where a control token is in it.
+
+        gpt-oss names a channel there. An empty thinking block is left out: whether a reply thinks, the prompt says.
+        """
+        if not self.in_data(text) or any(mark in text for pair in MARKS for mark in pair):
+            return []
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _renamed(self, text: str) -> str:
         return self._pattern.sub(lambda token: private(token[0]), text)

@@ -12,6 +12,7 @@ raises an error if they differ although the kwargs agree.
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -94,7 +95,8 @@ class PromptBuilder:
         self.teacher_suffix = self._suffix(self.teacher_chat_kwargs)
         self._check_suffixes()
         self.chat_tokens = ChatTokens(tokenizer)
-        self.turn_end = self.chat_tokens.turn_end(self._rendered_end())
+        before, after = self._around_reply()
+        self.reply_header, self.turn_end = self.chat_tokens.header(before), self.chat_tokens.turn_end(after)
 
     def student_text(self, problem: Problem) -> str:
         """Returns the student's user message, before the chat template: the problem only."""
@@ -145,9 +147,9 @@ class PromptBuilder:
         r"""Returns the reference solution as an assistant reply, ``(ids, ends)``.
 
         The reply follows the student's prompt, or the teacher's if ``after_teacher_prompt``. ``ids`` are the tokens of
-        the full solution, then what the chat template ends a turn with. If the prompt opens a thinking block, the reply
-        closes it first: a reference is an answer, not a thought. ``ends[i]`` is the number of tokens
-        up to and including segment ``i``; a token across a border counts as exposed, white space aside.
+        the full solution, between what the chat template writes before and after a reply. If the prompt opens a
+        thinking block, the reply closes it first: a reference is an answer, not a thought. ``ends[i]`` is the number of
+        tokens up to and including segment ``i``; a token across a border counts as exposed, white space aside.
         ``ids[ends[-1]:]`` is the tail, which states the answer. A solution without a tail gets the tail
         ``Final answer: \boxed{answer}``, so that there is always an answer to score.
         """
@@ -157,7 +159,7 @@ class PromptBuilder:
         if not getattr(self.tokenizer, "is_fast", False):
             raise DataError(f"{type(self.tokenizer).__name__} gives no character offsets: use a fast tokenizer")
         opening = opens_thinking(self.teacher_suffix if after_teacher_prompt else self.student_suffix)
-        closed = self._closed_thinking(opening) if opening else []
+        closed = [*(self._closed_thinking(opening) if opening else []), *self.reply_header]
         encoded = self.chat_tokens.encode("", text, return_offsets_mapping=True)
         # Offset of the first non-space character of each token: BPE tokens may start with a space.
         first_ink = []
@@ -258,14 +260,31 @@ class PromptBuilder:
             raise DataError("the chat template writes no generation prompt: responses would continue the user's turn")
         return suffix
 
-    def _rendered_end(self) -> str:
-        """Returns what the chat template writes after an assistant's turn; "" if it takes none."""
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SENTINEL}]
+    def _around_reply(self) -> tuple[str, str]:
+        """Returns what the chat template writes before and after an assistant's text, "" where it takes no such turn.
+
+        What it writes at the end of a conversation only is left out.
+        """
+        user, reply = {"role": "user", "content": "?"}, {"role": "assistant", "content": _SENTINEL}
+        prompt, *chats = (
+            self._chat(messages, generation)
+            for messages, generation in (([user], True), ([user, reply], False), ([user, reply, user], False))
+        )
+        parts = [chat.rpartition(_SENTINEL) for chat in chats if chat]
+        before = parts[0][0] if parts else ""
+        after = os.path.commonprefix([end for _, _, end in parts])  # noqa: RUF071 - characters are meant
+        return before[len(prompt) :] if prompt and before.startswith(prompt) else "", after
+
+    def _chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        """Returns the rendered chat; "" if the template demands another one."""
         try:
-            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
-        except Exception:  # a template that demands something else: the end-of-sequence token it is
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+        except Exception:
             return ""
-        return rendered.rpartition(_SENTINEL)[2]
 
     def _check_suffixes(self) -> None:
         if self.student_suffix == self.teacher_suffix:

@@ -102,6 +102,9 @@ def test_ordinary_added_tokens_and_prompts_without_control_tokens_are_tokenised_
             CHATML.replace("<|im_end|>\n", "<|im_end|>") + "{% if not add_generation_prompt %}<eos>{% endif %}",
             "<|im_end|>",
         ),
+        # Cohere 2: a token for the response and one, the tokenizer's end of sequence, for the turn
+        (CHATML.replace("<|im_end|>", "<end_of_turn><eos>"), "<end_of_turn><eos>"),
+        (CHATML.replace("<|im_end|>\n", "<|im_end|><end_of_turn>"), "<|im_end|>"),  # another turn's beginning
         (TURNS.replace("END", " </s>"), " </s>"),
         (TURNS.replace("END", "{{ eos_token }}"), "<eos>"),
         (TURNS.replace("END", ""), "<eos>"),  # the template ends turns with no token
@@ -112,6 +115,22 @@ def test_references_end_with_what_the_template_ends_a_turn_with(template, end):
     tokenizer = make_tokenizer(template)
     ids, _ = builder_of(tokenizer).reference_completion(REFERENCE)
     assert tokenizer.decode(ids) == REFERENCE.solution + end
+
+
+CHANNELS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}"
+    "{% if m['role'] == 'assistant' %}<end_of_turn>final{% endif %}<|im_end|>{{ m['content'] }}"
+    "{{ '<eos>' if loop.last and m['role'] == 'assistant' else '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+
+
+def test_a_reference_has_the_header_that_the_template_gives_a_reply():
+    """gpt-oss: a reply names its channel, and ends the conversation with another token than a turn."""
+    tokenizer = make_tokenizer(CHANNELS)
+    ids, ends = builder_of(tokenizer).reference_completion(REFERENCE)
+    assert tokenizer.decode(ids) == f"<end_of_turn>final<|im_end|>{REFERENCE.solution}<eos>"
+    assert tokenizer.decode(ids[: ends[0]]).strip() == "<end_of_turn>final<|im_end|>Add them."
 
 
 @pytest.mark.parametrize("student_thinks", [False, True])

@@ -2,7 +2,8 @@
 
 A guard only reads a step's metrics; it never changes a gradient. On-policy self-distillation is known to collapse after
 one or two hundred steps. Responses shrink or repeat themselves, the student's entropy vanishes or explodes, or the clip
-removes most of the divergence from the teacher. All thresholds here are our choice.
+removes most of the divergence from the teacher. They go on after their answer, never end, or speak of the reference
+that only the teacher reads. All thresholds here are our choice.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ IN_A_ROW = 3  # a sign must last this many steps
 # metric -> (low, high): below low or above high times its start is a sign of collapse
 RELATIVE_BOUNDS = {"student_entropy": (0.1, 5.0), "response_length": (0.1, None)}
 REPETITION_BOUND = 0.5
-# metric -> rise above its start that is a sign of collapse, for a share, which may start at 0. The loss cannot correct
-# a divergence that is clipped.
-RISES = {"clip_fraction": 0.5}
+# metric -> rise above (fall below) its start that is a sign of collapse, for a share, which may start at 0. The loss
+# cannot correct a divergence that is clipped.
+RISES = {"clip_fraction": 0.5, "context_leakage": 0.25, "after_answer": 0.5}
+FALLS = {"end_of_turn_rate": 0.5}
 BEST = "best"
 
 
@@ -45,7 +47,7 @@ class Guards:
         self.best_probe_nll: float | None = None
         self.best_step = 0
         self.probes_without_best = 0
-        self.start: dict[str, list[float]] = {name: [] for name in (*RELATIVE_BOUNDS, *RISES)}
+        self.start: dict[str, list[float]] = {name: [] for name in (*RELATIVE_BOUNDS, *RISES, *FALLS)}
         self.signs_in_a_row: dict[str, int] = {}
         self.stop_reason: str | None = None
 
@@ -95,13 +97,15 @@ class Guards:
                 continue
             start = sum(values) / len(values)
             low, high = RELATIVE_BOUNDS.get(name, (None, None))
-            rise = RISES.get(name)
+            rise, fall = RISES.get(name), FALLS.get(name)
             if low is not None and value < low * start:
                 found.append(f"{name} is below {low:g} times its start")
             if high is not None and value > high * start:
                 found.append(f"{name} is above {high:g} times its start")
             if rise is not None and value > start + rise:
                 found.append(f"{name} is more than {rise:g} above its start")
+            if fall is not None and value < start - fall:
+                found.append(f"{name} is more than {fall:g} below its start")
         if (finite(metrics.get("repetition")) or 0.0) > REPETITION_BOUND:
             found.append(f"more than {REPETITION_BOUND:.0%} of the responses' {NGRAM}-grams repeat")
         return found

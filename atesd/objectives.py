@@ -14,6 +14,7 @@ statistic needs another sweep over the vocabulary. `reward.py` computes GRPO's a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -40,16 +41,21 @@ class ResponseTokens:
         advantages: one for each response, if the objective needs a reward.
         weight: `(N,)` constant factor of each token's loss, such as the importance ratio of a rollout from another
             engine; None for 1.
+        mean_length: tokens of a response of the step on average, where each response counts alike; None where each
+            token does.
     """
 
     targets: Tensor
     lengths: tuple[int, ...]
     advantages: tuple[float, ...] | None = None
     weight: Tensor | None = None
+    mean_length: float | None = None
 
 
 class Objective(Protocol):
     """A loss on the response tokens of one micro-batch, divided by `num_tokens`, the number of tokens in the step.
+
+    `config.loss_aggregation` is in the tokens' weights.
 
     Its sum over micro-batches (and processes) equals the loss of one large batch. The same holds for its gradients.
 
@@ -134,8 +140,9 @@ class PolicyGradient:
         loss = -1/num_tokens sum_n w_n A_n exp(log p_n - [log p_n])        [.] carries no gradient
 
     With one update the ratio of the new to the old policy is 1. So its clip never applies, and the loss equals
-    -mean(w A), which does not fall with training. The mean over all tokens of the step (not within each response first)
-    follows DAPO (arXiv 2503.14476). There is no KL term to a reference; `distill+grpo` distils the teacher instead.
+    -mean(w A), which does not fall with training. The mean over all tokens of the step follows DAPO (arXiv 2503.14476).
+    GRPO's own, within each response first, is `loss_aggregation: sequence`. There is no KL term to a reference;
+    `distill+grpo` distils the teacher instead.
 
     Attributes:
         temperature: temperature of the log-probabilities; the rollouts' sampling temperature.
@@ -201,11 +208,23 @@ def position_weights(lengths: tuple[int, ...], halflife: float) -> Tensor:
 
 
 def token_weight(tokens: ResponseTokens, halflife: float | None = None) -> Tensor | None:
-    """Returns the factor of each token's loss, `(N,)`: `tokens.weight` times the position's; None if all are 1."""
-    if halflife is None:
-        return tokens.weight
-    weight = to_device(position_weights(tokens.lengths, halflife), tokens.targets.device)
-    return weight if tokens.weight is None else weight * tokens.weight
+    """Returns the factor of each token's loss, `(N,)`: `tokens.weight` times that of its position and of its response;
+    None if all are 1."""
+    parts = [] if halflife is None else [position_weights(tokens.lengths, halflife)]
+    if tokens.mean_length is not None:
+        parts.append(response_weights(tokens.lengths, tokens.mean_length))
+    weights = [to_device(part, tokens.targets.device) for part in parts]
+    if tokens.weight is not None:
+        weights.append(tokens.weight)
+    return math.prod(weights[1:], start=weights[0]) if weights else None
+
+
+def response_weights(lengths: tuple[int, ...], mean_length: float) -> Tensor:
+    """Returns `(N,)` float64, `mean_length / T` for each of the T tokens of a response.
+
+    A sum with these weights, over the number of tokens, is the mean over responses of the mean over their tokens.
+    """
+    return torch.cat([torch.full((n,), mean_length / n, dtype=torch.float64) for n in lengths])
 
 
 def weighted_sum(values: Tensor, weight: Tensor | None) -> Tensor:

@@ -23,6 +23,7 @@ from accelerate.utils import set_seed
 from atesd.config import CONFIG_FILE, ATESDConfig
 from atesd.config.doors import POLICY_FIELDS
 from atesd.data.problems import Problem
+from atesd.data.reading.leakage import TeacherWording
 from atesd.data.run_data import load_run_data
 from atesd.errors import AtesdError
 from atesd.evaluation.reward import VerifierReward
@@ -60,7 +61,7 @@ from atesd.rollout.ahead import AheadEngine
 from atesd.rollout.batches import RolloutBatches
 from atesd.rollout.mismatch import EngineMismatch
 from atesd.rollout.seeds import seed_of
-from atesd.step_metrics import clip_fraction, outcome_metrics, response_metrics
+from atesd.step_metrics import clip_fraction, outcome_metrics, response_metrics, text_metrics
 from atesd.stopping import go_on_command
 from atesd.storage.checkpoint import CHECKPOINTS, CheckpointError, load_checkpoint, save_checkpoint
 from atesd.storage.folder import OwnedFolder, own, own_new
@@ -201,6 +202,7 @@ class Run:
         self.student = Student(config, load_model(config), self.tokenizer, self.parallelism)
         self.teacher = Teacher(self.student.model, config.teacher, ema_decay=config.ema_decay, bf16=config.bf16)
         self.objective = make_objective(config)
+        self.wording = TeacherWording(self.data.prompts.templates)
 
     def build_rollout(self, opened: ExitStack) -> None:
         config = self.config
@@ -310,7 +312,9 @@ class Run:
             "grad_norm": grad_norm,
             **stats,
             **clip_fraction(self.config, totals.objective(loss), totals, stats.get("mismatch")),
-            **self.processes.all_reduce_mean(rewards | response_metrics(rollouts)),
+            **self.processes.all_reduce_mean(
+                rewards | response_metrics(rollouts) | text_metrics(self.tokenizer, self.wording, rollouts)
+            ),
             "num_tokens": num_tokens,
             **self.engine_mismatch.take(self.processes.gather),
             **outcome_metrics(outcome),

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from atesd.config import ATESDConfig
+from atesd.data.answers import answer_end
 from atesd.data.problems import Problem
+from atesd.data.reading.leakage import TeacherWording
 from atesd.objectives import TokenTotals
 from atesd.rollout import Rollout
 
@@ -21,6 +23,20 @@ def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "repetition": [repetition(r.response_ids) for r in rollouts],
         "staleness": [r.staleness for r in rollouts],
     }
+    return {name: sum(column) / len(rollouts) for name, column in values.items()}
+
+
+def text_metrics(tokenizer: Any, wording: TeacherWording, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Returns means over a step's responses: `end_of_turn_rate`, the share that ended by itself; `after_answer`, the
+    share of their characters that follow the last answer; and `context_leakage`, the share that echoes the teacher's
+    templates."""
+    after, echoed = [], []
+    for rollout in rollouts:
+        prompt, response = (tokenizer.decode(ids) for ids in (rollout.prompt_ids, rollout.response_ids))
+        after.append(len(response[answer_end(response) :].strip()) / max(1, len(response)))
+        echoed.append(wording.echoed(response, prompt))
+    ended = [rollout.finite and not rollout.truncated for rollout in rollouts]
+    values = {"end_of_turn_rate": ended, "after_answer": after, "context_leakage": echoed}
     return {name: sum(column) / len(rollouts) for name, column in values.items()}
 
 
@@ -44,6 +60,7 @@ def clip_fraction(config: ATESDConfig, loss: float, totals: TokenTotals, mismatc
     if config.token_clip is not None and mismatch is not None:
         return {"clip_fraction": totals.share_above(config.token_clip)}
     weighted = config.position_halflife is not None or config.importance_clip is not None
+    weighted |= config.loss_aggregation != "token"
     plain = config.objective == "distill" and not weighted
     if config.entry_clip is not None and plain and mismatch:
         return {"clip_fraction": 1 - loss / mismatch}

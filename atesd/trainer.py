@@ -161,7 +161,9 @@ class Trainer:
         Returns the loss and the number of response tokens, both of all processes, and this one's token statistics.
         """
         run, config = self.run, self.run.config
-        num_tokens = int(run.processes.all_reduce_sum(sum(len(r.response_ids) for r in rollouts))[0])
+        counts = run.processes.all_reduce_sum(sum(len(r.response_ids) for r in rollouts), len(rollouts))
+        num_tokens = int(counts[0])
+        mean_length = num_tokens / counts[1] if config.loss_aggregation == "sequence" else None
         loss, totals = torch.zeros((), device=run.device), TokenTotals()
         if not all(r.finite for r in rollouts):
             loss += torch.nan  # the student could not be sampled: skip the step, whatever the loss comes to
@@ -176,11 +178,11 @@ class Trainer:
                 with run.phase("student"):
                     student_hidden, aux = hidden_rows_and_aux_loss(run.student.backbone, student_batch)
                 with run.phase("loss_backward"):
-                    part_advantages = None if advantages is None else tuple(advantages[part])
                     weight = run.engine_mismatch.measure(
                         rollouts[part], student_hidden, run.student.head, student_batch.targets
                     )
-                    tokens = ResponseTokens(student_batch.targets, student_batch.lengths, part_advantages, weight)
+                    rewarded = None if advantages is None else tuple(advantages[part])
+                    tokens = ResponseTokens(student_batch.targets, student_batch.lengths, rewarded, weight, mean_length)
                     loss += self.backward(student_hidden, teacher_hidden, aux, tokens, num_tokens, totals, loss)
         return float(run.processes.all_reduce(loss)), totals, num_tokens
 

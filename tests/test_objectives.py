@@ -175,6 +175,54 @@ def test_position_weights_halve_and_keep_a_responses_share_of_the_loss(model):
     assert_is(model, Distillation(position_halflife=2.0), dense)
 
 
+def dense_by_response(model, objective):
+    """The mean over responses of the mean over their tokens: each response is a step of its own."""
+    backbone, head = hidden_states_and_head(model)
+    losses = []
+    for i, reply in enumerate(RESPONSES):
+        student, teacher = pack(PROMPTS[i : i + 1], [reply], "cpu"), pack(READ[i : i + 1], [reply], "cpu")
+        with torch.no_grad():
+            read = hidden_rows(backbone, teacher)
+        tokens = ResponseTokens(student.targets, student.lengths, (ADVANTAGES[i],))
+        losses.append(objective(hidden_rows(backbone, student), head, read, None, tokens, len(reply))[0])
+    return torch.stack(losses).mean()
+
+
+BY_SEQUENCE = {
+    "distill": Distillation(),
+    "with positions": Distillation(position_halflife=2.0),
+    "sft": SupervisedFineTuning(),
+    "grpo": PolicyGradient(),
+    "mixed": Mixed(Distillation(), PolicyGradient(), 0.5),
+}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 4])
+@pytest.mark.parametrize("objective", BY_SEQUENCE.values(), ids=BY_SEQUENCE)
+def test_each_response_counts_alike_if_the_loss_is_aggregated_by_sequence(model, objective, micro_batch):
+    expected = dense_by_response(model, objective)
+    expected.backward()
+    wanted = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    backbone, head = hidden_states_and_head(model)
+    loss = 0.0
+    for start in range(0, len(PROMPTS), micro_batch):
+        part = slice(start, start + micro_batch)
+        student = pack(PROMPTS[part], RESPONSES[part], "cpu")
+        with torch.no_grad():
+            read = hidden_rows(backbone, pack(READ[part], RESPONSES[part], "cpu"))
+        tokens = ResponseTokens(
+            student.targets, student.lengths, tuple(ADVANTAGES[part]), mean_length=TOKENS / len(RESPONSES)
+        )
+        part_loss, _ = objective(hidden_rows(backbone, student), head, read, None, tokens, TOKENS)
+        part_loss.backward()
+        loss += part_loss.item()
+    assert loss == pytest.approx(expected.item(), rel=1e-9)
+    got = [p.grad for p in model.parameters() if p.grad is not None]
+    for ours, dense in zip(got, wanted, strict=True):
+        assert (ours - dense).norm() <= 1e-9 * dense.norm()
+
+
 def test_group_advantages_compare_a_problems_responses_with_each_other_only():
     got = group_advantages([1, 0, 0, 0, 1, 1, 1, 1, 0, 1, 0, 1], group=4)
     assert got[:4] == pytest.approx([1.4997, -0.4999, -0.4999, -0.4999], abs=1e-3)  # (r - 1/4) / (1/2)

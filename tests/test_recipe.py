@@ -16,7 +16,7 @@ from atesd.guards import Guards
 from atesd.objectives import make_objective
 from atesd.rollout import Rollout
 from atesd.run import Run
-from atesd.step_metrics import repetition
+from atesd.step_metrics import repetition, text_metrics
 from atesd.trainer import Trainer, train
 from atesd_kernels.integrations.head import unwrap
 from tests.quiet import quietly
@@ -239,6 +239,9 @@ def test_early_stopping_waits_for_its_patience_and_no_longer(tiny_config, tmp_pa
         ({"response_length": 90}, {"response_length": 3}, "response_length is below"),
         ({"repetition": 0.1}, {"repetition": 0.7}, "4-grams repeat"),
         ({"clip_fraction": 0.0}, {"clip_fraction": 0.6}, "clip_fraction is more than 0.5 above its start"),
+        ({"context_leakage": 0.0}, {"context_leakage": 0.3}, "context_leakage is more than 0.25 above its start"),
+        ({"after_answer": 0.1}, {"after_answer": 0.7}, "after_answer is more than 0.5 above its start"),
+        ({"end_of_turn_rate": 0.9}, {"end_of_turn_rate": 0.3}, "end_of_turn_rate is more than 0.5 below its start"),
         ({"clip_fraction": 0.9}, {"clip_fraction": 1.5}, "clip_fraction is more than 0.5 above its start"),
     ],
 )
@@ -256,6 +259,20 @@ def test_a_collapse_is_told_once_and_stops_the_run_only_on_request(tiny_config, 
             guards.after_step(step, sick)
         assert capsys.readouterr().out.count(told) == 1
         assert (guards.stop_reason is not None) == stop
+
+
+def test_the_texts_of_a_step_tell_how_they_ended_and_what_they_spoke_of(tiny_config):
+    run = Run.build(tiny_config())
+    ids = [
+        run.tokenizer(text).input_ids for text in ("so \\boxed{7}", "\\boxed{7} and so on, 12345", "I do not copy it")
+    ]
+    prompt = run.tokenizer("What is 3 + 4?").input_ids
+    rollouts = [Rollout(prompt, reply, truncated=i == 1) for i, reply in enumerate(ids)]
+    found = text_metrics(run.tokenizer, run.wording, rollouts)
+    assert found["end_of_turn_rate"] == pytest.approx(2 / 3)
+    assert found["context_leakage"] == pytest.approx(1 / 3)
+    assert found["after_answer"] == pytest.approx(len("and so on, 12345") / len("\\boxed{7} and so on, 12345") / 3)
+    run.close()
 
 
 def test_repetition_counts_what_was_said_before():

@@ -21,7 +21,7 @@ ALWAYS_LOGGED = {
     "top1_agreement", "student_entropy", "teacher_entropy", "student_confidence", "response_length",
     "truncated_fraction", "tokens_per_second", "probe_nll", "grounded_score", "seconds_rollout", "seconds_teacher",
     "seconds_student", "seconds_loss_backward", "seconds_optimizer", "seconds_probe", "seconds_step",
-    "peak_memory_bytes", "num_tokens", "skipped",
+    "peak_memory_bytes", "num_tokens", "skipped", "end_of_turn_rate", "after_answer", "context_leakage",
 }  # fmt: skip
 
 
@@ -69,13 +69,14 @@ def test_every_teacher_trains_an_adapter_and_a_whole_model(tiny_config, teacher,
         assert name not in frozen or torch.equal(p, frozen[name])
 
 
-def test_accumulated_micro_batches_make_the_step_of_the_large_batch(tiny_config, tmp_path):
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_accumulated_micro_batches_make_the_step_of_the_large_batch(tiny_config, tmp_path, aggregation):
     def one_step(size, accumulation):
         """Metrics, the gradient and the weights after one step of four problems, whose responses differ in length."""
         trainer = Trainer(Run.build(tiny_config(
             per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
             output_dir=str(tmp_path / str(size)),
-            exposure_policy="fixed", fixed_alpha=0.5, max_grad_norm=1e6, temperature=2.0, top_p=1.0, top_k=0,
+            loss_aggregation=aggregation, exposure_policy="fixed", fixed_alpha=0.5, max_grad_norm=1e6, temperature=2.0, top_p=1.0, top_k=0,
         )))  # fmt: skip
         generate, update, kept = trainer.run.rollout.engine.generate, trainer.update, {}
         trainer.run.rollout.engine.generate = lambda prompts: [

@@ -177,6 +177,12 @@ class LossFields:
         "What is trained: distillation from the teacher, imitation of the references, GRPO with a verifier's reward "
         "(needs math-verify and num_generations of 2 or more), or distillation and reward together.",
     )
+    loss_aggregation: Literal["token", "sequence"] = option(
+        "token",
+        "our choice",
+        "token: the loss is a mean over the step's response tokens (DAPO); sequence: over its responses, each the mean "
+        "of its tokens (GRPO).",
+    )
     reward_weight: float = option(
         1.0, "our choice", "Weight of the GRPO term where objective is distill+grpo.", above=0
     )

@@ -14,6 +14,7 @@ from atesd.data.sentences import cut, sentence_cuts
 from atesd.data.thinking import without_thinking
 
 __all__ = [
+    "answer_end",
     "boxed_answer",
     "boxed_parts",
     "column_answer",
@@ -119,6 +120,23 @@ def _sentence_of(text: str, found: list[Box]) -> list[Box]:
         begin += len(piece)
     framed = text.startswith("\\fbox", found[-1][0])
     return [box for box in found if box[0] >= begin and text.startswith("\\fbox", box[0]) == framed]
+
+
+def answer_end(text: str) -> int:
+    r"""Returns where the last answer of a response ends: its last closed box, else its ``####`` line; else its length.
+
+    >>> text = r"So \boxed{7}. Wait, let me see."
+    >>> text[answer_end(text) :]
+    '. Wait, let me see.'
+    """
+    found, _ = boxes(text)
+    if found:
+        return found[-1][1]
+    marker = marker_line(text)
+    if marker is None:
+        return len(text)
+    end = text.find("\n", marker)
+    return len(text) if end < 0 else end
 
 
 def has_box(text: str) -> bool:

@@ -18,7 +18,7 @@ from atesd.errors import DataError
 
 __all__ = ["PromptTemplates"]
 
-_SLOT = re.compile(r"\{(problem|reference|answer|transition)\}")
+SLOT = re.compile(r"\{(problem|reference|answer|transition)\}")
 _TRANSITION = (
     "Read this until it is clear to you, but do not copy it. Now solve the problem yourself, in your own words: "
     "reason step by step, and put your final answer within \\boxed{}."
@@ -71,7 +71,7 @@ class PromptTemplates:
 
     def __post_init__(self) -> None:
         for name, (needed, forbidden) in _RULES.items():
-            slots = set(_SLOT.findall(getattr(self, name) or ""))
+            slots = set(SLOT.findall(getattr(self, name) or ""))
             if missing := sorted(needed - slots):
                 raise DataError(f"prompt template {name!r} lacks {{{missing[0]}}}: {getattr(self, name)!r}")
             if shown := sorted(forbidden & slots):
@@ -104,4 +104,4 @@ def fill(template: str, **values: str) -> str:
     >>> fill("{problem} in \\boxed{}", problem="Simplify {answer}")
     'Simplify {answer} in \\boxed{}'
     """
-    return _SLOT.sub(lambda slot: values.get(slot[1], slot[0]), template)
+    return SLOT.sub(lambda slot: values.get(slot[1], slot[0]), template)

@@ -76,7 +76,8 @@ def test_accumulated_micro_batches_make_the_step_of_the_large_batch(tiny_config,
         trainer = Trainer(Run.build(tiny_config(
             per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
             output_dir=str(tmp_path / str(size)),
-            loss_aggregation=aggregation, exposure_policy="fixed", fixed_alpha=0.5, max_grad_norm=1e6, temperature=2.0, top_p=1.0, top_k=0,
+            loss_aggregation=aggregation, exposure_policy="fixed", fixed_alpha=0.5,
+            max_grad_norm=1e6, temperature=2.0, top_p=1.0, top_k=0,
         )))  # fmt: skip
         generate, update, kept = trainer.run.rollout.engine.generate, trainer.update, {}
         trainer.run.rollout.engine.generate = lambda prompts: [

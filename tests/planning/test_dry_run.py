@@ -75,6 +75,9 @@ def test_the_presets_are_the_published_base_recipe(size):
         assert (config.lora_r, config.lora_alpha, config.lora_target_modules) == (64, 128, "all-linear")
         assert (config.teacher, config.divergence, config.learning_rate) == ("frozen", "forward_kl", 5e-6)
         assert (config.max_grad_norm, config.max_completion_length) == (0.1, 1024)
+        assert (config.lr_scheduler_type, config.max_steps) == ("linear", 100)
+        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        assert batch == (64 if size == "1.7b" else 32)
         assert (config.temperature, config.top_p, config.top_k, config.scoring_temperature) == (1.1, 0.95, 20, 1.1)
         assert config.entry_clip == (0.06 if size == "8b" else 0.05)
         assert json.loads(config.student_chat_template_kwargs) == {"enable_thinking": False}

@@ -119,7 +119,7 @@ def test_a_card_that_names_a_model_of_the_hub_stays_as_it_is(hub, tmp_path):
 
 def test_a_sweep_refuses_a_repository_for_its_many_runs(hub, tiny_config, tmp_path, tiny_model_path, sums):
     flags = ["--model_name_or_path", str(tiny_model_path), "--dataset_name", str(sums), "--push_to_hub", "me/mine"]
-    with pytest.raises(ConfigError, match="a sweep has many runs"):
+    with pytest.raises(ConfigError, match="a study has many runs"):
         sweep("quickstart", flags, str(tmp_path / "sweep"), [0.5], [0])
     assert not (tmp_path / "sweep").exists()
 

@@ -41,10 +41,11 @@ def nothing_runs(monkeypatch, tmp_path):
         return lambda *arguments, **options: (done.append((name, arguments)), result)[1]
 
     nothing = Printout([], {})
-    for name in ("evaluation.report", "evaluation.compare", "studies.sweep"):
+    for name in ("evaluation.report", "evaluation.compare", "studies.sweep", "studies.study_report"):
         monkeypatch.setattr(f"atesd.{name}.printout", lambda *_: nothing)
     monkeypatch.setattr("atesd.trainer.train", record("train", Path("runs/my_run")))
     monkeypatch.setattr("atesd.planning.dry_run.dry_run", record("dry run", nothing))
+    monkeypatch.setattr("atesd.studies.study.run_study", record("study", Path("runs")))
     monkeypatch.setattr("atesd.studies.sweep.sweep", record("sweep", Path("runs")))
     monkeypatch.setattr("atesd.evaluation.command.evaluate", record("eval", Path("evals")))
     monkeypatch.setattr("atesd.evaluation.compare.compare", record("compare", Path("evals")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -71,13 +72,13 @@ def test_without_a_reference_the_dry_run_and_the_run_say_that_there_is_no_signal
     settings = {"reference_source": "none", "exposure_policy": "full", "num_probe_problems": 0, "max_steps": 1}
     settings |= {"progress_signal": "distill_loss", "entry_clip": None}
     with pytest.warns(UserWarning, match="no signal"):
-        told = dry_run(tiny_config(**settings))
-    assert "no signal: the teacher reads what the student reads" in told
+        told = str(dry_run(tiny_config(**settings)))
+    assert re.search(r"no signal +the teacher reads what the student reads", told)
     with pytest.warns(UserWarning, match="no signal"):
         run_dir = train(tiny_config(**settings))
     assert abs(lines_of(run_dir, "metrics.jsonl")[0]["loss"]) < 1e-9
     own = tiny_config(**{**settings, "output_dir": str(tmp_path / "own"), "reference_source": "own"})
-    assert "no signal" not in dry_run(own)
+    assert "no signal" not in str(dry_run(own))
 
 
 def test_a_run_that_goes_on_shows_its_teacher_the_same(tiny_config, tmp_path):

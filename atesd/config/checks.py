@@ -208,7 +208,9 @@ def check_divergence(config: Settings) -> None:
 
 def check_places(config: Settings) -> None:
     if config.prompt_templates is not None:
-        require(config, "prompt_templates", Path(config.prompt_templates).is_file(), "a file that exists")
+        of_lab = config.prompt_templates.startswith("lab/")
+        how = " (`python -m atesd.studies.lab.pretrain` makes the lab)" if of_lab else ""
+        require(config, "prompt_templates", Path(config.prompt_templates).is_file(), f"a file that exists{how}")
     model, data = config.model_name_or_path, config.dataset_name
     if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).expanduser().is_dir():
         raise ConfigError(

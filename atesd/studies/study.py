@@ -36,6 +36,8 @@ def run_study(spec: StudySpec, flags: list[str], output_dir: str, jobs: int = 1)
         ConfigError: settings are unusable. Raised before the first run starts.
     """
     spelled = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags}
+    if "push_to_hub" in spelled:
+        raise ConfigError("push_to_hub is set: a study has many runs, and one repository holds one. Leave it out")
     if taken := spelled & set(OWN):
         raise ConfigError(f"--{min(taken)} is the study's own to set: leave it out")
     if jobs < 1:

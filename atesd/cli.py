@@ -67,8 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("sweep", add_help=False, help=sweeping)
     predicting = "predicted memory and time of a step for models of 1.7B to 70B on 1 to 64 GPUs; flags as for train"
     commands.add_parser("scaling", add_help=False, help=predicting)
-    show = commands.add_parser("report", help="draw RUN_DIR/report.html, of a finished run or one under way")
-    show.add_argument("run_dir", metavar="RUN_DIR")
+    reporting = commands.add_parser("report", help="draw RUN_DIR/report.html, of a finished run or one under way")
+    reporting.add_argument("run_dir", metavar="RUN_DIR")
     told = commands.add_parser("doctor", help="versions, devices, and which backends work here and why others do not")
     told.add_argument("--json", action="store_true", help="print one JSON document")
     return parser

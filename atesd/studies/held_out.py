@@ -33,7 +33,7 @@ class Measured:
         mismatch, mismatch_p95: mean and 95th percentile of KL(teacher || student) over one rollout's tokens, in nats.
         top1_disagreement: share of the rollout's tokens at which the models' most likely tokens differ.
         num_tokens: length of the rollout.
-        correct: whether the rollout's final answer is correct; None without math-verify.
+        correct: whether the rollout's final answer is correct; None if that was not asked for, or without math-verify.
     """
 
     id: str
@@ -46,7 +46,7 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(run: Run, problems: Sequence[Problem], alpha: float) -> list[Measured]:
+def measure(run: Run, problems: Sequence[Problem], alpha: float, graded: bool = True) -> list[Measured]:
     """Measures the current student, and its teacher at exposure `alpha`. Returns one `Measured` per problem.
 
     Rollouts use the run's sampling settings and fixed seeds, the same at every call. They do not use the run's random
@@ -81,7 +81,7 @@ def measure(run: Run, problems: Sequence[Problem], alpha: float) -> list[Measure
             agree += stats.top1_agree.double().split(student.lengths)
         nll = run.exposure.meter.reference_nll(problems)
     run.rollout.engine.release()
-    correct = grade(run, problems, rollouts)
+    correct = grade(run, problems, rollouts) if graded else [None] * len(problems)
     return [
         Measured(
             id=p.id,

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from atesd.storage.folder import own
 from atesd.studies.comparison import compare_variants
 from atesd.studies.spec import OWN, StudySpec
 from atesd.studies.study_report import STUDY, write_study_report
-from atesd.studies.trial import MEASURED, Trial, check_measurable, digest_of, resumed, run_trial
+from atesd.studies.trial import MEASURED, Trial, check_measurable, digest_of, files_of, resumed, run_trial
 from atesd.terminal import show
 
 
@@ -66,6 +67,7 @@ def run_study(spec: StudySpec, flags: list[str], output_dir: str, jobs: int = 1)
 
 def trials_of(spec: StudySpec, flags: list[str], folder: Path) -> Iterator[Trial]:
     """Yields the runs of a study, seed by seed, so that a part of the study compares all of its variants."""
+    files = cache(files_of)  # most runs read the same ones
     for seed in spec.seeds:
         for variant in spec.variants:
             run_dir = folder / variant / f"seed-{seed}"
@@ -73,7 +75,7 @@ def trials_of(spec: StudySpec, flags: list[str], folder: Path) -> Iterator[Trial
             config = spec.config(variant, seed, run_dir / "new" if run_dir.exists() else run_dir, flags)
             check_measurable(config)
             config.output_dir = str(run_dir)
-            digest = digest_of(config, spec.measure)
+            digest = digest_of(config, spec.measure, files(config.dataset_name, config.model_name_or_path))
             yield Trial(variant, seed, spec.measure, run_dir, resumed(run_dir, config), digest)
 
 

@@ -66,11 +66,15 @@ class Trial:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def digest_of(config: ATESDConfig, measure: Measure) -> str:
-    """Returns `Trial.digest` for settings as the study gives them."""
+def files_of(dataset_name: str, model_name_or_path: str) -> list[str | None]:
+    """Returns a digest of the data file and one of the model's files; None for what is no local file."""
+    data = Path(dataset_name)
+    return [sha256(data) if data.is_file() else None, fingerprint(model_path(model_name_or_path))]
+
+
+def digest_of(config: ATESDConfig, measure: Measure, files: list[str | None]) -> str:
+    """Returns `Trial.digest` for settings as the study gives them, and what `files_of` says of their files."""
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_COMPARED}
-    data = Path(config.dataset_name)
-    files = [sha256(data) if data.is_file() else None, fingerprint(model_path(config.model_name_or_path))]
     content = [settings, asdict(measure), files, __version__]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -114,7 +118,7 @@ def measured(run: Run, trial: Trial) -> dict[str, dict[str, float]]:
     a seed answer the same problems with the same sampling seeds.
     """
     problems, k = run.data.problems.eval, trial.measure.k
-    states = measure(run, problems, trial.alpha)
+    states = measure(run, problems, trial.alpha, graded=False)  # k answers to each are graded below
     length = run.config.eval_completion_length
     protocol = EvalProtocol(k, length, trial.measure.temperature, 1.0, 0, run.config.seed, ANSWERS_AT_ONCE)
     prompts = [run.data.prompts.student(problem) for problem in problems]

@@ -8,7 +8,7 @@ problem's solution, a wrong answer or no reference come close to the own one.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from atesd.data.problems import Problem
@@ -60,17 +60,17 @@ class ShownReferences:
         text = exposed_text(shown, alpha)
         return {number for number, piece in enumerate(own.segments) if piece.strip() in text}
 
-    def _others(self, problem: Problem) -> list[Problem]:
-        """The training problems that follow `problem` in the cycle. A held-out problem has a place of its own."""
-        start = self.place.get(problem.id)
+    def _others(self, problem: Problem) -> Iterator[Problem]:
+        """Yields the training problems after `problem` in the cycle. A held-out problem has a place of its own."""
+        start, n = self.place.get(problem.id), len(self.cycle)
         if start is None:
-            start = random.Random(f"{self.seed}-{problem.id}").randrange(len(self.cycle))
-            return [*self.cycle[start:], *self.cycle[:start]]
-        return [*self.cycle[start + 1 :], *self.cycle[:start]]
+            start = random.Random(f"{self.seed}-{problem.id}").randrange(n) - 1
+            n += 1  # the one before its place comes last
+        return (self.cycle[(start + step) % len(self.cycle)] for step in range(1, n))
 
     def _sourced(self, problem: Problem) -> Reference:
         if self.source == "other_problem":
-            return teacher_reference(self._others(problem)[0])
+            return teacher_reference(next(self._others(problem)))
         own = teacher_reference(problem)
         if self.source == "wrong_answer":
             return with_answer(own, wrong_answer(own.answer, (other.answer for other in self._others(problem))))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from atesd.errors import ConfigError
 from atesd.reports.printout import Printout, Table, messages_to_stderr
-from atesd.studies.spec import StudySpec, load_spec, shipped
+from atesd.studies.reading import load_spec, shipped
+from atesd.studies.spec import StudySpec
 
 USAGE = (
     "atesd study NAME_OR_YAML [--recipe RECIPE] [--variants A,B] [--seeds 0,1,2] [--output_dir DIR] [--jobs N]\n"

@@ -1,17 +1,16 @@
-"""What a study is: a grid of variants and seeds over a recipe, written in a YAML file of a dozen lines."""
+"""What a study is: a grid of variants and seeds over a recipe. `reading.py` reads it from its YAML file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from atesd.config.load import ATESDConfig, as_flags, load_config, read_own, recipes
+from atesd.config.load import ATESDConfig, as_flags, load_config
 from atesd.errors import ConfigError, suggest
 
-__all__ = ["Measure", "StudySpec", "load_spec", "shipped"]
+__all__ = ["OWN", "Measure", "StudySpec"]
 
 # What the grid decides itself.
 OWN = ("seed", "output_dir", "resume", "num_eval_problems", "eval_steps", "push_to_hub", "dry_run")
@@ -94,45 +93,3 @@ class StudySpec:
         return load_config(
             self.recipe, [*as_flags(self.settings), *flags, *as_flags({**self.variants[variant], **own})]
         )
-
-
-def shipped() -> dict[str, Path]:
-    """The studies that ship with the package, by name."""
-    folder = Path(str(resources.files("atesd"))) / "studies" / "shipped"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def load_spec(name_or_path: str) -> StudySpec:
-    """Reads a study: one that ships, by its name, or a YAML file.
-
-    Raises:
-        ConfigError: there is none, or it has an unknown key, a missing one, or values that cannot be used.
-    """
-    known = shipped()
-    path = known.get(name_or_path, Path(name_or_path))
-    if not path.is_file():
-        raise ConfigError(
-            f"there is no study {name_or_path!r}{suggest(name_or_path, known)}; those that ship are "
-            f"{', '.join(known)}. For one of yours, give the path of its YAML file"
-        )
-    content = read_own(path)
-    names = [f.name for f in fields(StudySpec) if f.name != "name"]
-    for key in content:
-        if key not in names:
-            raise ConfigError(
-                f"unknown key {key!r} in {path}{suggest(str(key), names)}; it may have {', '.join(names)}"
-            )
-    if missing := [key for key in ("variants", "baseline") if key not in content]:
-        raise ConfigError(f"{path} has no {missing[0]}: a study needs variants and a baseline")
-    try:
-        values = {**content, "measure": Measure(**content.get("measure", {}))}
-        values["seeds"] = tuple(int(seed) for seed in content.get("seeds", StudySpec.seeds))
-        values["variants"] = {str(name): dict(settings or {}) for name, settings in content["variants"].items()}
-        values["published"] = {str(name): dict(number) for name, number in content.get("published", {}).items()}
-        values["settings"] = dict(content.get("settings") or {})
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{path} cannot be used: {error}") from error
-    recipe = content.get("recipe")
-    if recipe and recipe not in recipes() and (path.parent / str(recipe)).is_file():
-        values["recipe"] = str(path.parent / str(recipe))
-    return StudySpec(name=path.stem, **values)

@@ -16,7 +16,8 @@ from atesd.config import load_config
 from atesd.errors import ConfigError
 from atesd.files import write_json
 from atesd.reports.printout import Printout, Table
-from atesd.studies.spec import StudySpec, load_spec
+from atesd.studies.reading import load_spec
+from atesd.studies.spec import StudySpec
 from atesd.studies.study import run_study
 from atesd.studies.study_report import STUDY, load_study
 from atesd.studies.study_report import printout as study_printout

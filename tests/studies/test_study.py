@@ -12,7 +12,8 @@ import yaml
 from atesd import cli
 from atesd.evaluation.statistics import t_quantile
 from atesd.studies.comparison import interval
-from atesd.studies.spec import Measure, StudySpec, load_spec, shipped
+from atesd.studies.reading import load_spec, shipped
+from atesd.studies.spec import Measure, StudySpec
 from atesd.studies.study import run_study
 from atesd.studies.study_report import printout
 from atesd.trainer import Trainer

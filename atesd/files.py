@@ -27,12 +27,13 @@ STORAGE_FAULTS = {
 def write_atomically(path: Path, text: str) -> None:
     """Writes `text` to `path`. A reader, and a power cut, finds the old content or the new, never a part.
 
-    Creates the parent folder if needed.
+    Creates the parent folder if needed. A lone surrogate, which UTF-8 does not have, is written as its escape; in JSON
+    that is the character again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # unique per process: writes may be concurrent
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
         fsync(beside)
         beside.replace(path)
     except BaseException:

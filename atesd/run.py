@@ -46,6 +46,7 @@ from atesd.objectives import TokenTotals, make_objective
 from atesd.parallel.parallelism import check_launcher, make_parallelism
 from atesd.parallel.processes import Processes, on_cpu
 from atesd.parallel.sharding import ShardingError, gather_tensors
+from atesd.reports.learned import ANSWERS, as_lines, read_comparison
 from atesd.reports.metrics import METRICS, SAMPLES, PhaseTimer, peak_memory_bytes
 from atesd.reports.report import REPORT
 from atesd.resuming import (
@@ -69,7 +70,10 @@ from atesd.terminal import name_phase, show
 
 ADAPTER, MODEL = "adapter", "model"
 # What a run writes into its folder, and must not find there when it starts.
-WRITTEN = (CONFIG_FILE, INPUTS, METRICS, SAMPLES, CHECKPOINTS, BEST, ADAPTER, MODEL, SUMMARY, REPORT, NONFINITE)
+WRITTEN = (
+    *(CONFIG_FILE, INPUTS, METRICS, SAMPLES, ANSWERS, CHECKPOINTS),
+    *(BEST, ADAPTER, MODEL, SUMMARY, REPORT, NONFINITE),
+)
 
 
 class Run:
@@ -399,10 +403,15 @@ class Run:
         summary = {"steps": self.step, **self.data.counts(), **self.guards.summary(), **self.exposure.policy.finish()}
         if self.changed_inputs:
             summary["changed_inputs"] = self.changed_inputs
+        learned = read_comparison(self.run_dir)
+        if learned:
+            summary["held_out_accuracy"] = {name: learned[name] for name in ("before", "after", "change")}
         write_json(self.run_dir / SUMMARY, summary)
         from atesd.reports.report import write_report  # here: training itself does without matplotlib
 
         write_report(self.run_dir)
+        if learned:
+            show(as_lines(learned))
 
     def push_to_hub(self) -> None:
         """Upload the trained adapter (or model) to the repository that the settings name, if any."""

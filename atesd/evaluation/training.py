@@ -7,6 +7,7 @@ evaluations trains exactly like a run without.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -16,12 +17,12 @@ from atesd.data.problems import Problem
 from atesd.data.prompts import PromptBuilder
 from atesd.evaluation.answers import EvalProtocol, Sample, answers, summarise
 from atesd.evaluation.grading.grader import Grader
+from atesd.evaluation.learned import CONFIDENCE, NUM_BOOTSTRAP, keep_answers
 from atesd.models.memory import FreedMemory
 from atesd.parallel.processes import Processes
 from atesd.rollout import RolloutEngine, RolloutError
 from atesd.terminal import progress
 
-CONFIDENCE, NUM_BOOTSTRAP = 0.95, 2_000
 ANSWERS_AT_ONCE = 16
 
 
@@ -57,6 +58,7 @@ class TrainingEvaluation:
         self.protocol = EvalProtocol(
             config.eval_k, length, config.eval_temperature, 1.0, 0, config.seed, batch_size=ANSWERS_AT_ONCE
         )
+        self.run_dir, self.all_problems = Path(str(config.output_dir)), problems
         self.problems = problems[processes.rank :: processes.count]
         self.prompts = [prompts.student(problem) for problem in self.problems]
         self.grader = Grader(box_only=config.box_only)
@@ -92,6 +94,7 @@ class TrainingEvaluation:
         self.freed_memory.release()
         if not self.processes.is_main:
             return {}
+        keep_answers(self.run_dir, step, self.all_problems, samples)
         found = summarise(samples, self.protocol.k, self.grader, CONFIDENCE, NUM_BOOTSTRAP)["metrics"]
         average = found[f"average@{self.protocol.k}"]
         named = {"eval_average": average["value"], "eval_average_low": average["low"]}

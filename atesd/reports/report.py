@@ -15,6 +15,7 @@ from atesd.config import CONFIG_FILE, ATESDConfig
 from atesd.errors import AtesdError
 from atesd.files import write_atomically
 from atesd.reports import markup, plots
+from atesd.reports.learned import as_card, read_comparison
 from atesd.reports.markup import card, sample_cards, text
 from atesd.reports.metrics import METRICS, SAMPLES, read_jsonl
 
@@ -77,11 +78,17 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     config_file = run_dir / CONFIG_FILE
     config = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     path = run_dir / REPORT
-    write_atomically(path, run_page(run_dir.resolve().name, rows, samples, config))
+    write_atomically(path, run_page(run_dir.resolve().name, rows, samples, config, read_comparison(run_dir)))
     return path
 
 
-def run_page(name: str, rows: list[dict[str, Any]], samples: list[dict[str, Any]], config: dict[str, Any]) -> str:
+def run_page(
+    name: str,
+    rows: list[dict[str, Any]],
+    samples: list[dict[str, Any]],
+    config: dict[str, Any],
+    learned: dict[str, Any] | None = None,
+) -> str:
     total = config.get("max_steps")
     done = rows[-1]["step"] if rows else 0
     state = "no step is finished yet" if not rows else f"step {done}" + (f" of {total}" if total else "")
@@ -99,6 +106,7 @@ def run_page(name: str, rows: list[dict[str, Any]], samples: list[dict[str, Any]
     )
     body = (
         f"<h1>{text(name)}</h1><p>{text(state)} · {text(model)} · {text(data)} · exposure policy: {text(policy)}</p>"
+        f"{as_card(learned) if learned else ''}"
         f'<div class="tiles">{"".join(tiles(rows))}</div>'
         f"<h2>Training</h2>{exposure}"
         f'<div class="grid">{"".join(charts)}</div>'

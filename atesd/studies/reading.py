@@ -82,6 +82,8 @@ def read(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be used: {error}") from error
     content: dict[str, Any] = {}
     bases = own.pop("extends", None) or []
+    if not isinstance(bases, str | list):
+        raise ConfigError(f"{path} cannot be used: extends is {bases!r}; name one study, or a list of them")
     for base in [bases] if isinstance(bases, str) else bases:
         beside = path.parent / str(base)
         add(content, read(beside if beside.is_file() else find(str(base)), (*inside, path)))

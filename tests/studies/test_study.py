@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import yaml
@@ -12,6 +12,7 @@ import yaml
 from atesd import cli
 from atesd.evaluation.statistics import t_quantile
 from atesd.studies.comparison import interval
+from atesd.studies.lab.world import TEMPLATES
 from atesd.studies.reading import load_spec, shipped
 from atesd.studies.spec import Measure, StudySpec
 from atesd.studies.study import run_study
@@ -106,10 +107,56 @@ def test_several_runs_at_a_time_give_the_same_numbers(study, tmp_path):
     assert first == second
 
 
+def test_a_study_may_extend_others_and_cross_variants_with_a_grid(study, tmp_path):
+    path = tmp_path / "more.yaml"
+    content = {
+        "extends": ["mine.yaml", "paper-credit"],
+        "baseline": "half",
+        "seeds": [7],
+        "settings": {"weight_decay": 0.1},
+        "variants": {"half": {"lora_r": 4}, "one": {"fixed_alpha": 1.0, "exposure_policy": "fixed"}},
+        "grid": {"learning_rate": [0.5, 0.25], "warmup_steps": [0]},
+    }
+    path.write_text(yaml.safe_dump(content))
+    spec = load_spec(str(path))
+    names = ["full", "half", "again", "one-step", "short-delay", "no-grounded-term", "full-reward", "one"]
+    assert list(spec.variants) == [f"{name}-{rate}-0" for name in names for rate in (0.5, 0.25)]
+    half = {"exposure_policy": "fixed", "fixed_alpha": 0.5, "lora_r": 4, "learning_rate": 0.25, "warmup_steps": 0}
+    assert spec.variants["half-0.25-0"] == half
+    assert spec.settings == {"exposure_policy": "full", "weight_decay": 0.1}
+    assert (spec.baseline, spec.seeds, spec.published) == ("half-0.5-0", (7,), {})
+    assert (spec.measure, spec.about) == (load_spec("paper-credit").measure, load_spec("paper-credit").about)
+
+    path.write_text(yaml.safe_dump({"extends": "mine.yaml", "measure": {"problems": 5}}))
+    spec = load_spec(str(path))
+    assert spec.recipe == str(tmp_path / "tiny.yaml") and spec.measure == Measure(5)
+    assert list(spec.published) == ["half"]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"extends": "mne.yaml"}, "there is no study 'mne.yaml'"),
+        ({"extends": "loop.yaml"}, "extends itself"),
+        ({"extends": "mine.yaml", "grid": {"learning_rate": []}}, "at least one value"),
+        ({"extends": "mine.yaml", "grid": {"learning_rat": [1]}}, "unknown setting 'learning_rat'"),
+        ({"extends": "mine.yaml", "grid": [1]}, "cannot be used"),
+        ({"extends": 3}, "cannot be used"),
+    ],
+)
+def test_a_study_that_extends_what_it_cannot_is_refused_by_name(study, tmp_path, capsys, content, told):
+    (tmp_path / "loop.yaml").write_text(yaml.safe_dump(content))
+    assert cli.main(["study", str(tmp_path / "loop.yaml"), "--output_dir", str(tmp_path / "s")]) == 2
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", sorted(shipped()))
-def test_a_study_that_ships_is_valid_for_every_seed_and_variant(name, tmp_path):
+def test_a_study_that_ships_is_valid_for_every_seed_and_variant(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the lab's studies find the lab's files here
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab/templates.yaml").write_text(yaml.safe_dump(asdict(TEMPLATES)))
     spec = load_spec(name)
-    assert spec.about and len(spec.seeds) >= (3 if name == "fixed-exposure" else 5)
+    assert spec.about and len(spec.seeds) >= {"fixed-exposure": 3, "lab-tuning": 1}.get(name, 5)
     for variant in spec.variants:
         config = spec.config(variant, 1, tmp_path / "run", [])
         assert (config.seed, config.num_eval_problems) == (1, spec.measure.problems)
@@ -134,7 +181,7 @@ def test_the_controls_have_the_same_budget_of_responses():
         ({"variants": {"full": {"seed": 3}}}, "seed in full.*the study's own to set"),
         ({"variants": {"full": {"entry_clip": None}}}, "entry_clip is null"),
         ({"variants": {"full": {}, "a/b": {}}}, "variant 'a/b'"),
-        ({"variants": {}}, "at least a variant and a seed"),
+        ({"variants": {}}, "has no variants"),
         ({"seeds": []}, "at least a variant and a seed"),
         ({"seeds": [1, 1]}, "names a seed twice"),
         ({"seeds": ["one"]}, "cannot be used"),

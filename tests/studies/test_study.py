@@ -155,6 +155,8 @@ def test_a_study_that_ships_is_valid_for_every_seed_and_variant(name, tmp_path, 
     monkeypatch.chdir(tmp_path)  # the lab's studies find the lab's files here
     (tmp_path / "lab").mkdir()
     (tmp_path / "lab/templates.yaml").write_text(yaml.safe_dump(asdict(TEMPLATES)))
+    (tmp_path / "lab/tuning.jsonl").touch()
+    (tmp_path / "lab/problems.jsonl").touch()
     spec = load_spec(name)
     assert spec.about and len(spec.seeds) >= {"fixed-exposure": 3, "lab-tuning": 1}.get(name, 5)
     for variant in spec.variants:

@@ -55,6 +55,16 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def share_with_readers(folder: Path) -> None:
+    """Gives the files of a folder the permissions of any new file. safetensors lets its owner alone read its files, so
+    that neither a colleague nor a server of another user could."""
+    mask = os.umask(0)  # there is no other way to read it
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
+
+
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:

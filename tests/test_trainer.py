@@ -52,6 +52,8 @@ def test_a_run_leaves_everything_it_promises(tiny_config, tiny_model_path):
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_path), run_dir / "adapter")
     moved = [p.abs().sum() for name, p in adapted.named_parameters() if "lora_B" in name]
     assert all(size > 0 for size in moved)
+    modes = {path.name: path.stat().st_mode for path in run_dir.rglob("*") if path.is_file()}
+    assert len(set(modes.values())) == 1, "who may read the metrics may read the adapters, of checkpoints as well"
 
 
 @pytest.mark.parametrize("teacher", ["frozen", "ema", "live"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from atesd.errors import ConfigError
-from atesd.files import fsync
+from atesd.files import fsync, share_with_readers
 from atesd.storage.folder import LOCK, OwnedFolder, own_new
 
 MODEL_FILE, STAGING = "config.json", ".writing-merged"
@@ -38,9 +38,9 @@ def write_model(model: Any, tokenizer: Any, folder: Path) -> None:
     staging = folder / STAGING
     model.save_pretrained(staging, max_shard_size=SHARD_SIZE)
     tokenizer.save_pretrained(staging)
+    share_with_readers(staging)
     files = sorted(staging.iterdir(), key=lambda path: path.name == MODEL_FILE)
     for path in files:
-        path.chmod((staging / MODEL_FILE).stat().st_mode)  # safetensors lets its owner alone read what it writes
         fsync(path)
     for path in files:
         path.rename(folder / path.name)

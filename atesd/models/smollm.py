@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from atesd.errors import ModelFetchError
-from atesd.files import fsync, sha256
+from atesd.files import fsync, sha256, share_with_readers
 from atesd.storage.folder import make
 from atesd.terminal import show
 
@@ -155,6 +155,7 @@ def convert(gguf: Path, target: Path) -> None:
     fresh.generation_config = loaded.generation_config
     fresh.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    share_with_readers(target)
 
     check = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).state_dict()
     wrong = [name for name, value in weights.items() if name not in check or not torch.equal(check[name], value)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import get_scheduler
 
 from atesd.config import ATESDConfig
 from atesd.errors import ModelError
+from atesd.files import share_with_readers
 from atesd.models.adapters import adapter_layers, inputs_cast_by_autocast
 from atesd.models.packed_attention import check_packing, use_packed_attention
 from atesd.models.precision import fast_fp32_products
@@ -94,14 +96,14 @@ class Student:
         Call this on every process, since it gathers sharded weights. Call the returned function on the main process.
         """
         write = writer(self.model, self.trained)
-        if self.config.use_peft:
-            return write
 
-        def write_with_tokenizer(folder: Any) -> None:
-            write(folder)
-            self.tokenizer.save_pretrained(folder)
+        def write_all(folder: Any, **options: Any) -> None:
+            write(folder, **options)
+            if not self.config.use_peft:
+                self.tokenizer.save_pretrained(folder)
+            share_with_readers(Path(folder))
 
-        return write_with_tokenizer
+        return write_all
 
     def state_dict(self) -> dict[str, Any]:
         state = {"optimizer": self.parallelism.optimizer_state(), "scheduler": self.scheduler.state_dict()}

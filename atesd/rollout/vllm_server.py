@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from atesd.config import ATESDConfig
+from atesd.files import share_with_readers
 from atesd.parallel.processes import Processes
 from atesd.parallel.sharding import is_sharded, reshard, writer
 from atesd.rollout.answer_rules import MODEL_RULES, WEIGHT_RULES, Completion, at, broken_rule, shown
@@ -143,6 +144,7 @@ class VLLMServerEngine(RequestEngine):
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         write(self.folder)
+        share_with_readers(self.folder)  # the server may be another user's
         for attempt in range(1 + self.retries):
             time.sleep(self.pause * attempt)
             try:

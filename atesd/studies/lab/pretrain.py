@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from atesd.data.templates import fill
 from atesd.errors import ConfigError
+from atesd.files import share_with_readers
 from atesd.models.precision import fast_fp32_products
 from atesd.studies.lab.world import (
     ASSISTANT,
@@ -190,6 +191,7 @@ def make_lab(folder: Path, seed: int = 0, steps: int = STEPS) -> Path:
     (folder / "templates.yaml").write_text(yaml.safe_dump(asdict(TEMPLATES)), encoding="utf-8")
     pretrain(machine, seed, steps).save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
+    share_with_readers(folder / "model")
     return folder
 
 

@@ -10,6 +10,7 @@ statistic needs another sweep over the vocabulary. `reward.py` computes GRPO's a
 | `sft`            | -log p_S(token)                                             | the references     | no      |
 | `grpo`           | -advantage * log p_S(token), advantages from a verifier     | student's rollouts | no      |
 | `distill+grpo`   | the first plus `reward_weight` times the third              | student's rollouts | yes     |
+| `policy_gradient`| -(log p_T - log p_S) * log p_S(token), advantage constant   | student's rollouts | yes     |
 """
 
 from __future__ import annotations
@@ -165,6 +166,42 @@ class PolicyGradient:
 
 
 @dataclass(frozen=True)
+class TeacherAdvantage:
+    """On-policy distillation by the sampled tokens alone, as a policy gradient.
+
+        A_n  = log p_T(y_n) - log p_S(y_n)                                  no gradient
+        loss = -1/num_tokens sum_n w_n A_n exp(log p_S(y_n) - [log p_S(y_n)])
+
+    Its expected gradient over tokens drawn from p_S is that of the reverse KL of the token (Lu et al., "On-Policy
+    Distillation", 2025). One number a token is all it needs of the teacher; it is noisier than a divergence. The
+    statistics' divergence is the sampled one, -A_n, which may be negative; agreement of the top tokens is unknown.
+
+    Attributes:
+        scoring_temperature: temperature of both log-probabilities.
+    """
+
+    scoring_temperature: float = 1.0
+    chunk_bytes: int | None = None
+    needs_teacher = needs_rollouts = True
+    needs_reward = False
+
+    def __call__(self, student_hidden, student_head, teacher_hidden, teacher_head, tokens, num_tokens):
+        """See `Objective`."""
+        rest = (tokens.targets, self.scoring_temperature, self.chunk_bytes)
+        logprobs, stats = head_logprobs(student_hidden, student_head, *rest)
+        with torch.no_grad():
+            taught, of_teacher = head_logprobs(teacher_hidden, teacher_head or student_head, *rest)
+        advantages = taught - logprobs.detach()
+        ratio = torch.exp(logprobs - logprobs.detach())
+        stats = stats._replace(
+            divergence=-advantages,
+            teacher_entropy=of_teacher.student_entropy,
+            teacher_logprob=of_teacher.student_logprob,
+        )
+        return -weighted_sum(advantages * ratio, token_weight(tokens)) / num_tokens, stats
+
+
+@dataclass(frozen=True)
 class Mixed:
     """`distillation + reward_weight * policy_gradient`, with the distillation's statistics.
 
@@ -194,6 +231,7 @@ def make_objective(config: ATESDConfig) -> Objective:
         "sft": SupervisedFineTuning(chunk_bytes=config.chunk_bytes),
         "grpo": policy_gradient,
         "distill+grpo": Mixed(distillation, policy_gradient, config.reward_weight),
+        "policy_gradient": TeacherAdvantage(config.scoring_temperature, config.chunk_bytes),
     }[config.objective]
 
 
@@ -224,7 +262,7 @@ def response_weights(lengths: tuple[int, ...], mean_length: float) -> Tensor:
 
     A sum with these weights, over the number of tokens, is the mean over responses of the mean over their tokens.
     """
-    return torch.cat([torch.full((n,), mean_length / n, dtype=torch.float64) for n in lengths])
+    return torch.cat([torch.full((n,), mean_length / max(n, 1), dtype=torch.float64) for n in lengths])
 
 
 def weighted_sum(values: Tensor, weight: Tensor | None) -> Tensor:
@@ -263,19 +301,20 @@ class TokenTotals:
         self.sums: list[Tensor] = []
         self.divergences: list[Tensor] = []
         self.aux_losses: list[Tensor] = []  # of each micro-batch: its share of the auxiliary loss, and that weighted
-        self.has_teacher = True
+        self.has_teacher = self.has_agreement = True
 
     def add(self, stats: TokenStats) -> None:
-        self.has_teacher = stats.teacher_entropy is not None
-        absent = torch.zeros_like(stats.student_entropy)
+        self.has_teacher, self.has_agreement = stats.teacher_entropy is not None, stats.top1_agree is not None
         columns = (
             stats.divergence,
-            stats.top1_agree if self.has_teacher else absent,
+            stats.top1_agree,
             stats.student_entropy,
-            stats.teacher_entropy if self.has_teacher else absent,
+            stats.teacher_entropy,
             stats.student_top1_prob,
         )
-        self.sums.append(torch.stack([column.double().sum() for column in columns]))
+        absent = torch.zeros_like(stats.student_entropy)
+        known = (absent if column is None else column for column in columns)
+        self.sums.append(torch.stack([column.double().sum() for column in known]))
         self.divergences.append(stats.divergence)
 
     def add_aux_loss(self, aux: AuxLoss, share: float) -> Tensor:
@@ -312,6 +351,8 @@ class TokenTotals:
         means = dict(zip(self.NAMES, (self.sum() / num_tokens).tolist(), strict=True))
         if not self.has_teacher:
             return {name: means[name] for name in self.WITHOUT_TEACHER}
+        if not self.has_agreement:
+            del means["top1_agreement"]
         return means | {"mismatch_p95": self.p95()}
 
     def p95(self) -> float:
@@ -324,5 +365,7 @@ class TokenTotals:
 
 
 def percentile(values: Tensor, share: float) -> float:
-    """Returns the value below which `share` of `values` lie, rounded down to an element of `values`."""
+    """Returns the value below which `share` of `values` lie, rounded down to an element of `values`; NaN for none."""
+    if not len(values):
+        return math.nan
     return float(values.float().sort().values[int(share * (len(values) - 1))])

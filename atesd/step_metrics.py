@@ -18,9 +18,9 @@ NGRAM = 4
 def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Returns means over a step's responses: length in tokens, truncated fraction, repetition, and staleness."""
     values = {
-        "response_length": [len(r.response_ids) for r in rollouts],
+        "response_length": [r.num_tokens for r in rollouts],
         "truncated_fraction": [r.truncated for r in rollouts],
-        "repetition": [repetition(r.response_ids) for r in rollouts],
+        "repetition": [repetition(r.counted(r.response_ids)) for r in rollouts],
         "staleness": [r.staleness for r in rollouts],
     }
     return {name: sum(column) / len(rollouts) for name, column in values.items()}
@@ -32,7 +32,8 @@ def text_metrics(tokenizer: Any, wording: TeacherWording, rollouts: Sequence[Rol
     templates."""
     after, echoed = [], []
     for rollout in rollouts:
-        prompt, response = (tokenizer.decode(ids) for ids in (rollout.prompt_ids, rollout.response_ids))
+        written = rollout.counted(rollout.response_ids)
+        prompt, response = (tokenizer.decode(ids) for ids in (rollout.prompt_ids, written))
         after.append(len(response[answer_end(response) :].strip()) / max(1, len(response)))
         echoed.append(wording.echoed(response, prompt))
     ended = [rollout.finite and not rollout.truncated for rollout in rollouts]

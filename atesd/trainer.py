@@ -21,11 +21,12 @@ from torch import Tensor
 
 from atesd.config import ATESDConfig
 from atesd.data.problems import Problem
-from atesd.models.batching import PackedBatch, assert_same_responses, chunks, hidden_rows_and_aux_loss, pack
+from atesd.models.batching import PackedBatch, assert_same_responses, chunks, hidden_rows_and_aux_loss
 from atesd.objectives import ResponseTokens, TokenTotals
 from atesd.reports.step_log import StepLog
 from atesd.resuming import NonFiniteLoss, diverged, named_storage_faults
 from atesd.rollout import Rollout, RolloutError
+from atesd.rollout.batches import pack_rollouts
 from atesd.run import Run
 from atesd.step_metrics import policy_signals, sample_line
 from atesd.stopping import Stopped, StopSignals
@@ -161,17 +162,15 @@ class Trainer:
         Returns the loss and the number of response tokens, both of all processes, and this one's token statistics.
         """
         run, config = self.run, self.run.config
-        counts = run.processes.all_reduce_sum(sum(len(r.response_ids) for r in rollouts), len(rollouts))
-        num_tokens = int(counts[0])
+        counts = run.processes.all_reduce_sum(sum(r.num_tokens for r in rollouts), len(rollouts))
+        num_tokens = max(1, int(counts[0]))  # a step in which no token counts has loss 0
         mean_length = num_tokens / counts[1] if config.loss_aggregation == "sequence" else None
         loss, totals = torch.zeros((), device=run.device), TokenTotals()
         if not all(r.finite for r in rollouts):
             loss += torch.nan  # the student could not be sampled: skip the step, whatever the loss comes to
         with run.student.autocast():  # one context for all micro-batches: each weight is cast once a step
             for part in chunks(len(rollouts), config.per_device_train_batch_size * config.num_generations):
-                student_batch = pack(
-                    [r.prompt_ids for r in rollouts[part]], [r.response_ids for r in rollouts[part]], run.device
-                )
+                student_batch = pack_rollouts([r.prompt_ids for r in rollouts[part]], rollouts[part], run.device)
                 teacher_hidden = None
                 if run.objective.needs_teacher:
                     teacher_hidden = self.teacher_hidden(problems[part], alphas[part], student_batch, rollouts[part])
@@ -193,7 +192,7 @@ class Trainer:
         run = self.run
         exposed = zip(problems, alphas, strict=True)
         prompts = [run.data.teacher_prompt(problem, alpha) for problem, alpha in exposed]
-        batch = pack(prompts, [r.response_ids for r in rollouts], run.device)
+        batch = pack_rollouts(prompts, rollouts, run.device)
         assert_same_responses(student_batch, batch)
         with run.phase("teacher"):
             return run.teacher.hidden(batch)

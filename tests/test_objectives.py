@@ -15,6 +15,7 @@ from atesd.objectives import (
     PolicyGradient,
     ResponseTokens,
     SupervisedFineTuning,
+    TeacherAdvantage,
     TokenTotals,
     position_weights,
     token_logprobs,
@@ -138,6 +139,42 @@ def test_grpo_is_the_policy_gradient_of_the_advantages(model):
     assert_is(model, PolicyGradient(temperature=1.1), dense)
 
 
+def test_the_policy_gradient_of_the_teacher_is_that_of_the_sampled_tokens(model):
+    def dense():
+        total = 0.0
+        for prompt, read, response in zip(PROMPTS, READ, RESPONSES, strict=True):
+            s = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 1.1
+            with torch.no_grad():
+                t = model(torch.tensor([read + response])).logits[0, len(read) - 1 : -1] / 1.1
+            chosen = (range(len(response)), response)
+            log_q, log_p = s.log_softmax(-1)[chosen], t.log_softmax(-1)[chosen]
+            total = total - ((log_p - log_q).detach() * log_q.exp() / log_q.exp().detach()).sum()
+        return total / TOKENS
+
+    assert_is(model, TeacherAdvantage(1.1), dense)
+    loss, _, totals = step(model, 3, TeacherAdvantage(1.1))
+    means = totals.means(TOKENS)
+    assert means["mismatch"] == pytest.approx(loss, rel=1e-6) and "top1_agreement" not in means
+    exact = step(model, 4, Distillation(scoring_temperature=1.1))[2].means(TOKENS)
+    for name in ("student_entropy", "teacher_entropy", "student_confidence"):
+        assert means[name] == pytest.approx(exact[name], rel=1e-6)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared head", "separate heads"])
+def test_its_mean_over_the_students_tokens_is_the_gradient_of_reverse_kl(shared):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 1, 8, dtype=torch.float64)
+    student.requires_grad_()
+    head, other = (HeadSpec(torch.randn(11, 8, dtype=torch.float64)) for _ in range(2))
+    other = head if shared else other
+    log_q, log_p = head.logits(student).log_softmax(-1), other.logits(teacher).log_softmax(-1)
+    expected = torch.autograd.grad((log_q.exp() * (log_q - log_p)).sum(), student, retain_graph=True)[0]
+    tokens = ResponseTokens(torch.arange(11), (11,), weight=log_q.detach()[0].exp())
+    repeated = (student.expand(11, 8), head, teacher.expand(11, 8), None if shared else other, tokens, 1)
+    got = torch.autograd.grad(TeacherAdvantage()(*repeated)[0], student)[0]
+    assert (got - expected).norm() <= 1e-9 * expected.norm()
+
+
 def test_importance_ratios_multiply_each_tokens_policy_gradient(model):
     weight = torch.linspace(0.2, 2.0, TOKENS, dtype=torch.float64)
 
@@ -193,6 +230,7 @@ BY_SEQUENCE = {
     "with positions": Distillation(position_halflife=2.0),
     "sft": SupervisedFineTuning(),
     "grpo": PolicyGradient(),
+    "policy_gradient": TeacherAdvantage(),
     "mixed": Mixed(Distillation(), PolicyGradient(), 0.5),
 }
 

@@ -99,19 +99,20 @@ def test_no_exposure_shows_the_teacher_the_answer_and_nothing_else_of_the_refere
         assert not any(shown in text for shown in ("First she has", "Then she has", "####", "reference"))
 
 
-@pytest.mark.parametrize("objective", ["sft", "grpo", "distill+grpo"])
+@pytest.mark.parametrize("objective", ["sft", "grpo", "distill+grpo", "policy_gradient"])
 def test_every_objective_trains(tiny_config, objective, monkeypatch):
     pytest.importorskip("math_verify")
     # a random model solves nothing: every second response counts as right
     monkeypatch.setattr(
         VerifierReward, "rewards", lambda self, problems, rollouts: [i % 2.0 for i in range(len(rollouts))]
     )
-    policy = "atesd" if objective == "distill+grpo" else "full"
+    taught = objective in ("distill+grpo", "policy_gradient")
+    policy = "atesd" if taught else "full"
     config = tiny_config(objective=objective, num_generations=2, exposure_policy=policy, max_steps=2)
     rows = rows_of(quietly(lambda: train(config)) / "metrics.jsonl")
     assert len(rows) == 2 and all(row["grad_norm"] > 0 for row in rows)
     for row in rows:
-        assert ("mismatch" in row) == ("distill" in objective)
+        assert ("mismatch" in row) == taught
         assert row.get("verifier_reward") == (0.5 if "grpo" in objective else None)
         assert row["student_entropy"] > 0
     if objective == "sft":

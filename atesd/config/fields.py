@@ -171,11 +171,12 @@ class RolloutFields:
 class LossFields:
     _argument_group_name = "objective and distillation loss"
 
-    objective: Literal["distill", "sft", "grpo", "distill+grpo"] = option(
+    objective: Literal["distill", "sft", "grpo", "distill+grpo", "policy_gradient"] = option(
         "distill",
         "OPSD",
         "What is trained: distillation from the teacher, imitation of the references, GRPO with a verifier's reward "
-        "(needs math-verify and num_generations of 2 or more), or distillation and reward together.",
+        "(needs math-verify and num_generations of 2 or more), distillation and reward together, or a policy gradient "
+        "whose advantage is the teacher's log-probability of the sampled token less the student's.",
     )
     loss_aggregation: Literal["token", "sequence"] = option(
         "token",

@@ -26,9 +26,9 @@ class PackedBatch:
         position_ids: `(1, L)`. Positions restart at 0 for each sequence.
         ends: `(1, 1, 1, sequences)` int32 on the CPU: the end offset of each sequence. Passed as the 4-D attention
             mask, which transformers forwards unchanged to the attention function.
-        rows: `(N,)`, the positions whose hidden states predict the response tokens.
-        targets: `(N,)`, the response tokens.
-        lengths: response length of each sequence; the sum is `N`.
+        rows: `(N,)`, the positions whose hidden states predict the response tokens that count.
+        targets: `(N,)`, these tokens.
+        lengths: their number in each sequence; the sum is `N`.
         response_ids: `targets`, on the host.
         ids_after_rows: the input token after each of `rows`, on the host.
     """
@@ -50,21 +50,34 @@ def to_device(host: Tensor, device: torch.device | str) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-def pack(prompts: Sequence[list[int]], responses: Sequence[list[int]], device: torch.device | str) -> PackedBatch:
+def pack(
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    device: torch.device | str,
+    masks: Sequence[Sequence[int] | None] | None = None,
+) -> PackedBatch:
     """Concatenates prompts and responses into one row. A prompt needs at least one token: the last token of the prompt
-    predicts the first token of the response."""
+    predicts the first token of the response.
+
+    A response token whose entry in `masks` is 0 is read like any other, and has no row: it counts nowhere. None: all
+    count.
+    """
     if any(not prompt for prompt in prompts):
         raise ValueError("a prompt is empty: no position predicts its first response token.")
     ids: list[int] = []
     answers: list[int] = []
     before_answers: list[int] = []  # these become `rows`
-    ends, lengths = [], tuple(map(len, responses))
-    for prompt, response in zip(prompts, responses, strict=True):
+    ends: list[int] = []
+    lengths: list[int] = []
+    for prompt, response, mask in zip(prompts, responses, masks or [None] * len(prompts), strict=True):
         ids += prompt
         ids += response
-        answers += response
         ends.append(len(ids))
-        before_answers += range(len(ids) - len(response) - 1, len(ids) - 1)
+        first = len(ids) - len(response)
+        counted = range(len(response)) if mask is None else [i for i, one in enumerate(mask) if one]
+        answers += [response[i] for i in counted]
+        before_answers += [first + i - 1 for i in counted]
+        lengths.append(len(counted))
     starts = [0, *ends[:-1]]
     inputs, targets, rows = as_tensor(ids), as_tensor(answers), as_tensor(before_answers)
     positions = torch.cat([torch.arange(end - start) for start, end in zip(starts, ends, strict=True)])
@@ -78,7 +91,7 @@ def pack(prompts: Sequence[list[int]], responses: Sequence[list[int]], device: t
         ends=torch.tensor(ends, dtype=torch.int32).view(1, 1, 1, -1),
         rows=rows_there,
         targets=targets_there,
-        lengths=lengths,
+        lengths=tuple(lengths),
         response_ids=tuple(answers),
         ids_after_rows=tuple(ids[row + 1] for row in before_answers),
     )

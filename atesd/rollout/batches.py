@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+import torch
+
 from atesd.data.problems import Problem
 from atesd.data.run_data import RunData
-from atesd.models.batching import ProblemSampler
+from atesd.models.batching import PackedBatch, ProblemSampler, pack
 from atesd.parallel.processes import Processes
 from atesd.rollout.ahead import AheadEngine
 from atesd.rollout.engine import Rollout, RolloutEngine, RolloutError
@@ -90,4 +92,21 @@ class RolloutBatches:
         with self.phase("rollout"), progress("rollouts", len(prompts), hidden=not self.processes.is_main):
             rollouts = self.engine.generate(prompts)
             self.engine.release()
+        check_masks(rollouts)
         return rollouts
+
+
+def pack_rollouts(prompts: list[list[int]], rollouts: list[Rollout], device: torch.device) -> PackedBatch:
+    """Packs `prompts`, the student's or the teacher's, with the responses."""
+    return pack(prompts, [r.response_ids for r in rollouts], device, [r.response_mask for r in rollouts])
+
+
+def check_masks(rollouts: list[Rollout]) -> None:
+    """Raises RolloutError for a mask that no engine should give."""
+    for rollout in rollouts:
+        mask, length = rollout.response_mask, len(rollout.response_ids)
+        if mask is not None and (len(mask) != length or not {0, 1}.issuperset(mask)):
+            raise RolloutError(
+                f"the rollout engine gave a response of {length} tokens a response_mask of {len(mask)} entries, with "
+                f"the values {sorted(set(mask))[:5]}: it needs a 0 or 1 for each token"
+            )

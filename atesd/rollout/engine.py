@@ -5,6 +5,7 @@ Prompts and responses are token ids, so no text is tokenised a second time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -21,6 +22,8 @@ class Rollout:
         response_ids: what was sampled, its end-of-sequence token included where one came.
         truncated: True when `max_completion_length` ended it.
         finite: False when the student's logits were not: the response ends there, and the trainer skips the step.
+        response_mask: 1 for each response token that the student wrote, 0 for one of a tool or another speaker; None for
+            all 1. Tokens with 0 are read, and count in no loss and no statistic.
         logprobs: what the engine says the log-probability of each response token was, at temperature 1 and before
             top-k and top-p; None from an engine that is the trained model itself.
         staleness: optimizer steps between the weights that sampled it and the student that it trains.
@@ -32,6 +35,18 @@ class Rollout:
     finite: bool = True
     logprobs: list[float] | None = None
     staleness: int = 0
+    response_mask: list[int] | None = None
+
+    def counted(self, values: Sequence[Any]) -> list[Any]:
+        """Returns those of `values`, one for each response token, whose token counts."""
+        if self.response_mask is None:
+            return list(values)
+        return [value for value, one in zip(values, self.response_mask, strict=True) if one]
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens that count."""
+        return len(self.response_ids) if self.response_mask is None else sum(self.response_mask)
 
     @property
     def cut_off(self) -> bool:

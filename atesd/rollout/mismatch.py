@@ -40,7 +40,9 @@ class EngineMismatch:
         """
         if any(r.logprobs is None for r in rollouts):
             return None
-        engine = to_device(torch.tensor([logprob for r in rollouts for logprob in r.logprobs]), hidden.device)
+        engine = to_device(
+            torch.tensor([logprob for r in rollouts for logprob in r.counted(r.logprobs)]), hidden.device
+        )
         trainer = linear_logprobs(hidden, head.weight, targets, **head.logprob_options(), chunk_bytes=self.chunk_bytes)
         difference = trainer.float() - engine
         self.differences.append(difference)

@@ -6,6 +6,7 @@ It provides collation and the loss for any training loop; `hf_trainer` and `ligh
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,15 +25,18 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> dict[st
     """Collates rows of token ids `prompt_ids`, `teacher_prompt_ids`, `response_ids` to a batch padded on the right.
 
     Args:
-        rows: each of the three is a list, an array or a tensor of integers, as `Dataset.with_format` makes them.
+        rows: each of the three is a list, an array or a tensor of integers, as `Dataset.with_format` makes them. A row
+            may have a `response_mask` too, 0 or 1 for each response token: tokens with 0, such as a tool's, are read
+            and count in no loss. It may have a `weight`, the factor of its tokens' loss (default 1).
         pad_token_id: fills `input_ids`.
 
     Returns:
         A dict of `input_ids`, `attention_mask`, `labels` (-100 outside the response), each `[B, L]` int64, and the same
-        three with the prefix `teacher_`, `[B, L_t]`.
+        three with the prefix `teacher_`, `[B, L_t]`. With weights also `sample_weight`, `[B]` fp32.
 
     Raises:
-        ValueError: if a prompt is empty, or ids are not a sequence of integers.
+        ValueError: if a prompt is empty, ids are not a sequence of integers, a mask does not fit its response, or a
+            weight is negative or not finite.
 
     Example:
         >>> from atesd_kernels.integrations.pairs import collate
@@ -42,13 +46,14 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> dict[st
     """
     batch = {}
     responses = [_token_ids(row, "response_ids") for row in rows]
+    targets = [_counted(row, response) for row, response in zip(rows, responses, strict=True)]
     for prefix, key in (("", "prompt_ids"), ("teacher_", "teacher_prompt_ids")):
         prompts = [_token_ids(row, key) for row in rows]
         if any(not len(prompt) for prompt in prompts):
             raise ValueError(f"a row has an empty {key}; predicting the first response token needs one prompt token.")
         pairs = list(zip(prompts, responses, strict=True))
         ids = [torch.cat(pair) for pair in pairs]
-        labels = [torch.cat([torch.full_like(prompt, IGNORED), response]) for prompt, response in pairs]
+        labels = [torch.cat([torch.full_like(p, IGNORED), target]) for p, target in zip(prompts, targets, strict=True)]
         masks = [torch.ones_like(x) for x in ids]
         for name, columns, padding in (
             ("input_ids", ids, pad_token_id),
@@ -56,7 +61,30 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> dict[st
             ("labels", labels, IGNORED),
         ):
             batch[prefix + name] = nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=padding)
+    if any("weight" in row for row in rows):
+        batch["sample_weight"] = torch.tensor([_weight(row) for row in rows])
     return batch
+
+
+def _counted(row: Mapping[str, Any], response: Tensor) -> Tensor:
+    """Returns the response with `IGNORED` where its mask is 0, `[L]` int64."""
+    if row.get("response_mask") is None:
+        return response
+    given = row["response_mask"]
+    try:
+        mask = given if isinstance(given, Tensor) else torch.tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        mask = torch.empty(0, 0)
+    if mask.shape != response.shape or not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(f"a row's response_mask needs a 0 or 1 for each of {len(response)} tokens, got {given!r}.")
+    return response.masked_fill(mask == 0, IGNORED)
+
+
+def _weight(row: Mapping[str, Any]) -> float:
+    weight = float(row.get("weight", 1.0))
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"a row's weight is {weight}; it must be finite and not negative.")
+    return weight
 
 
 def _token_ids(row: Mapping[str, Any], key: str) -> Tensor:
@@ -87,7 +115,7 @@ def pair_divergence(
 
     Args:
         model: the student, bare or wrapped by peft, DDP or torch.compile.
-        batch: see `collate`.
+        batch: see `collate`. Weights multiply the tokens' losses, and do not change the denominator.
         teacher: another model; None means the student without its peft adapters, which shares its head.
         temperature: of both distributions.
         num_tokens: the mean's denominator, if an optimizer step has more than this batch.
@@ -126,6 +154,11 @@ def pair_losses(
     adapter_off = inner.disable_adapter() if teacher is None else contextlib.nullcontext()
     with torch.no_grad(), eval_mode(other), adapter_off:  # no dropout for the teacher
         states, teacher_head, _ = _response_states(other, batch, "teacher_")
+    if "sample_weight" in batch:
+        counted = batch["labels"][:, 1:] != IGNORED
+        weight = batch["sample_weight"][:, None].expand_as(counted)[counted]
+        own = options.get("token_weight")
+        options["token_weight"] = weight if own is None else weight * own
     loss = linear_divergence(
         student,
         head.weight,

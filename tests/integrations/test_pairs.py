@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from atesd_kernels.integrations.pairs import collate
+from atesd_kernels.integrations.pairs import collate, pair_divergence
 
 ROWS = [
     {"prompt_ids": [1, 2], "teacher_prompt_ids": [1, 2, 3], "response_ids": [7, 8]},
@@ -51,3 +51,53 @@ def test_an_empty_prompt_is_refused_and_an_empty_response_is_not(empty):
 def test_what_is_not_token_ids_is_refused_by_its_name(wrong):
     with pytest.raises(ValueError, match="a row's teacher_prompt_ids must be a sequence of token ids, got"):
         collate([{**ROWS[0], "teacher_prompt_ids": wrong}])
+
+
+MASKS = ([1, 0], [True, False], numpy.array([1, 0]), torch.tensor([1.0, 0.0]), torch.tensor([True, False]))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_masked_token_is_read_and_is_no_label(mask):
+    batch = collate([{**ROWS[0], "response_mask": mask}, {**ROWS[1], "response_mask": None}])
+    plain = collate(ROWS)
+    assert batch["input_ids"].equal(plain["input_ids"]) and batch["attention_mask"].equal(plain["attention_mask"])
+    assert batch["labels"].tolist() == [[-100, -100, 7, -100], [-100, 9, -100, -100]]
+    assert batch["teacher_labels"].tolist() == [[-100, -100, -100, 7, -100], [-100, -100, 9, -100, -100]]
+
+
+@pytest.mark.parametrize("mask", ([1], [1, 2], [[1, 0]], "10", [0.5, 1], 1))
+def test_a_mask_that_does_not_fit_is_refused(mask):
+    with pytest.raises(ValueError, match="a row's response_mask needs a 0 or 1 for each of 2 tokens, got"):
+        collate([{**ROWS[0], "response_mask": mask}])
+
+
+def test_a_weight_is_one_number_a_row():
+    assert "sample_weight" not in collate(ROWS)
+    assert collate([{**ROWS[0], "weight": 0.25}, ROWS[1]])["sample_weight"].tolist() == [0.25, 1.0]
+    for weight in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"a row's weight is (-1|nan|inf)"):
+            collate([{**ROWS[0], "weight": weight}])
+
+
+def test_the_loss_of_masked_and_weighted_rows_is_that_of_their_tokens(tiny_model_path):
+    from transformers import AutoModelForCausalLM
+
+    student, teacher = (AutoModelForCausalLM.from_pretrained(tiny_model_path) for _ in range(2))
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    row = {"prompt_ids": [1, 2], "teacher_prompt_ids": [1, 2, 3], "response_ids": [7, 8, 9]}
+
+    def loss(*rows, **options):
+        with torch.no_grad():
+            return pair_divergence(student, collate(rows), teacher, num_tokens=1, **options).item()
+
+    tokens = [loss({**row, "response_mask": [int(i == n) for i in range(3)]}) for n in range(3)]
+    assert min(tokens) > 1e-4
+    assert loss(row) == pytest.approx(sum(tokens), rel=1e-5)
+    assert loss({**row, "response_mask": [0, 1, 1]}) == pytest.approx(tokens[1] + tokens[2], rel=1e-5)
+    weighted = loss({**row, "weight": 0.5}, {**row, "weight": 0, "response_ids": [5]})
+    assert weighted == pytest.approx(0.5 * sum(tokens), rel=1e-5)
+    own = loss({**row, "weight": 0.5}, token_weight=torch.tensor([0.0, 0.0, 2.0]))
+    assert own == pytest.approx(tokens[2], rel=1e-5)
+    assert loss({**row, "response_mask": [0, 0, 0]}) == 0

@@ -69,7 +69,9 @@ def fsdp_plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin | No
 def shard(model: nn.Module, plugin: FullyShardedDataParallelPlugin, device: torch.device) -> None:
     """Shard `model` (bare or under peft) in place over all processes: each layer, an untied head, and the rest."""
     base = unwrap(model)
-    names = set(plugin.transformer_cls_names_to_wrap or base._no_split_modules)
+    named = set(plugin.transformer_cls_names_to_wrap or ())
+    kinds = {type(module).__name__ for module in base.modules()}
+    names = named & kinds or set(base._no_split_modules)  # a teacher may have other layers than the student
     parts = [module for module in base.modules() if type(module).__name__ in names]
     head = base.get_output_embeddings()
     if head.weight is not base.get_input_embeddings().weight:

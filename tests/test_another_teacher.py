@@ -87,7 +87,7 @@ def test_a_run_does_not_go_on_with_a_teacher_whose_files_have_changed(config, tm
         train(load_config(None, flags))
     train(load_config(None, [*flags, "--allow_changed_inputs"]))
     assert json.loads((run_dir / "summary.json").read_text())["changed_inputs"] == ["the teacher's files"]
-    with pytest.raises(ConfigError, match="teacher_model_name_or_path is .* was started with"):
+    with pytest.raises(ConfigError, match=r"teacher_model_name_or_path is .* was started with"):
         load_config(None, [*flags, "--teacher_model_name_or_path", str(other_model_path)])
 
 
@@ -165,7 +165,9 @@ def test_a_problem_that_does_not_fit_the_teachers_context_is_refused_by_name(con
     path = teacher / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 100}))
     short = str(teacher)
-    with pytest.raises(ValueError, match="the teacher prompt at alpha=.* of problem .* the context of 100 tokens less"):
+    with pytest.raises(
+        ValueError, match=r"the teacher prompt at alpha=.* of problem .* the context of 100 tokens less"
+    ):
         train(config(teacher_model_name_or_path=short))
     with pytest.raises(ValueError, match="no room for a prompt in the teacher's context of 100 tokens"):
         train(config(teacher_model_name_or_path=short, max_completion_length=100))

@@ -153,7 +153,7 @@ class FSDP2(Parallelism):
         return model
 
     def place_teacher(self, model: nn.Module, device: torch.device) -> nn.Module:
-        shard(model, self.plugin, device)
+        shard(model, self.plugin, device, has_backward=False)
         return model
 
     def clipped_gradient_norm(self) -> float:

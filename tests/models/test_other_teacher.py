@@ -148,7 +148,7 @@ def test_a_teacher_that_caps_its_logits_where_the_student_does_not_is_refused_be
 def test_a_cap_that_no_setting_names_is_refused_once_it_is_measured(build):
     teacher, _ = build()
     capped = HeadSpec(teacher.head.weight[:, :32].clone(), None, softcap=30.0)
-    with pytest.raises(ModelError, match="cannot teach this student: .*different logit softcaps"):
+    with pytest.raises(ModelError, match=r"cannot teach this student: .*different logit softcaps"):
         OtherTeacher(teacher.model, capped, 290)
 
 
@@ -178,7 +178,7 @@ def test_a_folder_without_weights_is_refused_under_the_teachers_setting(config, 
     (copy / "model.safetensors").unlink()
     settings = config(teacher_model_name_or_path=str(copy))
     checked_teacher_config(settings, load_tokenizer(settings))
-    with pytest.raises(ModelLoadError, match="^teacher_model_name_or_path is .*which does not load"):
+    with pytest.raises(ModelLoadError, match=r"^teacher_model_name_or_path is .*which does not load"):
         load_teacher(settings, teacher_source(settings), Parallelism(Processes(), torch.device("cpu")))
 
 

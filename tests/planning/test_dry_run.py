@@ -200,12 +200,12 @@ def test_a_dry_run_names_the_other_teacher_and_where_it_is(tiny_config, other_mo
 def test_a_dry_run_refuses_another_teacher_as_the_run_would(tiny_config, other_model_path, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
-    with pytest.raises(ModelLoadError, match="teacher_model_name_or_path is .*, a folder without config.json"):
+    with pytest.raises(ModelLoadError, match=r"teacher_model_name_or_path is .*, a folder without config.json"):
         dry_run(with_other_teacher(tiny_config, bare))
     folder = without_weights(tmp_path / "short", other_model_path, AutoConfig.from_pretrained(other_model_path))
     config = json.loads((tmp_path / "short" / "config.json").read_text()) | {"max_position_embeddings": 100}
     (tmp_path / "short" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="the teacher prompt .* the context of 100 tokens less"):
+    with pytest.raises(ValueError, match=r"the teacher prompt .* the context of 100 tokens less"):
         dry_run(with_other_teacher(tiny_config, folder))
 
 

@@ -171,3 +171,11 @@ def test_a_problem_that_does_not_fit_the_teachers_context_is_refused_by_name(con
         train(config(teacher_model_name_or_path=short))
     with pytest.raises(ValueError, match="no room for a prompt in the teacher's context of 100 tokens"):
         train(config(teacher_model_name_or_path=short, max_completion_length=100))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_teacher_of_4_bits_makes_a_step(config, bf16):
+    pytest.importorskip("bitsandbytes")
+    metrics, _ = Trainer(Run.build(config(teacher_weights="4bit", bf16=bf16))).train_step(0)
+    assert metrics["grad_norm"] > 0 and metrics["mismatch"] > 0

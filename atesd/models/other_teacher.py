@@ -48,14 +48,15 @@ def checked_teacher_config(config: ATESDConfig, tokenizer: Any) -> PreTrainedCon
     """Returns the configuration of the other model that teaches, without its weights; None if there is none.
 
     Raises:
-        ModelLoadError: it does not exist or is no model, its tokenizer gives a token another id, or it caps its logits
-            where the student does not.
+        ModelLoadError: it does not exist or is no model, its tokenizer gives a token another id, its files are
+            quantised in another way than asked for, or it caps its logits where the student does not.
     """
     source = teacher_source(config)
     if source is None:
         return None
     check_same_vocabulary(tokenizer, load_tokenizer(source), config.model_name_or_path, source.model_name_or_path)
     found = load_model_config(source)
+    check_stored_weights(config, getattr(found, "quantization_config", None))
     ours, theirs = (
         getattr(each.get_text_config(), "final_logit_softcapping", None) for each in (load_model_config(config), found)
     )
@@ -65,6 +66,20 @@ def checked_teacher_config(config: ATESDConfig, tokenizer: Any) -> PreTrainedCon
             f"is {ours}: the loss takes one softcap for both. Use a teacher of the student's family"
         )
     return found
+
+
+def check_stored_weights(config: ATESDConfig, quantization: Any) -> None:
+    """Raises ModelLoadError for files that hold quantised weights, unless they have the 4 bits that were asked for."""
+    if not quantization:
+        return
+    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    four_bits, method = settings.get("load_in_4bit", False), settings.get("quant_method")
+    if not (four_bits and config.teacher_weights == "4bit"):
+        advice = "set teacher_weights to '4bit'" if four_bits else "use its unquantised files"
+        raise ModelLoadError(
+            f"{SETTING} is {config.teacher_model_name_or_path!r}, whose files are quantised (quant_method {method!r}), "
+            f"and teacher_weights is {config.teacher_weights!r}: {advice}"
+        )
 
 
 def check_teacher_place(config: ATESDConfig, parallelism: Parallelism) -> None:

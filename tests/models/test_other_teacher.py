@@ -24,6 +24,7 @@ from atesd.models.other_teacher import (
 from atesd.objectives import token_logprobs
 from atesd.parallel.parallelism import FSDP2, Parallelism
 from atesd.parallel.processes import Processes
+from atesd.planning.memory_plan import teacher_model_bytes, teacher_shape
 from atesd_kernels.integrations.backbone import BackboneOutput
 from atesd_kernels.integrations.head import HeadSpec, hidden_states_and_head
 
@@ -145,6 +146,20 @@ def test_a_teacher_that_caps_its_logits_where_the_student_does_not_is_refused_be
         checked_teacher_config(settings, load_tokenizer(settings))
 
 
+@pytest.mark.parametrize(("stored", "weights", "advice"), [
+    ({"quant_method": "gptq", "bits": 4}, "4bit", r"'gptq'.*teacher_weights is '4bit': use its unquantised files"),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bfloat16", "set teacher_weights to '4bit'"),
+    ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "float32", "use its unquantised files"),
+])  # fmt: skip
+def test_files_that_are_quantised_in_another_way_than_asked_for_are_refused(
+    config, other_model_path, tmp_path, stored, weights, advice
+):
+    folder = changed(other_model_path, tmp_path, quantization_config=stored)
+    settings = config(teacher_model_name_or_path=folder, teacher_weights=weights)
+    with pytest.raises(ModelLoadError, match=advice):
+        checked_teacher_config(settings, load_tokenizer(settings))
+
+
 def test_a_cap_that_no_setting_names_is_refused_once_it_is_measured(build):
     teacher, _ = build()
     capped = HeadSpec(teacher.head.weight[:, :32].clone(), None, softcap=30.0)
@@ -196,3 +211,35 @@ def test_a_place_that_this_machine_or_these_processes_do_not_have_is_refused(con
     sharded = FSDP2(two.processes, torch.device("cpu"), None)
     with pytest.raises(ConfigError, match="teacher_weights is '4bit' under FSDP2"):
         check_teacher_place(config(teacher_weights="4bit"), sharded)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_matrices_of_4_bits_are_loaded_beside_a_head_and_an_embedding_that_are_not(build, config):
+    pytest.importorskip("bitsandbytes")
+    four, full = (build(teacher_weights=name)[0] for name in ("4bit", "float32"))
+    names = {name: type(p).__name__ for name, p in four.model.named_parameters() if type(p).__name__ != "Parameter"}
+    matrices = [n for n, m in full.model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    assert names == {f"{name}.weight": "Params4bit" for name in matrices}
+    assert four.model.get_output_embeddings().weight.dtype == torch.bfloat16
+    got, expected = four.hidden(BATCH), full.hidden(BATCH)
+    assert 0 < (got - expected).norm() < 0.5 * expected.norm(), "4 bits of random weights"
+    planned = teacher_model_bytes(teacher_shape(config()), config(teacher_weights="4bit"))
+    quantised = [p.quant_state for p in four.model.parameters() if hasattr(p, "quant_state")]
+    scales = sum(s.absmax.nbytes + s.state2.absmax.nbytes for s in quantised)
+    assert planned == pytest.approx(sum(p.nbytes for p in four.model.parameters()) + scales, rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_files_that_hold_4_bits_give_the_teacher_that_was_quantised_on_loading(
+    build, config, tmp_path, other_model_path
+):
+    pytest.importorskip("bitsandbytes")
+    first, _ = build(teacher_weights="4bit")
+    stored = str(tmp_path / "stored")
+    first.model.set_attn_implementation("sdpa")
+    first.model.save_pretrained(stored)
+    load_tokenizer(config()).save_pretrained(stored)
+    again = config(teacher_weights="4bit", teacher_model_name_or_path=stored)
+    checked_teacher_config(again, load_tokenizer(again))
+    second, _ = build(teacher_weights="4bit", teacher_model_name_or_path=stored)
+    torch.testing.assert_close(second.hidden(BATCH), build(teacher_weights="4bit")[0].hidden(BATCH))

@@ -81,6 +81,7 @@ setup(
     extras_require={
         "gpu": GPU,
         "flash": ["flash-attn>=2.7,<3; platform_system == 'Linux'"],
+        "4bit": ["bitsandbytes>=0.50,<1; platform_system == 'Linux'"],
         "trl": TRL,
         "vllm": ["vllm>=0.32,<1; platform_system == 'Linux'"],
         # a narrow range: a checkpoint's optimizer states are put back by names DeepSpeed keeps for itself

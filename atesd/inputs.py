@@ -16,10 +16,11 @@ from atesd.data.run_data import RunData
 from atesd.errors import ConfigError
 from atesd.evaluation.files import fingerprint
 from atesd.files import write_json
-from atesd.models.loading import load_model_config, model_path
+from atesd.models.loading import ModelSource, load_model_config, model_path
+from atesd.models.other_teacher import teacher_source
 
 INPUTS = "inputs.json"
-BASE_FILES = "the base model's files"
+BASE_FILES, TEACHER_FILES = "the base model's files", "the teacher's files"
 
 
 def input_digests(config: ATESDConfig, data: RunData, tokenizer: Any) -> dict[str, str | None]:
@@ -30,6 +31,7 @@ def input_digests(config: ATESDConfig, data: RunData, tokenizer: Any) -> dict[st
         "the evaluation problems": data.problems.eval,
     }
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    source = teacher_source(config)
     words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return {
         **{name: f"{len(rows)}: {digest([asdict(row) for row in rows])}" for name, rows in problems.items()},
@@ -37,6 +39,7 @@ def input_digests(config: ATESDConfig, data: RunData, tokenizer: Any) -> dict[st
         "the chat template": digest(tokenizer.chat_template),
         "the prompt templates": digest(asdict(data.prompts.templates)),
         BASE_FILES: weights_digest(config),
+        **({} if source is None else {TEACHER_FILES: weights_digest(source)}),
     }
 
 
@@ -45,7 +48,7 @@ def digest(content: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def weights_digest(config: ATESDConfig) -> str | None:
+def weights_digest(config: ATESDConfig | ModelSource) -> str | None:
     """A digest of a local model's files; the commit of a model from the Hub; None if neither is known."""
     local = fingerprint(model_path(config.model_name_or_path))
     return local or getattr(load_model_config(config), "_commit_hash", None)

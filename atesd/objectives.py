@@ -26,6 +26,7 @@ from torch import Tensor
 from atesd.config import ATESDConfig
 from atesd.config.doors import divergence_name
 from atesd.models.batching import PackedBatch, hidden_rows, to_device
+from atesd.models.vocabulary import over_same_entries
 from atesd.parallel.processes import Processes
 from atesd_kernels import TokenStats, linear_divergence, linear_logprobs
 from atesd_kernels.integrations.backbone import AuxLoss
@@ -103,6 +104,8 @@ class Distillation:
 
     def __call__(self, student_hidden, student_head, teacher_hidden, teacher_head, tokens, num_tokens):
         """See `Objective`."""
+        if teacher_head is not None:
+            student_head, teacher_head = over_same_entries(student_head, teacher_head)
         return linear_divergence(
             student_hidden,
             student_head.weight,

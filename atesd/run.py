@@ -39,9 +39,15 @@ from atesd.inputs import INPUTS, input_digests, keep_inputs
 from atesd.models.batching import ProblemSampler
 from atesd.models.loading import check_kernels, context_length, load_model, load_model_config, load_tokenizer
 from atesd.models.memory import FreedMemory, bound_product_caches
+from atesd.models.other_teacher import (
+    check_teacher_place,
+    checked_teacher_config,
+    make_other_teacher,
+    teacher_source,
+)
 from atesd.models.precision import settle_precision
 from atesd.models.student import Student
-from atesd.models.teachers import Teacher
+from atesd.models.teachers import AnyTeacher, Teacher
 from atesd.objectives import TokenTotals, make_objective
 from atesd.parallel.parallelism import check_launcher, make_parallelism
 from atesd.parallel.processes import Processes, on_cpu
@@ -196,17 +202,26 @@ class Run:
         """Problems and prompts, all checked here: nothing long has been loaded yet."""
         config = self.config
         self.parallelism = make_parallelism(self.accelerator, self.processes)
+        check_teacher_place(config, self.parallelism)
         set_seed(config.seed)
         with self.accelerator.local_main_process_first():  # it may have to fetch them
             self.tokenizer = load_tokenizer(config)
-            self.data = load_run_data(config, self.tokenizer, context_length(load_model_config(config)))
+            teacher = checked_teacher_config(config, self.tokenizer)
+            context = context_length(load_model_config(config))
+            self.data = load_run_data(config, self.tokenizer, context, context_length(teacher) if teacher else None)
 
     def build_models(self) -> None:
         config = self.config
         self.student = Student(config, load_model(config), self.tokenizer, self.parallelism)
-        self.teacher = Teacher(self.student.model, config.teacher, ema_decay=config.ema_decay, bf16=config.bf16)
+        self.teacher = self.make_teacher()
         self.objective = make_objective(config)
         self.wording = TeacherWording(self.data.prompts.templates)
+
+    def make_teacher(self) -> AnyTeacher:
+        config, student = self.config, self.student
+        if source := teacher_source(config):
+            return make_other_teacher(config, source, student.head, self.tokenizer, self.parallelism)
+        return Teacher(student.model, config.teacher, ema_decay=config.ema_decay, bf16=config.bf16)
 
     def build_rollout(self, opened: ExitStack) -> None:
         config = self.config

@@ -84,6 +84,22 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_model_path(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a larger random Llama for the tiny one's tokenizer (3 layers, H=48, 320 rows, untied head)."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(tiny_model_path)
+    config.update({"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 320})
+    config.head_dim, config.tie_word_embeddings = 12, False
+    folder = tmp_path_factory.mktemp("other-llama")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model_path).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL file with 16 worked sums."""
     path = tmp_path_factory.mktemp("sums") / "sums.jsonl"

@@ -116,6 +116,8 @@ def test_an_engine_that_refuses_leaves_no_evaluation_and_one_with_samples_stays(
     ("train", [], "matplotlib", "matplotlib"),
     ("sweep", [], "matplotlib", "matplotlib"),
     ("train", ["--report_to", "wandb"], "wandb", "wandb"),
+    ("train", ["--teacher", "model", "--teacher_model_name_or_path", "a/b", "--teacher_weights", "4bit"],
+     "bitsandbytes", "bitsandbytes"),
     ("train", ["--report_to", "comet_ml"], "comet_ml", "comet-ml"),
     ("train", ["--objective", "grpo", "--num_generations", "2", "--entry_clip", "0"], "math_verify", "math-verify"),
 ])  # fmt: skip

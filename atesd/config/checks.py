@@ -7,6 +7,7 @@ torch. It does import user code named as `module:object`, which may import torch
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Collection
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -94,6 +95,7 @@ def check_combinations(config: Settings) -> None:
     check_divergence(config)
     check_objective(config)
     check_reference(config)
+    check_teacher(config)
     if config.attn_implementation in FLASH_PACKAGES:
         module, package = FLASH_PACKAGES[config.attn_implementation]
         if find_spec(module) is None:
@@ -159,6 +161,32 @@ def check_reference(config: Settings) -> None:
         raise ConfigError(f"reference_source is 'none', so {changed[1]} would be ignored: leave it out")
 
 
+def check_teacher(config: Settings) -> None:
+    """Raises ConfigError for settings of a teacher that is another model: one missing, or some that do nothing."""
+    path = config.teacher_model_name_or_path
+    if config.teacher != "model":
+        for name, usual in (("model_name_or_path", None), ("weights", "bfloat16"), ("device", None)):
+            if (value := getattr(config, f"teacher_{name}")) != usual:
+                raise ConfigError(
+                    f"teacher_{name} ({value}) would be ignored, for teacher is {config.teacher!r}: leave it out, or "
+                    "set teacher to 'model'"
+                )
+        return
+    if not (path or "").strip():
+        raise ConfigError(
+            f"teacher is 'model', and teacher_model_name_or_path is {path!r}: set it to the folder or Hub id of the "
+            "model that teaches"
+        )
+    if config.objective in ("sft", "grpo"):
+        raise ConfigError(
+            f"objective {config.objective!r} has no teacher, so teacher_model_name_or_path ({path}) would be ignored: "
+            "leave it and teacher out"
+        )
+    device = config.teacher_device
+    if device is not None and not re.fullmatch(r"[a-z]+(:\d+)?", device):
+        raise ConfigError(f"teacher_device is {device!r}; it must be a device of torch, such as 'cuda:1' or 'cpu'")
+
+
 def check_staleness(config: Settings) -> None:
     if config.max_staleness == 0:
         return
@@ -211,11 +239,11 @@ def check_places(config: Settings) -> None:
         of_lab = config.prompt_templates.startswith("lab/")
         how = " (`python -m atesd.studies.lab.pretrain` makes the lab)" if of_lab else ""
         require(config, "prompt_templates", Path(config.prompt_templates).is_file(), f"a file that exists{how}")
-    model, data = config.model_name_or_path, config.dataset_name
-    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).expanduser().is_dir():
-        raise ConfigError(
-            f"model_name_or_path is {model!r}, and there is no such folder: give a model's folder or its Hub id"
-        )
+    for name in ("model_name_or_path", "teacher_model_name_or_path"):
+        model = getattr(config, name) or ""
+        if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).expanduser().is_dir():
+            raise ConfigError(f"{name} is {model!r}, and there is no such folder: give a model's folder or its Hub id")
+    data = config.dataset_name
     if data.endswith((".json", ".jsonl", ".parquet")) and not Path(data).expanduser().is_file():
         raise ConfigError(f"dataset_name is {data!r}, and there is no such file: give a file, a folder or a Hub name")
     if config.push_to_hub is not None:
@@ -231,6 +259,8 @@ def check_places(config: Settings) -> None:
 def check_packages(config: Settings) -> None:
     """Raises MissingPackageError for what a run would import after its last step, or leave out without a word."""
     require_packages("the report of a run", "matplotlib")
+    if config.teacher_weights == "4bit":
+        require_packages("teacher_weights '4bit'", "bitsandbytes")
     if config.eval_steps or "grpo" in config.objective:
         require_packages(f"grading (eval_steps {config.eval_steps}, objective {config.objective!r})", "math_verify")
     for tracker in config.report_to.replace(" ", "").split(","):

@@ -18,7 +18,7 @@ MAY_CHANGE = (
     "max_steps learning_rate max_grad_norm max_nonfinite_steps gradient_checkpointing "
     "gradient_checkpointing_mode chunk_bytes keep_freed_memory logging_steps "
     "save_steps save_total_limit report_to push_to_hub eval_steps early_stopping_patience stop_on_collapse save_best "
-    "allow_changed_inputs allow_older_checkpoint"
+    "allow_changed_inputs allow_older_checkpoint teacher_device"
 ).split()
 
 
@@ -217,8 +217,24 @@ class LossFields:
     chunk_bytes: int | None = option(
         None, "our choice", "Byte budget of the loss's logit chunk; absent, automatic.", above=0, zero_is_off=True
     )
-    teacher: Literal["frozen", "ema", "live"] = option(
-        "frozen", "OPSD", "Whose weights teach: the base model, a moving average of the student, the student itself."
+    teacher: Literal["frozen", "ema", "live", "model"] = option(
+        "frozen",
+        "OPSD",
+        "Whose weights teach: the base model, a moving average of the student, the student itself, or another model "
+        "with the same vocabulary (teacher_model_name_or_path).",
+    )
+    teacher_model_name_or_path: str | None = option(
+        None, "our choice", "Folder or Hub id of the model that teaches where teacher is model."
+    )
+    teacher_weights: Literal["bfloat16", "float32", "4bit"] = option(
+        "bfloat16",
+        "our choice",
+        "Type that model's weights are held in. 4bit: bitsandbytes' NF4; not measured on a GPU.",
+    )
+    teacher_device: str | None = option(
+        None,
+        "our choice",
+        "Device of that model, such as cuda:1; absent, the student's. Its head stays beside the loss.",
     )
     ema_decay: float = option(0.999, "our choice", "Decay of the moving average where teacher is ema.", between=(0, 1))
 

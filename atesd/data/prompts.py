@@ -51,6 +51,7 @@ class PromptBuilder:
             ``context_length - max_completion_length``; that is the only limit on teacher prompts, which are longer.
         max_completion_length: longest response, in tokens.
         context_length: the model's context length, in tokens.
+        teacher_context_length: that of another model that teaches; None: the student's.
 
     Example::
 
@@ -73,30 +74,38 @@ class PromptBuilder:
         max_prompt_length: int,
         max_completion_length: int,
         context_length: int,
+        teacher_context_length: int | None = None,
     ):
         if not getattr(tokenizer, "chat_template", None):
             raise DataError(
                 f"the tokenizer of {getattr(tokenizer, 'name_or_path', '?')!r} has no chat template: "
                 "use an instruction-tuned model, or set tokenizer.chat_template"
             )
-        if max_completion_length >= context_length:
-            raise DataError(
-                f"max_completion_length={max_completion_length} leaves no room for a prompt in a context of "
-                f"{context_length} tokens"
-            )
+        contexts = {"a": context_length, "the teacher's": teacher_context_length or context_length}
+        for whose, length in contexts.items():
+            if max_completion_length >= length:
+                raise DataError(
+                    f"max_completion_length={max_completion_length} leaves no room for a prompt in {whose} context of "
+                    f"{length} tokens"
+                )
         self.tokenizer = tokenizer
         self.templates = templates if templates is not None else PromptTemplates()
         self.student_chat_kwargs = dict(student_chat_kwargs or {})
         self.teacher_chat_kwargs = dict(teacher_chat_kwargs or {})
         self.max_prompt_length = max_prompt_length
         self.max_completion_length = max_completion_length
-        self.context_length = context_length
+        self.context_length, self.teacher_context_length = contexts.values()
         self.student_suffix = self._suffix(self.student_chat_kwargs)
         self.teacher_suffix = self._suffix(self.teacher_chat_kwargs)
         self._check_suffixes()
         self.chat_tokens = ChatTokens(tokenizer)
         before, after = self._around_reply()
         self.reply_header, self.turn_end = self.chat_tokens.header(before), self.chat_tokens.turn_end(after)
+
+    @property
+    def shorter_context(self) -> int:
+        """The context length that both models have."""
+        return min(self.context_length, self.teacher_context_length)
 
     def student_text(self, problem: Problem) -> str:
         """Returns the student's user message, before the chat template: the problem only."""
@@ -131,7 +140,7 @@ class PromptBuilder:
         if len(ids) > self.max_prompt_length:
             advice = "raise max_prompt_length or drop the problem"
             raise PromptTooLong(problem.id, "student prompt", len(ids), self.max_prompt_length, advice)
-        return self._fits(problem, "student prompt", ids)
+        return self._fits(problem, "student prompt", ids, self.context_length)
 
     def teacher(self, problem: Problem, reference: Reference | None, alpha: float) -> list[int]:
         """Returns the token ids of the teacher's prompt at ``alpha``, including the generation prompt.
@@ -139,7 +148,7 @@ class PromptBuilder:
         ``reference`` is what the teacher is shown of: the problem's own one, another's, or None.
         """
         ids = self._ids(self.teacher_text(problem, reference, alpha), self.teacher_chat_kwargs)
-        return self._fits(problem, f"teacher prompt at alpha={alpha:g}", ids)
+        return self._fits(problem, f"teacher prompt at alpha={alpha:g}", ids, self.teacher_context_length)
 
     def reference_completion(
         self, reference: Reference, *, after_teacher_prompt: bool = False
@@ -197,9 +206,10 @@ class PromptBuilder:
         longest = max(longest, len(self.student(problem)))
         replies = [self.reference_completion(own, after_teacher_prompt=after)[0] for after in (False, True)]
         total = longest + max(map(len, replies))
-        if total > self.context_length:
-            advice = "use a model with a longer context or drop the problem"
-            raise PromptTooLong(problem.id, "prompt and reference reply", total, self.context_length, advice)
+        if total > self.shorter_context:
+            whose = "teacher" if self.shorter_context < self.context_length else "model"
+            advice = f"use a {whose} with a longer context or drop the problem"
+            raise PromptTooLong(problem.id, "prompt and reference reply", total, self.shorter_context, advice)
 
     def largest_alpha(self, problem: Problem, own: Reference, shown: Reference | None) -> float:
         """Returns the largest exposure that ``check`` accepts: 1.0, or k/m for the largest k that fits.
@@ -243,11 +253,11 @@ class PromptBuilder:
             )
         return list(self.chat_tokens.encode(before, text[len(before) : len(text) - len(after)], after)["input_ids"])
 
-    def _fits(self, problem: Problem, kind: str, ids: list[int]) -> list[int]:
-        limit = self.context_length - self.max_completion_length
+    def _fits(self, problem: Problem, kind: str, ids: list[int], context_length: int) -> list[int]:
+        limit = context_length - self.max_completion_length
         if len(ids) > limit:
             advice = (
-                f"the context of {self.context_length} tokens less max_completion_length={self.max_completion_length}; "
+                f"the context of {context_length} tokens less max_completion_length={self.max_completion_length}; "
                 "lower max_completion_length, use a model with a longer context, or drop the problem"
             )
             raise PromptTooLong(problem.id, kind, len(ids), limit, advice)

@@ -33,6 +33,7 @@ class RunData:
         exposure_limit: {problem id: largest alpha whose teacher prompt fits}, for problems where it is below 1
             (`overlong_problems: cut`).
         too_long: number of problems dropped because they do not fit (`overlong_problems: skip` or `cut`).
+        other_teacher: whether another model teaches.
     """
 
     problems: ProblemSplits
@@ -41,6 +42,7 @@ class RunData:
     shown: ShownReferences
     exposure_limit: dict[str, float]
     too_long: int
+    other_teacher: bool = False
 
     def alpha(self, problem: Problem, alpha: float) -> float:
         """Returns `alpha`, clipped to the largest exposure of this problem that fits the teacher's context."""
@@ -56,9 +58,12 @@ class RunData:
         return "" if shown is None else exposed_text(shown, alpha)
 
     def no_signal(self) -> bool:
-        """Whether the teacher reads what the student reads. It starts equal to it, so their divergence starts at 0."""
-        return self.shown.source == "none" and all(
-            self.teacher_prompt(p, 0.0) == self.prompts.student(p) for p in self.problems.train[:ENOUGH]
+        """Whether the teacher reads what the student reads. It starts equal to it, so their divergence starts at 0.
+        False for another model, which differs from the student whatever it reads."""
+        return (
+            not self.other_teacher
+            and self.shown.source == "none"
+            and all(self.teacher_prompt(p, 0.0) == self.prompts.student(p) for p in self.problems.train[:ENOUGH])
         )
 
     def counts(self) -> dict[str, int]:
@@ -105,8 +110,13 @@ def settle_counts(config: ATESDConfig, problems: ProblemSplits) -> None:
             setattr(config, name, len(getattr(problems, split)))
 
 
-def load_run_data(config: ATESDConfig, tokenizer: Any, context_length: int) -> RunData:
+def load_run_data(
+    config: ATESDConfig, tokenizer: Any, context_length: int, teacher_context_length: int | None = None
+) -> RunData:
     """Loads, segments and checks the problems that `config` names.
+
+    Args:
+        context_length, teacher_context_length: of the student, and of another model that teaches, in tokens.
 
     Raises:
         ValueError: the problems cannot be read.
@@ -122,6 +132,7 @@ def load_run_data(config: ATESDConfig, tokenizer: Any, context_length: int) -> R
         max_prompt_length=config.max_prompt_length,
         max_completion_length=config.max_completion_length,
         context_length=context_length,
+        teacher_context_length=teacher_context_length,
     )
     checked = [*problems.train, *problems.probe]
     references = {p.id: split_reference(p.solution, p.answer) for p in checked}
@@ -152,7 +163,7 @@ def load_run_data(config: ATESDConfig, tokenizer: Any, context_length: int) -> R
     if exposure_limit:
         warnings.warn(
             f"the teacher's context is cut for {len(exposure_limit)} of {len(checked)} problems: it reads the leading "
-            f"segments that fit into {context_length} tokens beside max_completion_length="
+            f"segments that fit into {prompts.shorter_context} tokens beside max_completion_length="
             f"{config.max_completion_length} ({', '.join(list(exposure_limit)[:3])}, ...)",
             stacklevel=2,
         )
@@ -168,7 +179,7 @@ def load_run_data(config: ATESDConfig, tokenizer: Any, context_length: int) -> R
             if getattr(problems, name) and not left:
                 raise next(iter(too_long.values()))
         problems = replace(problems, **kept)
-    data = RunData(problems, references, prompts, shown, exposure_limit, len(too_long))
+    data = RunData(problems, references, prompts, shown, exposure_limit, len(too_long), config.teacher == "model")
     if data.no_signal():
         warnings.warn(
             "no signal: reference_source is 'none', and the teacher's prompt is the student's. The teacher starts "

@@ -13,7 +13,7 @@ from torch import nn
 from atesd.data.problems import Problem
 from atesd.data.run_data import RunData
 from atesd.models.batching import chunks, pack
-from atesd.models.teachers import Teacher
+from atesd.models.teachers import AnyTeacher
 from atesd.objectives import token_logprobs
 from atesd.parallel.processes import Processes
 from atesd_kernels.integrations.head import hidden_states_and_head
@@ -54,7 +54,7 @@ class OutcomeMeter:
     def __init__(
         self,
         model: nn.Module,
-        teacher: Teacher,
+        teacher: AnyTeacher,
         data: RunData,
         probe: list[Problem],
         *,

@@ -9,6 +9,7 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,25 @@ class ModelLoadError(AtesdError, RuntimeError):
     """A model cannot be loaded. The message names the model, the cause and the fix."""
 
 
+@dataclass(frozen=True)
+class ModelSource:
+    """A model to load that is not the student, under the names that the settings of a run have for it.
+
+    Attributes:
+        model_name_or_path, torch_dtype: as the fields of a run.
+        setting: the field that names the model, for messages.
+    """
+
+    model_name_or_path: str
+    torch_dtype: str
+    setting: str
+
+
+def setting_of(config: Any) -> str:
+    """Returns the field of the configuration that names the model of `config`."""
+    return getattr(config, "setting", "model_name_or_path")
+
+
 def load_model_and_tokenizer(config: ATESDConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns the model that a run trains, on the CPU and in train mode, and its tokenizer.
 
@@ -47,12 +67,12 @@ def load_model_and_tokenizer(config: ATESDConfig) -> tuple[PreTrainedModel, PreT
     return load_model(config), tokenizer
 
 
-def load_tokenizer(config: ATESDConfig | EvalConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: ATESDConfig | EvalConfig | ModelSource) -> PreTrainedTokenizerBase:
     """Loads the tokenizer. It pads left and has a pad token. Raises ModelLoadError."""
     from transformers import AutoTokenizer
 
     with reraise_as_model_load_error(config):
-        tokenizer = AutoTokenizer.from_pretrained(model_path(config.model_name_or_path))
+        tokenizer = AutoTokenizer.from_pretrained(model_path(config.model_name_or_path, setting_of(config)))
     check_vocabulary(tokenizer, load_model_config(config), config.model_name_or_path)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
@@ -80,12 +100,12 @@ def check_vocabulary(tokenizer: Any, model_config: Any, name: str) -> None:
         )
 
 
-def load_model_config(config: ATESDConfig | EvalConfig) -> PreTrainedConfig:
+def load_model_config(config: ATESDConfig | EvalConfig | ModelSource) -> PreTrainedConfig:
     """Loads the model's configuration, without weights. Raises ModelLoadError."""
     from transformers import AutoConfig
 
     with reraise_as_model_load_error(config):
-        return AutoConfig.from_pretrained(model_path(config.model_name_or_path))
+        return AutoConfig.from_pretrained(model_path(config.model_name_or_path, setting_of(config)))
 
 
 def context_length(model_config: PreTrainedConfig) -> int:
@@ -99,12 +119,17 @@ def context_length(model_config: PreTrainedConfig) -> int:
     return length
 
 
-def load_base(config: ATESDConfig | EvalConfig, attn_implementation: str | None = None) -> PreTrainedModel:
-    """Loads the model as stored, without an adapter. `attn_implementation` defaults to `default_attention`."""
+def load_base(
+    config: ATESDConfig | EvalConfig | ModelSource, attn_implementation: str | None = None, **options: Any
+) -> PreTrainedModel:
+    """Loads the model as stored, without an adapter. `attn_implementation` defaults to `default_attention`.
+
+    `options` are further arguments of transformers' `from_pretrained`. Raises ModelLoadError.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    path = model_path(config.model_name_or_path)
+    path = model_path(config.model_name_or_path, setting_of(config))
     attn_implementation = attn_implementation or default_attention(load_model_config(config))
     with reraise_as_model_load_error(config), bars_of_long_loads():
         model, told = AutoModelForCausalLM.from_pretrained(
@@ -112,10 +137,11 @@ def load_base(config: ATESDConfig | EvalConfig, attn_implementation: str | None 
             dtype=getattr(torch, config.torch_dtype),
             attn_implementation=attn_implementation,
             output_loading_info=True,
+            **options,
         )
     if missing := sorted({*told["missing_keys"], *(entry[0] for entry in told["mismatched_keys"])}):
         raise ModelLoadError(
-            f"model_name_or_path is {config.model_name_or_path!r}, whose files lack {len(missing)} of its weights, "
+            f"{setting_of(config)} is {config.model_name_or_path!r}, whose files lack {len(missing)} of its weights, "
             f"such as {missing[0]!r}. transformers would fill them with random numbers. Use a complete model"
         )
     return model
@@ -201,7 +227,7 @@ def bars_of_long_loads() -> Iterator[None]:
 
 
 @contextmanager
-def reraise_as_model_load_error(config: ATESDConfig | EvalConfig) -> Iterator[None]:
+def reraise_as_model_load_error(config: ATESDConfig | EvalConfig | ModelSource) -> Iterator[None]:
     """Context of a call to transformers: whatever it raises is about the files, and comes in a dozen types."""
     try:
         yield
@@ -209,18 +235,23 @@ def reraise_as_model_load_error(config: ATESDConfig | EvalConfig) -> Iterator[No
         raise
     except pickle.UnpicklingError as error:  # its own message advises to run what the pickle says
         raise ModelLoadError(
-            f"model_name_or_path is {config.model_name_or_path!r}, whose weights are in a pickle (a .bin file) that is "
-            "damaged or holds more than tensors, such as code to run. Nothing of it was run. Use weights in "
+            f"{setting_of(config)} is {config.model_name_or_path!r}, whose weights are in a pickle (a .bin file) that "
+            "is damaged or holds more than tensors, such as code to run. Nothing of it was run. Use weights in "
             "safetensors, or convert the file where you trust it"
         ) from error
     except Exception as error:
         raise ModelLoadError(
-            f"model_name_or_path is {config.model_name_or_path!r}, which does not load: {first_line(error)}\n"
+            f"{setting_of(config)} is {config.model_name_or_path!r}, which does not load: {first_line(error)}\n"
             f"Use a folder with a model and tokenizer, a reachable Hub id, or {SPECIAL_MODEL!r}."
         ) from error
 
 
-def model_path(name: str) -> str:
+def model_path(name: str, setting: str = "model_name_or_path") -> str:
+    """Returns the folder or Hub id to load `name` from.
+
+    Raises:
+        ModelLoadError: a folder that holds no model. The message names `setting`, the field that `name` comes from.
+    """
     if name == SPECIAL_MODEL:
         from atesd.models.smollm import smollm2_path
 
@@ -228,7 +259,12 @@ def model_path(name: str) -> str:
     local = Path(name).expanduser()
     if local.is_dir() and not (local / "config.json").is_file():
         found = ", ".join(sorted(path.name for path in local.iterdir())[:8]) or "nothing"
-        raise ModelLoadError(f"model_name_or_path is {name!r}, a folder without config.json; it holds: {found}")
+        advice = f"; it holds: {found}"
+        if any((folder / "adapter_config.json").is_file() for folder in (local, local / "adapter")):
+            advice = f" but with an adapter: `atesd merge {name} --output_dir FOLDER` makes a model of it; give that"
+        elif (local / "model" / "config.json").is_file():
+            advice = f": the run's model is in {local / 'model'}"
+        raise ModelLoadError(f"{setting} is {name!r}, a folder without config.json{advice}")
     return str(local) if local.is_dir() else name
 
 

@@ -9,6 +9,7 @@
 `ema` is an exponential moving average. No second model object exists: the teacher's weights are a dict of tensors that
 replaces the student's during a forward. Under FSDP2 or ZeRO-3 the dict is sharded like the model, so each rank stores
 and swaps only its local shards. The head is the exception: the loss needs it unsharded, so the dict holds a full copy.
+The teacher that is a model of its own, kind `model`, is in other_teacher.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,28 @@ from atesd.parallel.sharding import gather_tensors, is_sharded, local_shard, res
 from atesd_kernels.integrations.head import HeadSpec, hidden_states_and_head, unwrap
 
 KINDS = ("frozen", "ema", "live")
+
+
+class AnyTeacher(Protocol):
+    """What a run asks of its teacher: `Teacher`, or `other_teacher.OtherTeacher`.
+
+    Attributes:
+        kind: `config.teacher`; a checkpoint knows it.
+        head: the teacher's head, on the loss's device.
+        shares_head: whether that is the student's.
+    """
+
+    kind: str
+
+    @property
+    def head(self) -> HeadSpec: ...
+    @property
+    def shares_head(self) -> bool: ...
+    def hidden(self, batch: PackedBatch) -> Tensor: ...
+    def backbone_call(self, **inputs: Any) -> Any: ...
+    def update(self) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Teacher:

@@ -69,7 +69,12 @@ class Parallelism:
     """One process or DDP: each process holds all weights, and gradients are all-reduced before the step.
 
     The order of the calls: `place` the model, `prepare` it with its optimizer, then `backbone_and_head`.
+
+    Attributes:
+        shards_teacher: whether `place_teacher` shards.
     """
+
+    shards_teacher = False
 
     def __init__(self, processes: Processes, device: torch.device):
         self.processes, self.device = processes, device
@@ -77,6 +82,10 @@ class Parallelism:
     def place(self, model: nn.Module) -> nn.Module:
         """The model on this process's device, or its shards of it."""
         return model.to(self.device)
+
+    def place_teacher(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """A frozen model of its own on `device`, or this process's shards of it. `step` does not know of it."""
+        return model.to(device)
 
     def prepare(
         self, model: nn.Module, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, max_grad_norm: float
@@ -129,7 +138,9 @@ class Parallelism:
 
 
 class FSDP2(Parallelism):
-    """torch's `fully_shard`: weights, gradients and optimizer states are sharded."""
+    """torch's `fully_shard`: weights, gradients and optimizer states are sharded, and a teacher's weights."""
+
+    shards_teacher = True
 
     def __init__(self, processes: Processes, device: torch.device, plugin: FullyShardedDataParallelPlugin):
         super().__init__(processes, device)
@@ -139,6 +150,10 @@ class FSDP2(Parallelism):
         self.model = model
         shard(model, self.plugin, self.device)
         self.gather_head()
+        return model
+
+    def place_teacher(self, model: nn.Module, device: torch.device) -> nn.Module:
+        shard(model, self.plugin, device, has_backward=False)
         return model
 
     def clipped_gradient_norm(self) -> float:

@@ -66,16 +66,23 @@ def fsdp_plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin | No
     return plugin
 
 
-def shard(model: nn.Module, plugin: FullyShardedDataParallelPlugin, device: torch.device) -> None:
-    """Shard `model` (bare or under peft) in place over all processes: each layer, an untied head, and the rest."""
+def shard(
+    model: nn.Module, plugin: FullyShardedDataParallelPlugin, device: torch.device, has_backward: bool = True
+) -> None:
+    """Shard `model` (bare or under peft) in place over all processes: each layer, an untied head, and the rest.
+
+    Without a backward, after which `fsdp_reshard_after_forward: false` reshards, layers are resharded after forward.
+    """
     base = unwrap(model)
-    names = set(plugin.transformer_cls_names_to_wrap or base._no_split_modules)
+    named = set(plugin.transformer_cls_names_to_wrap or ())
+    kinds = {type(module).__name__ for module in base.modules()}
+    names = named & kinds or set(base._no_split_modules)  # a teacher may have other layers than the student
     parts = [module for module in base.modules() if type(module).__name__ in names]
     head = base.get_output_embeddings()
     if head.weight is not base.get_input_embeddings().weight:
         parts.append(head)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    RESHARDS[base] = bool(plugin.reshard_after_forward)
+    RESHARDS[base] = bool(plugin.reshard_after_forward) or not has_backward
     for module in (*parts, base):
         fully_shard(module, mesh=mesh, reshard_after_forward=RESHARDS[base])
     for module in sharded_modules(model):

@@ -14,8 +14,17 @@ import torch
 from atesd.config import ATESDConfig
 from atesd.data.run_data import RunData, load_run_data
 from atesd.models.loading import check_lora, context_length, load_model_config, load_tokenizer
+from atesd.models.other_teacher import checked_teacher_config
 from atesd.models.precision import settle_precision
-from atesd.planning.memory_plan import GIB, MemoryPlan, ModelShape, model_shape, plan_memory
+from atesd.planning.memory_plan import (
+    GIB,
+    MemoryPlan,
+    ModelShape,
+    model_shape,
+    plan_memory,
+    teacher_model_bytes,
+    teacher_shape,
+)
 from atesd.reports.printout import Printout, Table
 from atesd_kernels.planning import gpu_memory
 
@@ -34,12 +43,14 @@ def dry_run(config: ATESDConfig) -> Printout:
     settle_precision(config)
     tokenizer, model_config = load_tokenizer(config), load_model_config(config)
     check_lora(model_config, config)
-    data = load_run_data(config, tokenizer, context_length(model_config))
+    teacher_config = checked_teacher_config(config, tokenizer)
+    teacher_context = context_length(teacher_config) if teacher_config else None
+    data = load_run_data(config, tokenizer, context_length(model_config), teacher_context)
     lengths = prompt_lengths(data)
-    shape = model_shape(model_config, config)
+    shape, other = model_shape(model_config, config), teacher_shape(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     memory = gpu_memory(torch.device(device))
-    plan = plan_memory(shape, config, max(max(pair) for pair in lengths), device, memory=memory)
+    plan = plan_memory(shape, config, max(max(pair) for pair in lengths), device, memory=memory, teacher=other)
     student, teacher = (sorted(column) for column in zip(*lengths, strict=True))
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     notes = {
@@ -49,10 +60,15 @@ def dry_run(config: ATESDConfig) -> Printout:
         f"teacher at alpha = 1 {statistics.median(teacher):g}, at most {teacher[-1]} (of {len(lengths)} problems)",
         "planned for": f"{device}, responses of {config.max_completion_length} tokens, the longest of these prompts",
     }
+    if other is not None:
+        notes["teacher"] = (
+            f"{config.teacher_model_name_or_path}, {other.parameters:,} parameters in {config.teacher_weights}, "
+            f"{teacher_model_bytes(other, config) / GIB:.2f} GiB on {config.teacher_device or 'the same device'}"
+        )
     if device == "cuda":
         notes["this GPU"] = f"{memory / GIB:.1f} GiB"
     prompts = first_prompts(config, data, tokenizer)
-    plan_table = Table("memory plan of one process", plan_rows(plan, shape), ["part", "size", ""])
+    plan_table = Table("memory plan of one process", plan_rows(plan, shape, config), ["part", "size", ""])
     counts = Table("problems", [[name, f"{count:,}"] for name, count in data.counts().items()])
     if data.no_signal():
         notes["no signal"] = "the teacher reads what the student reads"
@@ -62,7 +78,8 @@ def dry_run(config: ATESDConfig) -> Printout:
         {
             "run": notes,
             "bytes": {**asdict(plan), "total": plan.total},
-            "parameters": {"model": shape.parameters, "adapter": shape.lora_parameters},
+            "parameters": {"model": shape.parameters, "adapter": shape.lora_parameters}
+            | ({} if other is None else {"teacher": other.parameters}),
             "problems": data.counts(),
             "prompts": prompts,
         },
@@ -101,11 +118,15 @@ def prompt_lengths(data: RunData) -> list[tuple[int, int]]:
     ]
 
 
-def plan_rows(plan: MemoryPlan, shape: ModelShape) -> list[list[str]]:
+def plan_rows(plan: MemoryPlan, shape: ModelShape, config: ATESDConfig) -> list[list[str]]:
     """Returns the parts of the plan, each with its size and what it is."""
+    teacher = "a copy beside the student's weights" if plan.teacher else "the base: no copy"
+    if config.teacher == "model":
+        elsewhere = f"only what the loss reads: the model is on {config.teacher_device}"
+        teacher = elsewhere if config.teacher_device else "another model, with what the loss reads of its head"
     rows = [
         ("weights", plan.weights, f"{shape.parameters:,} parameters, and {shape.lora_parameters:,} of the adapter"),
-        ("teacher", plan.teacher, "a copy beside the student's weights" if plan.teacher else "the base: no copy"),
+        ("teacher", plan.teacher, teacher),
         ("gradients", plan.gradients, ""),
         ("optimizer", plan.optimizer, "AdamW: two moments"),
         ("KV cache", plan.kv_cache, "while generating, all rollouts of a step at once"),

@@ -18,11 +18,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from atesd.config import ATESDConfig
+from atesd.models.loading import load_model_config
+from atesd.models.other_teacher import teacher_source
 from atesd_kernels.planning import DEFAULT_CHUNK_BYTES, gpu_chunk_bytes
 from atesd_kernels.tools.gpus import BY_ARCH
 
 GIB = 1 << 30
 FP32, BF16 = 4, 2
+FOUR_BITS = 0.5 + 1 / 64 + FP32 / (64 * 256)  # NF4: a byte scales 64 numbers, and a float32 scales 256 of those bytes
 # Bytes autograd saves for each of `ModelShape.elements`. Under autocast over fp32 weights, norms and residual stream
 # stay in fp32. Measured with saved_tensors_hooks on Llama and Qwen3 layers.
 BYTES_PER_ACTIVATION = {"fp32": 4.0, "autocast over fp32 weights": 2.9, "bf16": 2.5}
@@ -92,6 +95,12 @@ def model_shape(model_config: PreTrainedConfig, config: ATESDConfig) -> ModelSha
     )
 
 
+def teacher_shape(config: ATESDConfig) -> ModelShape | None:
+    """Returns the sizes of the other model that teaches; None if there is none. Raises ModelLoadError."""
+    source = teacher_source(config)
+    return None if source is None else model_shape(load_model_config(source), replace(config, use_peft=False))
+
+
 def head_size(text: PreTrainedConfig) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
@@ -110,7 +119,8 @@ def cached_numbers(layers: int, key_size: int) -> int:
 class MemoryPlan:
     """Bytes of one process. `total` is the permanent memory plus the larger of a step's two phases.
 
-    Permanent: `weights`, `teacher` (0 if it is the base model), `gradients`, `optimizer`.
+    Permanent: `weights`, `teacher` (0 if it is the base model; of another model on a device of its own only the head),
+    `gradients`, `optimizer`.
     While generating: `kv_cache`, and `decoding_copies` of the weights, on a CPU or if they are sharded. While training:
     `autocast_copies`, `activations`, `hidden_states`, `loss_chunk`, `head_gradient` (a trained head's, accumulated over
     the loss's chunks), `communication` (buffers of collectives).
@@ -185,9 +195,38 @@ def logit_bytes(config: ATESDConfig) -> int:
     """Returns the bytes per logit of the loss's chunk on a GPU: S in fp32, and D in the GEMMs' dtype (overwritten by
     the gradient). A separate teacher head needs S, T and the gradient; in an fp32 run S and T are float64."""
     low = low_bytes(config)
-    if config.use_peft or config.teacher == "live":
+    if config.teacher != "model" and (config.use_peft or config.teacher == "live"):
         return FP32 + low
     return 2 * (2 * FP32 if low == FP32 else FP32) + low
+
+
+def teacher_model_bytes(teacher: ModelShape, config: ATESDConfig) -> int:
+    """Returns the bytes of the weights of another model that teaches."""
+    others = FP32 if config.teacher_weights == "float32" else BF16
+    of_matrices = FOUR_BITS if config.teacher_weights == "4bit" else others
+    return int(teacher.matrices * of_matrices) + (teacher.parameters - teacher.matrices) * others
+
+
+def head_copy_bytes(teacher: ModelShape, config: ATESDConfig, shards: int) -> int:
+    """Returns the bytes of the copy of its head that the loss reads; 0 where the loss reads the head itself."""
+    own = FP32 if config.teacher_weights == "float32" else BF16
+    wanted = own if config.bf16 else weight_bytes(config)
+    copied = config.teacher_device is not None or shards > 1 or wanted != own
+    return teacher.vocab * teacher.hidden * wanted * copied
+
+
+def teacher_bytes(shape: ModelShape, config: ATESDConfig, teacher: ModelShape | None, shards: int) -> int:
+    """Returns the bytes that a process holds on its own device for the teacher alone."""
+    residual = weight_bytes(config)
+    if teacher is not None:
+        there = 0 if config.teacher_device else teacher_model_bytes(teacher, config) // shards
+        return there + head_copy_bytes(teacher, config, shards)
+    if config.teacher == "ema":
+        return trained_bytes(shape, config) // shards
+    if config.teacher == "frozen" and not config.use_peft:
+        matrix_bytes = BF16 if config.bf16 else residual
+        return (shape.matrices * matrix_bytes + (shape.parameters - shape.matrices) * residual) // shards
+    return 0
 
 
 def plan_memory(
@@ -197,6 +236,7 @@ def plan_memory(
     device: str = "cuda",
     layout: Layout = Layout(),
     memory: float | None = None,
+    teacher: ModelShape | None = None,
 ) -> MemoryPlan:
     """Returns the memory plan of a run. It assumes that every response has `max_completion_length` tokens.
 
@@ -204,18 +244,11 @@ def plan_memory(
         prompt_tokens: longest prompt of student or teacher.
         device: "cuda" or "cpu", for the loss's default chunk.
         memory: bytes of the GPU, which bound that chunk (default: an 80 GB H100's).
+        teacher: `teacher_shape(config)`.
     """
     residual, low, shards = weight_bytes(config), low_bytes(config), layout.shards
     gradients = trained_bytes(shape, config)
     weights = shape.parameters * residual + shape.lora_parameters * FP32
-    if config.teacher == "ema":
-        teacher = gradients
-    elif config.teacher == "frozen" and not config.use_peft:
-        matrix_bytes = BF16 if config.bf16 else residual
-        teacher = shape.matrices * matrix_bytes + (shape.parameters - shape.matrices) * residual
-    else:
-        teacher = 0
-
     responses = config.per_device_train_batch_size * config.num_generations  # of a micro-batch
     tokens = responses * (prompt_tokens + config.max_completion_length)
     kind = "fp32" if low == FP32 else "autocast over fp32 weights" if residual == FP32 else "bf16"
@@ -227,10 +260,13 @@ def plan_memory(
         activations = shape.layers * tokens * kept + a_layer
     else:
         activations = shape.layers * a_layer
+    if teacher is not None and not config.teacher_device:  # its forward runs before the student's, a layer at a time
+        activations = max(activations, tokens * teacher.elements * BYTES_PER_ACTIVATION["bf16"])
     # casts of the matrices, and of the adapter's, live as long as the forward's graph
     cast = shape.lora_parameters + (shape.matrices if residual == FP32 else 0) if config.bf16 and shards == 1 else 0
     # hidden states of the response tokens: student, its gradient, teacher, and their difference
-    hidden_states = 4 * responses * config.max_completion_length * shape.hidden * FP32
+    wide = 4 * shape.hidden if teacher is None else 2 * shape.hidden + teacher.hidden  # other sizes have no difference
+    hidden_states = responses * config.max_completion_length * wide * FP32
     # the process decodes all rollouts of a step at once
     in_step = responses * config.gradient_accumulation_steps
     cache = in_step * (min(prompt_tokens, config.max_prompt_length) + config.max_completion_length)
@@ -251,12 +287,15 @@ def plan_memory(
     communication = 0
     if shards > 1:  # the current layer, the prefetched one, the head, and a layer's gradients in flight
         layer = (shape.matrices + shape.lora_parameters) // shape.layers
-        communication = gathered_bytes(config, 2 * layer + head) + gradients // shape.layers
+        gathered = gathered_bytes(config, 2 * layer + head)
+        if teacher is not None:
+            gathered = max(gathered, 2 * teacher_model_bytes(teacher, config) // teacher.layers)
+        communication = gathered + gradients // shape.layers
     elif layout.processes > 1:  # data parallel: gradients are copied into buckets
         communication = gradients
     return MemoryPlan(
         weights=weights // shards,
-        teacher=teacher // shards,
+        teacher=teacher_bytes(shape, config, teacher, shards),
         gradients=gradients // shards,
         optimizer=2 * gradients // shards,
         kv_cache=cache * cached_numbers(shape.layers, shape.kv) * low,
@@ -327,13 +366,14 @@ class Traffic:
     reduced: int
 
 
-def plan_traffic(shape: ModelShape, config: ATESDConfig, layout: Layout) -> Traffic:
+def plan_traffic(shape: ModelShape, config: ATESDConfig, layout: Layout, teacher: ModelShape | None = None) -> Traffic:
     """Returns a step's traffic. FSDP gathers weights for the teacher, and for the student's forward and backward."""
     gradients = trained_bytes(shape, config)
     weights = gathered_bytes(config, shape.parameters + shape.lora_parameters)
+    of_teacher = weights if teacher is None else teacher_model_bytes(teacher, config)
     sharded = config.gradient_accumulation_steps * (layout.shards > 1)
     return Traffic(
-        gathered=3 * sharded * weights,
+        gathered=sharded * (2 * weights + of_teacher),
         scattered=sharded * gradients,
         reduced=gradients // layout.shards if layout.processes > layout.shards else 0,
     )
@@ -354,24 +394,34 @@ class Products:
     loss: int
 
 
-def plan_products(shape: ModelShape, config: ATESDConfig, prompt_tokens: int) -> Products:
-    """Returns a step's FLOPs for responses of `max_completion_length`. Omits the causally masked half of attention."""
+def plan_products(
+    shape: ModelShape, config: ATESDConfig, prompt_tokens: int, teacher: ModelShape | None = None
+) -> Products:
+    """Returns a step's FLOPs for responses of `max_completion_length`. Omits the causally masked half of attention.
+
+    `teacher` is `teacher_shape(config)`.
+    """
     response = config.max_completion_length
     responses = config.per_device_train_batch_size * config.num_generations * config.gradient_accumulation_steps
     length, head = prompt_tokens + response, shape.vocab * shape.hidden
-    attention = shape.layers * 4 * shape.query * length // 2  # per token: scores, and the weighted sum of values
-    teacher = responses * length * (2 * shape.matrices + attention)
-    forward = teacher + responses * length * 2 * shape.lora_parameters
+
+    def without_adapter(model: ModelShape) -> int:
+        attention = model.layers * 4 * model.query * length // 2  # per token: scores, and the weighted sum of values
+        return responses * length * (2 * model.matrices + attention)
+
+    forward = without_adapter(shape) + responses * length * 2 * shape.lora_parameters
+    # the teacher's part of the loss: the differences, or the logits of its own head
+    other_head = head if teacher is None else shape.vocab * teacher.hidden
     # backward: gradients of activations; of weights if trained; one more forward if it is recomputed
     passes = 2 + (not config.use_peft)
     passes += config.gradient_checkpointing and config.gradient_checkpointing_mode == "full"
     return Products(
         prefill=responses * prompt_tokens * 2 * shape.matrices,
         decoding=responses * 2 * (shape.matrices + head),
-        teacher=teacher,
+        teacher=without_adapter(shape if teacher is None else teacher),
         student=passes * forward,
-        # the student's logits, the differences, the hidden states' gradient, and a trained head's gradient
-        loss=(3 + (not config.use_peft)) * 2 * responses * response * head,
+        # the student's logits, the hidden states' gradient, and a trained head's gradient; then the teacher's part
+        loss=((2 + (not config.use_peft)) * head + other_head) * 2 * responses * response,
     )
 
 
@@ -391,15 +441,25 @@ class LayerTraffic:
     student: int  # forward and backward
 
 
-def layer_traffic(shape: ModelShape, config: ATESDConfig, prompt_tokens: int) -> LayerTraffic:
+def layer_traffic(
+    shape: ModelShape, config: ATESDConfig, prompt_tokens: int, teacher: ModelShape | None = None
+) -> LayerTraffic:
     """Returns a step's traffic for layers like Qwen3's in bf16. Backward moves about twice the bytes of forward."""
     hidden, heads, mlp = KERNEL_BYTES["liger" if config.use_liger_kernel else "transformers"]
-    forward = hidden * shape.hidden + heads * (shape.query + shape.kv) + mlp * shape.intermediate
+
+    def forward(model: ModelShape) -> int:  # per token
+        layer = hidden * model.hidden + heads * (model.query + model.kv) + mlp * model.intermediate
+        return model.layers * layer
+
     outputs = shape.query + 2 * shape.kv + 2 * shape.hidden + 2 * shape.intermediate
     adapter = ADAPTER_BYTES * outputs if config.use_peft else 0
     responses = config.per_device_train_batch_size * config.num_generations * config.gradient_accumulation_steps
-    in_layers = responses * (prompt_tokens + config.max_completion_length) * shape.layers
-    return LayerTraffic(in_layers * forward, in_layers * (forward + adapter) * (3 + config.gradient_checkpointing))
+    tokens = responses * (prompt_tokens + config.max_completion_length)
+    passes = 3 + config.gradient_checkpointing
+    return LayerTraffic(
+        teacher=tokens * forward(shape if teacher is None else teacher),
+        student=tokens * (forward(shape) + shape.layers * adapter) * passes,
+    )
 
 
 @dataclass(frozen=True)
@@ -417,10 +477,20 @@ class TimePlan:
         return self.rollout + max(self.teacher + self.student + self.loss, self.communication)
 
 
-def plan_time(shape: ModelShape, config: ATESDConfig, prompt_tokens: int, gpu: GPUSpec, layout: Layout) -> TimePlan:
-    """Returns the time of a step that decodes all responses at once. Omits checkpoints, probes and evaluations."""
-    products, speed = plan_products(shape, config, prompt_tokens), gpu.flops * gpu.of_flops
-    between, moved = layer_traffic(shape, config, prompt_tokens), gpu.bandwidth * gpu.of_bandwidth
+def plan_time(
+    shape: ModelShape,
+    config: ATESDConfig,
+    prompt_tokens: int,
+    gpu: GPUSpec,
+    layout: Layout,
+    teacher: ModelShape | None = None,
+) -> TimePlan:
+    """Returns the time of a step that decodes all responses at once. Omits checkpoints, probes and evaluations.
+
+    `teacher` is `teacher_shape(config)`. Omits what 4-bit weights take to unpack.
+    """
+    products, speed = plan_products(shape, config, prompt_tokens, teacher), gpu.flops * gpu.of_flops
+    between, moved = layer_traffic(shape, config, prompt_tokens, teacher), gpu.bandwidth * gpu.of_bandwidth
     response = config.max_completion_length
     responses = config.per_device_train_batch_size * config.num_generations * config.gradient_accumulation_steps
     # per token, decoding reads all matrices and the cache, which has half of the response on average
@@ -431,7 +501,7 @@ def plan_time(shape: ModelShape, config: ATESDConfig, prompt_tokens: int, gpu: G
         summed = 2 * layout.decoding * responses * shape.hidden * BF16
         a_token += 2 * shape.layers * (gpu.latency + summed / gpu.wire(layout.decoding))
 
-    traffic, replicas = plan_traffic(shape, config, layout), layout.processes // layout.shards
+    traffic, replicas = plan_traffic(shape, config, layout, teacher), layout.processes // layout.shards
     communication = ring(layout.shards) * (traffic.gathered + traffic.scattered) / gpu.wire(layout.shards)
     communication += 2 * ring(replicas) * traffic.reduced / gpu.wire(layout.processes)
     return TimePlan(

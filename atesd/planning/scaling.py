@@ -25,6 +25,7 @@ from atesd.planning.memory_plan import (
     model_shape,
     plan_memory,
     plan_time,
+    teacher_shape,
 )
 from atesd.reports.markup import markdown_table
 from atesd.reports.printout import Printout, Table
@@ -74,9 +75,12 @@ def shape_of(model: str, use_peft: bool, lora_r: int, lora_target_modules: str) 
     return model_shape(MODELS[model](), settings)
 
 
-def predict(model: str, config: ATESDConfig, gpus: int, gpu: GPUSpec = H100) -> Prediction | None:
+def predict(
+    model: str, config: ATESDConfig, gpus: int, gpu: GPUSpec = H100, teacher: ModelShape | None = None
+) -> Prediction | None:
     """Returns the layout that fits with the fewest shards, then the largest micro-batch; None if none fits.
 
+    `teacher` is `teacher_shape(config)`.
     Fewer shards are better because every micro-batch gathers sharded weights again.
     """
     shape = shape_of(model, config.use_peft, config.lora_r, config.lora_target_modules)
@@ -88,9 +92,9 @@ def predict(model: str, config: ATESDConfig, gpus: int, gpu: GPUSpec = H100) -> 
             )
             for decoding in (n for n in GPUS if n <= min(shards, gpu.node)):
                 layout = Layout(gpus, shards, decoding)
-                memory = plan_memory(shape, settings, PROMPT_TOKENS, "cuda", layout, gpu.memory)
+                memory = plan_memory(shape, settings, PROMPT_TOKENS, "cuda", layout, gpu.memory, teacher)
                 if memory.total <= gpu.of_memory * gpu.memory:
-                    time = plan_time(shape, settings, PROMPT_TOKENS, gpu, layout)
+                    time = plan_time(shape, settings, PROMPT_TOKENS, gpu, layout, teacher)
                     return Prediction(layout, micro_batch, memory, time)
     return None
 
@@ -102,7 +106,8 @@ def overview(config: ATESDConfig) -> str:
 
 
 def predictions(config: ATESDConfig) -> dict[str, dict[int, Prediction | None]]:
-    return {model: {gpus: predict(model, config, gpus) for gpus in GPUS} for model in MODELS}
+    teacher = teacher_shape(config)
+    return {model: {gpus: predict(model, config, gpus, teacher=teacher) for gpus in GPUS} for model in MODELS}
 
 
 def overview_table(found: dict[str, dict[int, Prediction | None]]) -> Table:

@@ -22,8 +22,8 @@ class Rollout:
         response_ids: what was sampled, its end-of-sequence token included where one came.
         truncated: True when `max_completion_length` ended it.
         finite: False when the student's logits were not: the response ends there, and the trainer skips the step.
-        response_mask: 1 for each response token that the student wrote, 0 for one of a tool or another speaker; None for
-            all 1. Tokens with 0 are read, and count in no loss and no statistic.
+        response_mask: 1 for each response token that the student wrote, 0 for one of a tool or another speaker; None
+            for all 1. Tokens with 0 are read, and count in no loss and no statistic.
         logprobs: what the engine says the log-probability of each response token was, at temperature 1 and before
             top-k and top-p; None from an engine that is the trained model itself.
         staleness: optimizer steps between the weights that sampled it and the student that it trains.

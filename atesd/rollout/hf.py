@@ -48,6 +48,7 @@ class HFEngine:
         temperature, top_p, top_k: sampling; `top_k=0` and `top_p=1.0` switch the filters off.
         seeds: seeds of training rollouts; checkpoints include their count.
         bf16: decode in bfloat16 like autocast (the residual stream stays float32).
+        entries: sample only tokens with an id below it; None: every entry of the head.
 
     Raises:
         ModelError: an adapter that acts outside the model's layers, or that mixes tokens (aLoRA).
@@ -64,6 +65,7 @@ class HFEngine:
         top_k: int = 0,
         seeds: ResponseSeeds | None = None,
         bf16: bool = False,
+        entries: int | None = None,
     ):
         problems = {} if is_sharded(model) else merge_problems(model)
         check_decodable(model, problems)
@@ -72,6 +74,7 @@ class HFEngine:
         self.device = next(model.parameters()).device
         self.runs_ahead = self.device.type != "cpu"  # a CPU has no synchronisation cost, and wasted tokens take time
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
+        self.entries = entries
         self.pad_id, self.stop_ids = tokenizer.pad_token_id, stop_token_ids(unwrap(model), tokenizer)
         self.seeds = ResponseSeeds(0) if seeds is None else seeds
         self.gathered_weights = contextlib.ExitStack()
@@ -171,7 +174,7 @@ class HFEngine:
                 **no_aux_loss,
             )
             u = self.uniforms[running, step]  # (batch,)
-            sampled, drawn = sample(out.logits[:, -1], self.temperature, self.top_p, self.top_k, u)
+            sampled, drawn = sample(out.logits[:, -1, : self.entries], self.temperature, self.top_p, self.top_k, u)
             sampled = torch.where(ended | ~drawn, self.pad_id, sampled)
             responses[running, step] = sampled
             finite[running] &= drawn | ended

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from atesd.config import ATESDConfig, doors
+from atesd.models.vocabulary import entries_to_sample
 from atesd.parallel.processes import Processes
 from atesd.rollout.engine import RolloutEngine, RolloutError, require_vllm
 from atesd.rollout.seeds import ResponseSeeds
@@ -73,6 +74,7 @@ def hf(config: ATESDConfig, model: Any, tokenizer: Any, processes: Processes) ->
         top_k=config.top_k,
         seeds=response_seeds(config, processes),
         bf16=config.bf16,
+        entries=entries_to_sample(config, tokenizer),
     )
 
 

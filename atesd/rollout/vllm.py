@@ -19,6 +19,7 @@ from torch import nn
 
 from atesd.config import ATESDConfig
 from atesd.models.loading import context_length, model_path
+from atesd.models.vocabulary import entries_to_sample
 from atesd.planning.memory_plan import cached_numbers, key_size
 from atesd.rollout.answer_rules import Completion
 from atesd.rollout.engine import RolloutError, require_vllm
@@ -160,7 +161,7 @@ def request_settings(config: ATESDConfig, model: nn.Module, tokenizer: Any) -> d
     """Returns the arguments of `RequestEngine` from a configuration, for both vLLM engines."""
     return {
         "context_length": longest_sequence(config, unwrap(model).config),
-        "vocab_size": unwrap(model).config.get_text_config().vocab_size,
+        "vocab_size": entries_to_sample(config, tokenizer) or unwrap(model).config.get_text_config().vocab_size,
         "stop_ids": stop_token_ids(unwrap(model), tokenizer),
         "max_completion_length": config.max_completion_length,
         "temperature": config.temperature,

@@ -75,7 +75,8 @@ def trials_of(spec: StudySpec, flags: list[str], folder: Path) -> Iterator[Trial
             config = spec.config(variant, seed, run_dir / "new" if run_dir.exists() else run_dir, flags)
             check_measurable(config)
             config.output_dir = str(run_dir)
-            digest = digest_of(config, spec.measure, files(config.dataset_name, config.model_name_or_path))
+            models = [config.model_name_or_path, config.teacher_model_name_or_path]
+            digest = digest_of(config, spec.measure, files(config.dataset_name, *(name for name in models if name)))
             yield Trial(variant, seed, spec.measure, run_dir, resumed(run_dir, config), digest)
 
 

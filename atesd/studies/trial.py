@@ -33,7 +33,7 @@ ANSWERS_AT_ONCE = 64
 # Settings that change no number of a run.
 NOT_COMPARED = (
     "output_dir resume dry_run report_to logging_steps save_steps save_total_limit save_best allow_changed_inputs "
-    "allow_older_checkpoint push_to_hub"
+    "allow_older_checkpoint push_to_hub teacher_device"
 ).split()
 
 
@@ -66,10 +66,10 @@ class Trial:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def files_of(dataset_name: str, model_name_or_path: str) -> list[str | None]:
-    """Returns a digest of the data file and one of the model's files; None for what is no local file."""
+def files_of(dataset_name: str, *models: str) -> list[str | None]:
+    """Returns a digest of the data file and one of each model's files; None for what is no local file."""
     data = Path(dataset_name)
-    return [sha256(data) if data.is_file() else None, fingerprint(model_path(model_name_or_path))]
+    return [sha256(data) if data.is_file() else None, *(fingerprint(model_path(name)) for name in models)]
 
 
 def digest_of(config: ATESDConfig, measure: Measure, files: list[str | None]) -> str:

@@ -16,6 +16,8 @@ from atesd.config.eval_config import EvalConfig, eval_parser, load_eval_config
 from atesd.config.fields import MAY_CHANGE
 from atesd.errors import ConfigError
 
+OTHER = ("--teacher", "model", "--teacher_model_name_or_path")
+
 
 def write_yaml(path, **settings):
     path.write_text(yaml.safe_dump(settings))
@@ -89,6 +91,22 @@ def test_a_resumed_run_takes_its_settings_from_its_own_directory(tmp_path):
         ("quickstart", ["--student_chat_template_kwargs", "[1]"], "student_chat_template_kwargs is .* a JSON object"),
         ("quickstart", ["--model_name_or_path", "/no/such/model"], "model_name_or_path is '/no/such/model'"),
         ("quickstart", ["--dataset_name", "missing.jsonl"], "dataset_name is 'missing.jsonl'"),
+        ("quickstart", ["--teacher", "model"], "teacher is 'model', and teacher_model_name_or_path is None: set it"),
+        (
+            "quickstart",
+            ["--teacher_model_name_or_path", "a/b"],
+            "teacher_model_name_or_path .a/b. would be ignored, for"
+            " teacher is 'frozen': leave it out, or set teacher to 'model'",
+        ),
+        ("quickstart", ["--teacher_device", "cpu"], "teacher_device .cpu. would be ignored, for teacher is 'frozen'"),
+        ("quickstart", ["--teacher", "ema", "--teacher_weights", "4bit"], "teacher_weights .4bit. would be ignored"),
+        ("quickstart", [*OTHER, "/no/such/model"], "^teacher_model_name_or_path is '/no/such/model', and there is no"),
+        ("quickstart", [*OTHER, "a/b", "--teacher_device", "GPU 1"], "teacher_device is 'GPU 1'; .* such as 'cuda:1'"),
+        (
+            "quickstart",
+            [*OTHER, "a/b", "--objective", "sft", "--exposure_policy", "full"],
+            "objective 'sft' has no teacher, so teacher_model_name_or_path .a/b. would be ignored",
+        ),
         ("quickstart", ["--prompt_templates", "missing.yaml"], "prompt_templates is 'missing.yaml'"),
         (None, ["quickstart"], "usage: atesd train RECIPE_OR_YAML"),
     ],
@@ -112,7 +130,7 @@ def test_no_field_takes_a_number_that_is_not_finite(value):
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("teacher", "emma", "teacher is 'emma'; it must be one of frozen, ema, live; did you mean ema"),
+        ("teacher", "emma", "teacher is 'emma'; it must be one of frozen, ema, live, model; did you mean ema"),
         ("torch_dtype", "float16", "torch_dtype is 'float16'; it must be float32 or bfloat16"),
         ("max_staleness", True, "max_staleness is True; it must be 0 or 1"),
         ("max_steps", 2.0, "max_steps is 2.0; it must be a whole number"),
@@ -180,6 +198,7 @@ def test_bfloat16_master_weights_are_refused_and_allowed_under_an_adapter():
         ("model_name_or_path", "other/model", "model_name_or_path is 'other/model'"),
         ("max_completion_length", "64", "max_completion_length is 64, .* with 96"),
         ("teacher", "ema", "teacher is 'ema', .* with 'frozen'"),
+        ("teacher_weights", "float32", "teacher_weights is 'float32', .* with 'bfloat16'"),
         ("seed", "7", "seed is 7"),
         ("output_dir", "elsewhere", "output_dir is 'elsewhere', but resume goes on in"),
     ],

@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atesd.evaluation.reward import VerifierReward
-from atesd.parallel.sharding import ShardingError, zero3_parameters
+from atesd.parallel.sharding import ShardingError, sharded_modules, zero3_parameters
 from atesd.rollout import RolloutError
 from atesd.rollout.seeds import seed_of
+from atesd.run import Run
 from atesd.trainer import Trainer, train
 from atesd_kernels.integrations import sharded_head
 
@@ -173,6 +174,29 @@ def test_shards_give_the_metrics_of_one_process_and_go_on_as_one_and_back(
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_another_model_that_teaches_is_sharded_like_the_student(settings, on_processes, other_model_path):
+    """Its layers have another class than those that the accelerate config names, and no backward reshards them."""
+    other = {"teacher": "model", "teacher_model_name_or_path": str(other_model_path), "max_steps": 2}
+    expected = train(settings("one", 1, **other))
+
+    def run():
+        kept = []
+        make = Run.make_teacher
+        Run.make_teacher = lambda self: kept.append(make(self)) or kept[0]
+        try:
+            run_dir = train(settings("two", 2, **other))
+        finally:
+            Run.make_teacher = make
+        (teacher,) = kept
+        held = sum(p.to_local().numel() for p in teacher.model.parameters())
+        return run_dir, held / sum(p.numel() for p in teacher.model.parameters()), len(sharded_modules(teacher.model))
+
+    variables = {"FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3DecoderLayer", "FSDP_RESHARD_AFTER_FORWARD": "false"}
+    (run_dir, share, modules), _ = on_processes(2, run, **FSDP2 | variables)
+    assert_same(run_dir, expected)
+    assert share == pytest.approx(0.5, abs=0.01) and modules == 3 + 1 + 1  # layers, head, and the rest
 
 
 def test_a_batch_that_the_processes_of_a_resumed_run_cannot_share_is_refused(settings, on_processes):

@@ -19,7 +19,14 @@ from atesd.models.batching import hidden_rows, pack
 from atesd.models.loading import ModelLoadError, context_length, load_tokenizer
 from atesd.models.recompute import is_kept
 from atesd.planning.dry_run import dry_run
-from atesd.planning.memory_plan import GIB, Layout, model_shape, plan_memory
+from atesd.planning.memory_plan import (
+    GIB,
+    Layout,
+    model_shape,
+    plan_memory,
+    teacher_model_bytes,
+    teacher_shape,
+)
 from atesd.planning.scaling import MODELS
 from atesd.run import Run
 from atesd.trainer import Trainer, train
@@ -143,6 +150,63 @@ def test_planned_weights_gradients_and_optimizer_are_those_of_a_real_step(tiny_c
     assert plan.gradients == gradients[0]
     assert plan.optimizer == bytes_of(moments)
     assert plan.teacher == bytes_of(trainer.run.teacher.values.values())
+
+
+def with_other_teacher(tiny_config, other_model_path, **settings):
+    return tiny_config(teacher="model", teacher_model_name_or_path=str(other_model_path), **settings)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"bf16": True}, {"teacher_weights": "float32"}, {"bf16": True, "use_peft": False}, {"teacher_device": "cpu"},
+])  # fmt: skip
+def test_the_plan_counts_another_models_weights_and_the_copy_of_its_head_that_the_loss_reads(
+    tiny_config, tiny_model_path, other_model_path, settings
+):
+    config = with_other_teacher(tiny_config, other_model_path, **settings)
+    shape, teacher = model_shape(AutoConfig.from_pretrained(tiny_model_path), config), teacher_shape(config)
+    plan = plan_memory(shape, config, 100, "cpu", teacher=teacher)
+    found = Run.build(config).teacher
+    own, read = found.model.get_output_embeddings().weight, found.head.weight
+    copied = config.teacher_device or read.data_ptr() != own.data_ptr()
+    assert teacher_model_bytes(teacher, config) == bytes_of(found.model.parameters())
+    there = 0 if config.teacher_device else bytes_of(found.model.parameters())
+    # the plan counts the rows of padding too, which the loss does not read
+    assert plan.teacher == there + bool(copied) * own.numel() * read.element_size()
+    frozen = plan_memory(
+        shape, tiny_config(**{k: v for k, v in settings.items() if k in ("bf16", "use_peft")}), 100, "cpu"
+    )
+    assert plan.hidden_states == frozen.hidden_states // (4 * 32) * (2 * 32 + 48)
+
+
+def test_weights_of_4_bits_are_planned_for_the_matrices_alone(tiny_config, other_model_path):
+    config = with_other_teacher(tiny_config, other_model_path, teacher_weights="4bit")
+    teacher = teacher_shape(config)
+    others = 2 * (teacher.parameters - teacher.matrices)
+    assert 0.5 < (teacher_model_bytes(teacher, config) - others) / teacher.matrices < 0.52
+
+
+def test_a_dry_run_names_the_other_teacher_and_where_it_is(tiny_config, other_model_path, monkeypatch):
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    said = dry_run(with_other_teacher(tiny_config, other_model_path, teacher_device="cuda:1"))
+    parameters = teacher_shape(with_other_teacher(tiny_config, other_model_path)).parameters
+    text = " ".join(str(said).split())
+    assert f"teacher {other_model_path}, {parameters:,} parameters in bfloat16, 0.00 GiB on cuda:1" in text
+    assert "only what the loss reads: the model is on cuda:1" in text
+    assert said.data["parameters"]["teacher"] == parameters
+    text = " ".join(str(dry_run(with_other_teacher(tiny_config, other_model_path))).split())
+    assert "another model, with what the loss reads of its head" in text
+
+
+def test_a_dry_run_refuses_another_teacher_as_the_run_would(tiny_config, other_model_path, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    with pytest.raises(ModelLoadError, match=r"teacher_model_name_or_path is .*, a folder without config.json"):
+        dry_run(with_other_teacher(tiny_config, bare))
+    folder = without_weights(tmp_path / "short", other_model_path, AutoConfig.from_pretrained(other_model_path))
+    config = json.loads((tmp_path / "short" / "config.json").read_text()) | {"max_position_embeddings": 100}
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"the teacher prompt .* the context of 100 tokens less"):
+        dry_run(with_other_teacher(tiny_config, folder))
 
 
 class Products(TorchDispatchMode):

@@ -96,6 +96,28 @@ def test_planned_products_of_the_loss_are_those_torch_counts(config, shape, monk
         assert counter.get_total_flops() == plan_products(shape, config, PROMPT).loss
 
 
+def test_another_models_products_replace_the_teachers_own(config, shape):
+    teacher = replace(shape, hidden=2 * shape.hidden, matrices=5 * shape.matrices, parameters=5 * shape.parameters)
+    own, other = plan_products(shape, config, PROMPT), plan_products(shape, config, PROMPT, teacher)
+    assert other.student == own.student and 4 * own.teacher < other.teacher < 5 * own.teacher
+    head = 2 * 2 * RESPONSE * shape.vocab * shape.hidden
+    assert other.loss - own.loss == head  # a head of twice the width
+    assert (
+        plan_traffic(shape, config, Layout(4, 4), teacher).gathered > plan_traffic(shape, config, Layout(4, 4)).gathered
+    )
+    between = layer_traffic(shape, config, PROMPT, teacher)
+    assert between.student == layer_traffic(shape, config, PROMPT).student and between.teacher > between.student / 4
+    slower, plain = (plan_time(shape, config, PROMPT, H100, Layout(), each) for each in (teacher, None))
+    assert slower.teacher > plain.teacher and slower.loss > plain.loss and slower.student == plain.student
+
+
+def test_scaling_plans_with_another_model_as_teacher(other_model_path, monkeypatch):
+    monkeypatch.setattr(scaling, "MODELS", {"Qwen3-1.7B": scaling.MODELS["Qwen3-1.7B"]})
+    flags = ["--teacher", "model", "--teacher_model_name_or_path", str(other_model_path)]
+    given, plain = (scaling.main(each).data["models"]["Qwen3-1.7B"][1] for each in (flags, []))
+    assert given["bytes"]["teacher"] > 0 == plain["bytes"]["teacher"]
+
+
 def test_the_planned_loss_chunk_is_what_a_call_takes(config, shape, monkeypatch, peak_bytes):
     monkeypatch.setattr(planning, "CPU_BLOCK_COLUMNS", 50)  # to the measure of so small a vocabulary
     monkeypatch.setattr(planning, "CPU_TILE_ROWS", 25)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -15,7 +16,7 @@ from atesd.studies.comparison import interval
 from atesd.studies.lab.world import TEMPLATES
 from atesd.studies.reading import load_spec, shipped
 from atesd.studies.spec import Measure, StudySpec
-from atesd.studies.study import run_study
+from atesd.studies.study import run_study, trials_of
 from atesd.studies.study_report import printout
 from atesd.trainer import Trainer
 from tests.quiet import quietly
@@ -257,3 +258,23 @@ def test_a_study_without_signal_says_so(recipe, tmp_path):
     assert "none (no signal)" in (folder / "study.md").read_text()
     assert "One seed gives no interval." in str(printout(folder))
     assert replace(spec, seeds=(0, 1)).only(["none"], [1]).seeds == (1,)
+
+
+def test_a_study_compares_teachers_and_makes_a_run_again_whose_teacher_has_changed(recipe, other_model_path, tmp_path):
+    teacher = shutil.copytree(other_model_path, tmp_path / "teacher")
+    larger = {"teacher": "model", "teacher_model_name_or_path": str(teacher)}
+    content = {
+        "recipe": "tiny.yaml", "seeds": [0], "baseline": "own", "settings": {"exposure_policy": "full"},
+        "variants": {"own": {}, "larger": larger}, "measure": {"problems": 2, "k": 1, "temperature": 1.0},
+    }  # fmt: skip
+    path = tmp_path / "teachers.yaml"
+    path.write_text(yaml.safe_dump(content))
+    assert command(str(path), tmp_path / "out") == 0
+    variants = json.loads((tmp_path / "out" / "study.json").read_text())["variants"]
+    mismatch = {name: each["metrics"]["mismatch"]["mean"] for name, each in variants.items()}
+    assert mismatch["larger"] > 0 and mismatch["larger"] != mismatch["own"]
+    before, after = [], []
+    for digests in (before, after):
+        digests += [trial.digest for trial in trials_of(load_spec(str(path)), [], tmp_path / "none")]
+        (teacher / "model.safetensors").write_bytes((teacher / "model.safetensors").read_bytes()[:-4] + b"\x01" * 4)
+    assert before[0] == after[0] and before[1] != after[1]

@@ -120,7 +120,9 @@ def train(argv: list[str]) -> int:
         go_on = f"; go on with: {go_on_command(config.output_dir)}" if saved else ""
         return fail(f"stopped{go_on}", 130)
     if int(os.environ.get("RANK", 0)) == 0:  # of the processes a launcher has started
-        show(f"report: {Path(run_dir) / 'report.html'}")
+        show(f"report: {run_dir / 'report.html'}")
+        if (run_dir / "adapter").is_dir():
+            show(f"adapter: {run_dir / 'adapter'}; `atesd merge {run_dir} --output_dir DIR` makes a model of it")
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from accelerate.utils import set_seed
 
 from atesd.config import CONFIG_FILE, ATESDConfig
 from atesd.config.doors import POLICY_FIELDS
+from atesd.config.load import settle_paths
 from atesd.data.problems import Problem
 from atesd.data.reading.leakage import TeacherWording
 from atesd.data.run_data import load_run_data
@@ -52,6 +54,7 @@ from atesd.objectives import TokenTotals, make_objective
 from atesd.parallel.parallelism import check_launcher, make_parallelism
 from atesd.parallel.processes import Processes, on_cpu
 from atesd.parallel.sharding import ShardingError, gather_tensors
+from atesd.planning.foreseen import disk_is_too_small, warm_up_trains_nothing
 from atesd.reports.learned import ANSWERS, as_lines, read_comparison
 from atesd.reports.metrics import METRICS, SAMPLES, PhaseTimer, peak_memory_bytes
 from atesd.reports.report import REPORT
@@ -98,6 +101,7 @@ class Run:
 
     def __init__(self, config: ATESDConfig):
         settle_precision(config)
+        settle_paths(config)
         check_launcher()
         bound_product_caches()
         self.config = config
@@ -148,13 +152,13 @@ class Run:
         checkpoint = self.processes.broadcast_from_main(self.checkpoint_to_resume)
         if self.processes.is_main:  # before anything long: however the run ends, it can be resumed
             config.save(self.run_dir)
-            show(f"run directory: {self.run_dir}")
         check_processes(config, self.processes)
         check_kernels(config)
         with ExitStack() as opened:  # if a later part fails, stops the subprocesses of the earlier ones
             self.build_data()
             if self.processes.is_main:
                 config.save(self.run_dir)  # again: with the counts of problems that were found
+                show(f"run directory: {self.run_dir}")
             digests = input_digests(config, self.data, self.tokenizer)
             self.changed_inputs = self.processes.broadcast_from_main(
                 keep_inputs, self.run_dir, digests, config.allow_changed_inputs
@@ -167,7 +171,16 @@ class Run:
                 self.restore(checkpoint)
             if config.push_to_hub:
                 self.processes.broadcast_from_main(make_repository, config.push_to_hub)
+            if self.processes.is_main:
+                self.warn_of_the_foreseen()
             self.opened = opened.pop_all()
+
+    def warn_of_the_foreseen(self) -> None:
+        """Warns of faults that the run is sure to meet."""
+        trained = self.student.trained.values()
+        for found in (warm_up_trains_nothing(self.config), disk_is_too_small(self.config, self.run_dir, trained)):
+            if found:
+                warnings.warn(found, stacklevel=2)
 
     def checkpoint_to_resume(self) -> Path | None:
         """Returns the checkpoint to go on from, if any. Its settings are compared with the run's.

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from atesd.config import load_config
+from atesd.storage.manifest import write_manifest
+from atesd.trainer import train
+
 STEPS = 7
 NOT_COMPARED = ("seconds_", "tokens_per_second", "peak_memory_bytes")  # what depends on the machine's mood
 
@@ -79,10 +83,27 @@ def test_a_run_killed_four_times_ends_like_the_run_that_was_not(settings, tmp_pa
 
 
 def test_a_finished_run_goes_on_when_given_more_steps_and_another_learning_rate(tiny_config):
-    from atesd.config import load_config
-    from atesd.trainer import train
-
     run_dir = train(tiny_config(max_steps=2, learning_rate=1e-3))
     train(load_config(None, ["--resume", str(run_dir), "--max_steps", "3", "--learning_rate", "1e-4"]))
     rows = compared(run_dir, "metrics.jsonl")
     assert [(row["step"], row["learning_rate"]) for row in rows] == [(1, 1e-3), (2, 1e-3), (3, 1e-4)]
+
+
+def test_a_run_goes_on_from_any_folder_and_one_with_relative_paths_from_its_own(tiny_config, tmp_path, monkeypatch):
+    """A run keeps its files by their full paths; one of an earlier version had them as they were typed."""
+    rows = [{"problem": f"What is {i} + 1?", "solution": f"It is {i + 1}.", "answer": str(i + 1)} for i in range(20)]
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = train(tiny_config(dataset_name="data.jsonl", max_steps=1))
+    assert load_config(None, ["--resume", str(run)]).dataset_name == str(tmp_path / "home/data.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert len(lines(train(load_config(None, ["--resume", str(run), "--max_steps", "2"])) / "metrics.jsonl")) == 2
+
+    monkeypatch.chdir(tmp_path / "home")
+    for file in (run / "config.yaml", *run.glob("checkpoints/*/settings.json")):
+        file.write_text(file.read_text().replace(str(tmp_path / "home/data.jsonl"), "data.jsonl"))
+    for checkpoint in (run / "checkpoints").iterdir():
+        (checkpoint / "manifest.json").unlink()
+        write_manifest(checkpoint)
+    assert len(lines(train(load_config(None, ["--resume", str(run), "--max_steps", "3"])) / "metrics.jsonl")) == 3

@@ -283,6 +283,8 @@ def check_same_settings(saved: Settings, given: Settings, may_change: Collection
     for name, value in asdict(given).items():
         before = getattr(saved, name)
         same = value == before or (name.endswith("_kwargs") and parse_json(value) == parse_json(before))
+        if isinstance(value, str) and isinstance(before, str) and Path(value).exists():
+            same = same or Path(value).absolute() == Path(before).absolute()
         if not same and name not in may_change:
             raise ConfigError(
                 f"{name} is {value!r}, but {what} was started with {before!r}: leave the flag out, {advice}"

@@ -26,6 +26,7 @@ from atesd.errors import ConfigError, suggest
 from atesd.files import write_atomically
 
 CONFIG_FILE = "config.yaml"
+PATHS = ("model_name_or_path", "teacher_model_name_or_path", "dataset_name", "prompt_templates")
 COUNTS = ("num_train_problems", "num_probe_problems", "num_eval_problems")
 
 
@@ -83,6 +84,14 @@ def load_config(recipe_or_yaml: str | None, flags: list[str]) -> ATESDConfig:
     config.up_to = counts_up_to(file, recipe_or_yaml, flags)  # type: ignore[misc]
     config.validate()
     return config
+
+
+def settle_paths(config: ATESDConfig) -> None:
+    """Makes the paths of files and folders absolute, so that a run can go on from any folder. Names of the Hub stay."""
+    for name in PATHS:
+        value = getattr(config, name)
+        if value and Path(value).expanduser().exists():
+            setattr(config, name, str(Path(value).expanduser().absolute()))
 
 
 def counts_up_to(file: Path | None, recipe_or_yaml: str | None, flags: list[str]) -> frozenset[str]:

@@ -14,13 +14,14 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
+from atesd.config.load import settle_paths
 from atesd.errors import ConfigError
 from atesd.files import write_json
 from atesd.storage.folder import own
 from atesd.studies.comparison import compare_variants
 from atesd.studies.spec import OWN, StudySpec
 from atesd.studies.study_report import STUDY, write_study_report
-from atesd.studies.trial import MEASURED, Trial, check_measurable, digest_of, files_of, resumed, run_trial
+from atesd.studies.trial import MEASURED, Trial, check_measurable, digest_of, digest_of_files, resumed, run_trial
 from atesd.terminal import show
 
 
@@ -67,7 +68,7 @@ def run_study(spec: StudySpec, flags: list[str], output_dir: str, jobs: int = 1)
 
 def trials_of(spec: StudySpec, flags: list[str], folder: Path) -> Iterator[Trial]:
     """Yields the runs of a study, seed by seed, so that a part of the study compares all of its variants."""
-    files = cache(files_of)  # most runs read the same ones
+    file_digest = cache(digest_of_files)  # most runs read the same ones
     for seed in spec.seeds:
         for variant in spec.variants:
             run_dir = folder / variant / f"seed-{seed}"
@@ -75,8 +76,8 @@ def trials_of(spec: StudySpec, flags: list[str], folder: Path) -> Iterator[Trial
             config = spec.config(variant, seed, run_dir / "new" if run_dir.exists() else run_dir, flags)
             check_measurable(config)
             config.output_dir = str(run_dir)
-            models = [config.model_name_or_path, config.teacher_model_name_or_path]
-            digest = digest_of(config, spec.measure, files(config.dataset_name, *(name for name in models if name)))
+            settle_paths(config)
+            digest = digest_of(config, spec.measure, file_digest)
             yield Trial(variant, seed, spec.measure, run_dir, resumed(run_dir, config), digest)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from atesd import __version__
 from atesd.config import CONFIG_FILE, ATESDConfig, load_config
 from atesd.config.checks import check_same_settings
+from atesd.config.load import PATHS
 from atesd.errors import ConfigError
 from atesd.evaluation.answers import EvalProtocol, answers
 from atesd.evaluation.files import fingerprint
@@ -66,15 +68,22 @@ class Trial:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def files_of(dataset_name: str, *models: str) -> list[str | None]:
-    """Returns a digest of the data file and one of each model's files; None for what is no local file."""
-    data = Path(dataset_name)
-    return [sha256(data) if data.is_file() else None, *(fingerprint(model_path(name)) for name in models)]
+def digest_of_files(name_or_path: str) -> str | None:
+    """Returns a digest of a file, or of a model's files; None for what is not on this machine."""
+    path = Path(name_or_path)
+    return sha256(path) if path.is_file() else fingerprint(model_path(name_or_path))
 
 
-def digest_of(config: ATESDConfig, measure: Measure, files: list[str | None]) -> str:
-    """Returns `Trial.digest` for settings as the study gives them, and what `files_of` says of their files."""
-    settings = {name: value for name, value in asdict(config).items() if name not in NOT_COMPARED}
+def digest_of(config: ATESDConfig, measure: Measure, file_digest: Callable[[str], str | None]) -> str:
+    """Returns `Trial.digest` for settings as the study gives them.
+
+    Settings at their defaults are left out: a setting that a later version adds changes no digest. Files count by
+    their content, not by the place where they lie: a study goes on in another place.
+    """
+    usual = {field.name: field.default for field in fields(ATESDConfig)}
+    settings = {n: v for n, v in asdict(config).items() if n not in NOT_COMPARED and v != usual[n]}
+    files = {name: file_digest(settings[name]) for name in PATHS if name in settings}
+    settings |= {name: found for name, found in files.items() if Path(settings[name]).exists()}
     content = [settings, asdict(measure), files, __version__]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

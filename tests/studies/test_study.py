@@ -100,6 +100,30 @@ def test_a_run_of_another_study_with_the_same_settings_is_taken_over(study, tmp_
     assert steps == [0, 1, 0], "another number of steps is another run"
 
 
+def test_finished_runs_count_where_their_files_have_another_place(study, tmp_path, monkeypatch):
+    """The data lie elsewhere, and a setting is spelled out that the study leaves at its default."""
+    content = yaml.safe_load((tmp_path / "tiny.yaml").read_text())
+    rows = [{"problem": f"What is {i} + 1?", "solution": f"It is {i + 1}.", "answer": str(i + 1)} for i in range(20)]
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    steps, step = [], Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self, t: steps.append(t) or step(self, t))
+    for place, flags in (("here", []), ("there", ["--reward_gamma", "0.9"])):
+        monkeypatch.chdir(tmp_path / place)
+        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content | {"dataset_name": "data.jsonl"}))
+        out = tmp_path / place / "runs" / "s"
+        if place == "there":
+            (out / "full/seed-0").mkdir(parents=True)
+            shutil.copy(tmp_path / "here/runs/s/full/seed-0/measured.json", out / "full/seed-0")
+        assert command(study, out, "--seeds", "0", "--variants", "full", *flags) == 0
+    assert steps == [0, 1]
+    with (tmp_path / "there/data.jsonl").open("a") as file:
+        file.write(json.dumps(rows[0] | {"problem": "another"}) + "\n")
+    assert command(study, tmp_path / "there/other/s", "--seeds", "0", "--variants", "full") == 0
+    assert len(steps) == 4, "other data make another run"
+
+
 def test_several_runs_at_a_time_give_the_same_numbers(study, tmp_path):
     one, two = tmp_path / "a" / "one", tmp_path / "b" / "two"
     for folder, jobs in ((one, "1"), (two, "2")):

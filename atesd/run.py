@@ -34,7 +34,7 @@ from atesd.exposure.decisions import ExposureDecisions
 from atesd.exposure.difficulty import Difficulty
 from atesd.exposure.outcomes import OutcomeMeter
 from atesd.exposure.policies import make_policy
-from atesd.files import write_json
+from atesd.files import write_atomically, write_json
 from atesd.guards import BEST, Guards
 from atesd.hub import make_repository, push_folder
 from atesd.inputs import INPUTS, input_digests, keep_inputs
@@ -57,6 +57,7 @@ from atesd.parallel.sharding import ShardingError, gather_tensors
 from atesd.planning.foreseen import disk_is_too_small, warm_up_trains_nothing
 from atesd.reports.learned import ANSWERS, as_lines, read_comparison
 from atesd.reports.metrics import METRICS, SAMPLES, PhaseTimer, peak_memory_bytes
+from atesd.reports.model_card import model_card
 from atesd.reports.report import REPORT
 from atesd.resuming import (
     NONFINITE,
@@ -427,11 +428,12 @@ class Run:
         write: Callable[..., None] = self.student.writer()
         if not self.processes.is_main:
             return
-        write(self.run_dir / (ADAPTER if self.config.use_peft else MODEL))
+        folder, learned = self.run_dir / (ADAPTER if self.config.use_peft else MODEL), read_comparison(self.run_dir)
+        write(folder)
+        write_atomically(folder / "README.md", model_card(self.config, self.step, learned))
         summary = {"steps": self.step, **self.data.counts(), **self.guards.summary(), **self.exposure.policy.finish()}
         if self.changed_inputs:
             summary["changed_inputs"] = self.changed_inputs
-        learned = read_comparison(self.run_dir)
         if learned:
             summary["held_out_accuracy"] = {name: learned[name] for name in ("before", "after", "change")}
         write_json(self.run_dir / SUMMARY, summary)

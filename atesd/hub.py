@@ -27,7 +27,7 @@ def check_push(name: str) -> None:
     if get_token() is None:
         raise ConfigError(
             f"push_to_hub is {name!r}, and there is no token for the Hub: run `hf auth login`, or set HF_TOKEN to a "
-            "token that may write. Or leave push_to_hub out; a run that goes on has it in its config.yaml"
+            "token that may write. Or leave push_to_hub out. (A resumed run uploads if it was started with push_to_hub)"
         )
 
 

@@ -186,6 +186,8 @@ def test_another_model_as_teacher_bounds_the_tokens_of_an_answer_by_the_tokenize
     model, tokenizer = AutoModelForCausalLM.from_config(model_config), AutoTokenizer.from_pretrained(tiny_model_path)
     config = ATESDConfig(teacher=teacher, teacher_model_name_or_path="a/b" if teacher == "model" else None)
     assert request_settings(config, model, tokenizer)["vocab_size"] == bound
+    model.config.vocab_size = 299  # Gemma 3's tokenizer has a token more than its head
+    assert request_settings(config, model, tokenizer)["vocab_size"] == 299
 
 
 def adapter_in(folder: str) -> dict[str, torch.Tensor]:

@@ -26,6 +26,12 @@ def rows_of(run_dir: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(MACHINE)} for row in rows]
 
 
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """Half of the time of so short a run, and tested elsewhere."""
+    monkeypatch.setattr("atesd.reports.report.write_report", lambda run_dir: None)
+
+
 @pytest.fixture
 def config(tiny_config, other_model_path):
     def make(**changes):

@@ -102,11 +102,6 @@ class PromptBuilder:
         before, after = self._around_reply()
         self.reply_header, self.turn_end = self.chat_tokens.header(before), self.chat_tokens.turn_end(after)
 
-    @property
-    def shorter_context(self) -> int:
-        """The context length that both models have."""
-        return min(self.context_length, self.teacher_context_length)
-
     def student_text(self, problem: Problem) -> str:
         """Returns the student's user message, before the chat template: the problem only."""
         return fill(self.templates.student, problem=problem.problem)
@@ -203,13 +198,15 @@ class PromptBuilder:
         m = len(shown.segments) if shown else 0
         exposures = {0.0, max_alpha} | ({(m - 1) / m} if m and is_full(max_alpha) else set())
         longest = max(len(self.teacher(problem, shown, alpha)) for alpha in exposures)
-        longest = max(longest, len(self.student(problem)))
         replies = [self.reference_completion(own, after_teacher_prompt=after)[0] for after in (False, True)]
-        total = longest + max(map(len, replies))
-        if total > self.shorter_context:
-            whose = "teacher" if self.shorter_context < self.context_length else "model"
-            advice = f"use a {whose} with a longer context or drop the problem"
-            raise PromptTooLong(problem.id, "prompt and reference reply", total, self.shorter_context, advice)
+        for whose, prompt, context in (
+            ("teacher", longest, self.teacher_context_length),
+            ("student", len(self.student(problem)), self.context_length),
+        ):
+            if (total := prompt + max(map(len, replies))) > context:
+                model = "model" if self.context_length == self.teacher_context_length else whose
+                advice = f"use a {model} with a longer context or drop the problem"
+                raise PromptTooLong(problem.id, "prompt and reference reply", total, context, advice)
 
     def largest_alpha(self, problem: Problem, own: Reference, shown: Reference | None) -> float:
         """Returns the largest exposure that ``check`` accepts: 1.0, or k/m for the largest k that fits.

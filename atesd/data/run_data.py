@@ -163,7 +163,7 @@ def load_run_data(
     if exposure_limit:
         warnings.warn(
             f"the teacher's context is cut for {len(exposure_limit)} of {len(checked)} problems: it reads the leading "
-            f"segments that fit into {prompts.shorter_context} tokens beside max_completion_length="
+            f"segments that fit into {prompts.teacher_context_length} tokens beside max_completion_length="
             f"{config.max_completion_length} ({', '.join(list(exposure_limit)[:3])}, ...)",
             stacklevel=2,
         )

@@ -100,7 +100,7 @@ def check_teacher_place(config: ATESDConfig, parallelism: Parallelism) -> None:
             f"teacher_device is {device!r}, and {count} processes train, each on a device of its own: leave it out"
         )
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()  # "meta" is a device, too, and holds no weights
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"teacher_device is {device!r}, which this machine does not have ({str(error).splitlines()[0]}): leave it "

@@ -49,11 +49,13 @@ def check_same_vocabulary(student: Any, teacher: Any, student_name: str, teacher
 
 def with_entries(head: HeadSpec, rows: int, known: int) -> HeadSpec:
     """Returns the first `rows` rows of `head`, where entries from `known` on are excluded by a bias of -inf."""
-    bias = None if head.bias is None else head.bias[:rows]
+    weight, bias = head.weight, head.bias
+    if rows < weight.shape[0]:  # not of all rows: the gradient of a view is copied
+        weight, bias = weight[:rows], None if bias is None else bias[:rows]
     if known < rows:
-        bias = head.weight.new_zeros(rows) if bias is None else bias.clone()
+        bias = weight.new_zeros(rows) if bias is None else bias.clone()
         bias[known:] = -torch.inf
-    return replace(head, weight=head.weight[:rows], bias=bias)
+    return replace(head, weight=weight, bias=bias)
 
 
 def over_same_entries(student: HeadSpec, teacher: HeadSpec) -> tuple[HeadSpec, HeadSpec]:

@@ -16,9 +16,16 @@ from atesd.reports.printout import Printout, Table
 
 PACKAGES = (
     "torch triton transformers accelerate peft datasets reasoning-gym gguf safetensors "
-    "liger-kernel flash-attn vllm trl math-verify"
+    "liger-kernel flash-attn bitsandbytes vllm trl math-verify"
 ).split()
-EXTRAS = {"triton": "gpu", "liger-kernel": "gpu", "flash-attn": "flash", "vllm": "vllm", "trl": "trl"}
+EXTRAS = {
+    "triton": "gpu",
+    "liger-kernel": "gpu",
+    "flash-attn": "flash",
+    "bitsandbytes": "4bit",
+    "vllm": "vllm",
+    "trl": "trl",
+}
 
 
 def describe() -> Printout:

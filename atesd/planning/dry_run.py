@@ -78,8 +78,8 @@ def dry_run(config: ATESDConfig) -> Printout:
         {
             "run": notes,
             "bytes": {**asdict(plan), "total": plan.total},
-            "parameters": {"model": shape.parameters, "adapter": shape.lora_parameters}
-            | ({} if other is None else {"teacher": other.parameters}),
+            "parameters": {"model": shape.parameters, "adapter": shape.lora_parameters},
+            "teacher": None if other is None else asdict(other) | {"bytes": teacher_model_bytes(other, config)},
             "problems": data.counts(),
             "prompts": prompts,
         },

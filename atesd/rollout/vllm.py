@@ -159,9 +159,10 @@ def completion(output: Any) -> Completion:
 
 def request_settings(config: ATESDConfig, model: nn.Module, tokenizer: Any) -> dict[str, Any]:
     """Returns the arguments of `RequestEngine` from a configuration, for both vLLM engines."""
+    rows = unwrap(model).config.get_text_config().vocab_size
     return {
         "context_length": longest_sequence(config, unwrap(model).config),
-        "vocab_size": entries_to_sample(config, tokenizer) or unwrap(model).config.get_text_config().vocab_size,
+        "vocab_size": min(rows, entries_to_sample(config, tokenizer) or rows),
         "stop_ids": stop_token_ids(unwrap(model), tokenizer),
         "max_completion_length": config.max_completion_length,
         "temperature": config.temperature,

@@ -263,6 +263,27 @@ def test_the_check_before_training_finds_what_any_exposure_would_refuse(backend)
     roomy.check(PROBLEM, nothing_to_cut, nothing_to_cut)
 
 
+def test_each_model_needs_room_for_its_own_prompt_only(backend):
+    """A teacher of a longer context reads prompts that the student could not; one of a shorter is held to its own."""
+    tokenizer = make_tokenizer(backend, read_template("thinking"))
+    roomy = builder_of(tokenizer, max_completion_length=10)
+    student, reply = len(roomy.student(PROBLEM)), len(roomy.reference_completion(REFERENCE)[0])
+    teacher = max(len(roomy.teacher(PROBLEM, REFERENCE, alpha)) for alpha in ALPHAS)
+    assert student < teacher
+
+    def check(context_length, teacher_context_length):
+        contexts = {"context_length": context_length, "teacher_context_length": teacher_context_length}
+        builder_of(tokenizer, max_completion_length=10, **contexts).check(PROBLEM, REFERENCE, REFERENCE)
+
+    check(student + reply, teacher + reply)
+    with pytest.raises(PromptTooLong, match="use a teacher with a longer context"):
+        check(2000, teacher + reply - 1)
+    with pytest.raises(PromptTooLong, match="use a student with a longer context"):
+        check(student + reply - 1, 2000)
+    with pytest.raises(ValueError, match="no room for a prompt in the teacher's context of 10 tokens"):
+        check(2000, 10)
+
+
 def test_the_reference_reply_is_the_solution_closed_by_eos(backend):
     tokenizer = make_tokenizer(backend, read_template("thinking"))
     ids, ends = builder_of(tokenizer).reference_completion(REFERENCE)

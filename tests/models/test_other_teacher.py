@@ -204,6 +204,8 @@ def test_a_place_that_this_machine_or_these_processes_do_not_have_is_refused(con
         check_teacher_place(config(teacher_device="cuda:77"), one)
     with pytest.raises(ConfigError, match="teacher_device is 'quantum', which this machine does not have"):
         check_teacher_place(config(teacher_device="quantum"), one)
+    with pytest.raises(ConfigError, match="teacher_device is 'meta', which this machine does not have"):
+        check_teacher_place(config(teacher_device="meta"), one)
     two = Parallelism(Processes(), torch.device("cpu"))
     two.processes.count = 2
     with pytest.raises(ConfigError, match="teacher_device is 'cpu', and 2 processes train"):

@@ -192,7 +192,7 @@ def test_a_dry_run_names_the_other_teacher_and_where_it_is(tiny_config, other_mo
     text = " ".join(str(said).split())
     assert f"teacher {other_model_path}, {parameters:,} parameters in bfloat16, 0.00 GiB on cuda:1" in text
     assert "only what the loss reads: the model is on cuda:1" in text
-    assert said.data["parameters"]["teacher"] == parameters
+    assert said.data["teacher"]["parameters"] == parameters and said.data["teacher"]["bytes"] == 2 * parameters
     text = " ".join(str(dry_run(with_other_teacher(tiny_config, other_model_path))).split())
     assert "another model, with what the loss reads of its head" in text
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from atesd.config import ATESDConfig
 from atesd.parallel.processes import Processes
@@ -24,7 +24,7 @@ from atesd.rollout.ahead import AheadEngine
 from atesd.rollout.answer_rules import Completion
 from atesd.rollout.requests import RequestEngine
 from atesd.rollout.seeds import ResponseSeeds
-from atesd.rollout.vllm import kv_cache_bytes
+from atesd.rollout.vllm import kv_cache_bytes, request_settings
 from atesd.rollout.vllm_server import VLLMServerEngine
 from atesd.rollout.weights import merged_weights
 from atesd.run import Run
@@ -176,6 +176,18 @@ def test_the_cache_holds_a_steps_rollouts_at_their_longest(tiny_model_path):
     assert kv_cache_bytes(model_config, evaluated, torch.bfloat16) == (9 + 1) * 128 * a_token, "1,100 tokens of one"
     plan = plan_memory(model_shape(model_config, config), config, 100)
     assert plan.kv_cache == 2 * 3 * 5 * 200 * a_token * 2, "the plan's, which here is in float32"
+
+
+@pytest.mark.parametrize(("teacher", "bound"), [("frozen", 330), ("ema", 330), ("model", 300)])
+def test_another_model_as_teacher_bounds_the_tokens_of_an_answer_by_the_tokenizer(tiny_model_path, teacher, bound):
+    """A head of 330 rows, of which the tokenizer knows 300: another model may have no embedding for the rest."""
+    model_config = AutoConfig.from_pretrained(tiny_model_path)
+    model_config.vocab_size = 330
+    model, tokenizer = AutoModelForCausalLM.from_config(model_config), AutoTokenizer.from_pretrained(tiny_model_path)
+    config = ATESDConfig(teacher=teacher, teacher_model_name_or_path="a/b" if teacher == "model" else None)
+    assert request_settings(config, model, tokenizer)["vocab_size"] == bound
+    model.config.vocab_size = 299  # Gemma 3's tokenizer has a token more than its head
+    assert request_settings(config, model, tokenizer)["vocab_size"] == 299
 
 
 def adapter_in(folder: str) -> dict[str, torch.Tensor]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import checks, ops, planning
 from .arguments import (
     checked_compute_dtype,
     checked_divergence,
@@ -15,15 +15,17 @@ from .arguments import (
     flat_mask,
     flat_targets,
     gradients_wanted,
-    same_storage,
     teacher_bias_of,
 )
 from .divergences import DivergenceTerm
 from .shards import backend_for, replicated_tensor, shard_of
 from .spec import DivergenceSpec, LogprobSpec, accumulate_dtype
 from .stats import TokenStats
+from .views import check_views, flat_mix, flat_states, local_views, mixed_biases, views_of
 
 if TYPE_CHECKING:  # the overloads type the effect of `return_stats`; the definitions below document the options
+    from collections.abc import Sequence
+
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
@@ -34,8 +36,8 @@ if TYPE_CHECKING:  # the overloads type the effect of `return_stats`; the defini
 def linear_divergence(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor | None = None,
+    teacher_hidden: Tensor | Sequence[Tensor],
+    teacher_weight: Tensor | Sequence[Tensor | None] | None = None,
     *,
     return_stats: Literal[False] = False,
     **options: Unpack[LinearDivergenceOptions],
@@ -44,8 +46,8 @@ def linear_divergence(
 def linear_divergence(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor | None = None,
+    teacher_hidden: Tensor | Sequence[Tensor],
+    teacher_weight: Tensor | Sequence[Tensor | None] | None = None,
     *,
     return_stats: Literal[True],
     **options: Unpack[LinearDivergenceOptions],
@@ -53,15 +55,16 @@ def linear_divergence(
 def linear_divergence(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor | None = None,
+    teacher_hidden: Tensor | Sequence[Tensor],
+    teacher_weight: Tensor | Sequence[Tensor | None] | None = None,
     *,
     divergence: str | DivergenceTerm = "forward_kl",
     beta: float = 0.5,
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    teacher_bias: Tensor | Sequence[Tensor | None] | None = None,
+    teacher_mix: Tensor | None = None,
     softcap: float | None = None,
     mask: Tensor | None = None,
     token_weight: Tensor | None = None,
@@ -145,26 +148,19 @@ def linear_divergence(
         >>> round(loss.item(), 3), tuple(student.grad.shape)
         (0.003, (2, 5, 64))
     """
-    if teacher_weight is not None and same_storage(student_weight, teacher_weight):
-        teacher_weight = None
-    student_hidden, teacher_hidden = (
-        replicated_tensor("student_hidden", student_hidden),
-        replicated_tensor("teacher_hidden", teacher_hidden),
-    )
+    views = views_of(student_weight, teacher_hidden, teacher_weight, teacher_bias, teacher_mix)
+    student_hidden = replicated_tensor("student_hidden", student_hidden)
     student_weight, group = shard_of("student_weight", student_weight, group)
-    teacher_weight, group = shard_of("teacher_weight", teacher_weight, group)
     student_bias, group = shard_of("student_bias", student_bias, group)
-    teacher_bias, group = shard_of("teacher_bias", teacher_bias, group)
+    views, group = local_views(views, group)
     checks.check_head("student", student_hidden, student_weight, student_bias)
-    checks.check_pair(student_hidden, teacher_hidden, "hidden")
-    checks.check_head(
-        "teacher", teacher_hidden, student_weight if teacher_weight is None else teacher_weight, teacher_bias
-    )
-    if teacher_weight is not None:
-        checks.check_vocabulary(student_weight.shape[0], teacher_weight.shape[0])
+    check_views(student_hidden, student_weight, views)
     lead = student_hidden.shape[:-1]
     compute_dtype = checked_compute_dtype(
-        student_hidden, logits_dtype, student_weight=student_weight, teacher_weight=teacher_weight
+        student_hidden,
+        logits_dtype,
+        student_weight=student_weight,
+        **{f"teacher_weight{view.label}": view.weight for view in views},
     )
     call = checked_divergence(
         lead, student_hidden.device, compute_dtype, divergence=divergence, beta=beta, temperature=temperature,
@@ -173,6 +169,16 @@ def linear_divergence(
         backend=backend_for(group, backend), chunk_bytes=chunk_bytes,
     )  # fmt: skip
     checks.check_group(group, call.options["backend"])
+    states = [flat_states(view, lead.numel()) for view in views]
+    heads = [None if view.weight is None else view.weight.detach() for view in views]
+    teacher: tuple[Any, ...]
+    if teacher_mix is None:
+        op, teacher = ops.linear_divergence_op, (states[0], heads[0], teacher_bias_of(views[0], student_bias))
+    else:
+        planning.require_views(call.options["backend"])
+        mix = flat_mix(teacher_mix, len(views), lead, student_hidden.device, call.mask)
+        student_bias, bias = mixed_biases(views, student_weight, student_bias)
+        op, teacher = ops.linear_divergence_views_op, (states, heads, bias, mix)
     spec = DivergenceSpec(
         **call.options,
         logits_dtype=logits_dtype,
@@ -182,13 +188,11 @@ def linear_divergence(
         weighted=reduction != "none",
         **gradients_wanted(student_hidden, student_weight, student_bias),
     )
-    value, stats, *_ = ops.linear_divergence_op(
+    value, stats, *_ = op(
         student_hidden.reshape(lead.numel(), student_hidden.shape[-1]),
         student_weight,
         student_bias,
-        teacher_hidden.detach().reshape(lead.numel(), teacher_hidden.shape[-1]),
-        None if teacher_weight is None else teacher_weight.detach(),
-        teacher_bias_of(teacher_weight, teacher_bias, student_bias),
+        *teacher,
         call.mask,
         None if reduction == "none" else call.row_weight,
         call.targets,

@@ -48,8 +48,8 @@ class MixedLogits(LinearLogits):
         super().__init__(spec, h_s, w_s, None, own, bias_s, bias_t)
         self.states, self.heads, self.weights = h_t, w_t, mix
         self.biases = Biases(bias_s, bias_t, len(h_t), self.dtype)
-        # of a block: the mixture, and what a softcap makes of one view
-        self.mixing_bytes = 2 * max(self.s_dtype.itemsize, self.dtype.itemsize)
+        # of a block: the mixture, and the temporaries of one view's softcap
+        self.mixing_bytes = (1 if spec.softcap is None else 8) * max(self.s_dtype.itemsize, self.dtype.itemsize)
 
     def load_teacher(self, index: Tensor) -> None:
         self.mix = self.weights[:, index]  # [M, R]

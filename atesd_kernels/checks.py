@@ -27,9 +27,7 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, v
     states, head, shift = (f"{name}_{part}{view}" for part in ("hidden", "weight", "bias"))
     require(
         hidden.dim() >= 2,
-        lambda: (
-            f"{states} must be [..., H] with a leading dimension, got {tuple(hidden.shape)}; use hidden[None]."
-        ),
+        lambda: f"{states} must be [..., H] with a leading dimension, got {tuple(hidden.shape)}; use hidden[None].",
     )
     require(weight.dim() == 2, lambda: f"{head} must be [V, H], got {tuple(weight.shape)}.")
     require(

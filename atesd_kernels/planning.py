@@ -176,13 +176,18 @@ def own_backend(name: str) -> Any:
 
 
 def require_views(backend: str) -> None:
-    """Checks that `backend` mixes several views of a teacher: ours do, a caller's own may."""
-    if ":" in backend and not torch.compiler.is_compiling():  # torch.compile cannot trace an import
-        if not callable(getattr(own_backend(backend), VIEWS, None)):
-            raise ValueError(
-                f"backend {backend!r} has no {VIEWS}, which several views of a teacher (teacher_mix) need; see "
-                "atesd_kernels.backends.MixingBackend, or use backend='torch'."
-            )
+    """Checks that `backend` mixes several views of a teacher: all of this package do, a caller's own may.
+
+    Raises:
+        ValueError: if it has no such function.
+    """
+    if ":" not in backend or torch.compiler.is_compiling():  # torch.compile cannot trace an import
+        return
+    if not callable(getattr(own_backend(backend), VIEWS, None)):
+        raise ValueError(
+            f"backend {backend!r} has no {VIEWS}, which several views of a teacher (teacher_mix) need; see "
+            "atesd_kernels.backends.MixingBackend, or use backend='torch'."
+        )
 
 
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, has_triton_twin: bool) -> str:

@@ -109,12 +109,10 @@ def flat_mix(mix: Any, num_views: int, lead: torch.Size, device: torch.device, m
             do not sum to 1 in a row that counts.
     """
     per_token = (num_views, *lead)
+    kind = mix.dtype if isinstance(mix, Tensor) else type(mix).__name__
     checks.require(
-        isinstance(mix, Tensor) and mix.dtype in checks.FLOATS,
-        lambda: (
-            f"teacher_mix must be a floating tensor, got {mix.dtype if isinstance(mix, Tensor) else type(mix).__name__}; "
-            "pass torch.tensor([...])."
-        ),
+        kind in checks.FLOATS,
+        lambda: f"teacher_mix must be a floating tensor, got {kind}; pass torch.tensor([0.5, 0.5]).",
         TypeError,
     )
     checks.require(

@@ -28,33 +28,6 @@ def filled_rows(values: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def add_view(
-    o: Tensor,  # [R, V] fp32
-    s: Tensor,  # [R, V]
-    product: Tensor,  # [R, V]
-    mix: Tensor,  # [R] fp32
-    bias: Tensor | None,  # [V] fp32
-    shift: Tensor | None,  # [V] fp32
-    softcap: float | None,
-    is_delta: bool,
-    first: bool,
-) -> None:
-    """Adds `mix` times a view's logits minus the student's, after the softcap, to `o`; the `first` overwrites it.
-
-    `product` is the view's logits, or with `is_delta` their difference from the student's `s`, both without biases.
-    `bias` is the student's, `shift` the view's minus that.
-    """
-    from ..kernels import elementwise as kernels
-
-    if o.numel():
-        with on(o.device):
-            grid = (len(o), -(-o.shape[1] // BLOCK))
-            kernels.add_view[grid](
-                o, s, product, mix, bias, shift, o.stride(0), s.stride(0), product.stride(0), o.shape[1], softcap,
-                IS_DELTA=is_delta, FIRST=first, BLOCK=BLOCK, num_warps=8,
-            )  # fmt: skip
-
-
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
     """Multiplies contiguous `x` in place by `factor`, a scalar on its device, in fp32. A factor of 1 is a no-op."""
     from ..kernels.elementwise import scale

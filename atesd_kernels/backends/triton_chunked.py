@@ -184,9 +184,7 @@ def logit_dtypes(spec: DivergenceSpec, shared: bool) -> tuple[torch.dtype, torch
     return spec.logits_dtype, spec.compute_dtype if spec.term.smooth else torch.float32
 
 
-def difference_logits(
-    spec: DivergenceSpec, wide: Tensor, s: Tensor, w: Tensor, o_dtype: torch.dtype
-) -> Tensor:
+def difference_logits(spec: DivergenceSpec, wide: Tensor, s: Tensor, w: Tensor, o_dtype: torch.dtype) -> Tensor:
     """Returns `D = wide @ w.T`, `[R, V]`, from the fp32 difference of hidden states `wide` `[R, H]`.
 
     The difference is rounded once. Where u jumps at p = q, its remainder is multiplied too.

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels import mixing as mixing_kernels
 from ..kernels.rows import CAPPED_DELTA
 from ..spec import DivergenceSpec, RowResult
-from . import matmul
-from .elementwise import add_view
+from . import matmul, tuning
 from .mixing import Biases, add_mixed, mixed_difference
 from .triton_chunked import delta_parts, difference_logits, logit_dtypes, sweep_chunks
 
@@ -93,9 +93,17 @@ class MixedLogits(Mixture):
                 product = difference_logits(self.spec, h.float() - self.h_s[rows].float(), s, head, self.product_dtype)
             else:
                 product = matmul.logits(h.to(self.spec.compute_dtype), head, self.product_dtype)
-            shift = None if self.bias.shift is None else self.bias.shift[m]
-            add_view(
-                o, s, product, self.mix[m, rows], self.bias.student, shift, self.spec.softcap, self.shared, first=m == 0
-            )
+            self.add(o, s, product, rows, m)
             del product  # free it before allocating the next
         return o
+
+    def add(self, o: Tensor, s: Tensor, product: Tensor, rows: slice, m: int) -> None:
+        """Adds the weighted difference of view `m` from the student to `o`; the first view overwrites it."""
+        if not o.numel():
+            return
+        config = tuning.row_config(o.device, o.shape[1])
+        shift = None if self.bias.shift is None else self.bias.shift[m]
+        mixing_kernels.add_view[(len(o), -(-o.shape[1] // config.block))](
+            o, s, product, self.mix[m, rows], self.bias.student, shift, o.stride(0), s.stride(0), product.stride(0),
+            o.shape[1], self.spec.softcap, IS_DELTA=self.shared, FIRST=m == 0, **config.constants,
+        )  # fmt: skip

@@ -93,8 +93,8 @@ def linear_divergence(
             its softcap, and `TokenStats` describe this mixture. The sizes `H_t` may differ.
         teacher_weight: `[V, H_t]`. None, or the student's own tensor, means a shared head. Logit differences then come
             from differences of hidden states; this keeps bf16 gradients accurate. Separate heads use fp32 logits (fp64
-            for fp32 inputs). For views: one for all, or a list of M heads or None. Without softcap, views that share the
-            student's head cost one product, as one teacher does; otherwise each view costs a product.
+            for fp32 inputs). For views: one for all, or a list of M heads or None. Without softcap, views that all
+            share the student's head cost one product, as one teacher does; otherwise each view costs a product.
         divergence: "forward_kl" KL(p||q), "reverse_kl" KL(q||p), "jsd", "jeffreys", "skew_kl", "skew_reverse_kl",
             "total_variation", "alpha", or a `DivergenceTerm`. See `divergences.py` for the formulas.
         beta: shape of "jsd", "skew_*" and "alpha", in [0, 1]. For "jsd" as in TRL and Liger: 0 is forward KL, 1 is
@@ -105,10 +105,10 @@ def linear_divergence(
             vocabulary. With a shared head, the teacher's bias defaults to the student's. For views: one teacher's bias
             for all, or a list of M biases or None. They mix like logits. An entry that one view excludes is excluded
             from the vocabulary, whatever the view's weight.
-        teacher_mix: `[M]` or `[M, ...]` (for each token), floating: the views' weights `w_m`, without gradient; negative
-            ones are allowed. Required for a list of views, and refused without. They sum to 1 within 1e-6 in each
-            unmasked token, and are then divided by their sum. On a GPU this is the caller's promise. `README.md`
-            lists published targets of this form.
+        teacher_mix: `[M]` or `[M, ...]` (for each token), floating: the views' weights `w_m`, without gradient. They
+            may be negative. Required for a list of views, and refused without one. The weights of an unmasked token
+            are finite and sum to 1 within 1e-6 (on a GPU this is the caller's promise); they are divided by their sum.
+            `README.md` lists published targets of this form.
         softcap: logits become `softcap * tanh(logits / softcap)` before the temperature, as in Gemma. A logit of -inf
             stays there.
         mask: `[...]`, bool or 0/1; tokens where it is false cost nothing and do not affect the loss.

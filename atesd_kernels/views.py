@@ -125,10 +125,7 @@ def flat_mix(mix: Any, num_views: int, lead: torch.Size, device: torch.device, m
     checks.require(
         mix.device == device, lambda: f"teacher_mix is on {mix.device}, the hidden states on {device}; move it there."
     )
-    if mix.dim() == 1 and len(per_token) > 1:
-        rows = mix.double()[:, None].expand(num_views, lead.numel())
-    else:
-        rows = mix.reshape(num_views, lead.numel()).double()
+    rows = mix.double().reshape(num_views, -1).expand(num_views, lead.numel())
     total = rows.sum(0)
     if device.type == "cpu" and not torch.compiler.is_compiling():
         _check_total(total if mask is None else total[mask])

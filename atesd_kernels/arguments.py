@@ -102,11 +102,11 @@ def flat_mask(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.reshape(-1).bool()
 
 
-def teacher_bias_of(teacher_weight, teacher_bias, student_bias) -> Tensor | None:
-    """Returns the teacher's bias, or None if the bias of a shared head cancels in the logit difference."""
-    if teacher_bias is None or (teacher_weight is None and teacher_bias is student_bias):
+def teacher_bias_of(teacher, student_bias) -> Tensor | None:
+    """Returns the bias of a teacher (`views.View`), or None if the bias of a shared head cancels in the difference."""
+    if teacher.bias is None or (teacher.weight is None and teacher.bias is student_bias):
         return None
-    return teacher_bias.detach()
+    return teacher.bias.detach()
 
 
 def row_weight_of(token_weight, mask, num_rows: int, device, dtype, reduction: str, num_tokens) -> Tensor | None:

@@ -21,54 +21,55 @@ def require(condition: bool, message: Callable[[], str], error: type[Exception] 
         raise error(message())
 
 
-def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Checks shapes, devices and floating dtypes of `hidden` `[..., H]`, `weight` `[V, H]` and `bias` `[V]`."""
+def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, view: str = "") -> None:
+    """Checks shapes, devices and floating dtypes of `hidden` `[..., H]`, `weight` `[V, H]` and `bias` `[V]`. `view` is
+    a suffix of their names, such as "[1]"."""
+    states, head, shift = (f"{name}_{part}{view}" for part in ("hidden", "weight", "bias"))
     require(
         hidden.dim() >= 2,
-        lambda: (
-            f"{name}_hidden must be [..., H] with a leading dimension, got {tuple(hidden.shape)}; use hidden[None]."
-        ),
+        lambda: f"{states} must be [..., H] with a leading dimension, got {tuple(hidden.shape)}; use hidden[None].",
     )
-    require(weight.dim() == 2, lambda: f"{name}_weight must be [V, H], got {tuple(weight.shape)}.")
+    require(weight.dim() == 2, lambda: f"{head} must be [V, H], got {tuple(weight.shape)}.")
     require(
         hidden.shape[-1] == weight.shape[1],
         lambda: (
-            f"{name}_hidden has size {hidden.shape[-1]}, but {name}_weight is [V, H] = {tuple(weight.shape)}; "
+            f"{states} has size {hidden.shape[-1]}, but {head} is [V, H] = {tuple(weight.shape)}; "
             "pass the head's weight as nn.Linear stores it."
         ),
     )
-    for label, tensor in ((f"{name}_hidden", hidden), (f"{name}_weight", weight), (f"{name}_bias", bias)):
+    for label, tensor in ((states, hidden), (head, weight), (shift, bias)):
         if tensor is None:
             continue
         require(tensor.dtype in FLOATS, lambda: f"{label} has dtype {tensor.dtype}; use one of {FLOATS}.", TypeError)
         require(
             tensor.device == hidden.device,
-            lambda: f"{label} is on {tensor.device}, {name}_hidden on {hidden.device}; move them together.",
+            lambda: f"{label} is on {tensor.device}, {states} on {hidden.device}; move them together.",
         )
     if bias is not None:
         require(
             bias.shape == weight.shape[:1],
-            lambda: f"{name}_bias must be [V] = [{weight.shape[0]}], got {tuple(bias.shape)}.",
+            lambda: f"{shift} must be [V] = [{weight.shape[0]}], got {tuple(bias.shape)}.",
         )
 
 
-def check_pair(student: Tensor, teacher: Tensor, what: str) -> None:
+def check_pair(student: Tensor, teacher: Tensor, what: str, view: str = "") -> None:
     """Checks that leading dimensions, dtype and device of the two models' inputs agree."""
+    named = f"teacher_{what}{view}"
     require(
         student.shape[:-1] == teacher.shape[:-1],
         lambda: (
-            f"student_{what} and teacher_{what} must have the same leading dimensions, got {tuple(student.shape)} and "
+            f"student_{what} and {named} must have the same leading dimensions, got {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}; both must hold the response tokens, in the same order."
         ),
     )
     require(
         student.dtype == teacher.dtype or torch.is_autocast_enabled(student.device.type),
-        lambda: f"student_{what} is {student.dtype}, teacher_{what} {teacher.dtype}; cast one of them.",
+        lambda: f"student_{what} is {student.dtype}, {named} {teacher.dtype}; cast one of them.",
         TypeError,
     )
     require(
         student.device == teacher.device,
-        lambda: f"student_{what} is on {student.device}, teacher_{what} on {teacher.device}; move them together.",
+        lambda: f"student_{what} is on {student.device}, {named} on {teacher.device}; move them together.",
     )
 
 

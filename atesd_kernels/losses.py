@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import checks, ops, planning
 from .arguments import (
     checked_compute_dtype,
     checked_divergence,
@@ -15,15 +15,17 @@ from .arguments import (
     flat_mask,
     flat_targets,
     gradients_wanted,
-    same_storage,
     teacher_bias_of,
 )
 from .divergences import DivergenceTerm
 from .shards import backend_for, replicated_tensor, shard_of
 from .spec import DivergenceSpec, LogprobSpec, accumulate_dtype
 from .stats import TokenStats
+from .views import check_views, flat_mix, flat_states, local_views, mixed_biases, views_of
 
 if TYPE_CHECKING:  # the overloads type the effect of `return_stats`; the definitions below document the options
+    from collections.abc import Sequence
+
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
@@ -34,8 +36,8 @@ if TYPE_CHECKING:  # the overloads type the effect of `return_stats`; the defini
 def linear_divergence(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor | None = None,
+    teacher_hidden: Tensor | Sequence[Tensor],
+    teacher_weight: Tensor | Sequence[Tensor | None] | None = None,
     *,
     return_stats: Literal[False] = False,
     **options: Unpack[LinearDivergenceOptions],
@@ -44,8 +46,8 @@ def linear_divergence(
 def linear_divergence(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor | None = None,
+    teacher_hidden: Tensor | Sequence[Tensor],
+    teacher_weight: Tensor | Sequence[Tensor | None] | None = None,
     *,
     return_stats: Literal[True],
     **options: Unpack[LinearDivergenceOptions],
@@ -53,15 +55,16 @@ def linear_divergence(
 def linear_divergence(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor | None = None,
+    teacher_hidden: Tensor | Sequence[Tensor],
+    teacher_weight: Tensor | Sequence[Tensor | None] | None = None,
     *,
     divergence: str | DivergenceTerm = "forward_kl",
     beta: float = 0.5,
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    teacher_bias: Tensor | Sequence[Tensor | None] | None = None,
+    teacher_mix: Tensor | None = None,
     softcap: float | None = None,
     mask: Tensor | None = None,
     token_weight: Tensor | None = None,
@@ -85,10 +88,13 @@ def linear_divergence(
     Args:
         student_hidden: `[..., H]`, fp32, bf16, fp16, or fp64 (backend "torch"); at least one leading dimension.
         student_weight: `[V, H]`, the head as `nn.Linear` stores it, same dtype as the hidden states.
-        teacher_hidden: `[..., H_t]`, same leading dimensions and dtype.
+        teacher_hidden: `[..., H_t]`, same leading dimensions and dtype. Or a list of M such tensors, views of a
+            teacher: the target's logits are then `sum_m w_m z_m / teacher_temperature`, each view's logits `z_m` with
+            its softcap, and `TokenStats` describe this mixture. The sizes `H_t` may differ.
         teacher_weight: `[V, H_t]`. None, or the student's own tensor, means a shared head. Logit differences then come
             from differences of hidden states; this keeps bf16 gradients accurate. Separate heads use fp32 logits (fp64
-            for fp32 inputs on backend "torch").
+            for fp32 inputs). For views: one for all, or a list of M heads or None. Without softcap, views that all
+            share the student's head cost one product, as one teacher does; otherwise each view costs a product.
         divergence: "forward_kl" KL(p||q), "reverse_kl" KL(q||p), "jsd", "jeffreys", "skew_kl", "skew_reverse_kl",
             "total_variation", "alpha", or a `DivergenceTerm`. See `divergences.py` for the formulas.
         beta: shape of "jsd", "skew_*" and "alpha", in [0, 1]. For "jsd" as in TRL and Liger: 0 is forward KL, 1 is
@@ -96,7 +102,13 @@ def linear_divergence(
         temperature: divides both models' logits. No T^2 factor is applied to the loss (OPSD applies none).
         teacher_temperature: divides the teacher's logits, if it differs.
         student_bias, teacher_bias: `[V]`, added to the logits. An entry at -inf in both is excluded from the
-            vocabulary. With a shared head, the teacher's bias defaults to the student's.
+            vocabulary. With a shared head, the teacher's bias defaults to the student's. For views: one teacher's bias
+            for all, or a list of M biases or None. They mix like logits. An entry that one view excludes is excluded
+            from the vocabulary, whatever the view's weight.
+        teacher_mix: `[M]` or `[M, ...]` (for each token), floating: the views' weights `w_m`, without gradient. They
+            may be negative. Required for a list of views, and refused without one. The weights of an unmasked token
+            are finite and sum to 1 within 1e-6 (on a GPU this is the caller's promise); they are divided by their sum.
+            `README.md` lists published targets of this form.
         softcap: logits become `softcap * tanh(logits / softcap)` before the temperature, as in Gemma. A logit of -inf
             stays there.
         mask: `[...]`, bool or 0/1; tokens where it is false cost nothing and do not affect the loss.
@@ -145,26 +157,19 @@ def linear_divergence(
         >>> round(loss.item(), 3), tuple(student.grad.shape)
         (0.003, (2, 5, 64))
     """
-    if teacher_weight is not None and same_storage(student_weight, teacher_weight):
-        teacher_weight = None
-    student_hidden, teacher_hidden = (
-        replicated_tensor("student_hidden", student_hidden),
-        replicated_tensor("teacher_hidden", teacher_hidden),
-    )
+    views = views_of(student_weight, teacher_hidden, teacher_weight, teacher_bias, teacher_mix)
+    student_hidden = replicated_tensor("student_hidden", student_hidden)
     student_weight, group = shard_of("student_weight", student_weight, group)
-    teacher_weight, group = shard_of("teacher_weight", teacher_weight, group)
     student_bias, group = shard_of("student_bias", student_bias, group)
-    teacher_bias, group = shard_of("teacher_bias", teacher_bias, group)
+    views, group = local_views(views, group)
     checks.check_head("student", student_hidden, student_weight, student_bias)
-    checks.check_pair(student_hidden, teacher_hidden, "hidden")
-    checks.check_head(
-        "teacher", teacher_hidden, student_weight if teacher_weight is None else teacher_weight, teacher_bias
-    )
-    if teacher_weight is not None:
-        checks.check_vocabulary(student_weight.shape[0], teacher_weight.shape[0])
+    check_views(student_hidden, student_weight, views)
     lead = student_hidden.shape[:-1]
     compute_dtype = checked_compute_dtype(
-        student_hidden, logits_dtype, student_weight=student_weight, teacher_weight=teacher_weight
+        student_hidden,
+        logits_dtype,
+        student_weight=student_weight,
+        **{f"teacher_weight{view.label}": view.weight for view in views},
     )
     call = checked_divergence(
         lead, student_hidden.device, compute_dtype, divergence=divergence, beta=beta, temperature=temperature,
@@ -173,6 +178,16 @@ def linear_divergence(
         backend=backend_for(group, backend), chunk_bytes=chunk_bytes,
     )  # fmt: skip
     checks.check_group(group, call.options["backend"])
+    states = [flat_states(view, lead.numel()) for view in views]
+    heads = [None if view.weight is None else view.weight.detach() for view in views]
+    teacher: tuple[Any, ...]
+    if teacher_mix is None:
+        op, teacher = ops.linear_divergence_op, (states[0], heads[0], teacher_bias_of(views[0], student_bias))
+    else:
+        planning.require_views(call.options["backend"])
+        mix = flat_mix(teacher_mix, len(views), lead, student_hidden.device, call.mask)
+        student_bias, bias = mixed_biases(views, student_weight, student_bias)
+        op, teacher = ops.linear_divergence_views_op, (states, heads, bias, mix)
     spec = DivergenceSpec(
         **call.options,
         logits_dtype=logits_dtype,
@@ -182,13 +197,11 @@ def linear_divergence(
         weighted=reduction != "none",
         **gradients_wanted(student_hidden, student_weight, student_bias),
     )
-    value, stats, *_ = ops.linear_divergence_op(
+    value, stats, *_ = op(
         student_hidden.reshape(lead.numel(), student_hidden.shape[-1]),
         student_weight,
         student_bias,
-        teacher_hidden.detach().reshape(lead.numel(), teacher_hidden.shape[-1]),
-        None if teacher_weight is None else teacher_weight.detach(),
-        teacher_bias_of(teacher_weight, teacher_bias, student_bias),
+        *teacher,
         call.mask,
         None if reduction == "none" else call.row_weight,
         call.targets,

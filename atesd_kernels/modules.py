@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from . import losses
@@ -17,12 +19,13 @@ class _Loss(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-    def forward(self, *tensors: Tensor, **arguments):
+    def forward(self, *tensors: Tensor | Sequence[Tensor | None] | None, **arguments):
         return self.function(*tensors, **{**self.options, **arguments})
 
 
 class LinearDivergence(_Loss):
     """`linear_divergence` as a module. The constructor takes its options; each call takes `mask` and other tensors.
+    `teacher_mix` may be an option, or differ from call to call.
 
     Example:
         >>> from atesd_kernels import LinearDivergence

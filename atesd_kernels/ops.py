@@ -11,6 +11,7 @@ arbitrary upstream gradients, backward runs the operator again with them as row 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -30,9 +31,9 @@ NUM_STATS = len(TokenStats._fields)
 def _backend(name: str, function: str):
     if ":" in name:
         return getattr(planning.own_backend(name), function)
-    module = "triton_chunked"
+    module = "triton_views" if function == planning.VIEWS else "triton_chunked"
     if name in TORCH:  # eager or compiled
-        module = "torch_logprobs" if function == "logprob_rows" else "torch_chunked"
+        module = {"logprob_rows": "torch_logprobs", planning.VIEWS: "torch_views"}.get(function, "torch_chunked")
     return getattr(importlib.import_module(f".backends.{module}", __package__), function)
 
 
@@ -84,6 +85,41 @@ def linear_divergence_op(
 def _(
     student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, mask, row_weight,
     targets, spec,
+):  # fmt: skip
+    return _fake_outputs(DivergenceSpec.decode_for_forward(spec), student_hidden, student_weight, student_bias)
+
+
+@torch.library.custom_op("atesd_kernels::linear_divergence_views", mutates_args=())
+def linear_divergence_views_op(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: list[Tensor],
+    teacher_weight: list[Tensor | None],
+    teacher_bias: Tensor | None,
+    teacher_mix: Tensor,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    targets: Tensor | None,
+    spec: str,
+) -> Outputs:
+    """`linear_divergence_op` for a mixture of teachers, as `backends.MixingBackend` describes it."""
+    options = DivergenceSpec.decode_for_forward(spec)
+    if targets is not None:
+        checks.check_targets(targets, mask, Shards(options.group, student_weight.shape[0], targets.device).vocab)
+    planning.require_views(options.backend)
+    run = _backend(options.backend, planning.VIEWS)
+    result = run(
+        options, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
+        teacher_mix, mask, row_weight, targets,
+    )  # fmt: skip
+    return _outputs(options, result, row_weight)
+
+
+@linear_divergence_views_op.register_fake
+def _(
+    student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, teacher_mix, mask,
+    row_weight, targets, spec,
 ):  # fmt: skip
     return _fake_outputs(DivergenceSpec.decode_for_forward(spec), student_hidden, student_weight, student_bias)
 
@@ -177,6 +213,15 @@ def saveable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
+def _tensors(inputs) -> Iterator[tuple[tuple[int, int | None], Tensor]]:
+    """Yields an operator's tensors and their positions: the input, and the place in it if it is a list."""
+    for i, value in enumerate(inputs):
+        if isinstance(value, Tensor):
+            yield (i, None), value
+        elif isinstance(value, (list, tuple)):
+            yield from (((i, j), tensor) for j, tensor in enumerate(value) if tensor is not None)
+
+
 def _register_autograd(op, spec_type: type[LossSpec], differentiable: tuple[str, ...]) -> None:
     """Registers the backward pass of an operator. Its outputs from the third on are the gradients of the inputs named
     `differentiable`: hidden states, and weight and bias if it has them."""
@@ -191,7 +236,10 @@ def _register_autograd(op, spec_type: type[LossSpec], differentiable: tuple[str,
         ctx.dtypes = {n: inputs[where[n]].dtype for n in differentiable if inputs[where[n]] is not None}
         # spec of the operator's second run, in backward; None if forward computed the gradients
         ctx.again = replace(spec, weighted=True, stats=False).encode() if spec.runs_again else None
-        kept = {i: saveable(v) for i, v in enumerate(inputs) if isinstance(v, Tensor)} if spec.runs_again else {}
+        ctx.lists = {i: len(v) for i, v in enumerate(inputs) if isinstance(v, (list, tuple))}
+        # autograd flattens a list of tensors: it expects a gradient, or None, for each
+        ctx.flattened = {i: n for i, n in ctx.lists.items() if all(isinstance(t, Tensor) for t in inputs[i])}
+        kept = {p: saveable(t) for p, t in _tensors(inputs)} if spec.runs_again else {}
         ctx.tensor_positions = list(kept)
         ctx.save_for_backward(*kept.values(), *([] if spec.runs_again else output[2:]))
 
@@ -202,13 +250,16 @@ def _register_autograd(op, spec_type: type[LossSpec], differentiable: tuple[str,
                 f"{op._qualname} has no second derivative: its gradients are constants to autograd. Call backward() "
                 "without create_graph=True, or use atesd_kernels.reference for double backward on small inputs."
             )
-        result = [None] * len(names)
+        result = [[None] * ctx.flattened[i] if i in ctx.flattened else None for i in range(len(names))]
         if upstream is None:
             return tuple(result)
         if ctx.again is not None:
-            arguments = [None] * len(names)
-            for position, tensor in zip(ctx.tensor_positions, ctx.saved_tensors, strict=True):
-                arguments[position] = tensor
+            arguments = [[None] * ctx.lists[i] if i in ctx.lists else None for i in range(len(names))]
+            for (i, j), tensor in zip(ctx.tensor_positions, ctx.saved_tensors, strict=True):
+                if j is None:
+                    arguments[i] = tensor
+                else:
+                    arguments[i][j] = tensor
             arguments[where["row_weight"]], arguments[where["spec"]] = upstream.contiguous(), ctx.again
             formed = op(*arguments)[2:]
         else:
@@ -225,5 +276,6 @@ def _register_autograd(op, spec_type: type[LossSpec], differentiable: tuple[str,
 
 
 _register_autograd(linear_divergence_op, DivergenceSpec, ("student_hidden", "student_weight", "student_bias"))
+_register_autograd(linear_divergence_views_op, DivergenceSpec, ("student_hidden", "student_weight", "student_bias"))
 _register_autograd(linear_logprobs_op, LogprobSpec, ("hidden", "weight", "bias"))
 _register_autograd(divergence_op, DivergenceSpec, ("student_logits",))

@@ -6,6 +6,7 @@ imports this file at run time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 import torch
@@ -34,7 +35,8 @@ class DivergenceOptions(TypedDict, total=False):
 
 class LinearDivergenceOptions(DivergenceOptions, total=False):
     student_bias: Tensor | None
-    teacher_bias: Tensor | None
+    teacher_bias: Tensor | Sequence[Tensor | None] | None
+    teacher_mix: Tensor | None
     logits_dtype: torch.dtype
     group: ProcessGroup | None
 

@@ -99,8 +99,9 @@ def chunk_plan(spec, source, num_rows: int, buffers: int) -> ChunkPlan:
     """Returns the torch backend's plan for `buffers` of the chunk's size and the temporaries of the block passes."""
     itemsize = source.dtype.itemsize
     plan = ChunkPlan.make(
-        num_rows, source.vocab, buffers * itemsize, source.device, spec.chunk_bytes, 4 * itemsize, spec.compiled
-    )
+        num_rows, source.vocab, buffers * itemsize, source.device, spec.chunk_bytes, 4 * itemsize + source.mixing_bytes,
+        spec.compiled,
+    )  # fmt: skip
     return replace(plan, rows=source.shards.all_reduce_min(plan.rows, source.device))
 
 
@@ -153,6 +154,7 @@ def _no_compiler() -> str | None:
 
 
 FUNCTIONS = ("divergence_rows", "divergence_logits", "logprob_rows")  # of `backends.Backend`
+VIEWS = "divergence_views"  # of `backends.MixingBackend`
 
 
 @cache
@@ -171,6 +173,21 @@ def own_backend(name: str) -> Any:
     if missing:
         raise ValueError(f"backend {name!r} lacks {', '.join(missing)}; see atesd_kernels.backends.Backend.")
     return backend
+
+
+def require_views(backend: str) -> None:
+    """Checks that `backend` mixes several views of a teacher: all of this package do, a caller's own may.
+
+    Raises:
+        ValueError: if it has no such function.
+    """
+    if ":" not in backend or torch.compiler.is_compiling():  # torch.compile cannot trace an import
+        return
+    if not callable(getattr(own_backend(backend), VIEWS, None)):
+        raise ValueError(
+            f"backend {backend!r} has no {VIEWS}, which several views of a teacher (teacher_mix) need; see "
+            "atesd_kernels.backends.MixingBackend, or use backend='torch'."
+        )
 
 
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, has_triton_twin: bool) -> str:

@@ -78,6 +78,7 @@ def linear_divergence(
     teacher_hidden,
     teacher_weight=None,
     *,
+    teacher_mix=None,
     temperature=1.0,
     teacher_temperature=None,
     student_bias=None,
@@ -90,13 +91,45 @@ def linear_divergence(
     **divergence_options,
 ) -> Tensor:
     """Dense float64 version of `atesd_kernels.linear_divergence`. The teacher gets no gradient."""
-    shared = teacher_weight is None
-    teacher_weight = student_weight if shared else teacher_weight
-    teacher_bias = student_bias if shared and teacher_bias is None else teacher_bias
-    s = logits(student_hidden, student_weight, student_bias, softcap, temperature)
-    with torch.no_grad():
-        t = logits(teacher_hidden, teacher_weight, teacher_bias, softcap, teacher_temperature or temperature)
+    s, t = logit_pair(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, teacher_mix=teacher_mix,
+        temperature=temperature, teacher_temperature=teacher_temperature, student_bias=student_bias,
+        teacher_bias=teacher_bias, softcap=softcap,
+    )  # fmt: skip
     return reduce(token_divergence(s, t, **divergence_options), mask, token_weight, reduction, num_tokens)
+
+
+def logit_pair(
+    student_hidden, student_weight, teacher_hidden, teacher_weight=None, *, teacher_mix=None, temperature=1.0,
+    teacher_temperature=None, student_bias=None, teacher_bias=None, softcap=None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Returns both models' scaled logits, `[..., V]` float64. The teacher's have no gradient."""
+
+    @torch.no_grad()
+    def view(hidden, weight, bias):
+        own = weight is not None
+        bias = bias if own or bias is not None else student_bias
+        return logits(hidden, weight if own else student_weight, bias, softcap)
+
+    s = logits(student_hidden, student_weight, student_bias, softcap, temperature)
+    if teacher_mix is None:
+        t = view(teacher_hidden, teacher_weight, teacher_bias)
+    else:
+        heads, biases = (x if isinstance(x, (list, tuple)) else [x] * len(teacher_hidden)
+                         for x in (teacher_weight, teacher_bias))  # fmt: skip
+        t, absent = mixture([view(*v) for v in zip(teacher_hidden, heads, biases, strict=True)], teacher_mix)
+        s = s.masked_fill(absent, -torch.inf)
+    return s, t / (teacher_temperature or temperature)
+
+
+def mixture(views: list[Tensor], mix: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns `sum_m w_m z_m` `[..., V]` for logits `z_m` `[..., V]` and weights `[M]` or `[M, ...]`, divided by their
+    sum; and the mask of entries at -inf in any view, which are excluded from the mixture."""
+    z = torch.stack(views)
+    absent = torch.isneginf(z).any(0)
+    w = mix.double() / mix.double().sum(0)
+    w = w.reshape(*w.shape, *[1] * (z.dim() - w.dim()))
+    return (w * z.masked_fill(absent, 0.0)).sum(0).masked_fill(absent, -torch.inf), absent
 
 
 def linear_logprobs(hidden, weight, targets, *, temperature=1.0, bias=None, softcap=None, mask=None) -> Tensor:

@@ -2,9 +2,9 @@
 
 | name             | divergence_rows, divergence_logits | logprob_rows     |
 |------------------|------------------------------------|------------------|
-| "torch"          | `torch_chunked`                    | `torch_logprobs` |
+| "torch"          | `torch_chunked`, views `torch_views` | `torch_logprobs` |
 | "torch_compiled" | the same, elementwise passes through Inductor | the same |
-| "triton"         | `triton_chunked`                   | `triton_chunked` |
+| "triton"         | `triton_chunked`, views `triton_views` | `triton_chunked` |
 | "module:object"  | functions of the caller's object   | the same         |
 
 `triton_exposure.exposure_means` computes mean log-probabilities without gradients. The torch backends have no such
@@ -57,4 +57,24 @@ class Backend(Protocol):
         targets: Tensor,  # [N]
         mask: Tensor | None,  # [N] bool
         row_weight: Tensor | None,  # [N]
+    ) -> RowResult: ...
+
+
+class MixingBackend(Backend, Protocol):
+    """A backend that also mixes M views of a teacher: the target's logits are the views', each with its softcap,
+    weighted by `teacher_mix` and divided by the teacher's temperature."""
+
+    def divergence_views(
+        self,
+        spec: DivergenceSpec,
+        student_hidden: Tensor,  # [N, H]
+        student_weight: Tensor,  # [V, H]
+        teacher_hidden: list[Tensor],  # M of [N, H_m]
+        teacher_weight: list[Tensor | None],  # M of [V, H_m]; None: the student's
+        student_bias: Tensor | None,  # [V]
+        teacher_bias: Tensor | None,  # [M, V], with -inf in all views or none; None: each view has the student's
+        teacher_mix: Tensor,  # [M, N] float64; sums to 1 in rows that count
+        mask: Tensor | None,  # [N] bool
+        row_weight: Tensor | None,  # [N]
+        targets: Tensor | None,  # [N]
     ) -> RowResult: ...

@@ -14,6 +14,8 @@ from .scaling import Scaling
 class LinearGradients:
     """Accumulates the gradients of a linear head's inputs, chunk by chunk and block by block."""
 
+    mixing_bytes = 0  # of temporaries for an entry of a block, beside those of one teacher
+
     def __init__(self, spec: DivergenceSpec | LogprobSpec, hidden: Tensor, weight: Tensor, bias: Tensor | None):
         self.spec, self.hidden, self.weight, self.bias = spec, hidden, weight, bias
         self.num_rows, self.vocab, self.device = hidden.shape[0], weight.shape[0], hidden.device
@@ -114,9 +116,16 @@ class LinearLogits(LinearGradients):
     def load(self, index: Tensor) -> None:
         super().load(index)
         self.offset: Tensor | None = None
+        self.load_teacher(index)
+
+    def load_teacher(self, index: Tensor) -> None:
+        """Forms the operand of the difference, if the head is shared."""
         if self.is_delta:
-            difference = self.h_t[index].to(self.dtype) - self.hidden[index].to(self.dtype)
-            self.rows_t = difference.to(self.product_dtype if self.spec.term.smooth else self.dtype)
+            self.rows_t = self.rounded(self.h_t[index].to(self.dtype) - self.hidden[index].to(self.dtype))
+
+    def rounded(self, difference: Tensor) -> Tensor:
+        """Returns a difference of hidden states, rounded once, to the dtype of its product with the head."""
+        return difference.to(self.product_dtype if self.spec.term.smooth else self.dtype)
 
     def student(self, cols: slice) -> Tensor:
         """Returns the kept student logits (see `Scaling`) of the vocabulary entries `cols`, `[R, C]`."""
@@ -163,14 +172,16 @@ class LinearLogits(LinearGradients):
         """Returns the logit difference divided by `scale`, `[R, C]`, beside the student's `kept` logits."""
         if not self.is_delta:
             return _difference(self.scaling, kept, self._teacher_product(cols), self._teacher_bias(cols))
-        w = self.work.cast("head", self.weight[cols], self.spec.compute_dtype)
-        w = self.work.cast("head of the difference", w, self.rows_t.dtype)
-        offset = self.offset if self.rounds_difference else None
-        d = matmul.logits(self.rows_t, w, self.other_dtype, offset, self.work, "difference")
+        d = self._difference_product(self.rows_t, cols, self.offset if self.rounds_difference else None)
         shift = self._bias_shift(cols)
         if shift is not None:
             d.add_(shift)
         return self.scaling.difference(kept, d) if self.scaling.needs_logits else d
+
+    def _difference_product(self, rows: Tensor, cols: slice, offset: Tensor | None) -> Tensor:
+        w = self.work.cast("head", self.weight[cols], self.spec.compute_dtype)
+        w = self.work.cast("head of the difference", w, rows.dtype)
+        return matmul.logits(rows, w, self.other_dtype, offset, self.work, "difference")
 
 
 class StudentLogits(LinearGradients):
@@ -187,6 +198,7 @@ class GivenLogits:
     """The interface of `LinearLogits` over the caller's logits. The gradient is `[N, V]`, like the logits."""
 
     is_delta = rounds_difference = False
+    mixing_bytes = 0
     may_be_infinite = scales_late = True
     grad_scale = None
     shards = Shards(None, 0, torch.device("cpu"))

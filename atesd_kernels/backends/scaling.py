@@ -51,8 +51,15 @@ class Scaling:
 
     def difference(self, kept: Tensor, d: Tensor) -> Tensor:
         """Returns scaled teacher logits minus scaled student logits, from the raw difference `d`, in place."""
-        if self.softcap is not None:
-            d = capped_difference(kept, d, self.softcap).to(d.dtype)
+        return self.tempered(kept, d if self.softcap is None else self.capped_difference(kept, d))
+
+    def capped_difference(self, kept: Tensor, d: Tensor) -> Tensor:
+        """Returns the teacher's capped logits minus the student's, from the raw difference `d`."""
+        return capped_difference(kept, d, self.softcap).to(d.dtype)
+
+    def tempered(self, kept: Tensor, d: Tensor) -> Tensor:
+        """Returns scaled teacher logits minus scaled student logits, from the difference `d` before temperatures, in
+        place."""
         if self.temperature != self.teacher_temperature:
             # (z + d) / T_t - z / T_s, with z = s T_s
             d.add_(self.student(kept), alpha=self.temperature - self.teacher_temperature)

@@ -48,7 +48,7 @@ def divergence_rows(
     source = LinearLogits(
         spec, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias
     )
-    return _run(spec, source, mask, row_weight, targets)
+    return run(spec, source, mask, row_weight, targets)
 
 
 def divergence_logits(
@@ -60,10 +60,10 @@ def divergence_logits(
     targets: Tensor | None,
 ) -> RowResult:
     """Runs the same sweeps over the caller's logits. The result's `hidden_grad` is the gradient of `student_logits`."""
-    return _run(spec, GivenLogits(spec, student_logits, teacher_logits), mask, row_weight, targets)
+    return run(spec, GivenLogits(spec, student_logits, teacher_logits), mask, row_weight, targets)
 
 
-def _run(spec: DivergenceSpec, source, mask: Tensor | None, row_weight: Tensor | None, targets: Tensor | None):
+def run(spec: DivergenceSpec, source, mask: Tensor | None, row_weight: Tensor | None, targets: Tensor | None):
     value = torch.zeros(source.num_rows, dtype=source.dtype, device=source.device)
     stats = value.new_zeros(len(TokenStats._fields), source.num_rows) if spec.stats else None
     # chunks contain unmasked rows only, so a masked row costs nothing

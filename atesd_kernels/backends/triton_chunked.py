@@ -46,33 +46,28 @@ def divergence_rows(
     row_weight: Tensor | None,  # [N]
     targets: Tensor | None,  # [N]
 ) -> RowResult:
-    dtype, shared = spec.compute_dtype, teacher_weight is None
-    w_s = student_weight.to(dtype)
-    w_t = w_s if shared else teacher_weight.to(dtype)
-    s_dtype, o_dtype = logit_dtypes(spec, shared)
-    in_place = o_dtype == dtype
-    # softcap is not a function of differences alone: it needs D without an offset
-    centred = shared and o_dtype.itemsize == 2 and spec.softcap is None
-    num_rows, vocab = student_hidden.shape[0], student_weight.shape[0]
-    bytes_per_logit = s_dtype.itemsize + o_dtype.itemsize + (0 if in_place or not spec.any_grad else dtype.itemsize)
+    w_s = student_weight.to(spec.compute_dtype)
+    teacher = Teacher(spec, student_hidden, w_s, teacher_hidden, teacher_weight, student_bias, teacher_bias)
+    return sweep_chunks(spec, teacher, student_hidden, student_weight, w_s, student_bias, mask, row_weight, targets)
+
+
+def sweep_chunks(
+    spec: DivergenceSpec, teacher, student_hidden, student_weight, w_s, student_bias, mask, row_weight, targets
+) -> RowResult:
+    """Runs all chunks. `teacher` makes the second tensor of logits, D or T, as `Teacher` does. `w_s` is the student's
+    head in the compute dtype."""
+    dtype, (num_rows, vocab) = spec.compute_dtype, (student_hidden.shape[0], student_weight.shape[0])
+    in_place = teacher.o_dtype == dtype
+    bytes_per_logit = teacher.s_dtype.itemsize + teacher.o_dtype.itemsize + teacher.mixing_bytes
+    bytes_per_logit += 0 if in_place or not spec.any_grad else dtype.itemsize
     chunks = row_chunks(num_rows, vocab, bytes_per_logit, spec, student_hidden.device)
     gradients = Gradients(spec, student_hidden, student_weight, student_bias, mask, len(chunks))
-    sweeps = Sweeps(
-        spec,
-        num_rows,
-        vocab,
-        delta_parts(spec, shared),
-        pair_of_biases(student_bias, teacher_bias, shared, w_s),
-        w_s.device,
-    )
+    sweeps = Sweeps(spec, num_rows, vocab, teacher.is_delta, teacher.biases, w_s.device)
     with on(student_hidden.device):
         for rows in chunks:
             h_s = student_hidden[rows].to(dtype)
-            s = matmul.logits(h_s, w_s, s_dtype)
-            h_o, rest = teacher_operand(spec, shared, student_hidden[rows], teacher_hidden[rows])
-            o = matmul.logits(h_o, w_t, o_dtype, centre(s, h_o, w_t) if centred else None)
-            if rest is not None:
-                matmul.add_weight_grad(o, rest.T, w_t.T)
+            s = matmul.logits(h_s, w_s, teacher.s_dtype)
+            o = teacher.logits(rows, s)
             g = None
             if spec.any_grad:
                 g = o if in_place else torch.empty(o.shape, dtype=dtype, device=o.device)
@@ -82,6 +77,33 @@ def divergence_rows(
                 gradients.take(rows, h_s, g, w_s)
                 del g  # free it before allocating the next chunk's logits
     return RowResult(sweeps.value, sweeps.stats, *gradients.finish())
+
+
+class Teacher:
+    """One teacher's logits, chunk by chunk: D = (H_t - H_s) W^T for a shared head, else T.
+
+    Attributes:
+        s_dtype, o_dtype: dtypes of S, and of D or T.
+        is_delta: the kernels' IS_DELTA.
+        biases: the kernels' pair.
+        mixing_bytes: of further buffers, for each entry of a chunk.
+    """
+
+    mixing_bytes = 0
+
+    def __init__(self, spec: DivergenceSpec, h_s, w_s, h_t, w_t, bias_s, bias_t):
+        shared = w_t is None
+        self.spec, self.h_s, self.h_t, self.shared = spec, h_s, h_t, shared
+        self.w = w_s if shared else w_t.to(spec.compute_dtype)
+        self.s_dtype, self.o_dtype = logit_dtypes(spec, shared)
+        self.is_delta = delta_parts(spec, shared)
+        self.biases = pair_of_biases(bias_s, bias_t, shared, w_s)
+
+    def logits(self, rows: slice, s: Tensor) -> Tensor:
+        """Returns D or T, `[R, V]`, beside the student's logits `s`."""
+        if not self.shared:
+            return matmul.logits(self.h_t[rows].to(self.spec.compute_dtype), self.w, self.o_dtype)
+        return difference_logits(self.spec, self.h_t[rows].float() - self.h_s[rows].float(), s, self.w, self.o_dtype)
 
 
 def divergence_logits(
@@ -162,13 +184,18 @@ def logit_dtypes(spec: DivergenceSpec, shared: bool) -> tuple[torch.dtype, torch
     return spec.logits_dtype, spec.compute_dtype if spec.term.smooth else torch.float32
 
 
-def teacher_operand(spec: DivergenceSpec, shared: bool, h_s: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Returns the head's operand `[R, H]` for D or T, and its rounding remainder where u jumps at p = q, else None."""
-    if not shared:
-        return h_t.to(spec.compute_dtype), None
-    wide = h_t.float() - h_s.float()
+def difference_logits(spec: DivergenceSpec, wide: Tensor, s: Tensor, w: Tensor, o_dtype: torch.dtype) -> Tensor:
+    """Returns `D = wide @ w.T`, `[R, V]`, from the fp32 difference of hidden states `wide` `[R, H]`.
+
+    The difference is rounded once. Where u jumps at p = q, its remainder is multiplied too.
+    """
     rounded = wide.to(spec.compute_dtype)
-    return rounded, (wide - rounded.float()).to(rounded.dtype) if delta_parts(spec, shared) == 2 else None
+    # softcap is not a function of differences alone: it needs D without an offset
+    centred = o_dtype.itemsize == 2 and spec.softcap is None
+    o = matmul.logits(rounded, w, o_dtype, centre(s, rounded, w) if centred else None)
+    if delta_parts(spec, True) == 2:
+        matmul.add_weight_grad(o, (wide - rounded.float()).to(rounded.dtype).T, w.T)
+    return o
 
 
 def delta_parts(spec: DivergenceSpec, shared: bool) -> int:

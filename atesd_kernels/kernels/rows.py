@@ -16,6 +16,7 @@ from .terms import capped, capped_difference, capped_slope, exp, expm1_parts, lo
 
 LOWEST = tl.constexpr(-3.0e38)  # replaces -inf, because -inf - -inf is NaN
 FAR = tl.constexpr(40.0)  # above this log p - log q, a sum under q may lose the teacher's mass
+CAPPED_DELTA = tl.constexpr(3)  # IS_DELTA if O is the difference of capped logits
 HIGH = tl.constexpr(30.0)  # a logit may exceed the reference of the exponentials by this: e^(HIGH + FAR) is finite
 
 # Positions of a program's partial results in PARTS, which `normalise` stores. w = exp(s - MAX_S).
@@ -69,13 +70,16 @@ def store_at(P, positions, values, mask):
 @triton.jit
 def prepare(s, o, bias_s, bias_t, exists, scale, IS_DELTA: tl.constexpr):
     """Returns scaled logits s, t and d = t - s in fp32, from raw student logits and raw differences or teacher logits,
-    and the softcap's derivative at s.
+    and the softcap's derivative at s. With CAPPED_DELTA the differences are those of capped logits.
 
     d comes from the raw difference, not from two rounded logits. s = t = -inf and d = 0 where `exists` is false and
     where both models exclude the entry. `scale` is (1 / T_s, 1 / T_t, softcap or None).
     """
     inv_t_s, inv_t_t, softcap = scale
-    if IS_DELTA:
+    if IS_DELTA == CAPPED_DELTA:
+        d = o.to(tl.float32)
+        t = s.to(tl.float32)
+    elif IS_DELTA:
         d = o.to(tl.float32)
         t = s.to(tl.float32) + d
     else:
@@ -88,9 +92,12 @@ def prepare(s, o, bias_s, bias_t, exists, scale, IS_DELTA: tl.constexpr):
         d += tl.where(bias_t == bias_s, 0.0, bias_t - bias_s)
     slope = 1.0
     if softcap is not None:
-        d = capped_difference(s, t, d, softcap)
         slope = capped_slope(s, softcap)
+        if IS_DELTA != CAPPED_DELTA:
+            d = capped_difference(s, t, d, softcap)
         s, t = capped(s, softcap), capped(t, softcap)
+        if IS_DELTA == CAPPED_DELTA:
+            t += o.to(tl.float32)
     d = d * inv_t_t + s * (inv_t_t - inv_t_s)
     s, t = tl.where(exists, s * inv_t_s, -float("inf")), tl.where(exists, t * inv_t_t, -float("inf"))
     if IS_DELTA and bias_s is None:  # d is finite: it was loaded as 0 where `exists` is false

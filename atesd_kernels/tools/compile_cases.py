@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..backends import tuning
-from ..kernels import bounded, logprobs, rows, terms, tiles
+from ..kernels import bounded, logprobs, mixing, rows, terms, tiles
 
 V = 151_936  # Qwen3's vocabulary
 TARGET_MS = {("KL, trained head", "sm_90"): 60.6}  # the best published rewrite of the same operation, at PATH_SHAPE
@@ -24,13 +24,15 @@ TYPES = {
     **dict.fromkeys(("ROWS", "COUNT"), "*i32"),
     **dict.fromkeys(("LENGTHS", "EXPOSED"), "*i64"),
     "MEAN": "*fp32",
+    **dict.fromkeys(("P", "MIX", "SHIFT"), "*fp32"),
+    "stride_p": "i32",
     "T": "i32",
     **dict.fromkeys(("stride_a", "stride_w", "H"), "i32"),
     "TARGETS": "*i64",
 }
 FLAGS = dict(IS_DELTA=1, STATS=False, SPLITS=1, BETA=0.5, DERIVATIVE_SUM=None, PRECISION="ieee")
 # None unless a case names them in `used`; mask, weights and targets are always present
-OPTIONAL = ("BIAS_S", "BIAS_T", "BIAS", "softcap", "entry_clip", "token_clip")
+OPTIONAL = ("BIAS_S", "BIAS_T", "BIAS", "SHIFT", "softcap", "entry_clip", "token_clip")
 BIAS_AND_SOFTCAP = ("BIAS_S", "BIAS_T", "softcap")
 CLIPS = ("entry_clip", "token_clip")
 
@@ -50,7 +52,7 @@ class Case:
     # loads of one element, a row's target; the compiler may place them between a loop's addresses
     row_loads: int = 0
     multiples_of_16: tuple[str, ...] = (
-        "stride_s", "stride_o", "stride_g", "stride_a", "stride_w", "V", "H",
+        "stride_s", "stride_o", "stride_p", "stride_g", "stride_a", "stride_w", "V", "H",
     )  # fmt: skip
 
     @property
@@ -110,6 +112,7 @@ def _row_cases() -> list[Case]:
     separate = {"S": "*fp32", "O": "*fp32", "G": "*bf16"}
     stats = dict(STATS=True)
     both = dict(PHASE="both", TERM=terms.forward_kl, BOUNDED_TERM=bounded.forward_kl, DERIVATIVE_SUM="zero")
+    mixed, capped = {**delta, "O": "*fp32"}, {**both, "IS_DELTA": rows.CAPPED_DELTA.value}
     cases = [
         Case("normalise, shared head", rows.normalise, 0, delta),
         Case("normalise, shared head, stats", rows.normalise, 0, delta, stats, row_loads=2),  # S and D at the target
@@ -120,6 +123,9 @@ def _row_cases() -> list[Case]:
         Case("KL and gradient, bf16 logits", rows.accumulate, 0, low, both),
         Case("KL and gradient, separate heads", rows.accumulate, 0, separate, {**both, "IS_DELTA": 0}),
         Case("KL and gradient, bias and softcap", rows.accumulate, 0, delta, both, BIAS_AND_SOFTCAP),
+        Case("KL and gradient, views, bias and softcap", rows.accumulate, 0, mixed, capped, BIAS_AND_SOFTCAP),
+        Case("a view, bias and softcap", mixing.add_view, 0, {**mixed, "BIAS_S": "*fp32"}, dict(FIRST=False),
+             ("BIAS_S", "SHIFT", "softcap"), is_sweep=False),
     ]  # fmt: skip
     for name in ("forward_kl", "reverse_kl", "jsd", "jeffreys", "skew_kl", "skew_reverse_kl", "total_variation"):
         term = dict(TERM=getattr(terms, name), BOUNDED_TERM=getattr(bounded, name))

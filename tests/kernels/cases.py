@@ -31,15 +31,19 @@ BF16_BACKENDS = [b for b in BACKENDS if b == "torch" or not INTERPRETED]
 
 @dataclass
 class Pair:
-    """Inputs of `linear_divergence`: hidden states `[N, H]` and heads `[V, H]`, in the dtype under test."""
+    """Inputs of `linear_divergence`: hidden states `[N, H]` and heads `[V, H]`, in the dtype under test.
+
+    With `teacher_mix`, the teacher's are lists, of an entry for each view.
+    """
 
     student_hidden: Tensor
     student_weight: Tensor
-    teacher_hidden: Tensor
-    teacher_weight: Tensor | None = None
+    teacher_hidden: Tensor | list[Tensor]
+    teacher_weight: Tensor | list[Tensor | None] | None = None
+    teacher_mix: Tensor | None = None
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def tensors(self) -> tuple:
         return self.student_hidden, self.student_weight, self.teacher_hidden, self.teacher_weight
 
 
@@ -48,8 +52,15 @@ def size(backend: str) -> dict[str, int]:
     return dict(n=3, h=24, v=261) if INTERPRETED and backend != "torch" else dict(n=67, h=48, v=1009)
 
 
-def make_pair(n=67, h=48, v=1009, *, scale=0.05, dtype=torch.float32, shared=True, teacher_size=None, seed=0) -> Pair:
-    """A pair whose mean KL is roughly `2 * scale ** 2`, for scales up to about 0.5."""
+def make_pair(
+    n=67, h=48, v=1009, *, scale=0.05, dtype=torch.float32, shared=True, teacher_size=None, views=None, seed=0
+) -> Pair:
+    """A pair whose mean KL is roughly `2 * scale ** 2`, for scales up to about 0.5.
+
+    `views` asks for several views of the teacher: for each the size of a head of its own, or None for the student's.
+    """
+    if views is not None:
+        return make_views(n, h, v, scale=scale, dtype=dtype, views=views, seed=seed)
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -68,13 +79,34 @@ def make_pair(n=67, h=48, v=1009, *, scale=0.05, dtype=torch.float32, shared=Tru
     return Pair(*(None if t is None else t.to(DEVICE, dtype) for t in tensors))
 
 
+def make_views(n, h, v, *, scale, dtype, views, seed) -> Pair:
+    """The student of `make_pair`, and views whose mixture, more of the first than there is, is as far from it as the
+    teacher."""
+    pair = make_pair(n, h, v, scale=scale, dtype=dtype, seed=seed)
+    mix = torch.tensor([1.3, *[-0.3 / (len(views) - 1)] * (len(views) - 1)])
+    scale = scale / mix.norm().item()
+    g = torch.Generator().manual_seed(1000 + seed)
+    found = []
+    for size in views:
+        states = pair.student_hidden.cpu().float() + scale * torch.randn(n, h, generator=g)
+        head = None
+        if size is not None:
+            more = torch.randn(n, size - h, generator=g), 0.3 * scale * torch.randn(v, size - h, generator=g)
+            states = torch.cat([states, more[0]], 1)
+            head = pair.student_weight.cpu().float() + 0.03 * scale * torch.randn(v, h, generator=g)
+            head = torch.cat([head, more[1]], 1).to(DEVICE, dtype)
+        found.append((states.to(DEVICE, dtype), head))
+    hidden, heads = map(list, zip(*found, strict=True))
+    return Pair(pair.student_hidden, pair.student_weight, hidden, heads, mix.to(DEVICE))
+
+
 def relative_l2(value: Tensor, expected: Tensor) -> float:
     return ((value.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def terms_of(pair, divergence, beta) -> Tensor:
     """Every entry's term, in float64: `(N, V)`."""
-    s, t = (reference.logits(h, pair.student_weight) for h in (pair.student_hidden, pair.teacher_hidden))
+    s, t = reference.logit_pair(*pair.tensors, teacher_mix=pair.teacher_mix)
     return get_divergence(divergence, beta).term(t.log_softmax(-1), s.log_softmax(-1), beta)[0]
 
 
@@ -113,6 +145,7 @@ def compare(pair: Pair, *, trained_head=True, upstream: Tensor | None = None, ba
         function = reference.linear_divergence if oracle else linear_divergence
         extra = {} if oracle else {"backend": backend, "chunk_bytes": options.get("chunk_bytes")}
         known = {k: v for k, v in options.items() if k not in ("chunk_bytes", "student_bias")}
+        known["teacher_mix"] = pair.teacher_mix
         loss = function(hidden, weight, pair.teacher_hidden, pair.teacher_weight, student_bias=bias, **known, **extra)
         (loss if upstream is None else (loss * upstream.to(loss.dtype)).sum()).backward()
         results.append((loss.detach().double(), hidden.grad, weight.grad, None if bias is None else bias.grad))

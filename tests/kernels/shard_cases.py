@@ -72,6 +72,14 @@ def all_cases() -> dict[str, Case]:
     found["several blocks"] = Case(dict(n=3, v=3 * planning.CPU_BLOCK_COLUMNS), stats)
     found["float64"] = Case(dict(dtype=torch.float64))
     found["float64, separate"] = Case(dict(dtype=torch.float64, shared=False), dict(divergence="jsd"))
+    for name, views in (("views", (None, None)), ("views with heads", (20, None, 16))):
+        of = dict(views=views)
+        found[name] = Case(of, dict(stats, temperature=1.1, divergence="jsd"))
+        capped = dict(stats, softcap=8.0, student_bias="bias", teacher_bias="biases", mask="mask", temperature=1.3)
+        found[f"{name} with every option"] = Case(of, capped)
+        found[f"{name} with absent entries"] = Case(of, dict(stats, teacher_bias="absences", targets="present"))
+        found[f"{name} far apart, per token"] = Case(dict(of, scale=8.0), dict(reduction="none"), upstream=True)
+        found[f"{name} in bf16"] = Case(dict(of, n=67, h=16, v=1009, dtype=torch.bfloat16), {})
     options = dict(temperature=1.3, softcap=8.0, bias="bias", targets="targets", mask="mask", return_stats=True)
     for trained in (True, False):
         name = "log-probabilities" + ("" if trained else ", frozen head")
@@ -85,9 +93,9 @@ def all_cases() -> dict[str, Case]:
 
 @dataclass
 class Call:
-    """A case's tensors, whole: the same on every rank and in the test."""
+    """A case's tensors, whole: the same on every rank and in the test. Those of several views are lists."""
 
-    tensors: dict[str, Tensor | None]
+    tensors: dict[str, Any]
     options: dict[str, Any]
     upstream: Tensor | None
 
@@ -104,6 +112,8 @@ def whole_call(case: Case) -> Call:
         "bias": bias,
         "other": other,
         "absent": absent,
+        "biases": [bias, other, bias][: len(case.pair.get("views", ()))],
+        "absences": [absent, bias, other][: len(case.pair.get("views", ()))],
         "mask": torch.arange(n) % 5 % 3 != 1,
         "weight": torch.rand(n, generator=g),
         "targets": torch.randint(0, v, (n,), generator=g),
@@ -124,15 +134,24 @@ def whole_call(case: Case) -> Call:
     }
     names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
     tensors = dict(zip(names, pair.tensors, strict=True))
+    if pair.teacher_mix is not None:
+        options["teacher_mix"] = pair.teacher_mix
     if case.function is linear_logprobs:
         tensors = {"hidden": pair.student_hidden, "weight": pair.student_weight}
     return Call(tensors, options, torch.randn(n, generator=g) if case.upstream else None)
 
 
+def each(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Applies `function` to a tensor, or to the tensors of a list. None stays None."""
+    if isinstance(value, list):
+        return [each(function, x) for x in value]
+    return value if value is None else function(value)
+
+
 def evaluate(function: Callable, call: Call, cut: Callable[[Tensor], Tensor], trained_head: bool, **more) -> dict:
     """Value, statistics and gradients, of the head and biases as `cut` leaves them."""
-    tensors = {k: v if v is None or "hidden" in k else cut(v) for k, v in call.tensors.items()}
-    options = {k: cut(o) if "bias" in k else o for k, o in call.options.items()}
+    tensors = {k: v if "hidden" in k else each(cut, v) for k, v in call.tensors.items()}
+    options = {k: each(cut, o) if "bias" in k else o for k, o in call.options.items()}
     student = [name for name in ("student_hidden", "student_weight", "hidden", "weight") if name in tensors]
     for name in student[: 1 + trained_head]:
         tensors[name] = tensors[name].clone().requires_grad_()

@@ -181,6 +181,12 @@ def test_the_registered_operators_keep_torch_s_rules():
     for weighted in (False, True):
         spec = replace(SPEC, weighted=weighted).encode()
         torch.library.opcheck(ak.ops.linear_divergence_op, (*arguments, spec), test_utils=tests)
+    for views in ((None, None), (6, None)):
+        pair = make_pair(n=5, h=4, v=11, views=views)
+        mix = pair.teacher_mix.double()[:, None].expand(2, 5)
+        teacher = (list(pair.teacher_hidden), list(pair.teacher_weight), None, mix)
+        arguments = (hidden, pair.student_weight, None, *teacher, None, None, None, SPEC.encode())
+        torch.library.opcheck(ak.ops.linear_divergence_views_op, arguments, test_utils=tests)
 
 
 def test_a_spec_survives_its_way_through_an_operator_to_the_last_bit():

@@ -23,6 +23,13 @@ def test_compiled_passes_are_as_exact_as_eager_ones_whatever_the_sizes():
 
 
 @compiler
+def test_views_of_a_teacher_go_through_the_same_passes():
+    for views, options in (((None, None), {}), ((60, None), dict(softcap=8.0, divergence="jsd"))):
+        result = compare(make_pair(31, v=5000, scale=0.07, views=views), backend="torch_compiled", **options)
+        assert max(result.hidden_error, result.weight_error) <= 1e-5 and result.loss_error <= 1e-6
+
+
+@compiler
 def test_the_other_passes_compile_too():
     options = dict(divergence="jsd", beta=0.3, entry_clip=0.01, backend="torch_compiled")
     for scale in (0.07, 8.0):  # near, and beyond the near form

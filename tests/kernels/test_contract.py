@@ -32,15 +32,17 @@ def test_strided_inputs_are_read_as_they_are():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", ({}, {"softcap": 30.0, "temperature": 1.2}, {"entry_clip": 0.01}))
 @pytest.mark.parametrize("scale", (0.1, 8.0))
-def test_statistics_are_those_of_the_dense_distributions(scale, options, backend):
-    pair = make_pair(**size(backend), scale=scale)
+@pytest.mark.parametrize("views", (None, (None, None), (30, None)))
+def test_statistics_are_those_of_the_dense_distributions(views, scale, options, backend):
+    pair = make_pair(**{**size(backend), "h": 24}, scale=scale, views=views)
     n, v = len(pair.student_hidden), len(pair.student_weight)
     targets = torch.randint(0, v, (n,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     loss, stats = linear_divergence(
-        *pair.tensors, targets=targets, return_stats=True, reduction="none", backend=backend, **options
-    )
+        *pair.tensors, teacher_mix=pair.teacher_mix, targets=targets, return_stats=True, reduction="none",
+        backend=backend, **options,
+    )  # fmt: skip
     scaling = {k: v for k, v in options.items() if k != "entry_clip"}
-    s, t = (reference.logits(h, pair.student_weight, **scaling) for h in (pair.student_hidden, pair.teacher_hidden))
+    s, t = reference.logit_pair(*pair.tensors, teacher_mix=pair.teacher_mix, **scaling)
     for name, value, true in zip(stats._fields, stats, reference.token_stats(s, t, targets), strict=True):
         assert value.shape == (n,) and not value.requires_grad, name
         if name == "top1_agree":

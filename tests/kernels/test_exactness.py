@@ -30,6 +30,8 @@ HEADS = {
     "shared": dict(shared=True),
     "separate": dict(shared=False),
     "wider teacher": dict(shared=False, teacher_size=80),
+    "views": dict(views=(None, None)),
+    "views with heads": dict(views=(80, None, 48)),
 }
 # (backend, head); interpreted, one of two that run the same code is enough: fp32 separate heads go to "triton"
 ON_HEADS = [(b, h) for b in BACKENDS for h in HEADS]
@@ -78,9 +80,10 @@ def test_the_bf16_bound_is_one_that_bf16_logits_break():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("heads", ("shared", "views", "views with heads"))
 @pytest.mark.parametrize("divergence", ("forward_kl", "jsd"))
-def test_fp16_gradients_survive_the_end_of_the_fp16_range(divergence, backend):
-    pair = make_pair(**size(backend), scale=SCALES[1e-2], dtype=torch.float16)
+def test_fp16_gradients_survive_the_end_of_the_fp16_range(divergence, heads, backend):
+    pair = make_pair(**size(backend), scale=SCALES[1e-2], dtype=torch.float16, **HEADS[heads])
     # a loss scaler multiplies the loss: the gradient must not have underflowed before
     result = compare(pair, divergence=divergence, upstream=torch.tensor(4096.0), backend=backend)
     assert max(result.hidden_error, result.weight_error) <= 2e-3
@@ -131,10 +134,10 @@ def test_every_option_is_exact_for_every_divergence(divergence, options, heads, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kl", (1e-2, 1.0))
+@pytest.mark.parametrize("kl, heads", ((1e-2, "shared"), (1.0, "shared"), (1e-2, "views")))
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_entry_clip_bounds_terms_and_removes_their_gradient(divergence, kl, backend):
-    pair = make_pair(**size(backend), scale=SCALES[kl])
+def test_entry_clip_bounds_terms_and_removes_their_gradient(divergence, kl, heads, backend):
+    pair = make_pair(**size(backend), scale=SCALES[kl], **HEADS[heads])
     clip = clip_between_entries(pair, divergence, 0.3)
     clipped, whole = (
         compare(pair, divergence=divergence, beta=0.3, entry_clip=c, reduction="sum", backend=backend)
@@ -150,24 +153,26 @@ def test_entry_clip_bounds_terms_and_removes_their_gradient(divergence, kl, back
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("heads", ("shared", "views"))
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_token_clip_bounds_tokens_and_removes_their_gradient(divergence, backend):
-    pair = make_pair(**size(backend), scale=0.22)
-    tokens = linear_divergence(*pair.tensors, divergence=divergence, beta=0.3, reduction="none")
+def test_token_clip_bounds_tokens_and_removes_their_gradient(divergence, heads, backend):
+    pair = make_pair(**size(backend), scale=0.22, **HEADS[heads])
+    mix = dict(teacher_mix=pair.teacher_mix)
+    tokens = linear_divergence(*pair.tensors, divergence=divergence, beta=0.3, reduction="none", **mix)
     middle = 3 * len(tokens) // 5
     clip = tokens.double().sort().values[middle : middle + 2].mean().item()
     assert_fp32(compare(pair, divergence=divergence, beta=0.3, token_clip=clip, backend=backend), backend)
     hidden = pair.student_hidden.clone().requires_grad_()
-    options = dict(divergence=divergence, beta=0.3, token_clip=clip, backend=backend)
+    options = dict(divergence=divergence, beta=0.3, token_clip=clip, backend=backend, **mix)
     linear_divergence(hidden, *pair.tensors[1:], **options).backward()
     assert (hidden.grad.abs().sum(1) == 0).equal(tokens > clip)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("trained_head", (False, True))
+@pytest.mark.parametrize("trained_head, heads", ((False, "shared"), (True, "shared"), (True, "views with heads")))
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_any_upstream_gradient_per_token_is_exact(divergence, trained_head, backend):
-    pair = make_pair(**size(backend), scale=0.07)
+def test_any_upstream_gradient_per_token_is_exact(divergence, trained_head, heads, backend):
+    pair = make_pair(**size(backend), scale=0.07, **HEADS[heads])
     upstream = torch.randn(len(pair.student_hidden), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     result = compare(
         pair, divergence=divergence, trained_head=trained_head, reduction="none", upstream=upstream, backend=backend
@@ -194,8 +199,9 @@ def test_unrelated_teacher_and_student_are_exact_too(divergence, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_loss_is_accurate_down_to_a_kl_of_1e_minus_8(backend):
-    result = compare(make_pair(**size(backend), scale=7e-5), backend=backend)
+@pytest.mark.parametrize("heads", ("shared", "views"))
+def test_the_loss_is_accurate_down_to_a_kl_of_1e_minus_8(heads, backend):
+    result = compare(make_pair(**size(backend), scale=7e-5, **HEADS[heads]), backend=backend)
     assert 1e-9 < result.loss < 1e-7
     assert result.loss_error <= 1e-4
     assert result.hidden_error <= FP32_GRADIENT

@@ -35,6 +35,8 @@ def test_the_pages_python_blocks_run(block):
     names = {
         "student_hidden": torch.randn(6, 16, requires_grad=True),
         "teacher_hidden": torch.randn(6, 16),
+        "full_hidden": torch.randn(6, 16),
+        "answer_only_hidden": torch.randn(6, 16),
         "lm_head_weight": torch.randn(50, 16),
     }
     exec(block, names)

@@ -12,8 +12,8 @@ VOCAB, HIDDEN, CHUNK = 3000, 16, 8 * 3000 * 50
 TOKENS = (100, 1000)
 
 
-def forward_and_backward(tokens: int, dtype, loss: str, **options):
-    pair = make_pair(tokens, HIDDEN, VOCAB, dtype=dtype)
+def forward_and_backward(tokens: int, dtype, loss: str, views=None, **options):
+    pair = make_pair(tokens, HIDDEN, VOCAB, dtype=dtype, views=views)
     hidden = pair.student_hidden.requires_grad_()
     targets = torch.zeros(tokens, dtype=torch.long)
 
@@ -22,7 +22,9 @@ def forward_and_backward(tokens: int, dtype, loss: str, **options):
         if loss == "logprobs":
             value = linear_logprobs(hidden, pair.student_weight, targets, chunk_bytes=CHUNK)
         else:
-            value = linear_divergence(*pair.tensors, divergence=loss, chunk_bytes=CHUNK, **options)
+            value = linear_divergence(
+                *pair.tensors, teacher_mix=pair.teacher_mix, divergence=loss, chunk_bytes=CHUNK, **options
+            )
         value.mean().mul(3.0).backward()
 
     return run
@@ -31,8 +33,12 @@ def forward_and_backward(tokens: int, dtype, loss: str, **options):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize(
     "loss, options",
-    (("forward_kl", {}), ("forward_kl", {"reduction": "none"}), ("jsd", {"entry_clip": 1e-3}), ("logprobs", {})),
-)
+    (
+        ("forward_kl", {}), ("forward_kl", {"reduction": "none"}), ("jsd", {"entry_clip": 1e-3}), ("logprobs", {}),
+        ("forward_kl", {"views": (None, None)}), ("forward_kl", {"views": (None, None), "softcap": 8.0}),
+        ("forward_kl", {"views": (20, None, 16)}), ("jsd", {"views": (20, None, 16), "softcap": 8.0}),
+    ),
+)  # fmt: skip
 def test_peak_memory_is_the_chunk_and_the_results_whatever_the_tokens(loss, options, dtype, monkeypatch, peak_bytes):
     monkeypatch.setattr(planning, "CPU_BLOCK_COLUMNS", 500)  # blocks and tiles to a small chunk's measure
     monkeypatch.setattr(planning, "CPU_TILE_ROWS", 25)

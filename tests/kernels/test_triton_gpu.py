@@ -55,8 +55,28 @@ def pair(dtype, *, n=5, h=33, v=301, scale=0.05, shared=True, common=0.0):
     return student, weight, teacher, weight_t
 
 
+def views(dtype, size=None):
+    """Two views of a teacher for `check`, the first with a head of its own if that has a `size`; and their weights."""
+    student, weight, teacher, _ = pair(dtype)
+    g = torch.Generator().manual_seed(4)
+    other = (student.float() + 0.05 * torch.randn(student.shape, generator=g)).to(dtype)
+    head = None
+    if size is not None:
+        teacher = torch.cat([teacher, torch.randn(5, size - 33, generator=g).to(dtype)], 1)
+        head = torch.cat([weight.float(), 0.01 * torch.randn(301, size - 33, generator=g)], 1).to(dtype)
+    return (student, weight, [teacher, other], [head, None]), torch.tensor([1.3, -0.3])
+
+
 def on_gpu(x):
+    if isinstance(x, list):
+        return [on_gpu(y) for y in x]
     return x.to(DEVICE, copy=True) if isinstance(x, torch.Tensor) else x
+
+
+def in_float64(x):
+    if isinstance(x, list):
+        return [in_float64(y) for y in x]
+    return None if x is None else x.double().clone()
 
 
 def relative(value, expected) -> float:
@@ -67,7 +87,7 @@ def check(dtype, tensors, backend, trained_head=True, upstream=None, stats=False
     """Loss and gradients against the oracle on the same rounded inputs."""
     results = []
     for oracle in (True, False):
-        h, w, t, w_t = ((x if x is None else x.double().clone() if oracle else on_gpu(x)) for x in tensors)
+        h, w, t, w_t = ((in_float64(x) if oracle else on_gpu(x)) for x in tensors)
         h, w = h.requires_grad_(), w.requires_grad_(trained_head)
         if oracle:
             known = {k: v for k, v in options.items() if k not in ("chunk_bytes", "logits_dtype", "targets")}
@@ -159,6 +179,28 @@ def test_bias_softcap_temperatures_mask_and_weights(backend):
         token_weight=torch.rand(5, generator=g),
     )
     check(torch.float32, pair(torch.float32), backend, divergence="forward_kl", **options)
+
+
+@pytest.mark.parametrize("softcap", (None, 5.0))
+@pytest.mark.parametrize("size", (None, 40))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_views_of_a_teacher(dtype, size, softcap):
+    tensors, mix = views(dtype, size)
+    check(dtype, tensors, "triton", softcap=softcap, teacher_mix=mix)
+
+
+@pytest.mark.parametrize("softcap", (None, 5.0))
+def test_views_with_biases_that_exclude_entries_and_weights_for_each_token(softcap):
+    tensors, mix = views(torch.float32)
+    biases = torch.randn(3, 301, generator=torch.Generator().manual_seed(5))
+    biases[1, 7:40] = biases[2, 290:] = -torch.inf
+    mix = mix[:, None] + torch.tensor([[0.1], [-0.1]]) * torch.arange(5)
+    options = dict(softcap=softcap, temperature=0.7, teacher_temperature=0.8, divergence="jsd")
+    mask = torch.tensor([True, False, True, True, False])
+    check(
+        torch.float32, tensors, "triton", teacher_mix=mix, student_bias=biases[0], teacher_bias=list(biases[1:]),
+        mask=mask, chunk_bytes=2 * 12 * 301, **options,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from atesd_kernels import divergence as logit_divergence
 from atesd_kernels import exposure_logprobs, linear_divergence, linear_logprobs, ops, planning
-from atesd_kernels.backends import tuning
+from atesd_kernels.backends import triton_chunked, tuning
 from atesd_kernels.divergences import _REGISTRY, get_divergence
 
 from .cases import DEVICE, DIVERGENCES, compare, make_pair
@@ -146,6 +146,32 @@ def test_no_call_waits_for_the_device(options, reduction, backend, no_host_sync)
     assert h.grad.abs().sum() > 0 and stats.student_entropy.sum() > 0
 
 
+@pytest.mark.parametrize("views", ((None, None), (30, None)))
+@pytest.mark.parametrize("softcap", (None, 20.0))
+def test_views_of_a_teacher_do_not_wait_for_the_device_either(softcap, views, no_host_sync):
+    pair = make_pair(n=4, h=24, v=300, views=views)
+    mask = torch.tensor([True, False, True, True], device=DEVICE)
+    bias = [torch.zeros(300, device=DEVICE), None]
+    h = pair.student_hidden.clone().requires_grad_()
+    # the weights' sums are checked where that costs nothing, as spans are
+    linear_divergence(
+        h, *pair.tensors[1:], teacher_mix=pair.teacher_mix, teacher_bias=bias, mask=mask, softcap=softcap,
+        backend="triton", chunk_bytes=12 * 300 * 2,
+    ).backward()  # fmt: skip
+    assert h.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("views, options, expected", (
+    ((None, None), {}, 4 + 4), ((None, None), dict(softcap=8.0), 4 + 4 + 4), ((30, None), {}, 8 + 4 + 8),
+))  # fmt: skip
+def test_a_chunk_s_budget_includes_the_product_of_a_view(views, options, expected, monkeypatch):
+    planned, chunks = [], triton_chunked.row_chunks
+    monkeypatch.setattr(triton_chunked, "row_chunks", lambda *a: planned.append(a[2]) or chunks(*a))
+    pair = make_pair(n=3, h=24, v=100, views=views)
+    linear_divergence(*pair.tensors, teacher_mix=pair.teacher_mix, backend="triton", **options)
+    assert planned == [expected]
+
+
 def test_exposure_scores_do_not_wait_for_the_device_either(no_host_sync):
     pair = make_pair(n=6, h=24, v=300)
     lengths, exposed = torch.tensor([3, 2], device=DEVICE), torch.tensor([1, 2], device=DEVICE)
@@ -259,10 +285,10 @@ def test_the_kernels_stay_under_1000_lines():
     """Every line from a kernel's decorator to its end, comments and docstring included."""
     import triton
 
-    from atesd_kernels.kernels import bounded, elementwise, logprobs, rows, terms, tiles
+    from atesd_kernels.kernels import bounded, elementwise, logprobs, mixing, rows, terms, tiles
 
     lines = 0
-    for module in (terms, bounded, elementwise, rows, logprobs, tiles):
+    for module in (terms, bounded, elementwise, mixing, rows, logprobs, tiles):
         for function in ast.parse(inspect.getsource(module)).body:
             if isinstance(function, ast.FunctionDef):
                 assert isinstance(getattr(module, function.name), triton.runtime.jit.KernelInterface)

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from torch import Tensor
 
 from atesd_kernels import linear_divergence, linear_logprobs, reference
 
 from .cases import DIVERGENCES, relative_l2
-from .shard_cases import ROW_OPTIONS, Case, all_cases, evaluate, shares, whole_call
+from .shard_cases import ROW_OPTIONS, Case, all_cases, each, evaluate, shares, whole_call
 
 ROOT = Path(__file__).parent.parent.parent
 WORLDS = (2, 3)
@@ -81,7 +82,7 @@ def together(parts: list[dict]) -> dict:
 def of_the_oracle(case: Case) -> dict:
     """The same call over the whole head in float64."""
     call, function = whole_call(case), getattr(reference, case.function.__name__)
-    call.tensors = {k: v if v is None else v.double() for k, v in call.tensors.items()}
+    call.tensors = {k: each(Tensor.double, v) for k, v in call.tensors.items()}
     unknown = {"return_stats", "chunk_bytes"} | ({"targets"} if case.function is linear_divergence else set())
     call.options = {k: v for k, v in call.options.items() if k not in unknown}
     return evaluate(function, call, lambda t: t, case.trained_head)
@@ -94,11 +95,9 @@ def true_stats(case: Case):
     if case.function is linear_logprobs:
         s = t = reference.logits(get("hidden"), get("weight"), get("bias"), *scaling)
     else:
-        shared = get("teacher_weight") is None
-        weight = get("student_weight" if shared else "teacher_weight")
-        bias = get("student_bias" if shared and get("teacher_bias") is None else "teacher_bias")
-        s = reference.logits(get("student_hidden"), get("student_weight"), get("student_bias"), *scaling)
-        t = reference.logits(get("teacher_hidden"), weight, bias, *scaling)
+        names = ("student_bias", "teacher_bias", "teacher_mix", "softcap", "temperature")
+        given = {name: call.options[name] for name in names if name in call.options}
+        s, t = reference.logit_pair(**call.tensors, **given)
     divergence = {k: v for k, v in call.options.items() if k in ("divergence", "beta")}
     return reference.token_stats(s, t, get("targets"), **divergence), get("mask")
 

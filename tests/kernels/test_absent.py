@@ -83,6 +83,21 @@ def test_the_gradient_where_a_token_only_the_teacher_can_say_is_the_oracle_s(div
     assert result.loss_error <= 1e-5 and result.hidden_error <= 1e-5
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("divergence", ("forward_kl", "skew_kl", "total_variation"))
+@pytest.mark.parametrize("case", ("only the teacher can say it", "only the student can say it", "it is far away"))
+def test_an_entry_clip_bounds_the_cost_of_a_token_that_one_model_rules_out(case, divergence, backend):
+    pair = make_pair(n=6, v=50, scale=0.5)
+    absent, present = torch.zeros(2, 50, device=DEVICE)
+    absent[3] = -torch.inf
+    if case == "it is far away":
+        absent[3] = -300.0  # exp underflows, its logarithm does not
+    biases = (present, absent) if case == "only the student can say it" else (absent, present)
+    options = dict(student_bias=biases[0], teacher_bias=biases[1], divergence=divergence, beta=0.3, entry_clip=0.05)
+    result = compare(pair, backend=backend, trained_head=False, **options)
+    assert result.loss_error <= 1e-5 and result.hidden_error <= 1e-5
+
+
 @pytest.mark.parametrize("divergence", ("jsd", "skew_kl", "alpha", "total_variation", "forward_kl"))
 @pytest.mark.parametrize("softcap", (None, 5.0))
 @pytest.mark.parametrize("temperatures", ((1.0, 1.0), (1.0, 2.0), (2.0, 1.0)))

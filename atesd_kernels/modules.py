@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from . import losses
+from . import losses, topk
 
 
 class _Loss(nn.Module):
@@ -43,3 +43,9 @@ class LinearLogprobs(_Loss):
     """`linear_logprobs` as a module."""
 
     function = staticmethod(losses.linear_logprobs)
+
+
+class LinearTopkDivergence(_Loss):
+    """`linear_topk_divergence` as a module."""
+
+    function = staticmethod(topk.linear_topk_divergence)

@@ -20,7 +20,7 @@ from . import checks, planning
 from .backends import elementwise
 from .planning import TORCH
 from .shards import Shards
-from .spec import DivergenceSpec, LogprobSpec, LossSpec, RowResult, accumulate_dtype, gradient_dtype
+from .spec import DivergenceSpec, LogprobSpec, LossSpec, RowResult, TopkSpec, accumulate_dtype, gradient_dtype
 from .stats import TokenStats
 
 Outputs = list[Tensor]  # value, stats, hidden_grad, weight_grad, bias_grad; empty if not requested
@@ -30,9 +30,9 @@ NUM_STATS = len(TokenStats._fields)
 def _backend(name: str, function: str):
     if ":" in name:
         return getattr(planning.own_backend(name), function)
-    module = "triton_chunked"
+    module = "triton_topk" if function == "topk_rows" else "triton_chunked"
     if name in TORCH:  # eager or compiled
-        module = "torch_logprobs" if function == "logprob_rows" else "torch_chunked"
+        module = {"logprob_rows": "torch_logprobs", "topk_rows": "torch_topk"}.get(function, "torch_chunked")
     return getattr(importlib.import_module(f".backends.{module}", __package__), function)
 
 
@@ -107,6 +107,35 @@ def linear_logprobs_op(
 @linear_logprobs_op.register_fake
 def _(hidden, weight, bias, targets, mask, row_weight, spec):
     return _fake_outputs(LogprobSpec.decode_for_forward(spec), hidden, weight, bias)
+
+
+@torch.library.custom_op("atesd_kernels::linear_topk_divergence", mutates_args=())
+def linear_topk_divergence_op(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    targets: Tensor | None,
+    spec: str,
+) -> Outputs:
+    options = TopkSpec.decode_for_forward(spec)
+    vocab = Shards(options.group, student_weight.shape[0], student_hidden.device).vocab
+    checks.check_topk(teacher_ids, teacher_logprobs, mask, vocab, normalised=options.tail != "renormalise")
+    if targets is not None:
+        checks.check_targets(targets, mask, vocab)
+    run = _backend(options.backend, "topk_rows")
+    tensors = (student_hidden, student_weight, student_bias, teacher_ids, teacher_logprobs, mask, row_weight, targets)
+    return _outputs(options, run(options, *tensors), row_weight)
+
+
+@linear_topk_divergence_op.register_fake
+def _(
+    student_hidden, student_weight, student_bias, teacher_ids, teacher_logprobs, mask, row_weight, targets, spec
+):  # fmt: skip
+    return _fake_outputs(TopkSpec.decode_for_forward(spec), student_hidden, student_weight, student_bias)
 
 
 @torch.library.custom_op("atesd_kernels::exposure_means", mutates_args=())
@@ -227,3 +256,4 @@ def _register_autograd(op, spec_type: type[LossSpec], differentiable: tuple[str,
 _register_autograd(linear_divergence_op, DivergenceSpec, ("student_hidden", "student_weight", "student_bias"))
 _register_autograd(linear_logprobs_op, LogprobSpec, ("hidden", "weight", "bias"))
 _register_autograd(divergence_op, DivergenceSpec, ("student_logits",))
+_register_autograd(linear_topk_divergence_op, TopkSpec, ("student_hidden", "student_weight", "student_bias"))

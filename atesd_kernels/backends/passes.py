@@ -25,6 +25,18 @@ def block_softmax(s: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     return top, torch.where(torch.isneginf(top), top, lse)  # all entries of the block are excluded
 
 
+def block_sums(s: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns each row's largest logit and the sum of exp(s - largest), `[R]` each; a row of -inf has the sum 0."""
+    top = s.amax(1)
+    return top, (s - top.clamp_min(torch.finfo(s.dtype).min)[:, None]).exp_().sum(1)
+
+
+def rest_gradient(s: Tensor, lse: Tensor, factor: Tensor, slope: Tensor | None) -> Tensor:
+    """Returns exp(s - lse) factor slope, `[R, C]`, for a finite `lse` `[R]`."""
+    g = (s - lse[:, None]).exp_().mul_(factor[:, None])
+    return g if slope is None else g.mul_(slope)
+
+
 def difference(d: Tensor, scale: float, q: Tensor, out: Tensor) -> Tensor:
     """Writes `d * scale` to `out`, in `out`'s dtype. Returns its mean under `q`, the block's softmax: `[R]`."""
     y = out.copy_(d) if scale == 1 else torch.mul(d, scale, out=out)

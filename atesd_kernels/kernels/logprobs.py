@@ -117,7 +117,7 @@ def finish_logprob(
         top = tl.max(m, 0)
         w = exp(m - top)
         a = tl.sum(tl.load(P + PART_SUM) * w, 0)
-        lse = top + tl.log(a)
+        lse = tl.where(a == 0, LOWEST, top + tl.log(a))  # finite where every entry is excluded
         target = tl.load(TARGETS + row)
         S += row * stride_s
         if tl.program_id(1) == 0:

@@ -26,8 +26,8 @@ def take_listed(S, IDS, MASK, LISTED, stride_s, K, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def put_listed(G, IDS, MASK, GRAD, stride_g, K, V, BLOCK: tl.constexpr):
-    """Stores the gradient GRAD of a row's listed logits at their ids in G."""
+def put_listed(G, IDS, MASK, GRAD_LISTED, stride_g, K, V, BLOCK: tl.constexpr):
+    """Stores the gradient GRAD_LISTED of a row's listed logits at their ids in G."""
     row = tl.program_id(0).to(tl.int64)
     counted = True
     if MASK is not None:
@@ -36,5 +36,5 @@ def put_listed(G, IDS, MASK, GRAD, stride_g, K, V, BLOCK: tl.constexpr):
         place = k + tl.arange(0, BLOCK)
         ids = tl.load(IDS + row * K + place, mask=place < K, other=-1)
         here = (ids >= 0) & (ids < V) & counted
-        g = tl.load(GRAD + row * K + place, mask=here, other=0.0)
+        g = tl.load(GRAD_LISTED + row * K + place, mask=here, other=0.0)
         tl.store(G + row * stride_g + ids, g.to(G.dtype.element_ty), mask=here)

@@ -1,6 +1,8 @@
 """`linear_topk_divergence`: exact on the K + 1 entries, a lower bound of the whole divergence, on every backend."""
 
 import math
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +10,12 @@ from torch.autograd import gradcheck
 
 import atesd_kernels as ak
 from atesd_kernels import linear_divergence, linear_topk_divergence, planning, reference
+from atesd_kernels.backends import torch_topk, tuning
+from atesd_kernels.divergences import get_divergence
+from atesd_kernels.spec import TopkSpec
 
-from .cases import BACKENDS, BF16_BACKENDS, DEVICE, DIVERGENCES, INTERPRETED, make_pair, relative_l2, size
+from .cases import BACKENDS, BF16_BACKENDS, DEVICE, DIVERGENCES, make_pair, relative_l2, size
+from .test_autograd import SPEC
 from .topk_cases import TAILS, compare, known, teacher
 
 SCALES = {1e-4: 0.007, 1e-2: 0.07, 1e-1: 0.22}  # mean KL of the whole distributions -> make_pair's scale
@@ -265,18 +271,33 @@ def test_renormalising_does_not_ask_for_normalised_log_probabilities():
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("divergence", ("forward_kl", "reverse_kl", "jsd"))
 def test_clips_bound_terms_and_tokens_and_remove_their_gradient(divergence, tail, backend):
-    """The rest is a term as well: clips below and above its own."""
+    """The rest is a term as well. Clips lie in gaps, as a clip's gradient jumps where a term equals it."""
     case = known(backend, scale=0.22)
-    plain = linear_topk_divergence(*case.tensors, divergence=divergence, tail=tail, reduction="none")
-    token_clip = plain.double().sort().values[len(plain) // 2 - 1 : len(plain) // 2 + 1].mean().abs().item()
-    for clips in (dict(entry_clip=1e-3), dict(entry_clip=2e-2), dict(entry_clip=0.0), dict(token_clip=token_clip)):
+    log_q = reference.logits(case.student_hidden, case.student_weight).log_softmax(-1)
+    q, p = reference.topk_entries(log_q, case.ids, case.logprobs, with_rest=tail == "bucket")
+    if tail == "renormalise":
+        q, p = q.log_softmax(-1), p.log_softmax(-1)
+    terms = get_divergence(divergence, 0.3).term(p, q, 0.3)[0].nan_to_num(-1.0)  # NaN: padding
+    tokens = linear_topk_divergence(*case.tensors, divergence=divergence, beta=0.3, tail=tail, reduction="none")
+    clips = [dict(entry_clip=in_a_gap(terms[terms > 0], share)) for share in (0.3, 0.9)]
+    if (tokens > 0).sum() > 1:
+        clips.append(dict(token_clip=in_a_gap(tokens[tokens > 0].double(), 0.5)))
+    for clip in clips:
         hidden, true = case.student_hidden.clone().requires_grad_(), case.student_hidden.double().requires_grad_()
-        options = dict(divergence=divergence, tail=tail, reduction="none", **clips)
+        options = dict(divergence=divergence, beta=0.3, tail=tail, reduction="none", **clip)
         value = linear_topk_divergence(hidden, *case.tensors[1:], backend=backend, **options)
         expected = reference.linear_topk_divergence(true, *case.tensors[1:], **options)
         value.sum().backward(), expected.sum().backward()
-        assert (value - expected).abs().max() <= 1e-6 and not torch.allclose(value, plain)
+        assert (value - expected).abs().max() <= 1e-6 and (value < tokens - 1e-7).any()
         assert relative_l2(hidden.grad, true.grad) <= 1e-4
+
+
+def in_a_gap(values: torch.Tensor, share: float) -> float:
+    ordered = values.flatten().sort().values
+    middle = min(int(share * len(ordered)), len(ordered) - 2)
+    around = ordered[max(0, middle - 3) : middle + 4]
+    widest = (around[1:] - around[:-1]).argmax()
+    return around[widest : widest + 2].mean().item()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -394,17 +415,15 @@ def test_a_caller_compiled_in_one_graph_gets_the_same_gradient():
     assert gradients[0].norm() > 0 and torch.allclose(*gradients, rtol=1e-5, atol=1e-9)
 
 
-def test_the_operator_keeps_torch_s_rules():
-    from .test_autograd import SPEC
-
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="opcheck compares with the CPU implementation")
+@pytest.mark.parametrize("weighted", (False, True))
+def test_the_operator_keeps_torch_s_rules(weighted):
     case = known("torch", n=5, h=8, v=30, k=4)
-    options = {k: v for k, v in vars(SPEC).items()}
-    from atesd_kernels.spec import TopkSpec
-
-    spec = TopkSpec(**options, tail="bucket").encode()
+    spec = TopkSpec(**{**vars(SPEC), "weighted": weighted}, tail="bucket").encode()
     hidden = case.student_hidden.clone().requires_grad_()
     arguments = (hidden, case.student_weight, None, case.ids, case.logprobs, None, None, None, spec)
-    torch.library.opcheck(torch.ops.atesd_kernels.linear_topk_divergence.default, arguments)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(ak.ops.linear_topk_divergence_op, arguments, test_utils=tests)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="counts the CPU's allocations")
@@ -484,11 +503,6 @@ def test_bad_values_of_counted_tokens_are_refused_and_of_masked_ones_not(message
 
 
 def test_a_backend_of_ones_own_that_has_no_such_function_is_refused_by_name(monkeypatch):
-    import sys
-    from types import ModuleType, SimpleNamespace
-
-    from atesd_kernels.backends import torch_topk
-
     module = ModuleType("my_backends")
     functions = dict.fromkeys(planning.FUNCTIONS, print)
     module.without, module.with_topk = SimpleNamespace(**functions), SimpleNamespace(
@@ -524,10 +538,7 @@ def test_it_is_near_the_whole_divergence_with_few_entries_of_a_peaked_teacher():
     assert shares == sorted(shares) and shares[0] > 0.5 and shares[2] > 0.95
 
 
-@pytest.mark.skipif(not INTERPRETED and "triton" not in BACKENDS, reason="needs the Triton backend")
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
 def test_several_programs_share_a_row_and_k_may_exceed_a_block(backend, monkeypatch):
-    from atesd_kernels.backends import tuning
-
     monkeypatch.setattr(tuning, "num_processors", lambda device: 12)
     assert_exact(compare(known(backend, k=150, v=2100, scale=0.2), backend=backend), backend)

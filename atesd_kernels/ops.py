@@ -30,9 +30,10 @@ NUM_STATS = len(TokenStats._fields)
 def _backend(name: str, function: str):
     if ":" in name:
         return getattr(planning.own_backend(name), function)
-    module = "triton_topk" if function == "topk_rows" else "triton_chunked"
+    kind = function.partition("_")[0]
+    module = {"topk": "triton_topk"}.get(kind, "triton_chunked")
     if name in TORCH:  # eager or compiled
-        module = {"logprob_rows": "torch_logprobs", "topk_rows": "torch_topk"}.get(function, "torch_chunked")
+        module = {"topk": "torch_topk", "logprob": "torch_logprobs"}.get(kind, "torch_chunked")
     return getattr(importlib.import_module(f".backends.{module}", __package__), function)
 
 
@@ -177,6 +178,30 @@ def _(student_logits, teacher_logits, mask, targets, spec):
     return _fake_outputs(DivergenceSpec.decode(spec), student_logits, None, None)[:3]
 
 
+@torch.library.custom_op("atesd_kernels::topk_divergence", mutates_args=())
+def topk_divergence_op(
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    mask: Tensor | None,
+    targets: Tensor | None,
+    spec: str,
+) -> Outputs:
+    """As `divergence_op`, against the teacher's top entries `[N, K]`."""
+    options, vocab = TopkSpec.decode(spec), student_logits.shape[1]
+    checks.check_topk(teacher_ids, teacher_logprobs, mask, vocab, normalised=options.tail != "renormalise")
+    if targets is not None:
+        checks.check_targets(targets, mask, vocab)
+    run = _backend(options.backend, "topk_logits")
+    result = run(options, student_logits, teacher_ids, teacher_logprobs, mask, None, targets)
+    return _outputs(options, result, None)[:3]
+
+
+@topk_divergence_op.register_fake
+def _(student_logits, teacher_ids, teacher_logprobs, mask, targets, spec):
+    return _fake_outputs(TopkSpec.decode(spec), student_logits, None, None)[:3]
+
+
 def last_use() -> bool:
     """Whether the current backward pass frees its graph. If so, saved tensors may be overwritten."""
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
@@ -257,3 +282,4 @@ _register_autograd(linear_divergence_op, DivergenceSpec, ("student_hidden", "stu
 _register_autograd(linear_logprobs_op, LogprobSpec, ("hidden", "weight", "bias"))
 _register_autograd(divergence_op, DivergenceSpec, ("student_logits",))
 _register_autograd(linear_topk_divergence_op, TopkSpec, ("student_hidden", "student_weight", "student_bias"))
+_register_autograd(topk_divergence_op, TopkSpec, ("student_logits",))

@@ -1,11 +1,11 @@
 """Backends compute the losses. Each is a module with the functions of `Backend`; `ops.py` selects one by name.
 
-| name             | divergence_rows, divergence_logits | logprob_rows     | topk_rows     |
-|------------------|------------------------------------|------------------|---------------|
-| "torch"          | `torch_chunked`                    | `torch_logprobs` | `torch_topk`  |
-| "torch_compiled" | the same, elementwise passes through Inductor | the same | the same   |
-| "triton"         | `triton_chunked`                   | `triton_chunked` | `triton_topk` |
-| "module:object"  | functions of the caller's object   | the same         | the same, if it has it |
+| name             | divergence_rows, divergence_logits | logprob_rows     | topk_rows, topk_logits |
+|------------------|------------------------------------|------------------|------------------------|
+| "torch"          | `torch_chunked`                    | `torch_logprobs` | `torch_topk`           |
+| "torch_compiled" | the same, elementwise passes through Inductor | the same | the same |
+| "triton"         | `triton_chunked`                   | `triton_chunked` | `triton_topk`          |
+| "module:object"  | functions of the caller's object   | the same         | the same, if any       |
 
 `triton_exposure.exposure_means` computes mean log-probabilities without gradients. The torch backends have no such
 function: there `exposure_logprobs` masks rows of `linear_logprobs`.
@@ -61,7 +61,7 @@ class Backend(Protocol):
 
 
 class TopkBackend(Protocol):
-    """The function that `linear_topk_divergence` needs beside `Backend`'s. A backend of the caller's may lack it."""
+    """The functions of `linear_topk_divergence` and `topk_divergence`. A backend of the caller's may lack them."""
 
     def topk_rows(
         self,
@@ -69,6 +69,17 @@ class TopkBackend(Protocol):
         student_hidden: Tensor,  # [N, H]
         student_weight: Tensor,  # [V, H]
         student_bias: Tensor | None,  # [V]
+        teacher_ids: Tensor,  # [N, K], -1: padding
+        teacher_logprobs: Tensor,  # [N, K]
+        mask: Tensor | None,  # [N] bool
+        row_weight: Tensor | None,  # [N]
+        targets: Tensor | None,  # [N]
+    ) -> RowResult: ...
+
+    def topk_logits(
+        self,
+        spec: TopkSpec,
+        student_logits: Tensor,  # [N, V]
         teacher_ids: Tensor,  # [N, K], -1: padding
         teacher_logprobs: Tensor,  # [N, K]
         mask: Tensor | None,  # [N] bool

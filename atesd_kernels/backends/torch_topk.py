@@ -16,7 +16,7 @@ from ..planning import ChunkPlan
 from ..spec import RowResult, TopkSpec
 from ..stats import TokenStats
 from . import passes
-from .logit_source import StudentLogits
+from .logit_source import GivenLogits, StudentLogits
 from .topk_entries import BYTES_PER_ENTRY, Extremes, Student, compare, statistics
 
 
@@ -32,6 +32,24 @@ def topk_rows(
     targets: Tensor | None,  # [N]
 ) -> RowResult:
     source = StudentLogits(replace(spec, logits_dtype=logits_dtype(spec)), student_hidden, student_weight, student_bias)
+    return _run(spec, source, teacher_ids, teacher_logprobs, mask, row_weight, targets)
+
+
+def topk_logits(
+    spec: TopkSpec,
+    student_logits: Tensor,  # [N, V]
+    teacher_ids: Tensor,  # [N, K], -1: padding
+    teacher_logprobs: Tensor,  # [N, K]
+    mask: Tensor | None,  # [N] bool
+    row_weight: Tensor | None,  # [N]
+    targets: Tensor | None,  # [N]
+) -> RowResult:
+    """Runs the same sweeps over the caller's logits. The result's `hidden_grad` is the gradient of `student_logits`."""
+    source = GivenStudentLogits(spec, student_logits)
+    return _run(spec, source, teacher_ids, teacher_logprobs, mask, row_weight, targets)
+
+
+def _run(spec: TopkSpec, source, teacher_ids, teacher_logprobs, mask, row_weight, targets) -> RowResult:
     value = torch.zeros(source.num_rows, dtype=source.dtype, device=source.device)
     stats = value.new_zeros(len(TokenStats._fields), source.num_rows) if spec.stats else None
     counted = torch.arange(source.num_rows, device=source.device) if mask is None else mask.nonzero().squeeze(1)
@@ -59,6 +77,15 @@ def topk_rows(
     return RowResult(value, stats, *source.gradients())
 
 
+class GivenStudentLogits(GivenLogits):
+    """The interface of `StudentLogits` over the caller's logits."""
+
+    def __init__(self, spec: TopkSpec, student_logits: Tensor):
+        super().__init__(spec, student_logits, student_logits)
+
+    block = GivenLogits.student
+
+
 def logits_dtype(spec: TopkSpec) -> torch.dtype:
     """Returns the dtype of the head's product. As for separate heads, fp64 for fp32 inputs: the loss depends on the
     difference between these logits and the teacher's log-probabilities."""
@@ -70,7 +97,7 @@ def buffer_dtype(spec: TopkSpec, accumulate: torch.dtype) -> torch.dtype:
     return torch.promote_types(logits_dtype(spec), accumulate)
 
 
-def topk_plan(spec: TopkSpec, source: StudentLogits, num_rows: int, entries: int) -> ChunkPlan:
+def topk_plan(spec: TopkSpec, source, num_rows: int, entries: int) -> ChunkPlan:
     """Returns `planning.chunk_plan` for one buffer, and for what the listed entries of a row take."""
     itemsize = buffer_dtype(spec, source.dtype).itemsize
     vocab = source.vocab + -(-entries * BYTES_PER_ENTRY // itemsize)
@@ -87,7 +114,7 @@ class TopkChunk:
     """
 
     def __init__(
-        self, spec: TopkSpec, source: StudentLogits, plan: ChunkPlan, buffer: Tensor, ids: Tensor, target: Tensor | None
+        self, spec: TopkSpec, source, plan: ChunkPlan, buffer: Tensor, ids: Tensor, target: Tensor | None
     ):
         self.spec, self.source, self.scaling, self.ids = spec, source, source.scaling, ids
         self.cols, self.tiles = plan.blocks(source.vocab), list(plan.tiles(len(ids)))

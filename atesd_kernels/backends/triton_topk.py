@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels import logprobs as logprob_kernels
 from ..kernels import topk as topk_kernels
-from ..spec import RowResult, TopkSpec
+from ..spec import RowResult, TopkSpec, gradient_dtype
 from ..stats import TokenStats
 from . import matmul, tuning
 from .elementwise import on
@@ -45,28 +45,67 @@ def topk_rows(
     entries = -(-teacher_ids.shape[1] * BYTES_PER_ENTRY // bytes_per_logit)
     chunks = row_chunks(num_rows, vocab + entries, bytes_per_logit, spec, device)
     gradients = Gradients(spec, student_hidden, student_weight, student_bias, mask, len(chunks))
-    value = torch.zeros(num_rows, device=device)
-    stats = torch.zeros(len(TokenStats._fields), num_rows, device=device) if spec.stats else None
+    rows_of = Rows(spec, num_rows, teacher_ids, teacher_logprobs, mask, row_weight, targets)
     with on(device):
         for rows in chunks:
             h = student_hidden[rows].to(dtype)
             s = matmul.logits(h, w, s_dtype)
-            ids, log_p = teacher_ids[rows].long().contiguous(), teacher_logprobs[rows].double()
-            mask_c, target = cut(mask, rows), cut(targets, rows)
-            chunk = TopkChunk(spec, s, student_bias, ids, mask_c, target)
-            log_p = torch.where(chunk.there, log_p, -torch.inf)
-            result = compare(spec, chunk.student, log_p)
-            value[rows] = counted(result.value, mask_c).float()
-            if stats is not None:
-                found = statistics(spec, chunk.student, chunk.extremes(), result.raw, log_p, ids, target)
-                stats[:, rows] = counted(found, mask_c).float()
+            g = None
             if spec.any_grad:
                 g = s if in_place else torch.empty(s.shape, dtype=dtype, device=device)
-                chunk.gradient(g, result.grad, result.grad_rest, cut(row_weight, rows), gradients.scale)
+            rows_of.run(rows, s, student_bias, g, gradients.scale)
+            del s
+            if g is not None:
                 gradients.take(rows, h, g, w)
-                del g
-            del s, chunk
-    return RowResult(value, stats, *gradients.finish())
+                del g  # free it before allocating the next chunk's logits
+    return RowResult(rows_of.value, rows_of.stats, *gradients.finish())
+
+
+def topk_logits(
+    spec: TopkSpec,
+    student_logits: Tensor,  # [N, V]
+    teacher_ids: Tensor,  # [N, K], -1: padding
+    teacher_logprobs: Tensor,  # [N, K]
+    mask: Tensor | None,  # [N] bool
+    row_weight: Tensor | None,  # [N]
+    targets: Tensor | None,  # [N]
+) -> RowResult:
+    """Runs the same sweeps over copies of the caller's logits. The result's `hidden_grad` is their gradient."""
+    (num_rows, vocab), device = student_logits.shape, student_logits.device
+    grad = None
+    if spec.any_grad:
+        grad = torch.empty(student_logits.shape, dtype=gradient_dtype(student_logits.dtype), device=device)
+    entries = -(-teacher_ids.shape[1] * BYTES_PER_ENTRY // student_logits.itemsize)
+    rows_of = Rows(spec, num_rows, teacher_ids, teacher_logprobs, mask, row_weight, targets)
+    with on(device):
+        for rows in row_chunks(num_rows, vocab + entries, student_logits.itemsize, spec, device):
+            s = student_logits[rows].clone(memory_format=torch.contiguous_format)
+            rows_of.run(rows, s, None, cut(grad, rows), 1.0)
+    return RowResult(rows_of.value, rows_of.stats, grad, None, None)
+
+
+class Rows:
+    """Compares chunks of rows with the teacher, and collects each row's value and statistics."""
+
+    def __init__(self, spec: TopkSpec, num_rows: int, ids: Tensor, logprobs: Tensor, mask, row_weight, targets):
+        self.spec, self.ids, self.logprobs = spec, ids, logprobs
+        self.mask, self.row_weight, self.targets = mask, row_weight, targets
+        self.value = torch.zeros(num_rows, device=ids.device)
+        self.stats = torch.zeros(len(TokenStats._fields), num_rows, device=ids.device) if spec.stats else None
+
+    def run(self, rows: slice, s: Tensor, bias: Tensor | None, g: Tensor | None, grad_scale: float) -> None:
+        """Overwrites the raw logits `s` `[R, V]`, and writes their gradient to `g` (may be `s`), if not None."""
+        ids, log_p = self.ids[rows].long().contiguous(), self.logprobs[rows].double()
+        mask, target = cut(self.mask, rows), cut(self.targets, rows)
+        chunk = TopkChunk(self.spec, s, bias, ids, mask, target)
+        log_p = torch.where(chunk.there, log_p, -torch.inf)
+        result = compare(self.spec, chunk.student, log_p)
+        self.value[rows] = counted(result.value, mask).float()
+        if self.stats is not None:
+            found = statistics(self.spec, chunk.student, chunk.extremes(), result.raw, log_p, ids, target)
+            self.stats[:, rows] = counted(found, mask).float()
+        if g is not None:
+            chunk.gradient(g, result.grad, result.grad_rest, cut(self.row_weight, rows), grad_scale)
 
 
 def counted(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -25,8 +25,7 @@ FUNCTIONS = [
     (triton_chunked.divergence_rows, Backend.divergence_rows),
     (triton_chunked.divergence_logits, Backend.divergence_logits),
     (triton_chunked.logprob_rows, Backend.logprob_rows),
-    (torch_topk.topk_rows, TopkBackend.topk_rows),
-    (triton_topk.topk_rows, TopkBackend.topk_rows),
+    *((getattr(b, f), getattr(TopkBackend, f)) for b in (torch_topk, triton_topk) for f in ("topk_rows", "topk_logits")),
 ]
 
 

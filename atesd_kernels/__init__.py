@@ -7,9 +7,9 @@ agree. They work with any PyTorch trainer. Start at `linear_divergence`.
 from .divergences import DivergenceTerm, register_divergence
 from .exposure import exposure_logprobs
 from .losses import divergence, linear_divergence, linear_logprobs
-from .modules import Divergence, LinearDivergence, LinearLogprobs, LinearTopkDivergence
+from .modules import Divergence, LinearDivergence, LinearLogprobs, LinearTopkDivergence, TopkDivergence
 from .stats import TokenStats
-from .topk import linear_topk_divergence
+from .topk import linear_topk_divergence, topk_divergence
 
 __all__ = [
     "Divergence",
@@ -18,10 +18,12 @@ __all__ = [
     "LinearLogprobs",
     "LinearTopkDivergence",
     "TokenStats",
+    "TopkDivergence",
     "divergence",
     "exposure_logprobs",
     "linear_divergence",
     "linear_logprobs",
     "linear_topk_divergence",
     "register_divergence",
+    "topk_divergence",
 ]

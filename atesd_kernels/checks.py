@@ -228,12 +228,16 @@ def check_topk_tensors(lead: torch.Size, device: torch.device, ids: Tensor, logp
         )
         require(
             tensor.dim() >= 2 and tensor.shape[:-1] == lead and tensor.shape[-1] > 0,
-            lambda: f"{name} must be [..., K] with the leading shape {tuple(lead)} and K > 0, got {tuple(tensor.shape)}.",
+            lambda: (
+                f"{name} must be [..., K] with the leading shape {tuple(lead)} and K > 0, got {tuple(tensor.shape)}."
+            ),
         )
         require(tensor.device == device, lambda: f"{name} is on {tensor.device}, the hidden states on {device}.")
     require(
         ids.shape == logprobs.shape,
-        lambda: f"teacher_ids is {tuple(ids.shape)}, teacher_logprobs {tuple(logprobs.shape)}; pass one log-prob an id.",
+        lambda: (
+            f"teacher_ids is {tuple(ids.shape)}, teacher_logprobs {tuple(logprobs.shape)}; pass one log-prob an id."
+        ),
     )
     require(
         not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool),

@@ -49,3 +49,9 @@ class LinearTopkDivergence(_Loss):
     """`linear_topk_divergence` as a module."""
 
     function = staticmethod(topk.linear_topk_divergence)
+
+
+class TopkDivergence(_Loss):
+    """`topk_divergence` (from logits) as a module."""
+
+    function = staticmethod(topk.topk_divergence)

@@ -55,9 +55,7 @@ class TopkDivergenceOptions(TypedDict, total=False):
     beta: float
     tail: str
     temperature: float
-    student_bias: Tensor | None
     softcap: float | None
-    logits_dtype: torch.dtype
     mask: Tensor | None
     token_weight: Tensor | None
     targets: Tensor | None
@@ -67,4 +65,9 @@ class TopkDivergenceOptions(TypedDict, total=False):
     num_tokens: int | float | Tensor | None
     backend: str
     chunk_bytes: int | None
+
+
+class LinearTopkDivergenceOptions(TopkDivergenceOptions, total=False):
+    student_bias: Tensor | None
+    logits_dtype: torch.dtype
     group: ProcessGroup | None

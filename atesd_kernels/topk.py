@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,14 +20,14 @@ from .arguments import (
 from .divergences import DivergenceTerm, get_divergence
 from .losses import _per_token, _stats
 from .shards import backend_for, replicated_tensor, shard_of
-from .spec import TopkSpec
+from .spec import TopkSpec, accumulate_dtype
 from .stats import TokenStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
-    from .options import TopkDivergenceOptions
+    from .options import LinearTopkDivergenceOptions, TopkDivergenceOptions
 
 
 @overload
@@ -37,7 +38,7 @@ def linear_topk_divergence(
     teacher_logprobs: Tensor,
     *,
     return_stats: Literal[False] = False,
-    **options: Unpack[TopkDivergenceOptions],
+    **options: Unpack[LinearTopkDivergenceOptions],
 ) -> Tensor: ...
 @overload
 def linear_topk_divergence(
@@ -47,7 +48,7 @@ def linear_topk_divergence(
     teacher_logprobs: Tensor,
     *,
     return_stats: Literal[True],
-    **options: Unpack[TopkDivergenceOptions],
+    **options: Unpack[LinearTopkDivergenceOptions],
 ) -> tuple[Tensor, TokenStats]: ...
 def linear_topk_divergence(
     student_hidden: Tensor,
@@ -136,33 +137,28 @@ def linear_topk_divergence(
     student_weight, group = shard_of("student_weight", student_weight, group)
     student_bias, group = shard_of("student_bias", student_bias, group)
     checks.check_head("student", student_hidden, student_weight, student_bias)
-    lead, device = student_hidden.shape[:-1], student_hidden.device
-    checks.check_topk_tensors(lead, device, teacher_ids, teacher_logprobs, tail)
-    checks.check_token_tensors(lead, device, mask=mask, token_weight=token_weight, targets=targets)
+    lead = student_hidden.shape[:-1]
     compute_dtype = checked_compute_dtype(student_hidden, logits_dtype, student_weight=student_weight)
-    numbers = dict(
-        temperature=temperature, softcap=softcap, entry_clip=entry_clip, token_clip=token_clip, chunk_bytes=chunk_bytes
-    )
-    checks.check_scalars(reduction=reduction, **numbers)  # type: ignore[arg-type]
-    spec = TopkSpec(
-        **_resolved(divergence, beta, backend_for(group, backend), device, compute_dtype),
-        **plain_numbers(**numbers, teacher_temperature=temperature),  # type: ignore[arg-type]
-        tail=tail,
+    spec, row_weight = _checked(
+        lead, student_hidden.device, compute_dtype, "topk_rows", teacher_ids, teacher_logprobs, tail=tail, mask=mask,
+        token_weight=token_weight, targets=targets, reduction=reduction, num_tokens=num_tokens, divergence=divergence,
+        beta=beta, backend=backend_for(group, backend), temperature=temperature, softcap=softcap, entry_clip=entry_clip,
+        token_clip=token_clip, chunk_bytes=chunk_bytes,
+    )  # fmt: skip
+    checks.check_group(group, spec.backend)
+    spec = replace(
+        spec,
         logits_dtype=logits_dtype,
-        compute_dtype=compute_dtype,
         group=None if group is None else group.group_name,
         stats=return_stats,
         weighted=reduction != "none",
         **gradients_wanted(student_hidden, student_weight, student_bias),
     )
-    checks.check_group(group, spec.backend)
-    row_weight = row_weight_of(token_weight, mask, lead.numel(), device, compute_dtype, reduction, num_tokens)
     value, stats, *_ = ops.linear_topk_divergence_op(
         student_hidden.reshape(lead.numel(), student_hidden.shape[-1]),
         student_weight,
         student_bias,
-        teacher_ids.reshape(lead.numel(), teacher_ids.shape[-1]),
-        teacher_logprobs.detach().reshape(lead.numel(), teacher_ids.shape[-1]),
+        *_flat_entries(lead, teacher_ids, teacher_logprobs),
         flat_mask(mask),
         None if reduction == "none" else row_weight,
         None if targets is None else flat_targets(targets),
@@ -172,17 +168,114 @@ def linear_topk_divergence(
     return (loss, _stats(stats, lead, targets is not None)) if return_stats else loss
 
 
-def _resolved(divergence: str | DivergenceTerm, beta: float, backend: str, device, dtype) -> dict[str, Any]:
-    """Returns the fields of `TopkSpec` that name the divergence and the backend.
+@overload
+def topk_divergence(
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[TopkDivergenceOptions],
+) -> Tensor: ...
+@overload
+def topk_divergence(
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[TopkDivergenceOptions],
+) -> tuple[Tensor, TokenStats]: ...
+def topk_divergence(
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    divergence: str | DivergenceTerm = "forward_kl",
+    beta: float = 0.5,
+    tail: str = "bucket",
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    targets: Tensor | None = None,
+    entry_clip: float | None = None,
+    token_clip: float | None = None,
+    reduction: str = "mean",
+    num_tokens: int | float | Tensor | None = None,
+    backend: str = "auto",
+    chunk_bytes: int | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, TokenStats]:
+    """`linear_topk_divergence` for given student logits `[..., V]`. It has the same options and results.
+
+    It needs `chunk_bytes` of memory, and the gradient, which is as large as the logits.
+
+    Example:
+        >>> import torch
+        >>> from atesd_kernels import topk_divergence
+        >>> logprobs, ids = torch.zeros(3, 10).log_softmax(-1).topk(4)
+        >>> topk_divergence(torch.zeros(3, 10), ids, logprobs).item() < 1e-12
+        True
+    """
+    checks.require(
+        student_logits.dim() >= 2, lambda: f"student_logits must be [..., V], got {tuple(student_logits.shape)}."
+    )
+    checks.require(
+        student_logits.dtype in checks.FLOATS,
+        lambda: f"logits must be floating, got {student_logits.dtype}.",
+        TypeError,
+    )
+    lead = student_logits.shape[:-1]
+    spec, row_weight = _checked(
+        lead, student_logits.device, student_logits.dtype, "topk_logits", teacher_ids, teacher_logprobs, tail=tail,
+        mask=mask, token_weight=token_weight, targets=targets, reduction=reduction, num_tokens=num_tokens,
+        divergence=divergence, beta=beta, backend=backend, temperature=temperature, softcap=softcap,
+        entry_clip=entry_clip, token_clip=token_clip, chunk_bytes=chunk_bytes,
+    )  # fmt: skip
+    value, stats, _ = ops.topk_divergence_op(
+        student_logits.reshape(lead.numel(), student_logits.shape[-1]),
+        *_flat_entries(lead, teacher_ids, teacher_logprobs),
+        flat_mask(mask),
+        None if targets is None else flat_targets(targets),
+        replace(spec, stats=return_stats, **gradients_wanted(student_logits)).encode(),
+    )
+    loss = _per_token(value, row_weight, lead)
+    loss = loss if reduction == "none" else loss.sum()
+    return (loss, _stats(stats, lead, targets is not None)) if return_stats else loss
+
+
+def _checked(
+    lead: torch.Size, device, dtype, function: str, ids, logprobs, *, tail, mask, token_weight, targets, reduction,
+    num_tokens, divergence, beta, backend, **numbers: float | None,
+) -> tuple[TopkSpec, Tensor | None]:  # fmt: skip
+    """Checks the options that both losses share. Returns them resolved, and the rows' factors in the loss.
 
     Raises:
-        ValueError: if a backend of the caller's own has no `topk_rows`.
+        ValueError: also if a backend of the caller's own lacks `function`.
     """
+    checks.check_topk_tensors(lead, device, ids, logprobs, tail)
+    checks.check_token_tensors(lead, device, mask=mask, token_weight=token_weight, targets=targets)
+    checks.check_scalars(reduction=reduction, **numbers)  # type: ignore[arg-type]
     # the K + 1 entries are compared in torch, so a term needs no Triton function
     backend = planning.choose_backend(backend, device, dtype, True)
     if ":" in backend and not torch.compiler.is_compiling():
         checks.require(
-            callable(getattr(planning.own_backend(backend), "topk_rows", None)),
-            lambda: f"backend {backend!r} lacks topk_rows; see atesd_kernels.backends.TopkBackend.",
+            callable(getattr(planning.own_backend(backend), function, None)),
+            lambda: f"backend {backend!r} lacks {function}; see atesd_kernels.backends.TopkBackend.",
         )
-    return {"divergence": get_divergence(divergence, beta).key, "beta": float(beta), "backend": backend}
+    spec = TopkSpec(
+        **plain_numbers(beta=beta, teacher_temperature=numbers["temperature"], **numbers),  # type: ignore[arg-type]
+        divergence=get_divergence(divergence, beta).key,
+        tail=tail,
+        backend=backend,
+        logits_dtype=accumulate_dtype(dtype),
+        compute_dtype=dtype,
+        stats=False,
+    )
+    return spec, row_weight_of(token_weight, mask, lead.numel(), device, dtype, reduction, num_tokens)
+
+
+def _flat_entries(lead: torch.Size, ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (lead.numel(), ids.shape[-1])
+    return ids.reshape(shape), logprobs.detach().reshape(shape)

@@ -1,12 +1,13 @@
-"""The divergence over a teacher's top K entries and the rest: the part of `linear_topk_divergence` without a vocabulary.
+"""The divergence over a teacher's top K entries and the rest: what the top-k losses compute beside their sweeps.
 
 The backends sweep the vocabulary. They give each row the student's logits at the K ids, and `rest`, the log-sum-exp of
-all its other logits. The loss is a function of these K + 1 numbers. Given its derivative g by each of them, the gradient
-by a logit j outside the ids is a share of the rest's:
+all its other logits. The loss is a function of these K + 1 numbers. Given its derivative g by each of them, the
+gradient by a logit j outside the ids is a share of the rest's:
 
     dD/ds_j = softmax_rest(s)_j g_rest = (q_j / q_rest) u_rest - q_j sum u
 
-All of it is float64: K + 1 numbers a row cost nothing, and a rest that nearly agrees with the teacher's keeps its digits.
+All of it is float64: K + 1 numbers a row cost little, and a rest that nearly agrees with the teacher's keeps its
+digits.
 """
 
 from __future__ import annotations
@@ -122,6 +123,4 @@ def statistics(
         hit = ids == target[:, None]
         logprob_t = torch.where(hit, log_p, -torch.inf).amax(1)
         logprob_t = torch.where(hit.any(1), logprob_t, torch.nan)
-    return torch.stack(
-        [raw, entropy_s, entropy_t, logprob_s, logprob_t, (top - lse).exp(), agree.to(lse.dtype)]
-    )
+    return torch.stack([raw, entropy_s, entropy_t, logprob_s, logprob_t, (top - lse).exp(), agree.to(lse.dtype)])

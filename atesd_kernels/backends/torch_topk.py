@@ -11,7 +11,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .. import planning
 from ..planning import ChunkPlan
 from ..spec import RowResult, TopkSpec
 from ..stats import TokenStats
@@ -113,9 +112,7 @@ class TopkChunk:
         student: see `topk_entries`.
     """
 
-    def __init__(
-        self, spec: TopkSpec, source, plan: ChunkPlan, buffer: Tensor, ids: Tensor, target: Tensor | None
-    ):
+    def __init__(self, spec: TopkSpec, source, plan: ChunkPlan, buffer: Tensor, ids: Tensor, target: Tensor | None):
         self.spec, self.source, self.scaling, self.ids = spec, source, source.scaling, ids
         self.cols, self.tiles = plan.blocks(source.vocab), list(plan.tiles(len(ids)))
         self.run = passes.compiled if spec.compiled else lambda function: function

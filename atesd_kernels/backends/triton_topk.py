@@ -2,8 +2,8 @@
 
 The logits at the ids are taken out of a chunk (`kernels/topk.py`). The first sweep of `kernels/logprobs.py` then gives
 the rest's normaliser. The second one's gradient, which without a target is that of minus this normaliser, gives the
-rest's share of the gradient. The K + 1 numbers of a row are compared in torch (`topk_entries`), so a divergence needs no
-Triton function here. Nothing synchronises with the device.
+rest's share of the gradient. The K + 1 numbers of a row are compared in torch (`topk_entries`), so a divergence needs
+no Triton function here. Nothing synchronises with the device.
 """
 
 from __future__ import annotations

@@ -25,7 +25,11 @@ FUNCTIONS = [
     (triton_chunked.divergence_rows, Backend.divergence_rows),
     (triton_chunked.divergence_logits, Backend.divergence_logits),
     (triton_chunked.logprob_rows, Backend.logprob_rows),
-    *((getattr(b, f), getattr(TopkBackend, f)) for b in (torch_topk, triton_topk) for f in ("topk_rows", "topk_logits")),
+    *(
+        (getattr(b, f), getattr(TopkBackend, f))
+        for b in (torch_topk, triton_topk)
+        for f in ("topk_rows", "topk_logits")
+    ),
 ]
 
 

@@ -107,7 +107,9 @@ def test_the_hand_written_derivative_passes_gradcheck(tail):
     leaves = [t.clone().requires_grad_() for t in (pair.student_hidden, pair.student_weight, bias)]
     for divergence in DIVERGENCES:
         options = dict(divergence=divergence, beta=0.3, tail=tail, temperature=1.3, softcap=4.0)
-        assert gradcheck(lambda h, w, b, o=options: linear_topk_divergence(h, w, ids, logprobs, student_bias=b, **o), leaves)
+        assert gradcheck(
+            lambda h, w, b, o=options: linear_topk_divergence(h, w, ids, logprobs, student_bias=b, **o), leaves
+        )
 
 
 # What the tails mean
@@ -505,8 +507,9 @@ def test_bad_values_of_counted_tokens_are_refused_and_of_masked_ones_not(message
 def test_a_backend_of_ones_own_that_has_no_such_function_is_refused_by_name(monkeypatch):
     module = ModuleType("my_backends")
     functions = dict.fromkeys(planning.FUNCTIONS, print)
-    module.without, module.with_topk = SimpleNamespace(**functions), SimpleNamespace(
-        **functions, topk_rows=torch_topk.topk_rows
+    module.without, module.with_topk = (
+        SimpleNamespace(**functions),
+        SimpleNamespace(**functions, topk_rows=torch_topk.topk_rows),
     )
     monkeypatch.setitem(sys.modules, "my_backends", module)
     with pytest.raises(ValueError, match="backend 'my_backends:without' lacks topk_rows; see atesd_kernels.backends"):

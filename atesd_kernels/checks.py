@@ -282,6 +282,6 @@ def check_topk(ids: Tensor, logprobs: Tensor, counted: Tensor | None, vocab: int
     mass = torch.where(listed, logprobs.double(), -torch.inf).exp().sum(1)
     if normalised and (mass > MOST_MASS).any():
         raise ValueError(
-            f"teacher_logprobs must be normalised over the vocabulary, got a mass of {mass.max().item():.6g} over the K "
-            "ids of a token; pass log-probabilities, not logits, or tail='renormalise', which divides by the mass."
+            f"teacher_logprobs must be normalised over the vocabulary, got a mass of {mass.max().item():.6g} over the "
+            "K ids of a token; pass log-probabilities, not logits, or tail='renormalise', which divides by the mass."
         )

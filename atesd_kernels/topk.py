@@ -87,15 +87,15 @@ def linear_topk_divergence(
         student_hidden: `[..., H]`, fp32, bf16, fp16, or fp64 (backend "torch"); at least one leading dimension.
         student_weight: `[V, H]`, the head as `nn.Linear` stores it, same dtype as the hidden states.
         teacher_ids: `[..., K]` int, in any order, K > 0. -1 pads a token that has fewer entries.
-        teacher_logprobs: `[..., K]`, any floating dtype, in nats, normalised over the whole vocabulary. They are used as
-            given: no temperature divides them. Places whose id is -1 may hold anything. No gradient.
+        teacher_logprobs: `[..., K]`, any floating dtype, in nats, normalised over the whole vocabulary. They are used
+            as given: no temperature divides them. Places whose id is -1 may hold anything. No gradient.
         divergence, beta: as in `linear_divergence`; every divergence runs on every backend here.
         tail: what becomes of the teacher's mass outside the ids.
             "bucket": the rest of both distributions is one more entry. The student's rest is summed over its entries.
             The teacher's is 1 minus its mass, and at least 1e-6 (our choice: less is noise in fp32 log-probs); the
             K + 1 entries are then normalised. There is no rest where the ids cover the student's vocabulary.
-            "renormalise": both distributions over the K ids only. Constants in `teacher_logprobs` cancel, so they may be
-            logits, or log-probs divided by a temperature. The gradient is zero outside the ids.
+            "renormalise": both distributions over the K ids only. Constants in `teacher_logprobs` cancel, so they may
+            be logits, or log-probs divided by a temperature. The gradient is zero outside the ids.
             "ignore": the sum over the K ids, as in verl and other libraries. It is no divergence and can be negative;
             kept for comparison.
         temperature: divides the student's logits.

@@ -68,8 +68,9 @@ def use_linear_divergence(
     frozen base as teacher). GKD's loss always ignores `args.temperature`. SDFT and SDPO also log entropies, top-1
     agreement and the student's confidence under `self_distillation/`; they log `distillation_loss` before clips. With a
     teacher on a server (`use_teacher_server=True`) and `distillation_mode="topk_logits"` their loss is
-    `linear_topk_divergence`: `tail="bucket"` with `distillation_add_tail`, else "renormalise". A mixture of experts whose configuration asks for its auxiliary loss (`output_router_logits`) gets it added, with the
-    model's own coefficient, and logged without it as `aux_loss`; TRL's own distillation losses leave it out.
+    `linear_topk_divergence`: `tail="bucket"` with `distillation_add_tail`, else "renormalise". A mixture of experts
+    whose configuration asks for its auxiliary loss (`output_router_logits`) gets it added, with the model's own
+    coefficient, and logged without it as `aux_loss`; TRL's own distillation losses leave it out.
 
     Args:
         trainer: an `SDFTTrainer`, `SDPOTrainer`, `GKDTrainer` or `DistillationTrainer`, or a subclass.

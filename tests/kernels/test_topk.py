@@ -266,6 +266,28 @@ def test_renormalising_does_not_ask_for_normalised_log_probabilities():
     assert torch.allclose(values[0], values[1]) and torch.allclose(values[0], values[2])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_given_logits_have_the_loss_and_gradient_of_the_same_logits_from_a_head(dtype, tail, backend):
+    case = known(backend, dtype=dtype)
+    logits = (case.student_hidden @ case.student_weight.T).contiguous()
+    mask = torch.arange(len(logits), device=DEVICE) != 1
+    options = dict(divergence="jsd", beta=0.3, tail=tail, temperature=1.3, softcap=20.0, mask=mask)
+    z, true = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    loss, stats = ak.topk_divergence(
+        z, case.ids, case.logprobs, backend=backend, return_stats=True, targets=case.ids[:, 0].clamp_min(0), **options
+    )
+    head = torch.eye(logits.shape[1], dtype=torch.float64, device=DEVICE)
+    expected = reference.linear_topk_divergence(true, head, case.ids, case.logprobs, **options)
+    loss.backward(), expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert relative_l2(z.grad, true.grad) <= (1e-5 if dtype == torch.float32 else 2e-3)
+    assert not z.grad[1].any() and (stats.student_logprob[mask] < 0).all()
+    module = ak.TopkDivergence(**options, backend=backend)
+    assert module(logits, case.ids, case.logprobs).equal(loss.detach())
+
+
 # Clips, statistics, divergences of one's own
 
 
@@ -512,7 +534,7 @@ def test_a_backend_of_ones_own_that_has_no_such_function_is_refused_by_name(monk
         SimpleNamespace(**functions, topk_rows=torch_topk.topk_rows),
     )
     monkeypatch.setitem(sys.modules, "my_backends", module)
-    with pytest.raises(ValueError, match="backend 'my_backends:without' lacks topk_rows; see atesd_kernels.backends"):
+    with pytest.raises(ValueError, match="backend 'my_backends:without' lacks topk_rows; see atesd_kernels"):
         called(backend="my_backends:without")
     assert called(backend="my_backends:with_topk").equal(called(backend="torch"))
 

@@ -291,7 +291,7 @@ def _token_weight(mask: Tensor, ratio: Tensor) -> Tensor:
 
 
 def _log_distillation(
-    trainer: Any, model: nn.Module, per_token: Tensor, counted: Tensor, metrics: dict[str, Tensor]
+    trainer: Any, model: nn.Module, per_token: Tensor, counted: Tensor, metrics: dict[str, Any]
 ) -> None:
     """Logs the mean over counted tokens of the loss and of `metrics`, over all processes."""
     values = torch.stack([per_token, *metrics.values()]).float()

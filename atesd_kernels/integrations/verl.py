@@ -41,7 +41,8 @@ def register(name: str, **options: Any) -> None:
     Args:
         name: name in verl's configuration; must not be registered yet.
         options: `divergence`, `beta`, `tail`, `entry_clip`, `token_clip`, `backend`, `chunk_bytes`. verl already
-            divides the student's logits by the temperature. Its `loss_max_clamp` clamps a token's value; its `log_prob_min_clamp` has no effect.
+            divides the student's logits by the temperature. Its `loss_max_clamp` clamps a token's value; its
+            `log_prob_min_clamp` has no effect.
 
     Raises:
         UnexpectedSourceError: if functions of the installed verl differ from those this adapter was written for.

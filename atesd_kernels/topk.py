@@ -100,8 +100,9 @@ def linear_topk_divergence(
             kept for comparison.
         temperature: divides the student's logits.
         student_bias: `[V]`, added to the logits. An entry at -inf is excluded from the vocabulary.
-        softcap, logits_dtype, mask, token_weight, token_clip, reduction, num_tokens, chunk_bytes: as in
-            `linear_divergence`. Masked tokens may hold any ids and log-probs.
+        softcap, mask, token_weight, token_clip, reduction, num_tokens, chunk_bytes: as in `linear_divergence`. Masked
+            tokens may hold any ids and log-probs.
+        logits_dtype: dtype of the student's logits. As for separate heads, fp32 inputs take fp64 products by default.
         targets: `[...]` int, sampled tokens, for the log-probabilities in `TokenStats`.
         entry_clip: upper bound on each of the K + 1 terms before the sum. A clipped term has zero gradient.
         backend: "auto", "torch", "torch_compiled", "triton", or "module:object" whose object has a function `topk_rows`

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
@@ -51,6 +52,7 @@ def trl(tail: str, x: Known) -> Tensor:
 
 @cache
 def trl_functions() -> tuple[Callable, Callable]:
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.sdft.loss_utils import add_tail_bucket, compute_divergence
 
     return add_tail_bucket, compute_divergence

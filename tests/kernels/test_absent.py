@@ -59,6 +59,31 @@ def test_a_whole_block_of_absent_entries_contributes_nothing():
         assert relative_l2(hidden.grad, short.grad) <= 1e-5
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", ("log-probability", "top k with a bias", "top k that lists them"))
+def test_the_entropy_of_a_row_whose_first_block_is_absent_is_that_of_the_others(loss, backend):
+    pair = make_pair(n=3, h=8, v=1100)
+    bias = torch.zeros(1100, device=DEVICE)
+    bias[:1030] = -torch.inf  # more than a row kernel's block
+    s = reference.logits(pair.student_hidden, pair.student_weight, bias)
+    targets = torch.full((3,), 1050, device=DEVICE)
+    if loss == "log-probability":
+        tensors = (pair.student_hidden, pair.student_weight, targets)
+        _, stats = linear_logprobs(*tensors, bias=bias, return_stats=True, backend=backend)
+    else:
+        ids = targets[:, None]
+        if loss == "top k that lists them":
+            ids, bias = torch.arange(1030, device=DEVICE).repeat(3, 1), None
+            s = reference.logits(pair.student_hidden, pair.student_weight)
+        logprobs = s.log_softmax(-1).gather(1, ids)
+        _, stats = ak.linear_topk_divergence(
+            *pair.tensors[:2], ids, logprobs, student_bias=bias, targets=targets, return_stats=True, backend=backend
+        )
+    true = reference.token_stats(s, s, targets)
+    for name in ("student_entropy", "student_logprob", "student_top1_prob"):
+        assert relative_l2(getattr(stats, name), getattr(true, name)) <= 1e-5, name
+
+
 def test_a_token_only_the_teacher_can_say_costs_what_the_mathematics_says():
     s, t = torch.zeros(1, 4), torch.zeros(1, 4)
     s[0, 3] = -torch.inf

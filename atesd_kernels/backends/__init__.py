@@ -1,14 +1,16 @@
 """Backends compute the losses. Each is a module with the functions of `Backend`; `ops.py` selects one by name.
 
-| name             | divergence_rows, divergence_logits | logprob_rows     | topk_rows, topk_logits |
-|------------------|------------------------------------|------------------|------------------------|
-| "torch"          | `torch_chunked`                    | `torch_logprobs` | `torch_topk`           |
-| "torch_compiled" | the same, elementwise passes through Inductor | the same | the same |
-| "triton"         | `triton_chunked`                   | `triton_chunked` | `triton_topk`          |
-| "module:object"  | functions of the caller's object   | the same         | the same, if any       |
+| name             | divergence_rows, divergence_logits | logprob_rows     |
+|------------------|------------------------------------|------------------|
+| "torch"          | `torch_chunked`                    | `torch_logprobs` |
+| "torch_compiled" | the same, elementwise passes through Inductor | the same |
+| "triton"         | `triton_chunked`                   | `triton_chunked` |
+| "module:object"  | functions of the caller's object   | the same         |
 
 `triton_exposure.exposure_means` computes mean log-probabilities without gradients. The torch backends have no such
 function: there `exposure_logprobs` masks rows of `linear_logprobs`.
+
+Against a teacher known by its top K entries, `torch_topk` and `triton_topk` have the functions of `TopkBackend`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,34 @@ from typing import Protocol
 from torch import Tensor
 
 from ..spec import DivergenceSpec, LogprobSpec, RowResult, TopkSpec
+
+
+class TopkBackend(Protocol):
+    """The functions of `linear_topk_divergence` and `topk_divergence`. A backend of the caller's may lack them."""
+
+    def topk_rows(
+        self,
+        spec: TopkSpec,
+        student_hidden: Tensor,  # [N, H]
+        student_weight: Tensor,  # [V, H]
+        student_bias: Tensor | None,  # [V]
+        teacher_ids: Tensor,  # [N, K], -1: padding
+        teacher_logprobs: Tensor,  # [N, K]
+        mask: Tensor | None,  # [N] bool
+        row_weight: Tensor | None,  # [N]
+        targets: Tensor | None,  # [N]
+    ) -> RowResult: ...
+
+    def topk_logits(
+        self,
+        spec: TopkSpec,
+        student_logits: Tensor,  # [N, V]
+        teacher_ids: Tensor,  # [N, K], -1: padding
+        teacher_logprobs: Tensor,  # [N, K]
+        mask: Tensor | None,  # [N] bool
+        row_weight: Tensor | None,  # [N]
+        targets: Tensor | None,  # [N]
+    ) -> RowResult: ...
 
 
 class Backend(Protocol):
@@ -57,32 +87,4 @@ class Backend(Protocol):
         targets: Tensor,  # [N]
         mask: Tensor | None,  # [N] bool
         row_weight: Tensor | None,  # [N]
-    ) -> RowResult: ...
-
-
-class TopkBackend(Protocol):
-    """The functions of `linear_topk_divergence` and `topk_divergence`. A backend of the caller's may lack them."""
-
-    def topk_rows(
-        self,
-        spec: TopkSpec,
-        student_hidden: Tensor,  # [N, H]
-        student_weight: Tensor,  # [V, H]
-        student_bias: Tensor | None,  # [V]
-        teacher_ids: Tensor,  # [N, K], -1: padding
-        teacher_logprobs: Tensor,  # [N, K]
-        mask: Tensor | None,  # [N] bool
-        row_weight: Tensor | None,  # [N]
-        targets: Tensor | None,  # [N]
-    ) -> RowResult: ...
-
-    def topk_logits(
-        self,
-        spec: TopkSpec,
-        student_logits: Tensor,  # [N, V]
-        teacher_ids: Tensor,  # [N, K], -1: padding
-        teacher_logprobs: Tensor,  # [N, K]
-        mask: Tensor | None,  # [N] bool
-        row_weight: Tensor | None,  # [N]
-        targets: Tensor | None,  # [N]
     ) -> RowResult: ...

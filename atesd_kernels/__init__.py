@@ -7,18 +7,23 @@ agree. They work with any PyTorch trainer. Start at `linear_divergence`.
 from .divergences import DivergenceTerm, register_divergence
 from .exposure import exposure_logprobs
 from .losses import divergence, linear_divergence, linear_logprobs
-from .modules import Divergence, LinearDivergence, LinearLogprobs
+from .modules import Divergence, LinearDivergence, LinearLogprobs, LinearTopkDivergence, TopkDivergence
 from .stats import TokenStats
+from .topk import linear_topk_divergence, topk_divergence
 
 __all__ = [
     "Divergence",
     "DivergenceTerm",
     "LinearDivergence",
     "LinearLogprobs",
+    "LinearTopkDivergence",
     "TokenStats",
+    "TopkDivergence",
     "divergence",
     "exposure_logprobs",
     "linear_divergence",
     "linear_logprobs",
+    "linear_topk_divergence",
     "register_divergence",
+    "topk_divergence",
 ]

@@ -212,3 +212,77 @@ def check_targets(targets: Tensor, counted: Tensor | None, vocab: int) -> None:
             f"targets must lie in [0, {vocab}), got {targets[outside][0].item()} at {outside.sum().item()} counted "
             "token(s); mask out ignored positions (such as -100) with mask=."
         )
+
+
+TAILS = ("bucket", "renormalise", "ignore")
+MOST_MASS = 1 + 1e-4  # of a distribution, as rounded by a server
+
+
+def check_topk_tensors(lead: torch.Size, device: torch.device, ids: Tensor, logprobs: Tensor, tail: str) -> None:
+    """Checks what needs no value: shapes `[..., K]`, dtypes and devices of the teacher's entries, and `tail`."""
+    require(tail in TAILS, lambda: f"unknown tail {tail!r}; known: {', '.join(map(repr, TAILS))}.")
+    for name, tensor in (("teacher_ids", ids), ("teacher_logprobs", logprobs)):
+        require(
+            isinstance(tensor, Tensor),
+            lambda: f"{name} must be a tensor, got {type(tensor).__name__}; pass torch.as_tensor({name}).",
+            TypeError,
+        )
+        require(
+            tensor.dim() >= 2 and tensor.shape[:-1] == lead and tensor.shape[-1] > 0,
+            lambda: (
+                f"{name} must be [..., K] with the leading shape {tuple(lead)} and K > 0, got {tuple(tensor.shape)}."
+            ),
+        )
+        require(tensor.device == device, lambda: f"{name} is on {tensor.device}, the hidden states on {device}.")
+    require(
+        ids.shape == logprobs.shape,
+        lambda: (
+            f"teacher_ids is {tuple(ids.shape)}, teacher_logprobs {tuple(logprobs.shape)}; pass one log-prob an id."
+        ),
+    )
+    require(
+        not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool),
+        lambda: f"teacher_ids must be integers, got {ids.dtype}.",
+        TypeError,
+    )
+    require(
+        logprobs.dtype in FLOATS,
+        lambda: f"teacher_logprobs has dtype {logprobs.dtype}; use one of {FLOATS}.",
+        TypeError,
+    )
+
+
+def check_topk(ids: Tensor, logprobs: Tensor, counted: Tensor | None, vocab: int, normalised: bool) -> None:
+    """Checks the teacher's entries `[N, K]` of unmasked rows. Skipped on a GPU, where reading them would synchronise.
+
+    `normalised`: the log-probs are those of a distribution over the vocabulary, so their mass is at most 1.
+    """
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    counted = torch.ones(len(ids), dtype=torch.bool) if counted is None else counted.bool()
+    outside = ((ids < -1) | (ids >= vocab)) & counted[:, None]
+    if outside.any():
+        raise ValueError(
+            f"teacher_ids must lie in [0, {vocab}), or be -1 for padding, got {ids[outside][0].item()} at "
+            f"{outside.sum().item()} place(s) of counted tokens; cut the teacher's entries to the student's vocabulary."
+        )
+    ordered = ids.sort(1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0) & counted[:, None]
+    if twice.any():
+        raise ValueError(
+            f"teacher_ids must not repeat within a token, got {ordered[:, 1:][twice][0].item()} twice, and "
+            f"{twice.any(1).sum().item()} counted token(s) with repeats; merge the entries, or pad one with -1."
+        )
+    listed = (ids >= 0) & counted[:, None]
+    wrong = listed & (logprobs.isnan() | (logprobs == torch.inf))
+    if wrong.any():
+        raise ValueError(
+            f"teacher_logprobs must be log-probabilities, got {logprobs[wrong][0].item()} at {wrong.sum().item()} "
+            "listed place(s); pad places without one with id -1."
+        )
+    mass = torch.where(listed, logprobs.double(), -torch.inf).exp().sum(1)
+    if normalised and (mass > MOST_MASS).any():
+        raise ValueError(
+            f"teacher_logprobs must be normalised over the vocabulary, got a mass of {mass.max().item():.6g} over the "
+            "K ids of a token; pass log-probabilities, not logits, or tail='renormalise', which divides by the mass."
+        )

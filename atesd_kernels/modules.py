@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from . import losses
+from . import losses, topk
 
 
 class _Loss(nn.Module):
@@ -46,3 +46,15 @@ class LinearLogprobs(_Loss):
     """`linear_logprobs` as a module."""
 
     function = staticmethod(losses.linear_logprobs)
+
+
+class LinearTopkDivergence(_Loss):
+    """`linear_topk_divergence` as a module."""
+
+    function = staticmethod(topk.linear_topk_divergence)
+
+
+class TopkDivergence(_Loss):
+    """`topk_divergence` (from logits) as a module."""
+
+    function = staticmethod(topk.topk_divergence)

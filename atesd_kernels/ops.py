@@ -21,7 +21,7 @@ from . import checks, planning
 from .backends import elementwise
 from .planning import TORCH
 from .shards import Shards
-from .spec import DivergenceSpec, LogprobSpec, LossSpec, RowResult, accumulate_dtype, gradient_dtype
+from .spec import DivergenceSpec, LogprobSpec, LossSpec, RowResult, TopkSpec, accumulate_dtype, gradient_dtype
 from .stats import TokenStats
 
 Outputs = list[Tensor]  # value, stats, hidden_grad, weight_grad, bias_grad; empty if not requested
@@ -31,9 +31,11 @@ NUM_STATS = len(TokenStats._fields)
 def _backend(name: str, function: str):
     if ":" in name:
         return getattr(planning.own_backend(name), function)
-    module = "triton_views" if function == planning.VIEWS else "triton_chunked"
+    kind = planning.VIEWS if function == planning.VIEWS else function.partition("_")[0]
+    module = {"topk": "triton_topk", planning.VIEWS: "triton_views"}.get(kind, "triton_chunked")
     if name in TORCH:  # eager or compiled
-        module = {"logprob_rows": "torch_logprobs", planning.VIEWS: "torch_views"}.get(function, "torch_chunked")
+        of_torch = {"topk": "torch_topk", "logprob": "torch_logprobs", planning.VIEWS: "torch_views"}
+        module = of_torch.get(kind, "torch_chunked")
     return getattr(importlib.import_module(f".backends.{module}", __package__), function)
 
 
@@ -145,6 +147,35 @@ def _(hidden, weight, bias, targets, mask, row_weight, spec):
     return _fake_outputs(LogprobSpec.decode_for_forward(spec), hidden, weight, bias)
 
 
+@torch.library.custom_op("atesd_kernels::linear_topk_divergence", mutates_args=())
+def linear_topk_divergence_op(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    targets: Tensor | None,
+    spec: str,
+) -> Outputs:
+    options = TopkSpec.decode_for_forward(spec)
+    vocab = Shards(options.group, student_weight.shape[0], student_hidden.device).vocab
+    checks.check_topk(teacher_ids, teacher_logprobs, mask, vocab, normalised=options.tail != "renormalise")
+    if targets is not None:
+        checks.check_targets(targets, mask, vocab)
+    run = _backend(options.backend, "topk_rows")
+    tensors = (student_hidden, student_weight, student_bias, teacher_ids, teacher_logprobs, mask, row_weight, targets)
+    return _outputs(options, run(options, *tensors), row_weight)
+
+
+@linear_topk_divergence_op.register_fake
+def _(
+    student_hidden, student_weight, student_bias, teacher_ids, teacher_logprobs, mask, row_weight, targets, spec
+):  # fmt: skip
+    return _fake_outputs(TopkSpec.decode_for_forward(spec), student_hidden, student_weight, student_bias)
+
+
 @torch.library.custom_op("atesd_kernels::exposure_means", mutates_args=())
 def exposure_means_op(
     hidden: Tensor,
@@ -182,6 +213,30 @@ def divergence_op(
 @divergence_op.register_fake
 def _(student_logits, teacher_logits, mask, targets, spec):
     return _fake_outputs(DivergenceSpec.decode(spec), student_logits, None, None)[:3]
+
+
+@torch.library.custom_op("atesd_kernels::topk_divergence", mutates_args=())
+def topk_divergence_op(
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    mask: Tensor | None,
+    targets: Tensor | None,
+    spec: str,
+) -> Outputs:
+    """As `divergence_op`, against the teacher's top entries `[N, K]`."""
+    options, vocab = TopkSpec.decode(spec), student_logits.shape[1]
+    checks.check_topk(teacher_ids, teacher_logprobs, mask, vocab, normalised=options.tail != "renormalise")
+    if targets is not None:
+        checks.check_targets(targets, mask, vocab)
+    run = _backend(options.backend, "topk_logits")
+    result = run(options, student_logits, teacher_ids, teacher_logprobs, mask, None, targets)
+    return _outputs(options, result, None)[:3]
+
+
+@topk_divergence_op.register_fake
+def _(student_logits, teacher_ids, teacher_logprobs, mask, targets, spec):
+    return _fake_outputs(TopkSpec.decode(spec), student_logits, None, None)[:3]
 
 
 def last_use() -> bool:
@@ -279,3 +334,5 @@ _register_autograd(linear_divergence_op, DivergenceSpec, ("student_hidden", "stu
 _register_autograd(linear_divergence_views_op, DivergenceSpec, ("student_hidden", "student_weight", "student_bias"))
 _register_autograd(linear_logprobs_op, LogprobSpec, ("hidden", "weight", "bias"))
 _register_autograd(divergence_op, DivergenceSpec, ("student_logits",))
+_register_autograd(linear_topk_divergence_op, TopkSpec, ("student_hidden", "student_weight", "student_bias"))
+_register_autograd(topk_divergence_op, TopkSpec, ("student_logits",))

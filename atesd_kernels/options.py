@@ -50,3 +50,26 @@ class LogprobOptions(TypedDict, total=False):
     chunk_bytes: int | None
     logits_dtype: torch.dtype
     group: ProcessGroup | None
+
+
+class TopkDivergenceOptions(TypedDict, total=False):
+    divergence: str | DivergenceTerm
+    beta: float
+    tail: str
+    temperature: float
+    softcap: float | None
+    mask: Tensor | None
+    token_weight: Tensor | None
+    targets: Tensor | None
+    entry_clip: float | None
+    token_clip: float | None
+    reduction: str
+    num_tokens: int | float | Tensor | None
+    backend: str
+    chunk_bytes: int | None
+
+
+class LinearTopkDivergenceOptions(TopkDivergenceOptions, total=False):
+    student_bias: Tensor | None
+    logits_dtype: torch.dtype
+    group: ProcessGroup | None

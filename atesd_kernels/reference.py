@@ -40,9 +40,15 @@ def token_divergence(
     token_clip: float | None = None,
 ) -> Tensor:
     """Returns the divergence of each token, `[...]`, from float64 logits `s`, `t` `[..., V]`."""
-    term = get_divergence(divergence, beta).term
     log_q, log_p = log_softmax_pair(s, t)
-    entries = term(log_p, log_q, beta)[0]
+    return summed_terms(log_p, log_q, divergence=divergence, beta=beta, entry_clip=entry_clip, token_clip=token_clip)
+
+
+def summed_terms(
+    log_p: Tensor, log_q: Tensor, *, divergence="forward_kl", beta=0.5, entry_clip=None, token_clip=None
+) -> Tensor:
+    """Returns the sum of the clipped terms, `[...]`, clipped in turn, from log-probabilities `[..., V]`."""
+    entries = get_divergence(divergence, beta).term(log_p, log_q, beta)[0]
     if entry_clip is not None:
         entries = torch.where(entries <= entry_clip, entries, entry_clip)
     tokens = entries.sum(-1)
@@ -136,6 +142,49 @@ def linear_logprobs(hidden, weight, targets, *, temperature=1.0, bias=None, soft
     """Dense float64 version of `atesd_kernels.linear_logprobs`."""
     log_q = logits(hidden, weight, bias, softcap, temperature).log_softmax(-1)
     return reduce(log_q.gather(-1, targets.long().clamp_min(0).unsqueeze(-1)).squeeze(-1), mask, reduction="none")
+
+
+def linear_topk_divergence(
+    student_hidden,
+    student_weight,
+    teacher_ids,
+    teacher_logprobs,
+    *,
+    tail="bucket",
+    temperature=1.0,
+    student_bias=None,
+    softcap=None,
+    mask=None,
+    token_weight=None,
+    reduction="mean",
+    num_tokens=None,
+    **divergence_options,
+) -> Tensor:
+    """Dense float64 version of `atesd_kernels.linear_topk_divergence`."""
+    log_q = logits(student_hidden, student_weight, student_bias, softcap, temperature).log_softmax(-1)
+    q_entries, p_entries = topk_entries(log_q, teacher_ids, teacher_logprobs, with_rest=tail == "bucket")
+    if tail == "ignore":
+        absent = torch.isneginf(q_entries) & torch.isneginf(p_entries)
+        pair = (z.masked_fill(absent, -1e4) for z in (p_entries, q_entries))
+        tokens = summed_terms(*pair, **divergence_options)
+    else:
+        tokens = token_divergence(q_entries, p_entries, **divergence_options)
+    return reduce(tokens, mask, token_weight, reduction, num_tokens)
+
+
+def topk_entries(log_q: Tensor, ids: Tensor, logprobs: Tensor, with_rest: bool) -> tuple[Tensor, Tensor]:
+    """Returns log-probabilities of student and teacher at the ids, `[..., K]`, then of the rest. -inf: padding."""
+    padding, places = ids < 0, ids.long().clamp_min(0)
+    p = logprobs.double().masked_fill(padding, -torch.inf)
+    q = log_q.gather(-1, places).masked_fill(padding, -torch.inf)
+    if not with_rest:
+        return q, p
+    listed = torch.zeros_like(log_q).scatter_add(-1, places, (~padding).to(log_q.dtype)) > 0
+    others = log_q.masked_fill(listed, -torch.inf)
+    none = torch.isneginf(others).all(-1, keepdim=True)
+    rest_q = others.masked_fill(none, 0).logsumexp(-1, keepdim=True).masked_fill(none, -torch.inf)
+    rest_p = (1 - p.exp().sum(-1, keepdim=True)).clamp_min(1e-6).log().masked_fill(none, -torch.inf)
+    return torch.cat([q, rest_q], -1), torch.cat([p, rest_p], -1)
 
 
 def token_stats(s: Tensor, t: Tensor, targets=None, *, divergence="forward_kl", beta=0.5) -> TokenStats:

@@ -100,6 +100,13 @@ class DivergenceSpec(LossSpec):
         return term_of_key(self.divergence)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TopkSpec(DivergenceSpec):
+    """Options of one `linear_topk_divergence` call. `teacher_temperature` has no effect: the teacher is given."""
+
+    tail: str  # one of checks.TAILS
+
+
 class LogprobSpec(LossSpec):
     """Options of one `linear_logprobs` call."""
 

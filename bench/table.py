@@ -30,6 +30,7 @@ from bench import (
     scaling,
     step_vs_trl,
     targets,
+    topk_speed,
 )
 from bench.entrants import DTYPES, LOSSES, NEEDS_GPU, OURS
 from bench.gpu.tables import TABLES as GPU_TABLES
@@ -130,6 +131,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy_vs_kl": of("accuracy_vs_kl", accuracy_vs_kl.table),
     "scaling": of("scaling", scaling.table),
     "chunk_size": of("chunk_size", chunk_size.table),
+    "topk_speed": of("topk_speed", topk_speed.table),
     "grading_speed": of("grading_speed", grading_speed.table),
     **{f"step_vs_trl-{dtype}": of(f"step_vs_trl-{dtype}", step_vs_trl.table) for dtype in DTYPES},
     "learning_curves": learning,

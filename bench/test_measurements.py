@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from atesd_kernels.planning import DEFAULT_CHUNK_BYTES
-from bench import accuracy_vs_kl, gemm_share, memory, scaling, step_vs_trl
+from bench import accuracy_vs_kl, gemm_share, memory, scaling, step_vs_trl, topk_speed
 from bench.entrants import DEVICE, DTYPES, OURS
 from bench.machine import native_precision
 from bench.shapes import HERE
@@ -45,6 +45,12 @@ def test_share_of_the_gemm_floor(full):
     for result in gemm_share.main(**({} if full else quick)):
         measured = {row["backend"] for row in result["rows"]}
         assert measured | set(result["not_run"]) >= set(gemm_share.BACKENDS), "a backend is neither measured nor named"
+
+
+def test_top_k_of_a_teacher(full):
+    result = topk_speed.main(**({} if full else {"tokens": 256, "rounds": 1, "dtypes": (native_precision(),)}))
+    for row in (r for r in result["rows"] if r["entrant"] == OURS):
+        assert row["error"] < (1e-4 if row["dtype"] == "fp32" else 1e-2)
 
 
 def test_scaling(full):

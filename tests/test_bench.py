@@ -9,7 +9,20 @@ import shutil
 import pytest
 import torch
 
-from bench import entrants, loss_speed, machine, memory, plots, scaling, shapes, step_vs_trl, table, targets, timing
+from bench import (
+    entrants,
+    loss_speed,
+    machine,
+    memory,
+    plots,
+    scaling,
+    shapes,
+    step_vs_trl,
+    table,
+    targets,
+    timing,
+    topk_speed,
+)
 from bench.entrants import DENSE, OURS
 
 
@@ -46,6 +59,17 @@ def test_the_check_fails_on_a_plot_of_an_earlier_result(results, tmp_path, capsy
     assert table.main(["--check", "--page", str(readme)]) == 1
     assert "memory.png was not drawn from memory.json" in capsys.readouterr().out
     assert table.main(["--page", str(readme)]) == 0 and table.main(["--check", "--page", str(readme)]) == 0
+
+
+def test_the_top_k_losses_are_measured_beside_their_peers(results, monkeypatch):
+    """Each against float64 with its own tail: near where the dense logits are fp32."""
+    monkeypatch.setattr(topk_speed, "inputs", shapes.synthetic)
+    result = topk_speed.main(
+        tokens=24, k=5, rounds=1, dtypes=("fp32",), shape=shapes.Shape("tiny", 16, 300)
+    )  # fmt: skip
+    assert {r["tail"] for r in result["rows"]} == {"bucket", "ignore"} and len(result["rows"]) >= 3
+    assert all(row["error"] < 1e-3 for row in result["rows"])
+    assert topk_speed.table(machine.load("topk_speed")).count("| atesd_kernels, tail") == 2
 
 
 def test_an_exponent_is_the_power_of_a_power_law():

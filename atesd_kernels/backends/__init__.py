@@ -9,6 +9,8 @@
 
 `triton_exposure.exposure_means` computes mean log-probabilities without gradients. The torch backends have no such
 function: there `exposure_logprobs` masks rows of `linear_logprobs`.
+
+Against a teacher known by its top K entries, `torch_topk` and `triton_topk` have the functions of `TopkBackend`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,35 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..spec import DivergenceSpec, LogprobSpec, RowResult
+from ..spec import DivergenceSpec, LogprobSpec, RowResult, TopkSpec
+
+
+class TopkBackend(Protocol):
+    """The functions of `linear_topk_divergence` and `topk_divergence`. A backend of the caller's may lack them."""
+
+    def topk_rows(
+        self,
+        spec: TopkSpec,
+        student_hidden: Tensor,  # [N, H]
+        student_weight: Tensor,  # [V, H]
+        student_bias: Tensor | None,  # [V]
+        teacher_ids: Tensor,  # [N, K], -1: padding
+        teacher_logprobs: Tensor,  # [N, K]
+        mask: Tensor | None,  # [N] bool
+        row_weight: Tensor | None,  # [N]
+        targets: Tensor | None,  # [N]
+    ) -> RowResult: ...
+
+    def topk_logits(
+        self,
+        spec: TopkSpec,
+        student_logits: Tensor,  # [N, V]
+        teacher_ids: Tensor,  # [N, K], -1: padding
+        teacher_logprobs: Tensor,  # [N, K]
+        mask: Tensor | None,  # [N] bool
+        row_weight: Tensor | None,  # [N]
+        targets: Tensor | None,  # [N]
+    ) -> RowResult: ...
 
 
 class Backend(Protocol):

@@ -25,6 +25,18 @@ def block_softmax(s: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     return top, torch.where(torch.isneginf(top), top, lse)  # all entries of the block are excluded
 
 
+def block_sums(s: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns each row's largest logit and the sum of exp(s - largest), `[R]` each; a row of -inf has the sum 0."""
+    top = s.amax(1)
+    return top, (s - top.clamp_min(torch.finfo(s.dtype).min)[:, None]).exp_().sum(1)
+
+
+def rest_gradient(s: Tensor, lse: Tensor, factor: Tensor, slope: Tensor | None) -> Tensor:
+    """Returns exp(s - lse) factor slope, `[R, C]`, for a finite `lse` `[R]`."""
+    g = (s - lse[:, None]).exp_().mul_(factor[:, None])
+    return g if slope is None else g.mul_(slope)
+
+
 def difference(d: Tensor, scale: float, q: Tensor, out: Tensor) -> Tensor:
     """Writes `d * scale` to `out`, in `out`'s dtype. Returns its mean under `q`, the block's softmax: `[R]`."""
     y = out.copy_(d) if scale == 1 else torch.mul(d, scale, out=out)
@@ -59,7 +71,8 @@ def near_terms(
     q = q if rho is None else q * rho[:, None]
     x = y - c[:, None]
     l, u = term.centred(x, q, beta)
-    return _clipped(l, u, term.slope(beta), entry_clip, q, x)
+    k = term.slope(beta)
+    return _clipped(l, u, k, entry_clip, q, l if entry_clip is None else _textbook(l, x, q, k))
 
 
 def far_terms(
@@ -70,21 +83,26 @@ def far_terms(
     absent = torch.isneginf(log_q) & torch.isneginf(log_p)
     q, p, k = log_q.exp(), log_p.exp(), term.slope(beta)
     x = torch.where(absent, 0.0, log_p - log_q)
-    l, u = term.term(log_p, log_q, beta)
-    l, u = torch.where(absent, 0.0, l - k * (p - q)), torch.where(absent, 0.0, u + k * q)
+    plain, u = (torch.where(absent, 0.0, z) for z in term.term(log_p, log_q, beta))
+    l, u = plain - k * (p - q), u + k * q
     if term.centred is not None:
-        near_l, near_u = term.centred(x.clamp(-1, 1), q, beta)
-        close = x.abs() < 1
+        close, near_x = x.abs() < 1, x.clamp(-1, 1)
+        near_l, near_u = term.centred(near_x, q, beta)
         l, u = torch.where(close, near_l, l), torch.where(close, near_u, u)
-    return _clipped(l, u, k, entry_clip, q, x)
+        if entry_clip is not None:
+            plain = torch.where(close, _textbook(near_l, near_x, q, k), plain)
+    return _clipped(l, u, k, entry_clip, q, plain)
 
 
-def _clipped(l, u, k: float, entry_clip: float | None, q, x) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _textbook(l: Tensor, x: Tensor, q: Tensor, k: float) -> Tensor:
+    """Returns the term to which an entry clip applies, l = l' + k (p - q), from the centred one."""
+    return l if k == 0 else torch.addcmul(l, q, torch.expm1(x), value=k)
+
+
+def _clipped(l, u, k: float, entry_clip: float | None, q, plain) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     raw = l.sum(1)
     if entry_clip is None:
         return raw, raw, u.sum(1), u
-    # the clip applies to the textbook term, l = l' + k (p - q)
-    plain = l if k == 0 else torch.addcmul(l, q, torch.expm1(x), value=k)
     u = torch.where(plain > entry_clip, k * q, u)
     return raw, plain.clamp_max(entry_clip).sum(1), u.sum(1), u
 

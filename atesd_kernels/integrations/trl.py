@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import linear_divergence, linear_logprobs
+from .. import linear_divergence, linear_logprobs, linear_topk_divergence
 from .backbone import AuxLoss, as_output, aux_loss_of, backbone_forward, wants_aux_loss
 from .head import HeadSpec, hidden_states_and_head, unwrap
 from .source import is_as_expected, with_globals
@@ -36,10 +36,13 @@ _SHARED = {
     "compute_sampled_token_self_distillation_loss": "9ff71258c1df",
     "compute_divergence": "04634705e254",
     "apply_importance_sampling_clipping": "44f4f8666a67",
+    "_get_teacher_token_logprobs_from_server": "46ab97aa2262",
 }
 _SDFT = {**_SHARED, "compute_loss": "8c2b37b2d1bf", "_compute_teacher_student_logits": "a154ca4ea177"}
+_SDFT["_compute_server_distillation_loss"] = "856ee976868a"
 _SDPO = {**_SHARED, "compute_loss": "40280c708898", "_compute_teacher_student_logits": "23bfa0111fbf"}
 _SDPO["_compute_policy_loss"] = "f798adf7624c"
+_SDPO["_compute_server_distillation_loss"] = "5f1a5dc2034c"
 _GKD = {"compute_loss": "194af1daab68", "generalized_jsd_loss": "dec87ad008c3"}
 _DISTILLATION = {
     "compute_loss": "005dea3d3d5a",
@@ -63,9 +66,11 @@ def use_linear_divergence(
     The loss is the trainer's own, with its `distillation_alpha` / `beta`, temperature, masks, importance weights and
     reduction. It is equal in fp32, and more accurate in bf16 if teacher and student share their head (LoRA with the
     frozen base as teacher). GKD's loss always ignores `args.temperature`. SDFT and SDPO also log entropies, top-1
-    agreement and the student's confidence under `self_distillation/`; they log `distillation_loss` before clips. A
-    mixture of experts whose configuration asks for its auxiliary loss (`output_router_logits`) gets it added, with the
-    model's own coefficient, and logged without it as `aux_loss`; TRL's own distillation losses leave it out.
+    agreement and the student's confidence under `self_distillation/`; they log `distillation_loss` before clips. With a
+    teacher on a server (`use_teacher_server=True`) and `distillation_mode="topk_logits"` their loss is
+    `linear_topk_divergence`: `tail="bucket"` with `distillation_add_tail`, else "renormalise". A mixture of experts
+    whose configuration asks for its auxiliary loss (`output_router_logits`) gets it added, with the model's own
+    coefficient, and logged without it as `aux_loss`; TRL's own distillation losses leave it out.
 
     Args:
         trainer: an `SDFTTrainer`, `SDPOTrainer`, `GKDTrainer` or `DistillationTrainer`, or a subclass.
@@ -78,8 +83,8 @@ def use_linear_divergence(
 
     Raises:
         UnexpectedSourceError: a `RuntimeError` that names both versions and the differing functions; see `strict`.
-        ValueError: for another trainer, top-k distillation, a teacher on a server, a head that is not linear, or
-            sharded parameters (FSDP, DeepSpeed; `DistillationTrainer` gathers its heads itself).
+        ValueError: for another trainer, top-k distillation from a local teacher, a head that is not linear, or sharded
+            parameters (FSDP, DeepSpeed; `DistillationTrainer` gathers its heads itself).
 
     Example:
         >>> from trl.experimental.sdft import SDFTConfig, SDFTTrainer  # doctest: +SKIP
@@ -153,11 +158,10 @@ def _require_unsharded_heads(trainer: Any) -> None:
 
 def _patch_self_distillation(trainer: Any, clips: dict[str, Any], options: dict[str, Any]) -> None:
     args = trainer.args
-    if args.distillation_mode == "topk_logits" or args.use_teacher_server:
+    if args.distillation_mode == "topk_logits" and not trainer.use_teacher_server:
         raise ValueError(
-            f"distillation_mode={args.distillation_mode!r}, use_teacher_server={args.use_teacher_server}: a top-k loss "
-            "is not a divergence of full distributions. Set distillation_mode='full_logits', which here needs no more "
-            "memory, or 'sampled_token', and use a local teacher."
+            "distillation_mode='topk_logits' with a local teacher: a top-k loss is not a divergence of full "
+            "distributions. Set distillation_mode='full_logits', which here needs no more memory, or 'sampled_token'."
         )
     if args.distillation_mode == "sampled_token" and any(clip is not None for clip in clips.values()):
         raise ValueError("entry_clip and token_clip need a divergence; distillation_mode='sampled_token' has none.")
@@ -172,7 +176,12 @@ def _patch_self_distillation(trainer: Any, clips: dict[str, Any], options: dict[
     trainer._forward_logits = partial(_forward_hidden, trainer, aux_losses)
     trainer.compute_loss = partial(_loss_with_aux, trainer, trainer.compute_loss, aux_losses)
     trainer._compute_self_distillation_loss = partial(_self_distillation_loss, trainer, logprobs, clips | options)
-    for method in ("_compute_rollout_logps", "_compute_policy_loss"):
+    scoring = ["_compute_rollout_logps", "_compute_policy_loss"]
+    if args.distillation_mode == "topk_logits":
+        trainer._compute_server_distillation_loss = partial(_server_topk_loss, trainer, logprobs, clips | options)
+    else:
+        scoring.append("_compute_server_distillation_loss")
+    for method in scoring:
         if hasattr(trainer, method):
             setattr(trainer, method, with_globals(trainer, method, selective_log_softmax=logprobs))
 
@@ -227,14 +236,8 @@ def _self_distillation_loss(
     args, ids, mask = trainer.args, pair.completion_ids, pair.loss_mask
     student, teacher = pair.student_logits, pair.teacher_logits
     counted = mask.bool()
-    ratio = torch.ones_like(mask, dtype=torch.float32)
-    old = inputs.get("old_per_token_logps")
-    if args.distillation_is_clip is not None and old is not None:
-        clip = type(trainer)._compute_self_distillation_loss.__globals__["apply_importance_sampling_clipping"]
-        with torch.no_grad():
-            ratio = clip(ratio, logprobs(student, ids, counted), old, args.distillation_is_clip)
-    # sum_b (1/B) sum_t mask D / T_b
-    weight = mask * ratio / mask.sum(-1, keepdim=True).clamp(min=1) / len(mask)
+    ratio = _importance_ratio(trainer, logprobs, inputs, student, ids, mask)
+    weight = _token_weight(mask, ratio)
     metrics: dict[str, Any] = {}
     if args.distillation_mode == "sampled_token":
         own = logprobs(student, ids, counted)
@@ -265,14 +268,99 @@ def _self_distillation_loss(
             "student_confidence": stats.student_top1_prob,
             "top1_agreement": stats.top1_agree,
         }
-    values = torch.stack([per_token * ratio, *metrics.values()]).float()
+    _log_distillation(trainer, model, per_token * ratio, counted, metrics)
+    return loss
+
+
+def _importance_ratio(
+    trainer: Any, logprobs: Callable, inputs: dict[str, Any], student: Hidden, ids: Tensor, mask: Tensor
+) -> Tensor:
+    """Returns TRL's clipped importance weight of each token, `[B, T]`; ones if it uses none."""
+    ratio = torch.ones_like(mask, dtype=torch.float32)
+    old, bound = inputs.get("old_per_token_logps"), trainer.args.distillation_is_clip
+    if bound is None or old is None:
+        return ratio
+    clip = type(trainer)._compute_self_distillation_loss.__globals__["apply_importance_sampling_clipping"]
+    with torch.no_grad():
+        return clip(ratio, logprobs(student, ids, mask.bool()), old, bound)
+
+
+def _token_weight(mask: Tensor, ratio: Tensor) -> Tensor:
+    """Returns the factors `[B, T]` of TRL's mean over tokens, then sequences: sum_b (1/B) sum_t mask D / T_b."""
+    return mask * ratio / mask.sum(-1, keepdim=True).clamp(min=1) / len(mask)
+
+
+def _log_distillation(
+    trainer: Any, model: nn.Module, per_token: Tensor, counted: Tensor, metrics: dict[str, Any]
+) -> None:
+    """Logs the mean over counted tokens of the loss and of `metrics`, over all processes."""
+    values = torch.stack([per_token, *metrics.values()]).float()
     means = (values * counted).sum((1, 2)) / counted.sum().clamp(min=1)
     logged = trainer.accelerator.gather(means[None]).mean(0).tolist()
     mode = "train" if model.training else "eval"
     trainer._log_self_distillation_metric(mode, logged[0])
     for name, value in zip(metrics, logged[1:], strict=True):
         trainer._metrics[mode][f"self_distillation/{name}"].append(value)
+
+
+def _server_topk_loss(
+    trainer: Any, logprobs: Callable, options: dict[str, Any], model: nn.Module, inputs: dict[str, Any]
+) -> Tensor:
+    """Replaces TRL's `_compute_server_distillation_loss` of the teacher's top-k entries."""
+    if trainer.state.global_step != trainer._last_loaded_step:  # as TRL: the server's weights may be stale
+        trainer.vllm_generation.sync_weights()
+        trainer.accelerator.wait_for_everyone()
+        trainer._last_loaded_step = trainer.state.global_step
+    ids, mask = inputs["completion_ids"], _server_loss_mask(trainer, inputs)
+    student = trainer._forward_logits(
+        model=model,
+        input_ids=torch.cat([inputs["prompt_ids"], ids], 1),
+        attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+        logits_to_keep=ids.shape[1],
+    )
+    teacher = trainer._get_teacher_token_logprobs_from_server(inputs, ids.shape[1])
+    counted, scored = mask.bool(), teacher["actual_logprobs"]
+    if (counted & ~torch.isfinite(scored)).any():
+        raise ValueError("Teacher server returned no logprob for a required completion token.")
+    ratio = _importance_ratio(trainer, logprobs, inputs, student, ids, mask)
+    head = student.head.logprob_options(trainer.temperature)
+    with trainer.accelerator.autocast():
+        loss, stats = linear_topk_divergence(
+            student.states,
+            student.head.weight,
+            teacher["topk_token_ids"],
+            teacher["topk_logprobs"],
+            divergence="jsd",
+            beta=trainer.args.distillation_alpha,
+            tail="bucket" if trainer.args.distillation_add_tail else "renormalise",
+            targets=ids,
+            mask=counted,
+            token_weight=_token_weight(mask, ratio),
+            reduction="sum",
+            return_stats=True,
+            temperature=head["temperature"],
+            softcap=head["softcap"],
+            student_bias=head["bias"],
+            **options,
+        )
+    metrics = {
+        "server_logprob_abs_diff": torch.where(counted, stats.student_logprob - scored, 0.0).abs(),
+        "student_entropy": stats.student_entropy,
+        "teacher_entropy": stats.teacher_entropy,
+        "student_confidence": stats.student_top1_prob,
+        "top1_agreement": stats.top1_agree,
+    }
+    _log_distillation(trainer, model, stats.divergence * ratio, counted, metrics)
     return loss
+
+
+def _server_loss_mask(trainer: Any, inputs: dict[str, Any]) -> Tensor:
+    """Returns the mask of TRL's loss against a server, `[B, T]`: SDFT skips first tokens, SDPO whole sequences."""
+    mask = inputs["completion_mask"]
+    if skipped := getattr(trainer, "num_loss_tokens_to_skip", 0):
+        mask = mask * (torch.arange(mask.shape[1], device=mask.device) >= skipped)
+    shown = inputs.get("self_distillation_mask")
+    return mask if shown is None else mask * shown[:, None]
 
 
 # GKD

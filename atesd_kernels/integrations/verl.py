@@ -3,9 +3,9 @@
 verl gives a loss the student's logits and the log-probabilities of the teacher's top k tokens, but no hidden states, so
 the memory savings of `linear_divergence` do not apply. verl's own top-k loss is not a divergence. It sums
 p (log p - log q) over the k tokens, whose probabilities do not sum to one. The sum may be negative, and is then clamped
-to zero, which also zeroes its gradient. Here one more entry, the rest, stands for all other tokens. Both models then
-have distributions over k + 1 entries, to which every divergence and clip applies. Merging entries never increases an
-f-divergence, so without a clip the value is a lower bound of the full divergence.
+to zero, which also zeroes its gradient. Here it is `topk_divergence`: one more entry, the rest, stands for all other
+tokens. Both models then have distributions over k + 1 entries, to which every divergence and clip applies. Merging
+entries never increases an f-divergence, so without a clip the value is a lower bound of the full divergence.
 
 Call `register` in a module of yours and name that module in VERL_USE_EXTERNAL_MODULES; verl imports it in every
 process. Then set `distillation.distillation_loss.loss_mode` to the name and `use_policy_gradient` to false.
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atesd_kernels import divergence
+import atesd_kernels
 from atesd_kernels.integrations.source import UnexpectedSourceError, fingerprint, installed_version
 
 VERSION = "0.9.1"
@@ -30,7 +30,7 @@ EXPECTED = {
     "distillation_ppo_loss": "e9a369f27afa",
 }
 STRATEGIES = ("fsdp", "fsdp2", "veomni")  # strategies whose student logits cover the full vocabulary
-LEAST_REST = 1e-6  # a rest below fp32's spacing at one is noise (our choice)
+_NOTHING = (torch.full((1, 1), -1), torch.zeros(1, 1))  # a teacher's entries with which options can be checked
 
 registered: dict[str, dict[str, Any]] = {}
 
@@ -40,8 +40,9 @@ def register(name: str, **options: Any) -> None:
 
     Args:
         name: name in verl's configuration; must not be registered yet.
-        options: `divergence`, `beta`, `entry_clip`, `token_clip`. verl already divides the student's logits by the
-            temperature. Its `loss_max_clamp` clamps a token's value; its `log_prob_min_clamp` has no effect.
+        options: `divergence`, `beta`, `tail`, `entry_clip`, `token_clip`, `backend`, `chunk_bytes`. verl already
+            divides the student's logits by the temperature. Its `loss_max_clamp` clamps a token's value; its
+            `log_prob_min_clamp` has no effect.
 
     Raises:
         UnexpectedSourceError: if functions of the installed verl differ from those this adapter was written for.
@@ -50,7 +51,7 @@ def register(name: str, **options: Any) -> None:
     Example:
         `register("atesd_jsd", divergence="jsd", beta=0.5, token_clip=1.0)`, then `loss_mode: atesd_jsd`.
     """
-    divergence(torch.zeros(1, 2), torch.zeros(1, 2), **{**options, "reduction": "none"})
+    atesd_kernels.topk_divergence(torch.zeros(1, 2), *_NOTHING, **{**options, "reduction": "none"})
     losses: Any = importlib.import_module("verl.trainer.distillation.losses")
     if not registered:
         differing = [
@@ -81,12 +82,12 @@ def _dispatching(original: Callable) -> Callable:
                 f"strategy {config.strategy!r} shards the logits' vocabulary; losses of atesd_kernels run with "
                 f"{', '.join(STRATEGIES)}."
             )
-        return topk_divergence(student_logits, data["teacher_logprobs"], data["teacher_ids"], **options)
+        return loss_of_logits(student_logits, data["teacher_logprobs"], data["teacher_ids"], **options)
 
     return compute_topk_loss
 
 
-def topk_divergence(student_logits: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, **options: Any) -> dict:
+def loss_of_logits(student_logits: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, **options: Any) -> dict:
     """Divergence over the teacher's top k tokens and the rest, with the interface of verl's top-k losses.
 
     Args:
@@ -100,15 +101,8 @@ def topk_divergence(student_logits: Tensor, teacher_logprobs: Tensor, teacher_id
     log_p, ids = (t.values().unsqueeze(0) for t in (teacher_logprobs, teacher_ids))
     if ulysses.get_ulysses_sequence_parallel_world_size() > 1:
         log_p, ids = (ulysses.slice_input_tensor(t, dim=1) for t in (log_p, ids))
-    z = student_logits.gather(-1, ids).float()
-    p, teacher_mass = _with_rest(log_p.float())
-    q, student_mass = _with_rest(z - torch.logsumexp(student_logits.float(), -1, keepdim=True))
-    values = divergence(q, p, **{**options, "reduction": "none"})
-    return {"distillation_losses": values, "student_mass": student_mass, "teacher_mass": teacher_mass}
-
-
-def _with_rest(logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """Appends the entry log(1 - sum of probabilities): returns `(..., k + 1)`, and the sum, `(...)`."""
-    mass = logprobs.exp().sum(-1)
-    rest = torch.log1p(-mass.clamp_max(1 - LEAST_REST))
-    return torch.cat([logprobs, rest[..., None]], -1), mass
+    values = atesd_kernels.topk_divergence(student_logits, ids, log_p, **{**options, "reduction": "none"})
+    with torch.no_grad():
+        z = student_logits.gather(-1, ids).float()
+        student_mass = (z - torch.logsumexp(student_logits.float(), -1, keepdim=True)).exp().sum(-1)
+    return {"distillation_losses": values, "student_mass": student_mass, "teacher_mass": log_p.float().exp().sum(-1)}

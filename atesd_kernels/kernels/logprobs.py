@@ -81,7 +81,8 @@ def normalise_one(
     s0 = 0.0
     if STATS:
         first = load_logits(S, BIAS, start + lanes, start + lanes < stop, inv_t, softcap)
-        s0 = tl.maximum(tl.max(first, 0), LOWEST)
+        s0 = tl.max(first, 0)
+        s0 = tl.where(s0 == -float("inf"), 0.0, s0)  # the block's entries are all excluded
     for j in range(start, stop, BLOCK):
         s = load_logits(S, BIAS, j + lanes, j + lanes < stop, inv_t, softcap)
         m, shrink, w, _ = online_softmax_step(m, s)
@@ -117,7 +118,7 @@ def finish_logprob(
         top = tl.max(m, 0)
         w = exp(m - top)
         a = tl.sum(tl.load(P + PART_SUM) * w, 0)
-        lse = top + tl.log(a)
+        lse = tl.where(a == 0, LOWEST, top + tl.log(a))  # finite where every entry is excluded
         target = tl.load(TARGETS + row)
         S += row * stride_s
         if tl.program_id(1) == 0:

@@ -87,7 +87,7 @@ def tile_scores(
         hit = col[None, :] == target[:, None]
         m_new, shrink, w = rescale(m, s)
         if j == start:
-            s0 = m_new
+            s0 = tl.where(m_new == LOWEST, 0.0, m_new)  # 0 where the tile's entries are all excluded
         m = m_new
         a = a * shrink + tl.sum(w, 1)
         b = b * shrink + tl.sum(tl.where(w > 0, w * (s - s0[:, None]), 0.0), 1)

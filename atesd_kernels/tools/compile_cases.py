@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..backends import tuning
-from ..kernels import bounded, logprobs, mixing, rows, terms, tiles
+from ..kernels import bounded, logprobs, mixing, rows, terms, tiles, topk
 
 V = 151_936  # Qwen3's vocabulary
 TARGET_MS = {("KL, trained head", "sm_90"): 60.6}  # the best published rewrite of the same operation, at PATH_SHAPE
@@ -28,7 +28,9 @@ TYPES = {
     "stride_p": "i32",
     "T": "i32",
     **dict.fromkeys(("stride_a", "stride_w", "H"), "i32"),
-    "TARGETS": "*i64",
+    **dict.fromkeys(("TARGETS", "IDS"), "*i64"),
+    **dict.fromkeys(("LISTED", "GRAD_LISTED"), "*fp32"),
+    "K": "i32",
 }
 FLAGS = dict(IS_DELTA=1, STATS=False, SPLITS=1, BETA=0.5, DERIVATIVE_SUM=None, PRECISION="ieee")
 # None unless a case names them in `used`; mask, weights and targets are always present
@@ -144,6 +146,8 @@ def _row_cases() -> list[Case]:
     cases.append(Case("log-prob and gradient", logprobs.finish_logprob, 0, one, dict(GRAD=True)))
     cases.append(Case("a row's statistics", rows.finish_stats, flags=dict(SPLITS=4), is_sweep=False))
     cases.append(Case("means over spans", logprobs.span_mean, is_sweep=False))
+    cases.append(Case("a teacher's entries taken out", topk.take_listed, pointers=one, is_sweep=False))
+    cases.append(Case("their gradient put back", topk.put_listed, pointers=one, is_sweep=False))
     return cases
 
 

@@ -117,6 +117,81 @@ def test_no_activation_of_tokens_by_vocabulary_is_allocated(kind, lora, sharp_mo
     assert 0 < largest_logits(trainer, batch) <= chunk_rows
 
 
+class Server:
+    """A teacher's model behind the interface of TRL's client. It gives the log-probs of its most likely tokens."""
+
+    def __init__(self, model):
+        self.model, self.syncs = model, 0
+
+    def sync_weights(self):
+        self.syncs += 1
+
+    @torch.no_grad()
+    def get_sequence_logprobs(self, sequences, prompt_lengths, top_logprobs, temperature):
+        result = {"actual_logprobs": [], "logprobs": [], "logprob_token_ids": []}
+        for ids, prompt in zip(sequences, prompt_lengths, strict=True):
+            logits = self.model(torch.tensor([ids])).logits[0, prompt - 1 : -1].float()
+            logprobs = (logits / temperature).log_softmax(-1)
+            best, tokens = logprobs.topk(top_logprobs)
+            result["actual_logprobs"].append(logprobs.gather(1, torch.tensor(ids[prompt:])[:, None]).tolist())
+            result["logprobs"].append(best.tolist())
+            result["logprob_token_ids"].append(tokens.tolist())
+        return result
+
+
+SERVED = {
+    "a tail, forward KL": ("sdft", {"distillation_alpha": 0.0, "distillation_add_tail": True}),
+    "a tail, JSD, stale rollouts, skipped tokens": (
+        "sdft",
+        {
+            "distillation_alpha": 0.3, "distillation_add_tail": True, "num_iterations": 2, "temperature": 1.3,
+            "num_loss_tokens_to_skip": 2,
+        },
+    ),
+    "no tail": ("sdft", {"distillation_alpha": 0.5, "distillation_add_tail": False}),
+    "sdpo": ("sdpo", {"distillation_alpha": 1.0, "distillation_add_tail": True, "success_reward_threshold": 0.5}),
+    "sampled token": ("sdft", {"distillation_mode": "sampled_token", "distillation_alpha": 1.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SERVED)
+def test_with_a_teacher_on_a_server_a_patched_trainer_trains_as_the_unpatched_one(case, sharp_model_path, tmp_path):
+    kind, changes = SERVED[case]
+    options = {"distillation_mode": "topk_logits", "distillation_topk": 7, **changes}
+    logs = []
+    for patch in (False, True):
+        trainer = make_trainer(kind, sharp_model_path, tmp_path, lora=True, **options)
+        served = make_trainer("gkd", sharp_model_path, tmp_path).teacher_model
+        trainer.use_teacher_server, trainer._last_loaded_step = True, -1
+        trainer.teacher_client = trainer.vllm_generation = Server(served)
+        losses, moved, log = train(trainer, patch)
+        logs.append((losses, moved, log, trainer.teacher_client.syncs))
+    (theirs, moved, log, syncs), (ours, also_moved, our_log, our_syncs) = logs
+    assert len(theirs) == 3 and max(map(abs, theirs)) > 1e-3 and syncs == our_syncs > 0
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-4, abs=1e-7)
+    assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-7)
+    assert (also_moved - moved).norm() <= 2e-2 * moved.norm()
+    named = "self_distillation/server_logprob_abs_diff"
+    for mine, other in zip(our_log, log, strict=True):
+        assert named not in other or mine[named] == pytest.approx(other[named], rel=2e-3, abs=1e-6)
+
+
+def test_against_a_server_s_top_k_no_activation_of_tokens_by_vocabulary_is_allocated(sharp_model_path, tmp_path):
+    trainer = make_trainer("sdft", sharp_model_path, tmp_path, lora=True, distillation_mode="topk_logits")
+    trainer.use_teacher_server, trainer._last_loaded_step = True, 0
+    served = make_trainer("gkd", sharp_model_path, tmp_path).teacher_model
+    trainer.teacher_client = Server(served)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    batch = trainer._prepare_training_batch([trainer.train_dataset[i] for i in (0, 0, 1, 1)])
+    answers = trainer._get_teacher_token_logprobs_from_server(batch, batch["completion_ids"].shape[1])
+    trainer._get_teacher_token_logprobs_from_server = lambda *_: answers  # the server's own logits do not count
+    dense = largest_logits(trainer, batch)
+    assert use_linear_divergence(trainer, chunk_bytes=7 * (8 * V + 120 * 100 + 32 * V))
+    assert dense >= batch["completion_mask"].sum() > 14
+    assert 0 < largest_logits(trainer, batch) <= 7
+
+
 def test_entry_clip_and_the_shared_head_reach_the_loss(sharp_model_path, tmp_path, monkeypatch):
     trainer = make_trainer("sdft", sharp_model_path, tmp_path, lora=True, distillation_alpha=0.0, temperature=1.1)
     for name, p in trainer.model.named_parameters():

@@ -19,6 +19,15 @@ ROW_OPTIONS = {
     "mean over all ranks' tokens": {},
     "entry clip": dict(divergence="jsd", entry_clip=0.01, temperature=1.1),
 }
+# of a teacher known by its top entries
+TOPK_OPTIONS = {
+    "plain": {},
+    "every option": dict(
+        divergence="jsd", softcap=8.0, student_bias="bias", temperature=1.3, mask="mask", token_weight="weight",
+        num_tokens=1000, targets="targets", return_stats=True,
+    ),
+    "small chunks": dict(chunk_bytes=60 * 8 * 5, mask="mask"),
+}  # fmt: skip
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from atesd_kernels import exposure_logprobs, linear_divergence, linear_logprobs
+from atesd_kernels import exposure_logprobs, linear_divergence, linear_logprobs, linear_topk_divergence
 
-from .shard_cases import ROW_OPTIONS, Case, all_cases, evaluate, shares, whole_call
+from .shard_cases import ROW_OPTIONS, TOPK_OPTIONS, Case, all_cases, evaluate, shares, whole_call
+from .topk_cases import TAILS
 
 
 class Rank:
@@ -77,6 +79,23 @@ class Rank:
         hidden, head, teacher = (call.tensors[k] for k in ("student_hidden", "student_weight", "teacher_hidden"))
         head = distribute_tensor(head, init_device_mesh("cpu", (self.world,)), [Shard(0)])
         return linear_divergence(hidden, head, teacher), linear_divergence(hidden, head, teacher, head.detach())
+
+    def of_topk(self, options: dict[str, Any], tail: str) -> dict:
+        """Against a teacher's top entries, some of which lie on each rank; without a group it is the whole head."""
+        call = whole_call(Case(dict(n=13, scale=0.2), options))
+        teacher, head = call.tensors["teacher_hidden"], call.tensors["student_weight"]
+        call.options["tail"] = tail
+        found = {}
+        for name, cut, group in (("shards", self.share, self.group), ("whole", lambda tensor: tensor, None)):
+            logprobs, ids = (teacher @ head.T).log_softmax(-1).topk(7)
+            ids[3, 4:] = -1
+
+            def loss(student_hidden, student_weight, ids=ids, logprobs=logprobs, **given):
+                return linear_topk_divergence(student_hidden, student_weight, ids, logprobs, **given)
+
+            student = {name: call.tensors[name] for name in ("student_hidden", "student_weight")}
+            found[name] = evaluate(loss, replace(call, tensors=student), cut, True, group=group)
+        return found
 
     def of_exposure(self) -> tuple[Tensor, Tensor]:
         """Over a DTensor head, and over the whole one."""
@@ -186,6 +205,7 @@ class Rank:
                 for name, case in all_cases().items()
             },
             "rows": {name: self.of_its_rows(options) for name, options in ROW_OPTIONS.items()},
+            "topk": {(name, tail): self.of_topk(o, tail) for name, o in TOPK_OPTIONS.items() for tail in TAILS},
             "dtensor": self.of_a_dtensor(linear_divergence),
             "dtensor, log-probabilities": self.of_a_dtensor(linear_logprobs),
             "dtensor, exposure": self.of_exposure(),

@@ -59,6 +59,31 @@ def test_a_whole_block_of_absent_entries_contributes_nothing():
         assert relative_l2(hidden.grad, short.grad) <= 1e-5
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", ("log-probability", "top k with a bias", "top k that lists them"))
+def test_the_entropy_of_a_row_whose_first_block_is_absent_is_that_of_the_others(loss, backend):
+    pair = make_pair(n=3, h=8, v=1100)
+    bias = torch.zeros(1100, device=DEVICE)
+    bias[:1030] = -torch.inf  # more than a row kernel's block
+    s = reference.logits(pair.student_hidden, pair.student_weight, bias)
+    targets = torch.full((3,), 1050, device=DEVICE)
+    if loss == "log-probability":
+        tensors = (pair.student_hidden, pair.student_weight, targets)
+        _, stats = linear_logprobs(*tensors, bias=bias, return_stats=True, backend=backend)
+    else:
+        ids = targets[:, None]
+        if loss == "top k that lists them":
+            ids, bias = torch.arange(1030, device=DEVICE).repeat(3, 1), None
+            s = reference.logits(pair.student_hidden, pair.student_weight)
+        logprobs = s.log_softmax(-1).gather(1, ids)
+        _, stats = ak.linear_topk_divergence(
+            *pair.tensors[:2], ids, logprobs, student_bias=bias, targets=targets, return_stats=True, backend=backend
+        )
+    true = reference.token_stats(s, s, targets)
+    for name in ("student_entropy", "student_logprob", "student_top1_prob"):
+        assert relative_l2(getattr(stats, name), getattr(true, name)) <= 1e-5, name
+
+
 def test_a_token_only_the_teacher_can_say_costs_what_the_mathematics_says():
     s, t = torch.zeros(1, 4), torch.zeros(1, 4)
     s[0, 3] = -torch.inf
@@ -80,6 +105,21 @@ def test_the_gradient_where_a_token_only_the_teacher_can_say_is_the_oracle_s(div
     absent[3] = -torch.inf
     biases = {"student_bias": absent, "teacher_bias": present}
     result = compare(pair, divergence=divergence, backend=backend, trained_head=False, **biases)
+    assert result.loss_error <= 1e-5 and result.hidden_error <= 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("divergence", ("forward_kl", "skew_kl", "total_variation"))
+@pytest.mark.parametrize("case", ("only the teacher can say it", "only the student can say it", "it is far away"))
+def test_an_entry_clip_bounds_the_cost_of_a_token_that_one_model_rules_out(case, divergence, backend):
+    pair = make_pair(n=6, v=50, scale=0.5)
+    absent, present = torch.zeros(2, 50, device=DEVICE)
+    absent[3] = -torch.inf
+    if case == "it is far away":
+        absent[3] = -300.0  # exp underflows, its logarithm does not
+    biases = (present, absent) if case == "only the student can say it" else (absent, present)
+    options = dict(student_bias=biases[0], teacher_bias=biases[1], divergence=divergence, beta=0.3, entry_clip=0.05)
+    result = compare(pair, backend=backend, trained_head=False, **options)
     assert result.loss_error <= 1e-5 and result.hidden_error <= 1e-5
 
 

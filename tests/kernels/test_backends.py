@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from atesd_kernels import linear_divergence, planning
-from atesd_kernels.backends import Backend, torch_chunked, torch_logprobs, triton_chunked
+from atesd_kernels.backends import (
+    Backend,
+    TopkBackend,
+    torch_chunked,
+    torch_logprobs,
+    torch_topk,
+    triton_chunked,
+    triton_topk,
+)
 
 FUNCTIONS = [
     (torch_chunked.divergence_rows, Backend.divergence_rows),
@@ -17,6 +25,11 @@ FUNCTIONS = [
     (triton_chunked.divergence_rows, Backend.divergence_rows),
     (triton_chunked.divergence_logits, Backend.divergence_logits),
     (triton_chunked.logprob_rows, Backend.logprob_rows),
+    *(
+        (getattr(b, f), getattr(TopkBackend, f))
+        for b in (torch_topk, triton_topk)
+        for f in ("topk_rows", "topk_logits")
+    ),
 ]
 
 

@@ -6,6 +6,8 @@ import torch
 from atesd_kernels import linear_divergence, linear_logprobs, planning
 
 from .cases import DEVICE, compare, make_pair
+from .topk_cases import compare as compare_topk
+from .topk_cases import known
 
 compiler = pytest.mark.skipif(
     planning.unavailable(planning.COMPILED, DEVICE) is not None, reason="no compiler for torch.compile"
@@ -39,6 +41,14 @@ def test_the_other_passes_compile_too():
     targets = torch.arange(31, device=DEVICE)
     arguments = (pair.student_hidden, pair.student_weight, targets)
     assert torch.allclose(linear_logprobs(*arguments, backend="torch_compiled"), linear_logprobs(*arguments), rtol=1e-5)
+
+
+@compiler
+def test_the_passes_over_a_teacher_s_rest_compile_too():
+    for softcap in (None, 8.0):
+        case = known("torch", v=9000, options={"softcap": softcap})
+        result = compare_topk(case, softcap=softcap, backend="torch_compiled")
+        assert max(result.hidden_error, result.weight_error) <= 1e-5 and result.loss_error <= 1e-6
 
 
 def test_without_a_compiler_the_compiled_passes_are_refused_with_the_reason(monkeypatch):

@@ -15,6 +15,7 @@ import torch
 from atesd_kernels import divergence, exposure_logprobs, linear_divergence, linear_logprobs, reference
 from atesd_kernels.backends import matmul, triton_exposure, tuning
 from atesd_kernels.tools import compile_only
+from atesd_kernels.topk import linear_topk_divergence
 
 SANITIZED = "ttsem" in sys.modules
 COMPILED_ONLY = "tests.kernels.compiled_only" in sys.modules  # that plugin
@@ -270,6 +271,38 @@ def test_log_probabilities(dtype, options, backend):
     q = reference.logits(hidden, weight, **options).softmax(-1)
     entropy = torch.where(mask, torch.special.entr(q).sum(-1), 0.0)
     assert relative(stats.student_entropy, entropy) <= 1e-4
+
+
+@pytest.mark.parametrize("tail", ("bucket", "renormalise", "ignore"))
+@pytest.mark.parametrize("options", ({}, dict(temperature=1.3, softcap=4.0)), ids=("plain", "softcap"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_teacher_known_by_its_top_entries(dtype, options, tail):
+    """140 entries of 301, so that a row's ids take two blocks; masked rows may hold anything."""
+    student, weight, teacher, _ = pair(dtype, scale=0.2)
+    bias = torch.randn(301, generator=torch.Generator().manual_seed(2)).to(dtype)
+    scaling = dict(softcap=options.get("softcap"), temperature=options.get("temperature", 1.0))
+    logprobs, ids = reference.logits(teacher, weight, bias, **scaling).log_softmax(-1).topk(140)
+    ids[1, 100:], logprobs = -1, logprobs.float()
+    mask = torch.tensor([True, True, False, True, True])
+    ids[2], logprobs[2] = 5, torch.nan
+    results = []
+    for oracle in (True, False):
+        h, w = (x.double() if oracle else on_gpu(x) for x in (student, weight))
+        h, w = h.clone().requires_grad_(), w.clone().requires_grad_()
+        given = (h, w, *((ids.masked_fill(~mask[:, None], -1), logprobs) if oracle else map(on_gpu, (ids, logprobs))))
+        known = {k: v if oracle else on_gpu(v) for k, v in dict(student_bias=bias, mask=mask, **options).items()}
+        known |= dict(tail=tail, divergence="jsd", beta=0.3)
+        if oracle:
+            loss = reference.linear_topk_divergence(*given, **known)
+        else:
+            loss, _ = linear_topk_divergence(
+                *given, backend="triton", targets=on_gpu(ids[:, 0]), return_stats=True, chunk_bytes=301 * 80, **known
+            )
+        (loss * 256).backward()
+        results.append((loss.detach(), h.grad, w.grad))
+    (true, *true_grads), (loss, *grads) = results
+    assert relative(loss, true) <= max(LOSS_BOUND[dtype], 1e-5)
+    assert all(relative(g, t) <= BOUND[dtype] for g, t in zip(grads, true_grads, strict=True))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)

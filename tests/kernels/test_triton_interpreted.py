@@ -19,6 +19,7 @@ from atesd_kernels import divergence as logit_divergence
 from atesd_kernels import exposure_logprobs, linear_divergence, linear_logprobs, ops, planning
 from atesd_kernels.backends import triton_chunked, tuning
 from atesd_kernels.divergences import _REGISTRY, get_divergence
+from atesd_kernels.topk import linear_topk_divergence
 
 from .cases import DEVICE, DIVERGENCES, compare, make_pair
 
@@ -294,3 +295,21 @@ def test_the_kernels_stay_under_1000_lines():
                 assert isinstance(getattr(module, function.name), triton.runtime.jit.KernelInterface)
                 lines += function.end_lineno - function.decorator_list[0].lineno + 1
     assert 300 < lines < 1000, lines
+
+
+@pytest.mark.parametrize("tail", ("bucket", "renormalise", "ignore"))
+@pytest.mark.parametrize("options", ({}, dict(entry_clip=1e-4, token_clip=0.1, softcap=20.0, divergence="jsd")))
+def test_a_teacher_s_top_k_waits_for_the_device_as_little(options, tail, no_host_sync):
+    """Its ids and their mass are checked where that costs nothing: on a CPU, before the backend."""
+    pair = make_pair(n=4, h=24, v=300)
+    logprobs, ids = (pair.teacher_hidden @ pair.student_weight.T).log_softmax(-1).topk(9)
+    ids[0, 3:] = -1
+    mask = torch.tensor([True, False, True, True], device=DEVICE)
+    h, w = pair.student_hidden.clone().requires_grad_(), pair.student_weight.clone().requires_grad_()
+    loss, stats = linear_topk_divergence(
+        h, w, ids, logprobs, mask=mask, targets=ids[:, 0], token_weight=mask.float(), return_stats=True, tail=tail,
+        backend="triton", chunk_bytes=12 * 500 * 2, **options,
+    )  # fmt: skip
+    with NoHostSync():
+        loss.backward()
+    assert h.grad.abs().sum() > 0 and stats.student_entropy.sum() > 0

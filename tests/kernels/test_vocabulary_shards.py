@@ -21,7 +21,8 @@ from torch import Tensor
 from atesd_kernels import linear_divergence, linear_logprobs, reference
 
 from .cases import DIVERGENCES, relative_l2
-from .shard_cases import ROW_OPTIONS, Case, all_cases, each, evaluate, shares, whole_call
+from .shard_cases import ROW_OPTIONS, TOPK_OPTIONS, Case, all_cases, each, evaluate, shares, whole_call
+from .topk_cases import TAILS
 
 ROOT = Path(__file__).parent.parent.parent
 WORLDS = (2, 3)
@@ -74,7 +75,7 @@ def together(parts: list[dict]) -> dict:
         assert part["value"].equal(first["value"]) and part["hidden_grad"].equal(first["hidden_grad"])
         if first["stats"] is not None:
             for mine, other in zip(part["stats"], first["stats"], strict=True):
-                assert mine is None or mine.equal(other)
+                assert mine is None or torch.allclose(mine, other, rtol=0, atol=0, equal_nan=True)
     cut = {n: None if first[n] is None else torch.cat([p[n] for p in parts]) for n in ("weight_grad", "bias_grad")}
     return {**first, **cut}
 
@@ -134,6 +135,19 @@ def test_shards_of_the_vocabulary_give_what_the_whole_head_gives(ranks, name, wo
                 expected = expected if mask is None else torch.where(mask, expected, 0.0)
                 if field != "divergence" or case.function is linear_divergence:
                     assert relative_l2(value, expected) <= 1e-5, field
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("options", TOPK_OPTIONS)
+def test_shards_of_the_vocabulary_give_the_whole_head_s_loss_against_a_top_k(ranks, options, tail, world):
+    results = [rank["topk"][options, tail] for rank in ranks(world)]
+    got, whole = together([result["shards"] for result in results]), results[0]["whole"]
+    assert torch.allclose(got["value"], whole["value"], rtol=1e-6)
+    for gradient in GRADIENTS:
+        assert got[gradient] is whole[gradient] is None or relative_l2(got[gradient], whole[gradient]) <= 1e-5
+    for mine, other in zip(got["stats"] or (), whole["stats"] or (), strict=True):
+        assert torch.allclose(mine, other, rtol=1e-5, equal_nan=True)
 
 
 def test_the_cases_reach_every_share_and_both_forms():

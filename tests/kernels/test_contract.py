@@ -30,7 +30,7 @@ def test_strided_inputs_are_read_as_they_are():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("options", ({}, {"softcap": 30.0, "temperature": 1.2}, {"entry_clip": 0.01}))
+@pytest.mark.parametrize("options", ({}, {"softcap": 30.0, "temperature": 1.2}, {"entry_clip": 0.003}))
 @pytest.mark.parametrize("scale", (0.1, 8.0))
 @pytest.mark.parametrize("views", (None, (None, None), (30, None)))
 def test_statistics_are_those_of_the_dense_distributions(views, scale, options, backend):

@@ -25,12 +25,15 @@ from torch import Tensor
 
 from atesd.config import ATESDConfig
 from atesd.config.doors import divergence_name
+from atesd.config.options import parse_json
 from atesd.models.batching import PackedBatch, hidden_rows, to_device
 from atesd.models.vocabulary import over_same_entries
 from atesd.parallel.processes import Processes
 from atesd_kernels import TokenStats, linear_divergence, linear_logprobs
 from atesd_kernels.integrations.backbone import AuxLoss
 from atesd_kernels.integrations.head import HeadSpec
+
+STUDENT = "student"  # the view of `teacher_views` that is the student's own
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Objective(Protocol):
         self,
         student_hidden: Tensor,  # (N, hidden)
         student_head: HeadSpec,
-        teacher_hidden: Tensor | None,  # (N, hidden)
+        teacher_hidden: Tensor | list[Tensor] | None,  # (N, hidden), or that of each view
         teacher_head: HeadSpec | None,  # None: the student's
         tokens: ResponseTokens,
         num_tokens: int,
@@ -90,6 +93,8 @@ class Distillation:
         divergence, beta, entry_clip, token_clip, chunk_bytes: as in `atesd_kernels.linear_divergence`.
         scoring_temperature: temperature of both distributions; no T^2 factor (OPSD).
         position_halflife: number of tokens after which a token's weight halves; see `position_weights`.
+        teacher_mix: weights of the views, if `teacher_hidden` is a list; see `teacher_views.py`.
+        student_teaches: whether the last of them is the student's own, with the student's head.
     """
 
     divergence: str = "forward_kl"
@@ -99,6 +104,8 @@ class Distillation:
     token_clip: float | None = None
     chunk_bytes: int | None = None
     position_halflife: float | None = None
+    teacher_mix: tuple[float, ...] | None = None
+    student_teaches: bool = False
     needs_teacher = needs_rollouts = True
     needs_reward = False
 
@@ -106,12 +113,19 @@ class Distillation:
         """See `Objective`."""
         if teacher_head is not None:
             student_head, teacher_head = over_same_entries(student_head, teacher_head)
+        options = student_head.divergence_options(self.scoring_temperature, teacher_head)
+        options["teacher_weight"] = None if teacher_head is None else teacher_head.weight
+        if self.teacher_mix is not None:
+            options["teacher_mix"] = to_device(torch.tensor(self.teacher_mix), student_hidden.device)
+        if self.student_teaches:
+            heads = {"teacher_weight": None, "teacher_bias": student_head.bias}
+            for name, own in heads.items():
+                options[name] = [options[name]] * (len(teacher_hidden) - 1) + [own]
         return linear_divergence(
             student_hidden,
             student_head.weight,
             teacher_hidden,
-            None if teacher_head is None else teacher_head.weight,
-            **student_head.divergence_options(self.scoring_temperature, teacher_head),
+            **options,
             divergence=self.divergence,
             beta=self.beta,
             entry_clip=self.entry_clip,
@@ -190,6 +204,8 @@ class TeacherAdvantage:
 
     def __call__(self, student_hidden, student_head, teacher_hidden, teacher_head, tokens, num_tokens):
         """See `Objective`."""
+        if teacher_head is not None:
+            student_head, teacher_head = over_same_entries(student_head, teacher_head)
         rest = (tokens.targets, self.scoring_temperature, self.chunk_bytes)
         logprobs, stats = head_logprobs(student_hidden, student_head, *rest)
         with torch.no_grad():
@@ -224,9 +240,19 @@ class Mixed:
         return divergence + self.reward_weight * reward, stats
 
 
+def views_of(config: ATESDConfig) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Returns names and weights of `config.teacher_views`. The student's own view comes last."""
+    weights = parse_json(config.teacher_views)
+    names = tuple(sorted(weights, key=lambda name: name == STUDENT))
+    return names, tuple(float(weights[name]) for name in names)
+
+
 def make_objective(config: ATESDConfig) -> Objective:
     """The objective `config.objective` names. A divergence `module:object` is registered here."""
-    settings = {field.name: getattr(config, field.name) for field in fields(Distillation)}
+    names, weights = views_of(config)
+    views = {"teacher_mix": weights if len(names) > 1 else None, "student_teaches": STUDENT in names}
+    of_config = [field.name for field in fields(Distillation) if field.name not in views]
+    settings = {name: getattr(config, name) for name in of_config} | views
     distillation = Distillation(**settings | {"divergence": divergence_name(config.divergence)})
     policy_gradient = PolicyGradient(temperature=config.temperature, chunk_bytes=config.chunk_bytes)
     return {

@@ -76,6 +76,7 @@ from atesd.step_metrics import clip_fraction, outcome_metrics, response_metrics,
 from atesd.stopping import go_on_command
 from atesd.storage.checkpoint import CHECKPOINTS, CheckpointError, load_checkpoint, save_checkpoint
 from atesd.storage.folder import OwnedFolder, own, own_new
+from atesd.teacher_views import TeacherViews
 from atesd.terminal import name_phase, show
 
 ADAPTER, MODEL = "adapter", "model"
@@ -228,6 +229,7 @@ class Run:
         config = self.config
         self.student = Student(config, load_model(config), self.tokenizer, self.parallelism)
         self.teacher = self.make_teacher()
+        self.views = TeacherViews(config, self.teacher, self.data)
         self.objective = make_objective(config)
         self.wording = TeacherWording(self.data.prompts.templates)
 

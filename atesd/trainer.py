@@ -21,7 +21,7 @@ from torch import Tensor
 
 from atesd.config import ATESDConfig
 from atesd.data.problems import Problem
-from atesd.models.batching import PackedBatch, assert_same_responses, chunks, hidden_rows_and_aux_loss
+from atesd.models.batching import chunks, hidden_rows_and_aux_loss
 from atesd.objectives import ResponseTokens, TokenTotals
 from atesd.reports.step_log import StepLog
 from atesd.resuming import NonFiniteLoss, diverged, named_storage_faults
@@ -171,9 +171,10 @@ class Trainer:
         with run.student.autocast():  # one context for all micro-batches: each weight is cast once a step
             for part in chunks(len(rollouts), config.per_device_train_batch_size * config.num_generations):
                 student_batch = pack_rollouts([r.prompt_ids for r in rollouts[part]], rollouts[part], run.device)
-                teacher_hidden = None
+                views: list[Tensor] = []
                 if run.objective.needs_teacher:
-                    teacher_hidden = self.teacher_hidden(problems[part], alphas[part], student_batch, rollouts[part])
+                    with run.phase("teacher"):
+                        views = run.views.hidden(problems[part], alphas[part], rollouts[part], student_batch)
                 with run.phase("student"):
                     student_hidden, aux = hidden_rows_and_aux_loss(run.student.backbone, student_batch)
                 with run.phase("loss_backward"):
@@ -182,25 +183,13 @@ class Trainer:
                     )
                     rewarded = None if advantages is None else tuple(advantages[part])
                     tokens = ResponseTokens(student_batch.targets, student_batch.lengths, rewarded, weight, mean_length)
-                    loss += self.backward(student_hidden, teacher_hidden, aux, tokens, num_tokens, totals, loss)
+                    loss += self.backward(student_hidden, views, aux, tokens, num_tokens, totals, loss)
         return float(run.processes.all_reduce(loss)), totals, num_tokens
-
-    def teacher_hidden(
-        self, problems: list[Problem], alphas: list[float], student_batch: PackedBatch, rollouts: list[Rollout]
-    ) -> Tensor:
-        """`(N, hidden)`: the teacher's hidden states at the student's response tokens, its prompt exposed by alpha."""
-        run = self.run
-        exposed = zip(problems, alphas, strict=True)
-        prompts = [run.data.teacher_prompt(problem, alpha) for problem, alpha in exposed]
-        batch = pack_rollouts(prompts, rollouts, run.device)
-        assert_same_responses(student_batch, batch)
-        with run.phase("teacher"):
-            return run.teacher.hidden(batch)
 
     def backward(
         self,
         student_hidden: Tensor,
-        teacher_hidden: Tensor | None,
+        views: list[Tensor],
         aux: AuxLoss | None,
         tokens: ResponseTokens,
         num_tokens: int,
@@ -214,6 +203,7 @@ class Trainer:
         """
         run = self.run
         teacher_head = None if run.teacher.shares_head else run.teacher.head
+        teacher_hidden = run.views.target(views, student_hidden) if views else None
         states = student_hidden.detach().requires_grad_()
         loss, stats = run.objective(states, run.student.head, teacher_hidden, teacher_head, tokens, num_tokens)
         with torch.autocast(run.device.type, enabled=False):

@@ -22,7 +22,7 @@ ROOMS = (
     ("run",),
     ("integrations", "merge"),
     ("guards", "inputs", "resuming"),
-    ("step_metrics",),
+    ("step_metrics", "teacher_views"),
     ("evaluation",),
     ("exposure", "rollout"),
     ("objectives", "planning"),

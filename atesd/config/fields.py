@@ -237,6 +237,14 @@ class LossFields:
         "Device of that model, such as cuda:1; absent, the student's. Its head stays beside the loss.",
     )
     ema_decay: float = option(0.999, "our choice", "Decay of the moving average where teacher is ema.", between=(0, 1))
+    teacher_views: str = option(
+        '{"exposed": 1}',
+        "our choice",
+        "JSON object: the views from which the teacher scores, and their weights in the target's logits, which sum to "
+        "1 and may be negative. exposed (reads the reference up to alpha), full, answer_only, none, student (the "
+        "student itself, not trained).",
+        json_object=True,
+    )
 
 
 @dataclass

@@ -37,6 +37,21 @@ def test_help_names_the_commands_and_imports_nothing_heavy():
     assert not any(f" {heavy}\n" in result.stderr for heavy in ("torch", "transformers", "matplotlib", "numpy"))
 
 
+def test_atesd_alone_names_the_commands_with_a_line_each(capsys):
+    assert cli.main([]) == 2
+    told = capsys.readouterr().out
+    assert all(re.search(rf"^ +{name} +\w", told, re.MULTILINE) for name, _ in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("trian", "train"), ("evaluate", "eval"), ("Report", "report")])
+def test_a_mistyped_command_is_refused_with_the_one_that_is_meant(typed, meant, capsys):
+    assert cli.main([typed, "--max_steps", "3"]) == 2
+    assert f"there is no command '{typed}' (did you mean {meant}?)" in capsys.readouterr().err
+    assert cli.main(["xyz"]) == 2
+    told = capsys.readouterr().err
+    assert "did you mean" not in told and "doctor" in told
+
+
 def test_a_mistyped_flag_is_refused_before_torch_loads():
     result = run("train", "quickstart", "--max_step", "2")
     assert result.returncode == 2

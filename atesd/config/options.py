@@ -114,7 +114,7 @@ def violation(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str:
     """Returns what `value` must be, if it violates the type hint, choices or range; else "".
 
     >>> violation("emma", Literal["frozen", "ema"], option(None, "our choice", "").metadata)
-    'frozen or ema; did you mean ema?'
+    'frozen or ema (did you mean ema?)'
     """
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:

@@ -97,7 +97,7 @@ def test_the_defaults_are_the_papers_protocol():
         (["--model", "m", "--data", "d", "--confidence", "95"], "confidence is 95"),
         (["--model", "m", "--data", "d", "--adapter", "/no/such"], "adapter is '/no/such'"),
         (["--model", "m", "--data", "d", "--chat_template_kwargs", "x"], "chat_template_kwargs is 'x'"),
-        (["--model", "m", "--data", "d", "--topk", "3"], "unknown flag '--topk'; did you mean top_k"),
+        (["--model", "m", "--data", "d", "--topk", "3"], "unknown flag '--topk' .did you mean top_k"),
         (["m"], "usage: atesd eval --model"),
     ],
 )

@@ -19,7 +19,6 @@ from atesd.reports.printout import messages_to_stderr
 from atesd.stopping import Stopped, go_on_command
 from atesd.terminal import plain_messages, show, while_it_is_read
 
-
 COMMANDS = (
     ("train", "train a recipe or YAML file, or go on with a run (--resume)"),
     ("eval", "evaluate a model or a run's adapter, or --compare evaluations"),

@@ -236,14 +236,25 @@ def test_ctrl_c_that_ends_tee_as_well_leaves_a_saved_run(tiny_config, unread, mo
     config.save(config.output_dir)
     recipe = Path(config.output_dir) / "config.yaml"
     recipe = recipe.rename(recipe.parent.with_name("tiny.yaml"))
-    command = [sys.executable, "-m", "atesd", "train", str(recipe), "--output_dir", config.output_dir + "-2"]
-    script = (
-        "import os, signal, sys; from atesd import cli; from atesd.trainer import Trainer; step = Trainer.train_step\n"
-        "def leave(self, t):\n    os.dup2(int(sys.argv.pop()), 2); os.dup2(2, 1); signal.raise_signal(signal.SIGINT)\n"
-        "    return step(self, t)\n"
-        "Trainer.train_step = leave; signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(cli.main(sys.argv[1:-1]))"
-    )
-    command[1:3] = ["-c", script]
-    result = subprocess.run([*command, str(unread)], capture_output=True, pass_fds=[unread], timeout=240)
+    script = """
+import os, signal, sys
+from atesd import cli
+from atesd.trainer import Trainer
+
+step, closed = Trainer.train_step, int(sys.argv[1])
+
+def interrupted(self, t):
+    os.dup2(closed, 1)
+    os.dup2(closed, 2)
+    signal.raise_signal(signal.SIGINT)
+    return step(self, t)
+
+Trainer.train_step = interrupted
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(cli.main(sys.argv[2:]))
+"""
+    arguments = [str(unread), "train", str(recipe), "--output_dir", f"{config.output_dir}-2"]
+    command = [sys.executable, "-c", script, *arguments]
+    result = subprocess.run(command, capture_output=True, pass_fds=[unread], timeout=240)
     assert result.returncode == 130, result.stderr.decode()[-2000:]
-    assert [path.name for path in Path(config.output_dir + "-2", "checkpoints").iterdir()] == ["step-000001"]
+    assert [path.name for path in Path(f"{config.output_dir}-2", "checkpoints").iterdir()] == ["step-000001"]

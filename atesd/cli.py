@@ -105,6 +105,7 @@ def add_merge(merging: argparse.ArgumentParser) -> None:
 
 def train(argv: list[str]) -> int:
     from atesd.config import CONFIG_FILE, config_parser, load_config, recipes
+    from atesd.config.options import SOURCES
 
     if not argv:
         from atesd.config.pages import train_page
@@ -113,7 +114,7 @@ def train(argv: list[str]) -> int:
         return 2
     if {"-h", "--help"} & set(argv):
         config_parser().print_help()
-        show(f"\n--json prints what --dry-run says as one JSON document\nrecipes: {', '.join(recipes())}")
+        show(f"\n{SOURCES}\n--json prints what --dry-run says as one JSON document\nrecipes: {', '.join(recipes())}")
         return 0
     argv, as_json = without_json(argv)
     recipe, flags = (None, argv) if not argv or argv[0].startswith("-") else (argv[0], argv[1:])
@@ -138,9 +139,14 @@ def train(argv: list[str]) -> int:
             return 1  # as while_it_is_read: there is nobody to tell
         if isinstance(stop, Stopped):
             return fail(f"stopped by {Signals(stop.signal).name}. {stop}", 128 + stop.signal)
-        saved = (Path(config.output_dir) / CONFIG_FILE).exists()
-        go_on = f"; go on with: {go_on_command(config.output_dir)}" if saved else ""
-        return fail(f"stopped{go_on}", 130)
+        from atesd.storage.checkpoint import latest_checkpoint
+
+        go_on = go_on_command(config.output_dir)
+        if latest_checkpoint(config.output_dir):
+            return fail(f"stopped; go on with: {go_on}", 130)
+        if (Path(config.output_dir) / CONFIG_FILE).exists():
+            return fail(f"stopped before the first checkpoint: nothing is saved yet. Start over with: {go_on}", 130)
+        return fail("stopped", 130)
     if int(os.environ.get("RANK", 0)) == 0:  # of the processes a launcher has started
         show(f"report: {Path(run_dir) / 'report.html'}")
     return 0
@@ -148,6 +154,7 @@ def train(argv: list[str]) -> int:
 
 def evaluation(argv: list[str]) -> int:
     from atesd.config.eval_config import eval_parser, load_eval_config
+    from atesd.config.options import SOURCES
 
     if not argv:
         from atesd.config.pages import EVAL
@@ -156,7 +163,7 @@ def evaluation(argv: list[str]) -> int:
         return 2
     if {"-h", "--help"} & set(argv):
         eval_parser().print_help()
-        show("\n--json prints the results as one JSON document")
+        show(f"\n{SOURCES}\n--json prints the results as one JSON document")
         return 0
     argv, as_json = without_json(argv)
     if "--compare" in argv:

@@ -223,7 +223,7 @@ def test_what_cannot_be_imported_or_called_is_refused_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("kwargs", "told"),
     [
-        ({"lo": 0.2}, "names 'lo', which exposure_policy 'my_policy:Alternating' does not take: it takes low; did you"),
+        ({"lo": 0.2}, "names 'lo', which exposure_policy 'my_policy:Alternating' does not take: it takes low (did you"),
         ({"hold_window": 2}, "names 'hold_window', which the run passes itself: set --hold_window instead"),
         ({"per_example": True}, "which the run passes itself: set --per_example_exposure instead"),
     ],
@@ -236,7 +236,7 @@ def test_an_argument_that_a_policy_does_not_take_or_the_run_passes_is_refused(re
 @pytest.mark.parametrize(
     ("kwargs", "told"),
     [
-        ({"repeat": 2}, "names 'repeat', which rollout_engine 'my_engine:Parrot' does not take: it takes repeats; did"),
+        ({"repeat": 2}, "names 'repeat', which rollout_engine 'my_engine:Parrot' does not take: it takes repeats (did"),
         ({"model": 2}, "rollout_kwargs names 'model', which the run passes itself: leave it out"),
     ],
 )

@@ -130,7 +130,7 @@ def test_no_field_takes_a_number_that_is_not_finite(value):
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("teacher", "emma", "teacher is 'emma'; it must be one of frozen, ema, live, model .did you mean ema"),
+        ("teacher", "emma", "teacher is 'emma'; it must be one of frozen, ema, live, model (did you mean ema"),
         ("torch_dtype", "float16", "torch_dtype is 'float16'; it must be float32 or bfloat16"),
         ("max_staleness", True, "max_staleness is True; it must be 0 or 1"),
         ("max_steps", 2.0, "max_steps is 2.0; it must be a whole number"),

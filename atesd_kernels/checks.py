@@ -21,22 +21,6 @@ def require(condition: bool, message: Callable[[], str], error: type[Exception] 
         raise error(message())
 
 
-OPTIONAL_TENSORS = ("teacher_weight", "student_bias", "teacher_bias", "bias")
-
-
-def check_tensors(**tensors: Any) -> None:
-    """Checks that hidden states, heads and logits are tensors: the layer itself is an easy slip for its weight."""
-    for name, value in tensors.items():
-        require(
-            isinstance(value, Tensor) or (value is None and name in OPTIONAL_TENSORS),
-            lambda: (
-                f"{name} must be a tensor, got {type(value).__name__}; "
-                f"pass {'its .weight' if isinstance(value, torch.nn.Module) else 'the tensor itself'}."
-            ),
-            TypeError,
-        )
-
-
 def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Checks shapes, devices and floating dtypes of `hidden` `[..., H]`, `weight` `[V, H]` and `bias` `[V]`."""
     require(
@@ -109,6 +93,18 @@ def check_one_number(name: str, value: Any) -> None:
     require(
         isinstance(value, (int, float)) or (hasattr(value, "item") and numel == 1),
         lambda: f"{name} must be one number, got {type(value).__name__} {value!r}.",
+        TypeError,
+    )
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Checks that a head, hidden states or logits are a tensor: the layer itself is an easy slip for its weight."""
+    require(
+        isinstance(value, Tensor),
+        lambda: (
+            f"{name} must be a tensor, got {type(value).__name__}; "
+            f"pass {'its .weight' if isinstance(value, torch.nn.Module) else 'the tensor itself'}."
+        ),
         TypeError,
     )
 

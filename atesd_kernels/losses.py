@@ -145,10 +145,6 @@ def linear_divergence(
         >>> round(loss.item(), 3), tuple(student.grad.shape)
         (0.003, (2, 5, 64))
     """
-    checks.check_tensors(
-        student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias,
-        teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, teacher_bias=teacher_bias,
-    )  # fmt: skip
     if teacher_weight is not None and same_storage(student_weight, teacher_weight):
         teacher_weight = None
     student_hidden, teacher_hidden = (
@@ -245,7 +241,8 @@ def divergence(
         >>> divergence(torch.zeros(3, 10), torch.zeros(3, 10)).item()
         0.0
     """
-    checks.check_tensors(student_logits=student_logits, teacher_logits=teacher_logits)
+    checks.check_tensor("student_logits", student_logits)
+    checks.check_tensor("teacher_logits", teacher_logits)
     checks.require(
         student_logits.dim() >= 2, lambda: f"student_logits must be [..., V], got {tuple(student_logits.shape)}."
     )
@@ -333,7 +330,6 @@ def linear_logprobs(
         >>> linear_logprobs(hidden, head, torch.tensor([[1, 2, 3, 4]])).exp()
         tensor([[0.0100, 0.0100, 0.0100, 0.0100]])
     """
-    checks.check_tensors(hidden=hidden, weight=weight, bias=bias)
     hidden = replicated_tensor("hidden", hidden)
     weight, group = shard_of("weight", weight, group)
     bias, group = shard_of("bias", bias, group)

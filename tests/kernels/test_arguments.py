@@ -218,7 +218,7 @@ NO_TENSORS = {
 @pytest.mark.parametrize("call", NO_TENSORS)
 def test_a_layer_or_an_array_in_the_place_of_a_tensor_is_refused_by_name(call):
     with pytest.raises(
-        TypeError, match=rf"^{call.split()[0]} must be a tensor, got (Linear|list|ndarray|NoneType);"
+        TypeError, match=rf"^{call.split()[0]} must be a tensor.* got (Linear|list|ndarray|None)"
     ) as told:
         NO_TENSORS[call]()
     assert ("pass its .weight" in str(told.value)) == ("Linear" in str(told.value))

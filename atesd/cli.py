@@ -11,27 +11,56 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from signal import Signals
+from signal import SIGPIPE, Signals
 
 from atesd import __version__
-from atesd.errors import AtesdError, ConfigError
+from atesd.errors import AtesdError, ConfigError, suggest
 from atesd.reports.printout import messages_to_stderr
 from atesd.stopping import Stopped, go_on_command
-from atesd.terminal import plain_messages, show
+from atesd.terminal import plain_messages, show, while_it_is_read
+
+COMMANDS = (
+    ("train", "train a recipe or YAML file, or go on with a run (--resume)"),
+    ("eval", "evaluate a model or a run's adapter, or --compare evaluations"),
+    ("merge", "write the model of a run: base and adapter merged, with tokenizer"),
+    ("study", "run a study: variants and seeds of a recipe, measured alike and compared with intervals"),
+    ("sweep", "run a recipe at fixed exposures and several seeds, and draw outcome and mismatch against alpha"),
+    ("scaling", "predicted memory and time of a step for models of 1.7B to 70B on 1 to 64 GPUs; flags as for train"),
+    ("report", "draw RUN_DIR/report.html, of a finished run or one under way"),
+    ("doctor", "versions, devices, and which backends work here and why others do not"),
+)
+OWN_FLAGS = ("train", "eval", "study", "sweep", "scaling")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 success, 1 failure, 2 invalid settings, 130 interrupted."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser()
+    """Runs one command and returns its exit code: 0 success, 1 failure, 2 invalid settings, 130 interrupted.
+
+    Raises:
+        SystemExit: after --help and --version, and if nobody reads the output any more.
+    """
+    with while_it_is_read():
+        try:
+            return run_command(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()  # at exit, it would be too late to end quietly
+
+
+def run_command(argv: list[str]) -> int:
+    parser, known = build_parser(), [name for name, _ in COMMANDS]
+    word = next((word for word in argv if not word.startswith("-")), None)
+    if word is not None and word not in known:
+        return fail(f"there is no command {word!r}{suggest(word, known)}: the commands are {', '.join(known)}", 2)
     arguments, rest = parser.parse_known_args(argv)
-    own_flags = {"train": train, "eval": evaluation, "study": study, "sweep": sweep, "scaling": scaling}
-    if rest and arguments.command not in own_flags:
+    if arguments.command is None and not rest:
+        show(parser.format_help().rstrip())
+        return 2
+    if rest and arguments.command not in OWN_FLAGS:
         parser.error(f"unexpected {' '.join(rest)!r}")
     try:
         with plain_messages():
-            if arguments.command in own_flags:
-                return own_flags[arguments.command](argv[argv.index(arguments.command) + 1 :])
+            if arguments.command in OWN_FLAGS:
+                run = {"train": train, "eval": evaluation, "study": study, "sweep": sweep, "scaling": scaling}
+                return run[arguments.command](argv[argv.index(arguments.command) + 1 :])
             if arguments.command == "merge":
                 return merge(arguments)
             if arguments.command == "report":
@@ -56,21 +85,12 @@ def build_parser() -> argparse.ArgumentParser:
         prog="atesd", description="Adaptive teacher exposure for on-policy self-distillation."
     )
     parser.add_argument("--version", action="version", version=f"atesd {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     # They have a flag for every field of their configuration, which HfArgumentParser makes once it is asked for.
-    commands.add_parser("train", add_help=False, help="train a recipe or YAML file, or go on with a run (--resume)")
-    commands.add_parser("eval", add_help=False, help="evaluate a model or a run's adapter, or --compare evaluations")
-    add_merge(commands.add_parser("merge", help="write the model of a run: base and adapter merged, with tokenizer"))
-    studying = "run a study: variants and seeds of a recipe, measured alike and compared with intervals"
-    commands.add_parser("study", add_help=False, help=studying)
-    sweeping = "run a recipe at fixed exposures and several seeds, and draw outcome and mismatch against alpha"
-    commands.add_parser("sweep", add_help=False, help=sweeping)
-    predicting = "predicted memory and time of a step for models of 1.7B to 70B on 1 to 64 GPUs; flags as for train"
-    commands.add_parser("scaling", add_help=False, help=predicting)
-    reporting = commands.add_parser("report", help="draw RUN_DIR/report.html, of a finished run or one under way")
-    reporting.add_argument("run_dir", metavar="RUN_DIR")
-    told = commands.add_parser("doctor", help="versions, devices, and which backends work here and why others do not")
-    told.add_argument("--json", action="store_true", help="print one JSON document")
+    made = {name: commands.add_parser(name, add_help=name not in OWN_FLAGS, help=what) for name, what in COMMANDS}
+    add_merge(made["merge"])
+    made["report"].add_argument("run_dir", metavar="RUN_DIR")
+    made["doctor"].add_argument("--json", action="store_true", help="print one JSON document")
     return parser
 
 
@@ -85,6 +105,7 @@ def add_merge(merging: argparse.ArgumentParser) -> None:
 
 def train(argv: list[str]) -> int:
     from atesd.config import CONFIG_FILE, config_parser, load_config, recipes
+    from atesd.config.options import SOURCES
 
     if not argv:
         from atesd.config.pages import train_page
@@ -93,7 +114,7 @@ def train(argv: list[str]) -> int:
         return 2
     if {"-h", "--help"} & set(argv):
         config_parser().print_help()
-        show(f"\n--json prints what --dry-run says as one JSON document\nrecipes: {', '.join(recipes())}")
+        show(f"\n{SOURCES}\n--json prints what --dry-run says as one JSON document\nrecipes: {', '.join(recipes())}")
         return 0
     argv, as_json = without_json(argv)
     recipe, flags = (None, argv) if not argv or argv[0].startswith("-") else (argv[0], argv[1:])
@@ -114,11 +135,18 @@ def train(argv: list[str]) -> int:
 
         run_dir = trainer.train(config)
     except KeyboardInterrupt as stop:
+        if isinstance(stop, Stopped) and stop.signal == SIGPIPE:
+            return 1  # as while_it_is_read: there is nobody to tell
         if isinstance(stop, Stopped):
             return fail(f"stopped by {Signals(stop.signal).name}. {stop}", 128 + stop.signal)
-        saved = (Path(config.output_dir) / CONFIG_FILE).exists()
-        go_on = f"; go on with: {go_on_command(config.output_dir)}" if saved else ""
-        return fail(f"stopped{go_on}", 130)
+        from atesd.storage.checkpoint import latest_checkpoint
+
+        go_on = go_on_command(config.output_dir)
+        if latest_checkpoint(config.output_dir):
+            return fail(f"stopped; go on with: {go_on}", 130)
+        if (Path(config.output_dir) / CONFIG_FILE).exists():
+            return fail(f"stopped before the first checkpoint: nothing is saved yet. Start over with: {go_on}", 130)
+        return fail("stopped", 130)
     if int(os.environ.get("RANK", 0)) == 0:  # of the processes a launcher has started
         show(f"report: {run_dir / 'report.html'}")
         if (run_dir / "adapter").is_dir():
@@ -128,6 +156,7 @@ def train(argv: list[str]) -> int:
 
 def evaluation(argv: list[str]) -> int:
     from atesd.config.eval_config import eval_parser, load_eval_config
+    from atesd.config.options import SOURCES
 
     if not argv:
         from atesd.config.pages import EVAL
@@ -136,7 +165,7 @@ def evaluation(argv: list[str]) -> int:
         return 2
     if {"-h", "--help"} & set(argv):
         eval_parser().print_help()
-        show("\n--json prints the results as one JSON document")
+        show(f"\n{SOURCES}\n--json prints the results as one JSON document")
         return 0
     argv, as_json = without_json(argv)
     if "--compare" in argv:

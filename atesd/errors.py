@@ -35,12 +35,12 @@ class MissingPackageError(AtesdError, ImportError):
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """The end of a message about a mistyped word.
+    """What follows a mistyped word in a message, in brackets: the message may go on behind it.
 
     >>> suggest("foward_kl", ["forward_kl", "jsd"])
-    '; did you mean forward_kl?'
+    ' (did you mean forward_kl?)'
     >>> suggest("squared", ["forward_kl", "jsd"])
     ''
     """
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,4 +1,7 @@
-"""Uploads to the Hugging Face Hub, by huggingface_hub as it is. What can be refused is refused before the work."""
+"""Uploads to the Hugging Face Hub, by huggingface_hub as it is. What can be refused is refused before the work.
+
+And what to do where the Hub cannot be reached.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from atesd.errors import AtesdError, ConfigError
+from atesd.files import causes
 
 
 class HubError(AtesdError, RuntimeError):
     """The Hub refused an upload, or could not be reached. What was to be uploaded is on the disk."""
+
+
+def unreachable(error: Exception) -> str | None:
+    """Says that the Hub cannot be reached, and what else to do, if that is what caused `error`; None otherwise."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    found = list(causes(error))
+    failed = [each for each in found if isinstance(each, (ConnectionError, TimeoutError, LocalEntryNotFoundError))]
+    if not failed:
+        return None
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"it is not in the cache ({constants.HF_HOME}), and HF_HUB_OFFLINE is set: unset it where there is a "
+            "network, or give a folder or file of this machine"
+        )
+    told = [each for each in found if isinstance(each, OSError) and each.errno is not None]  # the system's own words
+    return (
+        f"the Hub cannot be reached ({(told or failed)[-1]}): give a folder or file of this machine. Or copy the cache "
+        f"of a machine that has fetched it to {constants.HF_HOME}, and set HF_HUB_OFFLINE=1"
+    )
 
 
 def check_push(name: str) -> None:

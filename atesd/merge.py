@@ -13,18 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
+from atesd.config import CONFIG_FILE
 from atesd.config.eval_config import EvalConfig
 from atesd.errors import AtesdError, ConfigError, ModelError, StorageError
-from atesd.evaluation.model import ADAPTER_FILE, base_model, find_run, load_student
+from atesd.evaluation.model import ADAPTER_FILE, base_model, find_run, load_student, trained_model
 from atesd.files import storage_fault
 from atesd.hub import check_push, make_repository, push_folder
 from atesd.inputs import BASE_FILES, INPUTS, weights_digest
 from atesd.models.loading import load_base, load_model_config, model_path, reraise_as_model_load_error
 from atesd.models.merging import adapted_modules, base_of, check_mergeable, merged_module
 from atesd.models.model_folder import MODEL_FILE, STAGING, own_empty, write_model
-from atesd.storage.checkpoint import CHECKPOINTS, CheckpointError, load_checkpoint, newest_whole_checkpoint
+from atesd.resuming import SUMMARY, checkpoints_are_gone
+from atesd.stopping import go_on_command
+from atesd.storage.checkpoint import (
+    CHECKPOINTS,
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    newest_whole_checkpoint,
+    step_of,
+)
 from atesd.storage.manifest import MANIFEST, damage
 from atesd_kernels.integrations.head import unwrap
 
@@ -110,10 +121,31 @@ def find_trained(given: Path) -> Path:
     for folder, file in ((given, ADAPTER_FILE), (given / "adapter", ADAPTER_FILE), (given / "model", MODEL_FILE)):
         if (folder / file).is_file():
             return folder
-    raise ModelError(
-        f"{given} holds no trained model: no checkpoint, no adapter/ and no model/. Give a run directory, one of its "
-        f"{CHECKPOINTS}/, or an adapter's folder"
+    raise ModelError(f"{given} holds no trained model{what_instead(given)}")
+
+
+def what_instead(given: Path) -> str:
+    """The end of a message about a folder without a trained model: what to give, or what to wait for."""
+    if (newest := latest_checkpoint(given.parent)) and newest.parent == given:
+        return f" of its own, but checkpoints of the run: give {given.parent} or its newest checkpoint, {newest}"
+    if trained_model(given) is not None and checkpoints_are_gone(given) is None:
+        settings = yaml.safe_load((given / CONFIG_FILE).read_text(encoding="utf-8"))
+        first = min(settings["save_steps"], settings["max_steps"])
+        return f" yet: the run saves its first checkpoint after step {first}. {go_on_command(given)} goes on with it"
+    return (
+        f": no checkpoint, no adapter/ and no model/. Give a run directory, a checkpoint in its {CHECKPOINTS}/ or an "
+        "adapter's folder"
     )
+
+
+def steps_of(trained: Path) -> str:
+    """Says which step the weights are of, if their run has not come to its end."""
+    checkpoint = next((p for p in (trained, trained.parent) if (p / MANIFEST).is_file()), None)
+    run = find_run(trained)
+    if checkpoint is None or run is None or (run / SUMMARY).is_file():
+        return ""
+    settings = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    return f", step {step_of(checkpoint)} of {settings['max_steps']}"
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -135,13 +167,18 @@ def build(trained: Path, model: str | None, dtype: str) -> tuple[Any, str, float
         config.torch_dtype = "float32"  # what all weights are trained in
         base = load_base(config)
         load_trained(base, trained)
-        return base.to(getattr(torch, "float32" if dtype == "auto" else dtype)), f"the weights of {trained}", None
+        return (
+            base.to(getattr(torch, "float32" if dtype == "auto" else dtype)),
+            f"the weights of {trained}{steps_of(trained)}",
+            None,
+        )
     if model is None:
         check_base(trained, config)
     config = with_dtype(config, dtype)
     wrapped = load_student(config, trained, torch.device("cpu"))
     rounding = merge_layers(wrapped)
-    return wrapped.merge_and_unload(), f"{trained} merged into {config.model_name_or_path}", rounding
+    source = f"{trained}{steps_of(trained)}, merged into {config.model_name_or_path}"
+    return wrapped.merge_and_unload(), source, rounding
 
 
 def with_dtype(config: EvalConfig, dtype: str) -> EvalConfig:

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM end a run after the step under way, when it can be saved; and the command that goes on."""
+"""Ctrl-C and SIGTERM end a run after the step under way, when it can be saved; and the command that goes on.
+
+So does the end of whoever reads its output: Ctrl-C in `atesd train my_run.yaml | tee log` ends tee as well.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ import shlex
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+
+from atesd.terminal import without_a_reader
 
 
 def go_on_command(run_dir: str | os.PathLike[str]) -> str:
@@ -27,7 +32,7 @@ class StopSignals:
     """Counts the signals that ask the run to end. A second one interrupts at once, without saving.
 
     Attributes:
-        received: the number of the signal; None as long as there was none.
+        received: the number of the signal; SIGPIPE if nobody reads the output any more; None as long as there was none.
     """
 
     def __init__(self) -> None:
@@ -45,9 +50,11 @@ class StopSignals:
                 handler = signal.getsignal(number)
                 if handler not in (signal.SIG_IGN, None):  # None: the handler is not Python's
                     before[number] = signal.signal(number, self.note)
+        without_a_reader.append(self.note_unread)
         try:
             yield
         finally:
+            without_a_reader.pop()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -56,4 +63,8 @@ class StopSignals:
             raise KeyboardInterrupt
         self.received = number
         text = f"\n{signal.Signals(number).name}: ends after this step, which is saved; once more to end at once\n"
-        os.write(2, text.encode())  # print is not safe here: it may be what the signal has interrupted
+        with suppress(OSError):  # the reader may have got the same signal, and left
+            os.write(2, text.encode())  # print is not safe here: it may be what the signal has interrupted
+
+    def note_unread(self) -> None:
+        self.received = self.received or signal.SIGPIPE

@@ -2,16 +2,20 @@
 
 File names, problems, servers and weights bring text of their own. An escape sequence in it could clear the screen or
 hide a line, so everything that atesd shows passes `printable`. Nothing else in atesd calls `print`.
+The reader of a pipe may leave, as `head` does: the command then ends without a word.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+import select
 import sys
 import threading
 import traceback
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TextIO
@@ -40,8 +44,45 @@ def show(text: object, file: TextIO | None = None) -> None:
     """Prints text, above a progress bar where one is shown. It is flushed at once: a pipe may be read as it grows."""
     from tqdm import tqdm  # not at import: `atesd --help` answers at once
 
-    with tqdm.external_write_mode(file=file):
+    with while_it_is_read(), tqdm.external_write_mode(file=file):
         print(printable(text), file=file or sys.stdout, flush=True)
+
+
+@contextmanager
+def while_it_is_read() -> Iterator[None]:
+    """Ends the command with SystemExit(1) once the reader of its output has left: `atesd train --help | head -3`.
+
+    SystemExit is no Exception: nothing on the way takes it for an error of a file or a model. A BrokenPipeError of
+    another pipe or of a server passes through.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        closed = [stream for stream in (sys.stdout, sys.stderr) if reader_has_left(stream)]
+        if not closed:
+            raise
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        for stream in closed:  # Python flushes them at exit, and would complain
+            os.dup2(devnull, stream.fileno())
+        os.close(devnull)
+        without_a_reader[-1]()
+
+
+def reader_has_left(stream: TextIO) -> bool:
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), 0)  # 0: closed pipes are told without asking
+    except (OSError, ValueError):  # no file of the system, as in a notebook
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def end_unread() -> None:
+    raise SystemExit(1)  # what Python's documentation recommends for a closed pipe
+
+
+# What to do once nobody reads, the innermost last. A run ends after its step, which is saved.
+without_a_reader: list[Callable[[], None]] = [end_unread]
 
 
 @contextmanager
@@ -77,11 +118,22 @@ class Shown(threading.local):
 shown = Shown()
 
 
-def steps_bar(first: int, end: int, hidden: bool) -> Any:
-    """Returns a bar that iterates over the steps from `first` on. `name_phase` writes into it."""
+@functools.cache
+def bar_class() -> Any:
+    """tqdm's bar, whose reader may leave."""
     from tqdm import tqdm
 
-    shown.steps = tqdm(range(first, end), initial=first, total=end, disable=hidden)
+    class Bar(tqdm):
+        def display(self, *arguments: Any, **options: Any) -> Any:
+            with while_it_is_read():
+                return super().display(*arguments, **options)
+
+    return Bar
+
+
+def steps_bar(first: int, end: int, hidden: bool) -> Any:
+    """Returns a bar that iterates over the steps from `first` on. `name_phase` writes into it."""
+    shown.steps = bar_class()(range(first, end), initial=first, total=end, disable=hidden)
     return shown.steps
 
 
@@ -98,10 +150,8 @@ def progress(phase: str, total: int, *, done: int = 0, hidden: bool = False, in_
 
     The bar is gone at the end. Where the output is no terminal, none is shown, unless `in_logs`.
     """
-    from tqdm import tqdm
-
     terminal = sys.stderr.isatty()
-    bar = tqdm(
+    bar = bar_class()(
         total=total,
         initial=done,
         desc=phase,

@@ -142,7 +142,7 @@ def token_count(num_tokens: Any) -> float | Tensor | None:
 
 def same_storage(a: Any, b: Any) -> bool:
     """Whether `b` is `a`, or a view of all its elements such as `a.detach()`."""
-    if a is b or torch.compiler.is_compiling():
+    if a is b or torch.compiler.is_compiling() or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return a is b
     if is_dtensor(a) and is_dtensor(b):  # data_ptr() of a DTensor is 0
         return a.placements == b.placements and same_storage(a.to_local(), b.to_local())

@@ -98,6 +98,18 @@ def check_one_number(name: str, value: Any) -> None:
     )
 
 
+def check_tensor(name: str, value: Any) -> None:
+    """Checks that a head, hidden states or logits are a tensor: the layer itself is an easy slip for its weight."""
+    require(
+        isinstance(value, Tensor),
+        lambda: (
+            f"{name} must be a tensor, got {type(value).__name__}; "
+            f"pass {'its .weight' if isinstance(value, torch.nn.Module) else 'the tensor itself'}."
+        ),
+        TypeError,
+    )
+
+
 INTEGER_TENSORS = ("targets", "lengths", "exposed")
 
 

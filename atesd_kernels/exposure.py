@@ -69,6 +69,7 @@ def exposure_logprobs(
         >>> exposure_logprobs(hidden, head, targets, torch.tensor([4, 3]), torch.tensor([1, 3])).exp()
         tensor([0.0100, 1.0000])
     """
+    checks.check_tensor("hidden", hidden)
     checks.require(hidden.dim() == 3, lambda: f"hidden must be [B, T, H], got {tuple(hidden.shape)}.")
     checks.check_token_tensors(hidden.shape[:1], hidden.device, lengths=lengths, exposed=exposed)
     targets, lengths, exposed = targets.long(), lengths.long(), exposed.long()

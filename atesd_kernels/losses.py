@@ -254,6 +254,8 @@ def divergence(
         >>> divergence(torch.zeros(3, 10), torch.zeros(3, 10)).item()
         0.0
     """
+    checks.check_tensor("student_logits", student_logits)
+    checks.check_tensor("teacher_logits", teacher_logits)
     checks.require(
         student_logits.dim() >= 2, lambda: f"student_logits must be [..., V], got {tuple(student_logits.shape)}."
     )

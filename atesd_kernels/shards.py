@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .checks import check_tensor
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -124,7 +126,10 @@ def shard_of(name: str, head: Tensor | None, group: ProcessGroup | None) -> tupl
 
     Raises:
         ValueError: if a DTensor is not sharded by its rows, or is sharded over another group than `group`.
+        TypeError: if `head` is no tensor.
     """
+    if head is not None:
+        check_tensor(name, head)
     if not is_dtensor(head):
         return head, group
     from torch.distributed.tensor import Replicate, Shard
@@ -147,7 +152,9 @@ def replicated_tensor(name: str, hidden: Tensor) -> Tensor:
 
     Raises:
         ValueError: if a DTensor is not replicated.
+        TypeError: if `hidden` is no tensor.
     """
+    check_tensor(name, hidden)
     if not is_dtensor(hidden):
         return hidden
     if not all(placement.is_replicate() for placement in hidden.placements):

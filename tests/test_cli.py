@@ -22,6 +22,7 @@ from atesd.reports.printout import Printout
 from atesd.reports.report import ReportError
 from atesd.rollout import RolloutError
 from atesd.stopping import Stopped, go_on_command
+from atesd.storage.checkpoint import save_checkpoint
 from atesd.trainer import NonFiniteLoss
 
 
@@ -35,6 +36,21 @@ def test_help_names_the_commands_and_imports_nothing_heavy():
     assert result.returncode == 0
     assert all(command in result.stdout for command in ("train", "eval", "report", "doctor"))
     assert not any(f" {heavy}\n" in result.stderr for heavy in ("torch", "transformers", "matplotlib", "numpy"))
+
+
+def test_atesd_alone_names_the_commands_with_a_line_each(capsys):
+    assert cli.main([]) == 2
+    told = capsys.readouterr().out
+    assert all(re.search(rf"^ +{name} +\w", told, re.MULTILINE) for name, _ in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("trian", "train"), ("evaluate", "eval"), ("Report", "report")])
+def test_a_mistyped_command_is_refused_with_the_one_that_is_meant(typed, meant, capsys):
+    assert cli.main([typed, "--max_steps", "3"]) == 2
+    assert f"there is no command '{typed}' (did you mean {meant}?)" in capsys.readouterr().err
+    assert cli.main(["xyz"]) == 2
+    told = capsys.readouterr().err
+    assert "did you mean" not in told and "doctor" in told
 
 
 def test_a_mistyped_flag_is_refused_before_torch_loads():
@@ -61,20 +77,25 @@ def test_train_hands_the_configuration_to_the_trainer_and_names_the_report(monke
     assert str(tmp_path / "run" / "report.html") in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("signal", "code"), [(None, 130), (2, 130), (15, 143)])
-def test_a_run_that_is_stopped_names_the_command_that_goes_on(monkeypatch, capsys, tmp_path, signal, code):
+@pytest.mark.parametrize("at", ["a checkpoint", "the first step", "SIGINT", "SIGTERM"])
+def test_a_run_that_is_stopped_names_the_command_that_goes_on(monkeypatch, capsys, tmp_path, at):
+    number = {"SIGINT": 2, "SIGTERM": 15}.get(at)
+
     class Trainer:
         @staticmethod
         def train(config):
             config.save(config.output_dir)
-            raise Stopped(f"go on with {go_on_command(config.output_dir)}", signal) if signal else KeyboardInterrupt
+            if at == "a checkpoint":
+                save_checkpoint(config.output_dir, 1, {}, None, keep=1)
+            raise Stopped(f"go on with {go_on_command(config.output_dir)}", number) if number else KeyboardInterrupt
 
     monkeypatch.setitem(sys.modules, "atesd.trainer", Trainer)
     monkeypatch.setattr("atesd.trainer", Trainer, raising=False)
     run_dir = tmp_path / "my run"
-    assert cli.main(["train", "quickstart", "--output_dir", str(run_dir)]) == code
+    assert cli.main(["train", "quickstart", "--output_dir", str(run_dir)]) == (143 if at == "SIGTERM" else 130)
     message, _, command = capsys.readouterr().err.partition(" atesd train ")
-    assert message.startswith("atesd: stopped") and ("SIGTERM" in message) == (signal == 15)
+    assert message.startswith("atesd: stopped") and ("SIGTERM" in message) == (at == "SIGTERM")
+    assert ("nothing is saved yet. Start over" in message) == (at == "the first step")
     assert shlex.split(command) == ["--resume", str(run_dir)]
     assert load_config(None, shlex.split(command)).resume == str(run_dir)
 
@@ -95,7 +116,8 @@ def test_train_help_explains_the_fields_and_train_alone_is_no_success(capsys):
     assert cli.main(["train", "--help"]) == 0
     text = capsys.readouterr().out
     assert "--hold_window" in text
-    assert "[our choice]" in text
+    assert "[our choice]" in text and "[our choice] this project's" in text and "[HF] the\nname" in text
+    assert "CSV" in text
     assert "quickstart" in text
     assert cli.main(["train"]) == 2
 
@@ -126,7 +148,8 @@ def test_eval_hands_its_settings_on_and_shows_the_results(monkeypatch, capsys, t
 def test_eval_help_explains_the_protocol_and_a_mistyped_flag_is_refused_by_name(capsys):
     assert cli.main(["eval", "--help"]) == 0
     text = capsys.readouterr().out
-    assert "--max_new_tokens" in text and "[OPSD]" in text and "--compare" in text
+    assert "--max_new_tokens" in text and "[OPSD] arXiv" in text and "--compare" in text
+    assert "atesd eval --adapter RUN [--model PATH] --data" in text
     assert cli.main(["eval"]) == 2
     assert cli.main(["eval", "--model", "m", "--data", "d", "--temprature", "1"]) == 2
     assert "did you mean temperature" in capsys.readouterr().err
@@ -197,8 +220,8 @@ def test_every_error_class_of_atesd_is_an_atesd_error_and_a_built_in_one():
     assert set(bases) <= {"Exception", *built_in}
 
 
-def test_an_unknown_command_or_a_stray_argument_is_a_usage_error(capsys):
-    for arguments in (["trian"], [], ["report", "a", "--b"]):
+def test_a_stray_argument_is_a_usage_error(capsys):
+    for arguments in (["--b"], ["report", "a", "--b"]):
         with pytest.raises(SystemExit) as ended:
             cli.main(arguments)
         assert ended.value.code == 2

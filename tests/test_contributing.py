@@ -195,13 +195,13 @@ def test_the_backend_computes_what_the_torch_backend_does(folder, monkeypatch):
         ("--divergence my_divergance:TERM", "there is no module 'my_divergance' in "),
         ("--divergence my_divergence.py:TERM", "no folder, no .py"),
         ("--divergence ./my_divergence:TERM", "must be module:object, as in"),
-        ("--divergence my_divergence:TERN", "my_divergence.py has no 'TERN': correct the name; did you mean TERM"),
+        ("--divergence my_divergence:TERN", "my_divergence.py has no 'TERN': correct the name .did you mean TERM"),
         ("--divergence broken:TERM", "importing broken failed: JSONDecodeError: Expecting value"),
         ("--divergence my_divergence:squared_distance", "of type function; it must be an atesd_kernels.DivergenceTerm"),
         ("--divergence extra:TAKEN", "whose name 'forward_kl' another divergence has"),
         ("--divergence extra:NO_TWIN", "the Triton twin of divergence 'extra:NO_TWIN' is 'my_kernel:squared_dist"),
-        ("--divergence foward_kl", "or module:object, your own; did you mean forward_kl"),
-        ("--exposure_policy ful", "one of atesd, .* or module:object, your own; did you mean full"),
+        ("--divergence foward_kl", "or module:object, your own .did you mean forward_kl"),
+        ("--exposure_policy ful", "one of atesd, .* or module:object, your own .did you mean full"),
         ("--exposure_policy my_policy:Alternatin", "did you mean Alternating"),
         ("--exposure_policy extra:number", "is 'extra:number', of type int; it must be a class or function"),
         ("--exposure_policy extra:Silent", "lacks alphas, observe, finish, state_dict, load_state_dict: a run calls"),
@@ -223,7 +223,7 @@ def test_what_cannot_be_imported_or_called_is_refused_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("kwargs", "told"),
     [
-        ({"lo": 0.2}, "names 'lo', which exposure_policy 'my_policy:Alternating' does not take: it takes low; did you"),
+        ({"lo": 0.2}, "names 'lo', which exposure_policy 'my_policy:Alternating' does not take: it takes low (did you"),
         ({"hold_window": 2}, "names 'hold_window', which the run passes itself: set --hold_window instead"),
         ({"per_example": True}, "which the run passes itself: set --per_example_exposure instead"),
     ],
@@ -236,7 +236,7 @@ def test_an_argument_that_a_policy_does_not_take_or_the_run_passes_is_refused(re
 @pytest.mark.parametrize(
     ("kwargs", "told"),
     [
-        ({"repeat": 2}, "names 'repeat', which rollout_engine 'my_engine:Parrot' does not take: it takes repeats; did"),
+        ({"repeat": 2}, "names 'repeat', which rollout_engine 'my_engine:Parrot' does not take: it takes repeats (did"),
         ({"model": 2}, "rollout_kwargs names 'model', which the run passes itself: leave it out"),
     ],
 )

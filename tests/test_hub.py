@@ -10,11 +10,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from atesd import cli
 from atesd.config import ATESDConfig
 from atesd.errors import ConfigError
-from atesd.hub import HubError, check_push, push_folder
+from atesd.hub import HubError, check_push, push_folder, unreachable
 from atesd.studies.sweep import sweep
 from atesd.trainer import train
 
@@ -127,3 +128,34 @@ def test_a_sweep_refuses_a_repository_for_its_many_runs(hub, tiny_config, tmp_pa
 def test_a_configuration_without_the_setting_asks_for_no_token(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: pytest.fail("asked"))
     ATESDConfig(num_train_problems=4, output_dir="somewhere").validate()
+
+
+def a_chain(first, *others):
+    """An error and those that it came from."""
+    error = None
+    for each in reversed((first, *others)):
+        each.__cause__, error = error, each
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (
+            a_chain(OSError("We couldn't connect"), LocalEntryNotFoundError("x"), OSError(-2, "Name not known")),
+            "Name not",
+        ),
+        (ConnectionError("Couldn't reach 'a/b' on the Hub"), "Couldn't reach"),
+        (a_chain(ValueError("no"), TimeoutError("timed out")), "timed out"),
+        (ValueError("Unknown split"), None),
+        (FileNotFoundError("no such data set on the Hub"), None),
+    ],
+)
+def test_a_hub_that_cannot_be_reached_is_told_with_the_cause_and_with_what_else_there_is(monkeypatch, error, cause):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    told = unreachable(error)
+    assert (told is None) == (cause is None)
+    if told:
+        assert "the Hub cannot be reached" in told and cause in told and "HF_HUB_OFFLINE=1" in told
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert "unset it" in unreachable(error) and constants.HF_HOME in unreachable(error)

@@ -106,7 +106,37 @@ def test_an_unfinished_run_without_lora_gives_its_newest_step(runs, tmp_path):
     first = merge.merge(str(runs / "all" / "checkpoints" / "step-000001"), str(tmp_path / "first"))
     last = merge.merge(str(runs / "all"), str(tmp_path / "last"))
     assert "step-000001" in first.source and "step-000002" in last.source
+    assert " of 2" not in first.source, "the run is finished"
     assert not torch.equal(merged_logits(tmp_path / "first"), merged_logits(tmp_path / "last"))
+
+
+@pytest.mark.parametrize("given", ["adapter", "adapter/checkpoints/step-000001/adapter", "all"])
+def test_the_model_of_a_run_under_way_is_told_with_its_step(runs, tmp_path, given):
+    run = runs / given.split("/")[0]
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "step-000002")
+    assert "step-000001" in (source := merge.merge(str(runs / given), str(tmp_path / "merged")).source)
+    assert ", step 1 of 2" in source
+
+
+def test_a_folder_of_checkpoints_and_a_run_without_one_say_what_to_give_and_what_to_wait_for(runs, tmp_path, capsys):
+    def said_of(given):
+        assert cli.main(["merge", str(given), "--output_dir", str(tmp_path / "merged")]) == 1
+        return capsys.readouterr().err
+
+    run = runs / "adapter"
+    newest = latest_checkpoint(run)
+    assert f"give {run} or its newest checkpoint, {newest}" in said_of(run / "checkpoints")
+    young = runs / "young"
+    (young / "checkpoints").mkdir(parents=True)
+    settings = (run / "config.yaml").read_text().replace("max_steps: 2", "max_steps: 13")
+    (young / "config.yaml").write_text(settings.replace("save_steps: 1", "save_steps: 5"))
+    said = said_of(young)
+    assert "first checkpoint after step 5" in said and f"atesd train --resume {young}" in said
+    (young / "config.yaml").write_text(settings.replace("save_steps: 1", "save_steps: 50"))
+    assert "first checkpoint after step 13" in said_of(young)
+    (young / "summary.json").write_text("{}")
+    assert "no checkpoint, no adapter/ and no model/" in said_of(young)
 
 
 def damage(path):

@@ -29,8 +29,9 @@ ROOMS = (
     ("data", "models", "reports"),
     ("config",),
     ("parallel", "storage"),
-    ("files", "hub", "packages"),
-    ("errors", "stopping", "terminal", "__init__"),
+    ("hub",),
+    ("files", "packages", "stopping"),
+    ("errors", "terminal", "__init__"),
 )
 HEIGHT = {room: -level for level, rooms in enumerate(ROOMS) for room in rooms}
 FEW_ENOUGH = 16  # a room with more files answers more than one question

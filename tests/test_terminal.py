@@ -9,6 +9,7 @@ import fcntl
 import io
 import os
 import pty
+import signal
 import struct
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import yaml
 import atesd
 from atesd import cli, terminal
 from atesd.errors import DataError
+from atesd.stopping import StopSignals
 from atesd.terminal import advance, printable, progress, show
 
 CLEAR = "\x1b[2J\x1b[1;1H"
@@ -181,3 +183,78 @@ def test_a_run_says_what_it_does_and_nothing_of_its_libraries(tiny_config, tmp_p
         assert own in shown
     for noise in ("Loading weights", "Generating train split", "FutureWarning", "deprecated"):
         assert noise not in shown
+
+
+# a reader that leaves
+
+
+@pytest.fixture
+def unread():
+    """The writing end of a pipe that nobody reads any more."""
+    read, write = os.pipe()
+    os.close(read)
+    yield write
+    os.close(write)
+
+
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["--version"], []])
+def test_a_command_whose_reader_has_left_ends_without_a_word(arguments, unread):
+    """`atesd train --help | head -3`: some of it is written by argparse, which ends with 0."""
+    command = [sys.executable, "-m", "atesd", *arguments]
+    result = subprocess.run(command, stdout=unread, stderr=subprocess.PIPE, timeout=120)
+    assert result.stderr == b"" and result.returncode in ((0, 1) if arguments == ["--version"] else (1,))
+
+
+def test_an_error_is_told_to_whom_reads_it_or_to_nobody(unread):
+    command = [sys.executable, "-m", "atesd", "trian"]
+    told = subprocess.run(command, stdout=unread, stderr=subprocess.PIPE, timeout=120)
+    assert told.returncode == 2 and b"did you mean train" in told.stderr
+    assert subprocess.run(command, stdout=unread, stderr=unread, timeout=120).returncode == 1
+
+
+def test_a_broken_pipe_that_is_not_the_readers_passes_through():
+    with pytest.raises(BrokenPipeError, match="of a server"), terminal.while_it_is_read():
+        raise BrokenPipeError("of a server")
+
+
+@pytest.mark.parametrize("write", [lambda: show("step 1"), lambda: list(terminal.steps_bar(0, 2, hidden=False))])
+def test_a_run_whose_reader_has_left_ends_after_its_step_and_not_within(write, unread, monkeypatch):
+    signals = StopSignals()
+    stream = os.fdopen(os.dup(unread), "w")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with signals.deferred():
+        write()
+        assert signals.received == signal.SIGPIPE
+        write()
+    stream.close()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ctrl_c_that_ends_tee_as_well_leaves_a_saved_run(tiny_config, unread, monkeypatch):
+    config = tiny_config(save_steps=100, max_steps=4)
+    config.save(config.output_dir)
+    recipe = Path(config.output_dir) / "config.yaml"
+    recipe = recipe.rename(recipe.parent.with_name("tiny.yaml"))
+    script = """
+import os, signal, sys
+from atesd import cli
+from atesd.trainer import Trainer
+
+step, closed = Trainer.train_step, int(sys.argv[1])
+
+def interrupted(self, t):
+    os.dup2(closed, 1)
+    os.dup2(closed, 2)
+    signal.raise_signal(signal.SIGINT)
+    return step(self, t)
+
+Trainer.train_step = interrupted
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(cli.main(sys.argv[2:]))
+"""
+    arguments = [str(unread), "train", str(recipe), "--output_dir", f"{config.output_dir}-2"]
+    command = [sys.executable, "-c", script, *arguments]
+    result = subprocess.run(command, capture_output=True, pass_fds=[unread], timeout=240)
+    assert result.returncode == 130, result.stderr.decode()[-2000:]
+    assert [path.name for path in Path(f"{config.output_dir}-2", "checkpoints").iterdir()] == ["step-000001"]

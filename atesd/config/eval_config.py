@@ -61,7 +61,7 @@ class EvalDataFields:
     dataset_name: str | None = option(
         None,
         "our choice",
-        "aime24, aime25, hmmt25, gsm_symbolic, a file with problems and answers (JSONL, JSON, parquet, csv), a saved "
+        "aime24, aime25, hmmt25, gsm_symbolic, a file with problems and answers (JSON, JSONL, CSV or parquet), a saved "
         "dataset, or a Hub name.",
         "--data",
     )
@@ -172,7 +172,8 @@ class EvalConfig(EvalRunFields, EvalGradingFields, EvalRolloutFields, EvalDataFi
 
 
 def eval_parser() -> Any:
-    usage = "atesd eval --model PATH [--adapter RUN] --data NAME_OR_FILE [--flag value ...]"
+    usage = "atesd eval --model PATH --data NAME_OR_FILE [--flag value ...]"
+    usage += "\n       atesd eval --adapter RUN [--model PATH] --data NAME_OR_FILE [--flag value ...]"
     usage += "\n       atesd eval --compare RUN_A RUN_B [...] [--output_dir FOLDER]"
     return config_parser(GROUPS, "atesd eval", usage)
 

@@ -1,9 +1,7 @@
 """Every setting of a run, in groups, with its default, what it does and where the default comes from.
 
 This file is the manual of a run: `atesd train --help` prints it. Its checks are in options.py (one field) and checks.py
-(fields together). Sources:
-[paper] ATESD, arXiv 2605.11458; [OPSD] arXiv 2601.18734, March 2026 settings; [HF] the name and default of
-Hugging Face's transformers or TRL; [our choice] this project's, where the papers give no number.
+(fields together). The sources in square brackets are those of `options.SOURCES`.
 """
 
 from __future__ import annotations
@@ -72,7 +70,8 @@ class DataFields:
     dataset_name: str = option(
         "gsm_symbolic",
         "our choice",
-        "gsm_symbolic (generated, needs no download), a JSON, JSONL or parquet file, a saved dataset, or a Hub name.",
+        "gsm_symbolic (generated, needs no download), a JSON, JSONL, CSV or parquet file, a saved dataset, or a Hub "
+        "name.",
     )
     dataset_split: str = option("train", "HF", "Split of the dataset to read.")
     problem_column: str = option("problem", "our choice", "Column with the problem text.")

@@ -14,6 +14,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from atesd.errors import ConfigError, suggest
 
+SOURCES = """\
+Where a default comes from: [paper] ATESD, arXiv 2605.11458; [OPSD] arXiv 2601.18734, settings of March 2026; [HF] the
+name and default of Hugging Face's transformers or TRL; [our choice] this project's, where the papers give no number"""
 JSON_OBJECT = 'a JSON object like {"key": true}'
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
@@ -63,7 +66,7 @@ def option(
 
     Args:
         default: its default.
-        source: where the default comes from; see fields.py.
+        source: where the default comes from; see `SOURCES`.
         help: what it does, for `--help`.
         aliases: further flags.
         at_least, above, at_most, below, between: the range of its numbers; `between` includes both ends.
@@ -114,7 +117,7 @@ def violation(value: Any, hint: Any, metadata: Mapping[str, Any]) -> str:
     """Returns what `value` must be, if it violates the type hint, choices or range; else "".
 
     >>> violation("emma", Literal["frozen", "ema"], option(None, "our choice", "").metadata)
-    'frozen or ema; did you mean ema?'
+    'frozen or ema (did you mean ema?)'
     """
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:

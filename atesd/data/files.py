@@ -6,15 +6,17 @@ import csv
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from atesd.errors import DataError, MissingPackageError
+from atesd.hub import unreachable
 
 __all__ = ["open_dataset"]
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_EMPTY = "{} is empty: give data with a row for each problem"
 _LIST_NAMES = ("data", "examples", "problems", "questions", "rows", "instances", "items")  # of {"data": [...]}
 
 
@@ -38,18 +40,66 @@ def open_dataset(name_or_path: str, split: str) -> Any:
     if path.is_file() and path.suffix not in _READERS:
         raise DataError(f"dataset_name: {name_or_path} is none of {', '.join(_READERS)}")
     try:
-        if path.is_file() and path.suffix == ".csv":
-            return _read_csv(path)
-        if path.is_file() and path.suffix == ".json" and (rows := _wrapped_rows(path, split)) is not None:
-            return rows
-        return _load(path, name_or_path, split)
+        rows = _rows(path, name_or_path, split)
     except (DataError, MissingPackageError):
         raise
     except Exception as error:  # datasets raises a dozen types; the user needs the name, the split and the cause
-        raise DataError(
-            f"dataset_name: cannot load {name_or_path!r} (dataset_split={split!r}): {type(error).__name__}: {error}. "
-            "Give a .jsonl, .json, .parquet or .csv file, a directory, or a Hub name ('org/name' or 'org/name:config')"
-        ) from error
+        raise DataError(f"dataset_name: {_fault(path, name_or_path, split, error)}") from error
+    if len(rows) == 0:
+        raise DataError(f"dataset_name: {_EMPTY.format(name_or_path)}")
+    return rows
+
+
+def _rows(path: Path, name: str, split: str) -> Any:
+    if path.is_file() and path.suffix == ".csv":
+        return _read_csv(path)
+    if path.is_file() and path.suffix == ".json" and (rows := _wrapped_rows(path, split)) is not None:
+        return rows
+    return _load(path, name, split)
+
+
+def _fault(path: Path, name: str, split: str, error: Exception) -> str:
+    """What is wrong with the data that could not be loaded, and what to do."""
+    if _is_empty(path, error):
+        return _EMPTY.format(name)
+    cause = error.__cause__ or error  # datasets wraps what a reader says in "An error occurred"
+    told = f"{type(cause).__name__}: {str(cause).rstrip('.')}"
+    if path.is_file():
+        damage = _json_damage(path) if _READERS[path.suffix] == "json" else None
+        return f"{name} cannot be read: {damage or told}. Is the file complete, and of the kind that its name says?"
+    if not path.exists() and (advice := unreachable(error)):
+        return f"{name!r} is no file or folder here: {advice}"
+    return (
+        f"cannot load {name!r} (dataset_split={split!r}): {told}. Give a .jsonl, .json, .parquet or .csv file, a "
+        "directory, or a Hub name ('org/name' or 'org/name:config')"
+    )
+
+
+def _is_empty(path: Path, error: Exception) -> bool:
+    if isinstance(error, StopIteration) or "corresponds to no data" in str(error):  # datasets' words for no rows
+        return True
+    if not path.is_file():
+        return False
+    if path.suffix == ".parquet" and path.stat().st_size:
+        from pyarrow import ArrowInvalid, parquet
+
+        with suppress(ArrowInvalid):
+            return parquet.read_metadata(path).num_rows == 0
+        return False
+    with path.open("rb") as file:
+        return not any(line.strip(b"\xef\xbb\xbf \t\r\n") for line in file)
+
+
+def _json_damage(path: Path) -> str | None:
+    """Where the first value that is no JSON stands, in lines of the file: pyarrow counts from the start of a block."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    values = [text] if text.lstrip().startswith("[") else text.split("\n")  # one list, or a value a line
+    for number, value in enumerate(values, 1):
+        try:
+            json.loads(value or "null")
+        except json.JSONDecodeError as error:
+            return f"line {number + error.lineno - 1} is no JSON value ({error.msg}: column {error.colno})"
+    return None
 
 
 def _load(path: Path, name: str, split: str) -> Any:

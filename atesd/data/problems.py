@@ -144,7 +144,8 @@ def load_problems(
     if asked != (num_train, num_probe, num_eval):
         warnings.warn(
             f"{name_or_path} has {len(problems)} problems with an answer, fewer than the defaults or the recipe ask "
-            f"for: num_train_problems is {len(train)}, num_probe_problems {num_probe}, num_eval_problems {num_eval}",
+            f"for, so the run takes fewer: num_train_problems is now {len(train)}, num_probe_problems {num_probe}, "
+            f"num_eval_problems {num_eval}",
             stacklevel=2,
         )
     return ProblemSplits(train, probe, evaluated, len(skipped), repeated)

@@ -34,6 +34,8 @@ def find_adapter(path: str) -> Path:
             return folder
     if (given / "model" / "config.json").is_file():
         raise EvalError(f"adapter is {path!r}, a run without LoRA: give --model {given / 'model'} instead")
+    if (given / "config.json").is_file():
+        raise EvalError(f"adapter is {path!r}, which is a whole model and no adapter: give --model {path} instead")
     raise EvalError(f"adapter is {path!r}, which holds no {ADAPTER_FILE}: give a run directory or an adapter folder")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from atesd.evaluation import plots
-from atesd.evaluation.files import RESULTS, SETTINGS, EvalError
+from atesd.evaluation.files import RESULTS, SAMPLES, SETTINGS, EvalError
 from atesd.reports.markup import card, html_table, markdown_table, page, sample_cards, text
 from atesd.reports.metrics import read_jsonl
 from atesd.reports.printout import Printout, Table
@@ -101,7 +101,7 @@ def html_report(run: EvalRun) -> str:
         f"<h1>{text(run.name)}</h1><p>{text(headline(run))}</p>{warned}"
         f'<h2>Results</h2><div class="card">{html_table(header, rows)}</div>'
         f"{card('By problem', description, plots.problems_plot(by_problem))}"
-        f'<h2>Samples</h2><div class="samples">{"".join(sample_cards(read_jsonl(run.folder / "samples.jsonl")))}</div>'
+        f"<h2>Samples</h2>{sample_cards(read_jsonl(run.folder / SAMPLES), SAMPLES)}"
         f'<h2>Settings</h2><div class="card">{html_table(["setting", "value"], settings)}'
         f"<p>Prompt</p><pre>{text(run.record['prompt'])}</pre><p>{text(versions(run))}</p></div>"
     )

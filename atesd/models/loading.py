@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from atesd.config.checks import FLASH_PACKAGES, SPECIAL_MODEL
 from atesd.errors import AtesdError
+from atesd.hub import unreachable
 from atesd.models.recompute import recompute_activations
 
 if TYPE_CHECKING:
@@ -240,8 +241,11 @@ def reraise_as_model_load_error(config: ATESDConfig | EvalConfig | ModelSource) 
             "safetensors, or convert the file where you trust it"
         ) from error
     except Exception as error:
+        name = config.model_name_or_path
+        if not Path(name).expanduser().is_dir() and (advice := unreachable(error)):
+            raise ModelLoadError(f"{setting_of(config)} is {name!r}, which is no folder here: {advice}") from error
         raise ModelLoadError(
-            f"{setting_of(config)} is {config.model_name_or_path!r}, which does not load: {first_line(error)}\n"
+            f"{setting_of(config)} is {name!r}, which does not load: {first_line(error)}\n"
             f"Use a folder with a model and tokenizer, a reachable Hub id, or {SPECIAL_MODEL!r}."
         ) from error
 

@@ -46,9 +46,17 @@ def card(title: str, description: str, image: str | None) -> str:
     return f'<div class="card"><h3>{text(title)}</h3><p>{text(description)}</p>{picture}</div>'
 
 
-def sample_cards(samples: list[dict[str, Any]], count: int = 4) -> list[str]:
-    """Returns cards of the first and latest samples. Short values go in the headline, long ones below it."""
-    chosen = samples if len(samples) <= count else [samples[0], *samples[-(count - 1) :]]
+def sample_cards(samples: list[dict[str, Any]], file: str, latest: int = 3) -> str:
+    """Returns cards of the first and the latest samples, and a line that says which they are of those in `file`.
+
+    Short values go in the headline of a card, long ones below it.
+    """
+    if not samples:
+        return "<p>No sample yet.</p>"
+    chosen, which = samples, f"All {len(samples)} of {file}."
+    if len(samples) > latest + 1:
+        chosen = [samples[0], *samples[-latest:]]
+        which = f"The first and the last {latest} of {len(samples)}; all are in {file}."
     cards = []
     for sample in chosen:
         short = {k: v for k, v in sample.items() if not isinstance(v, str) or (0 < len(v) <= 40 and "\n" not in v)}
@@ -56,7 +64,7 @@ def sample_cards(samples: list[dict[str, Any]], count: int = 4) -> list[str]:
         long = {k: v or "(nothing)" for k, v in sample.items() if k not in short}
         body = "".join(f"<p>{text(k)}</p><pre>{text(v)}</pre>" for k, v in long.items())
         cards.append(f'<div class="card"><h3>{text(head)}</h3>{body}</div>')
-    return cards or ["<p>No sample yet.</p>"]
+    return f'<p>{text(which)}</p><div class="samples">{"".join(cards)}</div>'
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,4 +1,7 @@
-"""What a command prints: tables in a terminal, aligned columns in a file or pipe, one JSON document for scripts."""
+"""What a command prints: tables in a terminal, aligned columns in a file or pipe, one JSON document for scripts.
+
+A table that a terminal is too narrow for becomes a block of lines for each row: no word is broken.
+"""
 
 from __future__ import annotations
 
@@ -70,9 +73,7 @@ def aligned(table: Table) -> str:
 
 def draw(parts: Sequence[str | Table]) -> None:
     """Prints to a terminal of any width, by rich. Cells are text: what looks like rich's markup is shown as it is."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table as Grid
     from rich.text import Text
 
     console = Console(highlight=False)
@@ -81,16 +82,64 @@ def draw(parts: Sequence[str | Table]) -> None:
             console.print()
         if isinstance(part, str):
             console.print(Text(printable(part)), soft_wrap=True)
+            continue
+        cells = Table(part.title, [[printable(cell) for cell in row] for row in part.rows], part.header)
+        widths = column_widths(cells, console.width)
+        if widths is None:
+            console.print(*blocks(cells), sep="\n")
         else:
-            grid = Grid(
-                title=Text(part.title, "bold") if part.title else None,
-                title_justify="left", show_header=bool(part.header), box=box.ROUNDED,
-            )  # fmt: skip
-            for name, right in zip(part.header or [""] * len(part.numeric), part.numeric, strict=True):
-                grid.add_column(Text(name), justify="right" if right else "left", overflow="fold")
-            for row in part.rows:
-                grid.add_row(*(Text(printable(cell)) for cell in row))
-            console.print(grid)
+            console.print(grid(cells, widths))
+
+
+def grid(table: Table, widths: Sequence[int]) -> Any:
+    """Returns rich's table with a box, whose columns have these widths."""
+    from rich import box
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    drawn = Grid(
+        title=Text(table.title, "bold") if table.title else None,
+        title_justify="left", show_header=bool(table.header), box=box.ROUNDED,
+    )  # fmt: skip
+    names = table.header or [""] * len(table.numeric)
+    for name, right, width in zip(names, table.numeric, widths, strict=True):
+        drawn.add_column(Text(name), justify="right" if right else "left", width=width, overflow="fold")
+    for row in table.rows:
+        drawn.add_row(*map(Text, row))
+    return drawn
+
+
+def column_widths(table: Table, width: int) -> list[int] | None:
+    """Returns widths of columns that break no word in a box of `width` characters; None if there are none."""
+    from rich.cells import cell_len
+
+    rows = [row for row in (table.header, *table.rows) if row]
+    columns = list(zip(*rows, strict=True))
+    room = width - 3 * len(columns) - 1  # beside the lines of the box, and a space on both sides of a cell
+    least = [max(cell_len(word) for cell in column for word in cell.split() or [""]) for column in columns]
+    widths = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
+    if sum(least) > room:
+        return None
+    while sum(widths) > room:
+        _, widest = max((w, i) for i, w in enumerate(widths) if w > least[i])
+        widths[widest] -= 1
+    return widths
+
+
+def blocks(table: Table) -> list[Any]:
+    """Returns the lines of a table that is too wide for the terminal: "column: value" of each row, rows apart."""
+    from rich.text import Text
+
+    lines = [Text(table.title, "bold")] if table.title else []
+    for number, row in enumerate(table.rows):
+        if not table.header:  # names with what belongs to them
+            lines.append(Text(": ".join([row[0], " ".join(row[1:])])))
+            continue
+        if number:
+            lines.append(Text())
+        named = zip(table.header, row, strict=True)
+        lines += [Text(f"{name}: {cell}" if name else cell) for name, cell in named if cell]
+    return lines
 
 
 @contextmanager

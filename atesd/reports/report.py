@@ -110,7 +110,7 @@ def run_page(
         f'<div class="tiles">{"".join(tiles(rows))}</div>'
         f"<h2>Training</h2>{exposure}"
         f'<div class="grid">{"".join(charts)}</div>'
-        f'<h2>Samples</h2><div class="samples">{"".join(sample_cards(samples))}</div>'
+        f"<h2>Samples</h2>{sample_cards(samples, SAMPLES)}"
         f"<h2>Configuration</h2>{config_table(config)}"
     )
     return markup.page(name, body)

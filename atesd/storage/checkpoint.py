@@ -168,6 +168,12 @@ def list_checkpoints(run_dir: str | os.PathLike[str]) -> list[tuple[int, Path]]:
     return [(step, path) for step, _, path in found]
 
 
+def step_of(checkpoint: Path) -> int:
+    """Returns the step that a checkpoint's name tells; 0 for another name."""
+    match = NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else 0
+
+
 def set_aside(path: Path, why: str) -> Path:
     """Renames a checkpoint, so that it is kept and no longer resumed from. Returns its new path."""
     number, target = 1, path.with_name(f"{why}-{path.name}")

@@ -136,10 +136,22 @@ def make(path: Path, setting: str) -> list[Path]:
         number, name = getattr(error, "errno", None), getattr(error, "filename", None)
         why = STORAGE_FAULTS.get(number) or (os.strerror(number) if number else str(error)).lower()
         where = f" at {name!r}" if name and str(name) != str(path) else ""
+        fault = not_a_folder(path) or f"{why}{where}"
         raise ConfigError(
-            f"{setting} is {str(path)!r}, which cannot be made or written to ({why}{where}): choose another folder"
+            f"{setting} is {str(path)!r}, which cannot be made or written to ({fault}): choose another folder"
         ) from error
     return []
+
+
+def not_a_folder(path: Path) -> str | None:
+    """Says what stands in the place of `path`, or of a folder above it, if it is no folder."""
+    for each in (path, *path.parents):
+        if os.path.lexists(each):
+            if os.path.isdir(each):
+                return None
+            what = "a file, not a folder" if os.path.exists(each) else "a link to nothing"
+            return f"{'it' if each == path else repr(str(each))} is {what}"
+    return None
 
 
 def lock(folder: Path) -> int:

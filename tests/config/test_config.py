@@ -74,7 +74,7 @@ def test_a_resumed_run_takes_its_settings_from_its_own_directory(tmp_path):
     [
         ("quikstart", [], "did you mean quickstart"),
         ("no/such.yaml", [], "no file 'no/such.yaml'"),
-        ("quickstart", ["--max_step", "3"], "unknown flag '--max_step'; did you mean max_steps"),
+        ("quickstart", ["--max_step", "3"], "unknown flag '--max_step' .did you mean max_steps"),
         ("quickstart", ["--max_steps", "many"], "max_steps.*invalid int value: 'many'"),
         ("quickstart", ["--max_steps", "0"], "max_steps is 0; it must be at least 1"),
         ("quickstart", ["--teacher", "emma"], "teacher.*'emma'.*frozen"),
@@ -130,7 +130,7 @@ def test_no_field_takes_a_number_that_is_not_finite(value):
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("teacher", "emma", "teacher is 'emma'; it must be one of frozen, ema, live, model; did you mean ema"),
+        ("teacher", "emma", "teacher is 'emma'; it must be one of frozen, ema, live, model (did you mean ema"),
         ("torch_dtype", "float16", "torch_dtype is 'float16'; it must be float32 or bfloat16"),
         ("max_staleness", True, "max_staleness is True; it must be 0 or 1"),
         ("max_steps", 2.0, "max_steps is 2.0; it must be a whole number"),

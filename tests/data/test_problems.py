@@ -10,6 +10,7 @@ import pytest
 
 from atesd.data.problems import Problem, ProblemSplits, load_problems
 from atesd.data.segmentation import split_reference
+from atesd.errors import DataError
 from atesd.evaluation.grading.grader import Grader
 
 datasets = pytest.importorskip("datasets")
@@ -166,7 +167,7 @@ def test_too_few_problems_are_refused_with_the_counts(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("./nowhere.jsonl", "no such file"), ("nowhere.parquet", "no such file"), ("no-such/hub-set", "Hub name")],
+    [("./nowhere.jsonl", "no such file"), ("nowhere.parquet", "no such file"), ("no-such/hub-set", "HF_HUB_OFFLINE")],
 )
 def test_what_cannot_be_loaded_is_named_with_what_to_give(name, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -174,6 +175,58 @@ def test_what_cannot_be_loaded_is_named_with_what_to_give(name, message, monkeyp
     with pytest.raises(ValueError, match=message) as caught:
         load(name)
     assert name in str(caught.value)
+
+
+NO_ROWS = {
+    "no byte.jsonl": b"",
+    "no byte.json": b"",
+    "no byte.csv": b"",
+    "no byte.parquet": b"",
+    "white.jsonl": b" \n\n\t\r\n",
+    "a mark only.jsonl": b"\xef\xbb\xbf\n",
+    "no item.json": b"[]",
+    "a header.csv": b"problem,solution\n",
+    "columns.parquet": None,
+    "a folder": b"",
+}
+
+
+@pytest.mark.parametrize("require_solution", [True, False])  # training and evaluation
+@pytest.mark.parametrize("name", NO_ROWS)
+def test_data_without_a_row_is_called_empty(name, require_solution, tmp_path):
+    path = tmp_path / name
+    if name == "a folder":
+        path.mkdir()
+        (path / "train.jsonl").write_bytes(b"")
+    elif name == "columns.parquet":
+        datasets.Dataset.from_dict({"problem": [], "solution": []}).to_parquet(path)
+    else:
+        path.write_bytes(NO_ROWS[name])
+    with pytest.raises(DataError, match=f"{name} is empty") as told:
+        load(str(path), require_solution=require_solution)
+    assert "StopIteration" not in str(told.value) and "Hub name" not in str(told.value)
+
+
+ROW = '{"problem": "a", "solution": "b", "answer": "1"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("a.jsonl", f"{ROW}\n{ROW}\n{ROW[:30]}", "line 3 is no JSON value"),
+        ("a.jsonl", f"{ROW}\n\nhello\n{ROW}\n", "line 3 is no JSON value"),
+        ("a.json", f"[{ROW},\n{ROW[:30]}", "line 2 is no JSON value"),
+        ("a.json", f"{ROW}\n{ROW[:30]}", "line 2 is no JSON value"),
+        ("a.parquet", "PAR1 and no more", "ArrowInvalid"),
+        ("a.csv", "problem,solution\n\udcff,b\n", "UnicodeDecodeError"),
+    ],
+)
+def test_a_damaged_file_is_told_with_its_line_and_not_with_other_kinds_of_file(name, text, told, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(DataError, match=told) as refusal:
+        load(str(path))
+    assert name in str(refusal.value) and "Hub name" not in str(refusal.value)
 
 
 def test_a_file_of_another_kind_and_nested_columns_are_refused(tmp_path):
@@ -230,9 +283,8 @@ def test_counts_chosen_for_other_data_are_upper_bounds(tmp_path, asked, up_to, g
     changed = asked[0] not in (None, got[0]) or asked[1:] != got[1:]
     assert bool(told) == changed
     if changed:
-        assert f"num_train_problems is {got[0]}, num_probe_problems {got[1]}, num_eval_problems {got[2]}" in str(
-            told[0].message
-        )
+        now = f"num_train_problems is now {got[0]}, num_probe_problems {got[1]}, num_eval_problems {got[2]}"
+        assert f"so the run takes fewer: {now}" in str(told[0].message)
 
 
 @pytest.mark.parametrize("asked", [(1, 12, 0), (13, 0, 0), (None, 6, 6)])

@@ -97,7 +97,7 @@ def test_the_defaults_are_the_papers_protocol():
         (["--model", "m", "--data", "d", "--confidence", "95"], "confidence is 95"),
         (["--model", "m", "--data", "d", "--adapter", "/no/such"], "adapter is '/no/such'"),
         (["--model", "m", "--data", "d", "--chat_template_kwargs", "x"], "chat_template_kwargs is 'x'"),
-        (["--model", "m", "--data", "d", "--topk", "3"], "unknown flag '--topk'; did you mean top_k"),
+        (["--model", "m", "--data", "d", "--topk", "3"], "unknown flag '--topk' .did you mean top_k"),
         (["m"], "usage: atesd eval --model"),
     ],
 )
@@ -298,7 +298,7 @@ def test_wrong_answers_that_are_equal_are_one_vote():
         assert summarise(rows, 7, grader, 0.95, 50)["metrics"]["maj@7"]["value"] == pytest.approx(1 / 3)
 
 
-def test_a_run_s_adapter_is_found_and_changes_the_samples(make, tiny_config, tmp_path):
+def test_a_run_s_adapter_is_found_and_changes_the_samples(make, tiny_config, tmp_path, tiny_model_path):
     from atesd.trainer import train
 
     run = train(tiny_config(max_steps=2, num_train_problems=8, learning_rate=0.5, max_grad_norm=10.0))
@@ -314,6 +314,8 @@ def test_a_run_s_adapter_is_found_and_changes_the_samples(make, tiny_config, tmp
     assert "were trained on" in (tmp_path / "by-run/results.html").read_text()
     with pytest.raises(EvalError, match=r"holds no adapter_config.json"):
         evaluate(make(adapter=str(tmp_path), output_dir=str(tmp_path / "none")))
+    with pytest.raises(EvalError, match=rf"a whole model and no adapter: give --model {tiny_model_path} instead"):
+        evaluate(make(adapter=str(tiny_model_path), output_dir=str(tmp_path / "none")))
     weights = run / "checkpoints/step-000002/adapter/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     for damaged in (run / "checkpoints/step-000002", run / "checkpoints/step-000002/adapter"):

@@ -196,3 +196,29 @@ def test_what_is_no_tensor_is_refused_by_name(name, convert, kind):
 def test_targets_of_log_probabilities_that_are_no_tensor_are_refused():
     with pytest.raises(TypeError, match="targets must be a tensor, got list"):
         linear_logprobs(torch.randn(3, 8), torch.randn(20, 8), [1, 2, 3])
+
+
+LAYER = torch.nn.Linear(8, 20)
+ROWS, SEQUENCES = torch.zeros(3, 8), torch.zeros(2, 3, 8)
+IDS, COUNTS = torch.zeros(2, 3, dtype=torch.long), torch.tensor([3, 2])
+NO_TENSORS = {
+    "student_weight": lambda: linear_divergence(ROWS, LAYER, ROWS),
+    "student_weight with a teacher's": lambda: linear_divergence(ROWS, LAYER, ROWS, LAYER),
+    "teacher_weight": lambda: linear_divergence(ROWS, LAYER.weight, ROWS, LAYER),
+    "student_bias": lambda: linear_divergence(ROWS, LAYER.weight, ROWS, student_bias=LAYER),
+    "weight": lambda: linear_logprobs(ROWS, LAYER, IDS[0]),
+    "weight of spans": lambda: exposure_logprobs(SEQUENCES, LAYER, IDS, COUNTS, COUNTS - 1),
+    "student_hidden": lambda: linear_divergence([ROWS], LAYER.weight, ROWS),
+    "teacher_hidden": lambda: linear_divergence(ROWS, LAYER.weight, None),
+    "hidden": lambda: linear_logprobs(ROWS.numpy(), LAYER.weight, IDS[0]),
+    "student_logits": lambda: divergence(ROWS.numpy(), ROWS),
+}
+
+
+@pytest.mark.parametrize("call", NO_TENSORS)
+def test_a_layer_or_an_array_in_the_place_of_a_tensor_is_refused_by_name(call):
+    with pytest.raises(
+        TypeError, match=rf"^{call.split()[0]} must be a tensor.* got (Linear|list|ndarray|None)"
+    ) as told:
+        NO_TENSORS[call]()
+    assert ("pass its .weight" in str(told.value)) == ("Linear" in str(told.value))

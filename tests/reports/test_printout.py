@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from rich.cells import cell_len
 
 from atesd import cli
 from atesd.reports.printout import Printout, Table, messages_to_stderr
@@ -48,6 +49,42 @@ def test_a_terminal_gets_a_table_of_its_width(terminal, capsys):
     assert "plan" in lines[0] and any("│" in line and "12.00 GiB" in line for line in lines)
     assert max(map(len, lines)) <= 40
     assert "".join(lines).count("long") == 9
+
+
+RUNS = Table(
+    "evaluations",
+    [
+        ["base", "smollm2-135m-instruct", "none", "gsm_symbolic", "4", "63.3 % [50.0, 76.7]", "1,024", "0.0 %"],
+        ["mine", "smollm2-135m-instruct", "runs/mine/checkpoints/step-0100", "gsm_symbolic", "4", "70.0 %", "987", ""],
+    ],
+    ["run", "model", "adapter", "data", "k", "Average@k", "tokens", "truncated"],
+)  # fmt: skip
+REMARK = Table("", [["name", "a-word-of-many-letters " + "and a long remark " * 9], ["other", "b"]])
+FOREIGN = Table("digits", [["家" * 15, "größe", "1"]], ["word", "other", "n"])
+
+
+@pytest.mark.parametrize("table", [RUNS, REMARK, FOREIGN, PLAN], ids=lambda table: table.title or "remark")
+@pytest.mark.parametrize("width", [140, 80, 60, 40])
+def test_no_width_breaks_a_word(terminal, capsys, table, width):
+    terminal(width)
+    Printout([table], {}).show()
+    text = re.sub("\x1b\\[[\\d;]*m", "", capsys.readouterr().out)
+    assert max(map(cell_len, text.splitlines())) <= width
+    words = re.sub("[│╭╮╰╯├┤┼─┬┴:]", " ", text).split()
+    for cell in [*table.header, *(cell for row in table.rows for cell in row)]:
+        for word in cell.split():
+            assert word in words, (word, text)
+
+
+def test_a_table_that_is_too_wide_is_a_block_of_lines_for_each_row(terminal, capsys):
+    terminal(60)
+    Printout([RUNS, Table("", [["a-name-of-thirty-characters-aa", "a-value-of-thirty-characters-a", ""]])], {}).show()
+    told = re.sub("\x1b\\[[\\d;]*m", "", capsys.readouterr().out)
+    assert "│" not in told and told.splitlines()[0] == "evaluations"
+    first, second, third = told.split("\n\n")
+    assert "run: base" in first and "Average@k: 63.3 % [50.0, 76.7]" in first
+    assert second.splitlines()[0] == "run: mine" and "truncated" not in second
+    assert third.split() == ["a-name-of-thirty-characters-aa:", "a-value-of-thirty-characters-a"]
 
 
 @pytest.mark.parametrize("cell", ["[bold]not markup[/bold]", "[/]", ":smile:", "\\boxed{[1]}"])

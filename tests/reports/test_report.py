@@ -8,6 +8,7 @@ import pytest
 
 from atesd.config import load_config
 from atesd.reports import plots
+from atesd.reports.markup import sample_cards
 from atesd.reports.metrics import RunLog
 from atesd.reports.report import ReportError, write_report
 
@@ -69,6 +70,16 @@ def test_samples_are_shown_as_text_the_first_and_the_latest(run_dir):
     page = write_report(run_dir).read_text()
     assert "&lt;script&gt;alert(&#x27;8&#x27;)" in page and "8 &amp; more" in page
     assert [n for n in range(1, 9) if f"gsm-{n}<" in page] == [1, 6, 7, 8]
+    assert "The first and the last 3 of 8; all are in samples.jsonl." in page
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(0, "No sample yet"), (1, "All 1 of samples.jsonl."), (4, "All 4 of"), (5, "The first and the last 3 of 5;")],
+)
+def test_a_page_says_which_of_the_samples_it_shows(count, said):
+    cards = sample_cards([{"step": n} for n in range(count)], "samples.jsonl")
+    assert said in cards and cards.count("<h3>") == min(count, 4)
 
 
 def test_a_run_killed_while_writing_or_without_steps_still_gets_a_page(run_dir, tmp_path):

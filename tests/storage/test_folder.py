@@ -95,16 +95,30 @@ def test_a_folder_given_up_leaves_only_what_others_put_there(tmp_path):
         assert [p.name for p in path.glob("*")] == (["notes"] if others else [])
 
 
-@pytest.mark.parametrize("place", ["file", "below_a_file", "too_long", "null_byte"])
+PLACES = {
+    "file": r"\(it is a file, not a folder\)",
+    "below_a_file": r"file' is a file, not a folder\)",
+    "far_below_a_file": r"file' is a file, not a folder\)",
+    "link": r"\(it is a link to nothing\)",
+    "too_long": "too long",
+    "null_byte": "null",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_a_place_where_no_folder_can_be_is_refused_by_name(tmp_path, place):
     (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     path = {
         "file": tmp_path / "file",
         "below_a_file": tmp_path / "file" / "run",
+        "far_below_a_file": tmp_path / "file" / "runs" / "run",
+        "link": tmp_path / "link",
         "too_long": tmp_path / ("x" * 300),
         "null_byte": Path(f"{tmp_path}/a\0b"),
     }[place]
-    with pytest.raises(ConfigError, match=r"output_dir is .*cannot be made or written to .*choose another folder"):
+    told = rf"output_dir is .*cannot be made or written to .*{PLACES[place]}.*choose another folder"
+    with pytest.raises(ConfigError, match=told):
         own_new(path, (), "output_dir")
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -25,15 +25,13 @@ from torch import Tensor
 
 from atesd.config import ATESDConfig
 from atesd.config.doors import divergence_name
-from atesd.config.options import parse_json
+from atesd.config.mixture import STUDENT, views_of
 from atesd.models.batching import PackedBatch, hidden_rows, to_device
 from atesd.models.vocabulary import over_same_entries
 from atesd.parallel.processes import Processes
 from atesd_kernels import TokenStats, linear_divergence, linear_logprobs
 from atesd_kernels.integrations.backbone import AuxLoss
 from atesd_kernels.integrations.head import HeadSpec
-
-STUDENT = "student"  # the view of `teacher_views` that is the student's own
 
 
 @dataclass(frozen=True)
@@ -240,17 +238,15 @@ class Mixed:
         return divergence + self.reward_weight * reward, stats
 
 
-def views_of(config: ATESDConfig) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """Returns names and weights of `config.teacher_views`. The student's own view comes last."""
-    weights = parse_json(config.teacher_views)
-    names = tuple(sorted(weights, key=lambda name: name == STUDENT))
-    return names, tuple(float(weights[name]) for name in names)
+def mixture_of(config: ATESDConfig) -> dict[str, Any]:
+    """Returns the arguments of `Distillation` for `config.teacher_views`."""
+    names, weights = views_of(config)
+    return {"teacher_mix": weights if len(names) > 1 else None, "student_teaches": STUDENT in names}
 
 
 def make_objective(config: ATESDConfig) -> Objective:
     """The objective `config.objective` names. A divergence `module:object` is registered here."""
-    names, weights = views_of(config)
-    views = {"teacher_mix": weights if len(names) > 1 else None, "student_teaches": STUDENT in names}
+    views = mixture_of(config)
     of_config = [field.name for field in fields(Distillation) if field.name not in views]
     settings = {name: getattr(config, name) for name in of_config} | views
     distillation = Distillation(**settings | {"divergence": divergence_name(config.divergence)})

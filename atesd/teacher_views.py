@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from atesd.config import ATESDConfig
+from atesd.config.mixture import STUDENT, views_of
 from atesd.data.problems import Problem
 from atesd.data.run_data import RunData
 from atesd.models.batching import PackedBatch, assert_same_responses
 from atesd.models.teachers import AnyTeacher
-from atesd.objectives import STUDENT, views_of
 from atesd.rollout import Rollout
 from atesd.rollout.batches import pack_rollouts
 

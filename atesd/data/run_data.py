@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from atesd.config import ATESDConfig
+from atesd.config.mixture import STUDENT, views_of
 from atesd.data.problems import Problem, ProblemSplits, load_problems
 from atesd.data.prompts import PromptBuilder, PromptTemplates, PromptTooLong
 from atesd.data.reading.context import exposed_text
@@ -34,6 +35,7 @@ class RunData:
             (`overlong_problems: cut`).
         too_long: number of problems dropped because they do not fit (`overlong_problems: skip` or `cut`).
         other_teacher: whether another model teaches.
+        reads_nothing: whether the teacher reads no reference, from any of its views.
     """
 
     problems: ProblemSplits
@@ -43,6 +45,7 @@ class RunData:
     exposure_limit: dict[str, float]
     too_long: int
     other_teacher: bool = False
+    reads_nothing: bool = False
 
     def alpha(self, problem: Problem, alpha: float) -> float:
         """Returns `alpha`, clipped to the largest exposure of this problem that fits the teacher's context."""
@@ -62,7 +65,7 @@ class RunData:
         False for another model, which differs from the student whatever it reads."""
         return (
             not self.other_teacher
-            and self.shown.source == "none"
+            and self.reads_nothing
             and all(self.teacher_prompt(p, 0.0) == self.prompts.student(p) for p in self.problems.train[:ENOUGH])
         )
 
@@ -179,11 +182,21 @@ def load_run_data(
             if getattr(problems, name) and not left:
                 raise next(iter(too_long.values()))
         problems = replace(problems, **kept)
-    data = RunData(problems, references, prompts, shown, exposure_limit, len(too_long), config.teacher == "model")
+    reads_nothing = config.reference_source == "none" or {"none", STUDENT}.issuperset(views_of(config)[0])
+    data = RunData(
+        problems,
+        references,
+        prompts,
+        shown,
+        exposure_limit,
+        len(too_long),
+        other_teacher=config.teacher == "model",
+        reads_nothing=reads_nothing,
+    )
     if data.no_signal():
         warnings.warn(
-            "no signal: reference_source is 'none', and the teacher's prompt is the student's. The teacher starts "
-            "equal to the student, so the distillation loss starts at 0",
+            "no signal: the teacher reads no reference, and its prompt is the student's. The teacher starts equal to "
+            "the student, so the distillation loss starts at 0",
             stacklevel=2,
         )
     return data

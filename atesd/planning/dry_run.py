@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from atesd.config import ATESDConfig
+from atesd.config.mixture import teacher_forwards, views_of
 from atesd.data.run_data import RunData, load_run_data
 from atesd.models.loading import check_lora, context_length, load_model_config, load_tokenizer
 from atesd.models.other_teacher import checked_teacher_config
@@ -65,6 +66,10 @@ def dry_run(config: ATESDConfig) -> Printout:
             f"{config.teacher_model_name_or_path}, {other.parameters:,} parameters in {config.teacher_weights}, "
             f"{teacher_model_bytes(other, config) / GIB:.2f} GiB on {config.teacher_device or 'the same device'}"
         )
+    names, weights = views_of(config)
+    if len(names) > 1:
+        mixed = " ".join(f"{weight:+g} {name}" for name, weight in zip(names, weights, strict=True))
+        notes["target"] = f"{mixed}: {teacher_forwards(config)} teacher forwards a response"
     if device == "cuda":
         notes["this GPU"] = f"{memory / GIB:.1f} GiB"
     prompts = first_prompts(config, data, tokenizer)

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from atesd.config import ATESDConfig
+from atesd.config.mixture import teacher_forwards, views_of
 from atesd.models.loading import load_model_config
 from atesd.models.other_teacher import teacher_source
 from atesd_kernels.planning import DEFAULT_CHUNK_BYTES, gpu_chunk_bytes
@@ -266,6 +267,7 @@ def plan_memory(
     cast = shape.lora_parameters + (shape.matrices if residual == FP32 else 0) if config.bf16 and shards == 1 else 0
     # hidden states of the response tokens: student, its gradient, teacher, and their difference
     wide = 4 * shape.hidden if teacher is None else 2 * shape.hidden + teacher.hidden  # other sizes have no difference
+    wide += (len(views_of(config)[0]) - 1) * (shape if teacher is None else teacher).hidden
     hidden_states = responses * config.max_completion_length * wide * FP32
     # the process decodes all rollouts of a step at once
     in_step = responses * config.gradient_accumulation_steps
@@ -411,14 +413,14 @@ def plan_products(
 
     forward = without_adapter(shape) + responses * length * 2 * shape.lora_parameters
     # the teacher's part of the loss: the differences, or the logits of its own head
-    other_head = head if teacher is None else shape.vocab * teacher.hidden
+    other_head = head if teacher is None else shape.vocab * teacher.hidden * teacher_forwards(config)
     # backward: gradients of activations; of weights if trained; one more forward if it is recomputed
     passes = 2 + (not config.use_peft)
     passes += config.gradient_checkpointing and config.gradient_checkpointing_mode == "full"
     return Products(
         prefill=responses * prompt_tokens * 2 * shape.matrices,
         decoding=responses * 2 * (shape.matrices + head),
-        teacher=without_adapter(shape if teacher is None else teacher),
+        teacher=teacher_forwards(config) * without_adapter(shape if teacher is None else teacher),
         student=passes * forward,
         # the student's logits, the hidden states' gradient, and a trained head's gradient; then the teacher's part
         loss=((2 + (not config.use_peft)) * head + other_head) * 2 * responses * response,
@@ -457,7 +459,7 @@ def layer_traffic(
     tokens = responses * (prompt_tokens + config.max_completion_length)
     passes = 3 + config.gradient_checkpointing
     return LayerTraffic(
-        teacher=tokens * forward(shape if teacher is None else teacher),
+        teacher=teacher_forwards(config) * tokens * forward(shape if teacher is None else teacher),
         student=tokens * (forward(shape) + shape.layers * adapter) * passes,
     )
 

@@ -15,9 +15,10 @@ import torch
 from atesd.data.problems import Problem
 from atesd.data.segmentation import split_reference
 from atesd.data.thinking import decode_response
-from atesd.models.batching import chunks, hidden_rows, pack
-from atesd.objectives import Distillation, ResponseTokens, percentile
+from atesd.models.batching import chunks, hidden_rows
+from atesd.objectives import Distillation, ResponseTokens, mixture_of, percentile
 from atesd.rollout import Rollout, Sampling
+from atesd.rollout.batches import pack_rollouts
 from atesd.run import Run
 from atesd.terminal import progress
 from atesd_kernels.integrations.wrappers import eval_mode
@@ -56,7 +57,9 @@ def measure(run: Run, problems: Sequence[Problem], alpha: float, graded: bool = 
     references = run.data.references
     references.update({p.id: split_reference(p.solution, p.answer) for p in problems if p.id not in references})
     prompts = [run.data.prompts.student(p) for p in problems]
-    distillation = Distillation(scoring_temperature=config.scoring_temperature, chunk_bytes=config.chunk_bytes)
+    distillation = Distillation(
+        scoring_temperature=config.scoring_temperature, chunk_bytes=config.chunk_bytes, **mixture_of(config)
+    )
     kl, agree, rollouts = [], [], []
     run.rollout.engine.sync()
     with eval_mode(run.student.model), run.student.autocast(), progress("held-out problems", len(problems)):
@@ -66,13 +69,14 @@ def measure(run: Run, problems: Sequence[Problem], alpha: float, graded: bool = 
             sampling = Sampling(config.max_completion_length, config.temperature, config.top_p, config.top_k, seeds)
             rollouts += run.rollout.engine.generate(prompts[part], sampling)
         for part in chunks(len(problems), config.per_device_train_batch_size):
-            replies = [r.response_ids for r in rollouts[part]]
-            exposed = [run.data.teacher_prompt(p, run.data.alpha(p, alpha)) for p in problems[part]]
-            student, teacher = (pack(read, replies, run.device) for read in (prompts[part], exposed))
+            student = pack_rollouts(prompts[part], rollouts[part], run.device)
+            alphas = [run.data.alpha(problem, alpha) for problem in problems[part]]
+            views = run.views.hidden(problems[part], alphas, rollouts[part], student)
+            student_hidden = hidden_rows(run.student.backbone, student)
             _, stats = distillation(
-                hidden_rows(run.student.backbone, student),
+                student_hidden,
                 run.student.head,
-                run.teacher.hidden(teacher),
+                run.views.target(views, student_hidden),
                 None if run.teacher.shares_head else run.teacher.head,
                 ResponseTokens(student.targets, student.lengths),
                 len(student.targets),

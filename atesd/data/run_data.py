@@ -66,7 +66,7 @@ class RunData:
         return (
             not self.other_teacher
             and self.reads_nothing
-            and all(self.teacher_prompt(p, 0.0) == self.prompts.student(p) for p in self.problems.train[:ENOUGH])
+            and all(self.prompts.teacher(p, None, 0.0) == self.prompts.student(p) for p in self.problems.train[:ENOUGH])
         )
 
     def counts(self) -> dict[str, int]:

@@ -21,7 +21,17 @@ from atesd.storage.folder import own
 from atesd.studies.comparison import compare_variants
 from atesd.studies.spec import OWN, StudySpec
 from atesd.studies.study_report import STUDY, write_study_report
-from atesd.studies.trial import MEASURED, Trial, check_measurable, digest_of, digest_of_files, resumed, run_trial
+from atesd.studies.trial import (
+    MEASURED,
+    Trial,
+    check_measurable,
+    digest_of,
+    digest_of_files,
+    read_result,
+    resumed,
+    run_trial,
+    write_result,
+)
 from atesd.terminal import show
 
 
@@ -95,10 +105,14 @@ def finished_runs(folder: Path) -> Iterator[tuple[str, Path]]:
 def share(source: Path, trial: Trial) -> None:
     """Takes over the numbers of an equal run."""
     trial.folder.mkdir(parents=True, exist_ok=True)
-    content = json.loads(source.read_text(encoding="utf-8"))
-    write_json(
+    write_result(
         trial.folder / MEASURED,
-        {**content, "variant": trial.variant, "seed": trial.seed, "same_as": os.path.relpath(source, trial.folder)},
+        {
+            **read_result(source),
+            "variant": trial.variant,
+            "seed": trial.seed,
+            "same_as": os.path.relpath(source, trial.folder),
+        },
     )
 
 

@@ -21,7 +21,7 @@ from atesd.evaluation.answers import EvalProtocol, answers
 from atesd.evaluation.files import fingerprint
 from atesd.evaluation.grading.grader import Grader
 from atesd.evaluation.statistics import pass_at
-from atesd.files import sha256, write_json
+from atesd.files import sha256, write_atomically, write_json
 from atesd.models.loading import model_path
 from atesd.run import Run
 from atesd.storage.folder import LOCK
@@ -65,7 +65,7 @@ class Trial:
     def result(self) -> dict[str, Any] | None:
         """Returns what was measured; None if the run is not finished."""
         file = self.folder / MEASURED
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return read_result(file) if file.is_file() else None
 
 
 def digest_of_files(name_or_path: str) -> str | None:
@@ -86,6 +86,27 @@ def digest_of(config: ATESDConfig, measure: Measure, file_digest: Callable[[str]
     settings |= {name: found for name, found in files.items() if Path(settings[name]).exists()}
     content = [settings, asdict(measure), files, __version__]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_result(file: Path, content: dict[str, Any]) -> None:
+    """Writes a run's result: its numbers by metric, in the order of `problems`, to 6 digits."""
+    short = dict(content)
+    for when in ("before", "after"):
+        rows = content[when]
+        names = next(iter(rows.values()))
+        columns = {name: [float(f"{row[name]:.6g}") for row in rows.values()] for name in names}
+        short[when] = {"problems": list(rows), **columns}
+    write_atomically(file, json.dumps(short, separators=(",", ":")) + "\n")
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    """Returns what `write_result` was given, `{"before": {problem id: {metric: value}}, "after": ..., ...}`."""
+    content = dict(json.loads(file.read_text(encoding="utf-8")))
+    for when in ("before", "after"):
+        problems, columns = content[when].pop("problems"), content[when]
+        values = zip(*columns.values(), strict=True)
+        content[when] = {i: dict(zip(columns, row, strict=True)) for i, row in zip(problems, values, strict=True)}
+    return content
 
 
 def resumed(folder: Path, config: ATESDConfig) -> ATESDConfig:
@@ -115,7 +136,7 @@ def run_trial(trial: Trial) -> None:
         Trainer(run).train()
         after = measured(run, trial)
     of_the_run = {"variant": trial.variant, "seed": trial.seed, "digest": trial.digest}
-    write_json(trial.folder / MEASURED, {**of_the_run, "before": before, "after": after})
+    write_result(trial.folder / MEASURED, {**of_the_run, "before": before, "after": after})
     del run
     gc.collect()  # breaks reference cycles, since the next run needs the memory
 

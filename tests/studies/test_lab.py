@@ -116,3 +116,12 @@ def test_a_run_of_the_recipe_starts_from_what_the_command_makes(lab, tmp_path, m
 def test_a_folder_in_use_is_refused(lab):
     with pytest.raises(ConfigError, match="exists already"):
         make_lab(lab)
+
+
+def test_a_lab_takes_the_model_of_another(lab, tmp_path):
+    other = quietly(lambda: make_lab(tmp_path / "other", model=lab / "model"))
+    for name in ("model/model.safetensors", "problems.jsonl", "tuning.jsonl", "templates.yaml"):
+        assert (other / name).read_bytes() == (lab / name).read_bytes()
+    with pytest.raises(ConfigError, match=r"no folder of a model: it has no config\.json"):
+        make_lab(tmp_path / "third", model=tmp_path)
+    assert not (tmp_path / "third").exists()

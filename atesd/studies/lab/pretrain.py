@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -171,12 +172,16 @@ def train_step(model: LlamaForCausalLM, parts: Sequence[tuple[Tensor, Tensor]]) 
     return total / num_tokens
 
 
-def make_lab(folder: Path, seed: int = 0, steps: int = STEPS) -> Path:
+def make_lab(folder: Path, seed: int = 0, steps: int = STEPS, model: Path | None = None) -> Path:
     """Writes `model/`, `problems.jsonl`, `tuning.jsonl` (other problems, to choose settings on) and `templates.yaml`.
 
+    `model` is the model of another lab, to take in the place of training one.
+
     Raises:
-        ConfigError: the folder exists already and is not empty.
+        ConfigError: the folder exists already and is not empty, or there is no such model.
     """
+    if model is not None and not (model / "config.json").is_file():
+        raise ConfigError(f"{model} is no folder of a model: it has no config.json")
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} exists already: move it, or choose another --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,8 +194,11 @@ def make_lab(folder: Path, seed: int = 0, steps: int = STEPS) -> Path:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{share}.jsonl").write_text(text, encoding="utf-8")
     (folder / "templates.yaml").write_text(yaml.safe_dump(asdict(TEMPLATES)), encoding="utf-8")
-    pretrain(machine, seed, steps).save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
+    if model is None:
+        pretrain(machine, seed, steps).save_pretrained(folder / "model")
+        tokenizer().save_pretrained(folder / "model")
+    else:
+        shutil.copytree(model, folder / "model")
     share_with_readers(folder / "model")
     return folder
 
@@ -200,8 +208,9 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("lab"))
     parser.add_argument("--seed", type=int, default=0, help="of the model and its documents")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--model", type=Path, help="the model of another lab, in the place of training one")
     arguments = parser.parse_args()
-    folder = make_lab(arguments.output_dir, arguments.seed, arguments.steps)
+    folder = make_lab(arguments.output_dir, arguments.seed, arguments.steps, arguments.model)
     show(f"made {folder}: go on with `atesd train lab` where {folder} lies")
 
 

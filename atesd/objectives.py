@@ -10,6 +10,7 @@ statistic needs another sweep over the vocabulary. `reward.py` computes GRPO's a
 | `sft`            | -log p_S(token)                                             | the references     | no      |
 | `grpo`           | -advantage * log p_S(token), advantages from a verifier     | student's rollouts | no      |
 | `distill+grpo`   | the first plus `reward_weight` times the third              | student's rollouts | yes     |
+| `distill+sft`    | the first, plus `sft_weight` times `sft` on the references  | rollouts, and those | yes    |
 | `policy_gradient`| -(log p_T - log p_S) * log p_S(token), advantage constant   | student's rollouts | yes     |
 """
 
@@ -138,15 +139,16 @@ class Distillation:
 
 @dataclass(frozen=True)
 class SupervisedFineTuning:
-    """Mean over the tokens of the reference solutions of `-log p_S(token)`, at temperature 1."""
+    """`weight` times the mean over the tokens of the reference solutions of `-log p_S(token)`, at temperature 1."""
 
     chunk_bytes: int | None = None
+    weight: float = 1.0
     needs_rollouts = needs_teacher = needs_reward = False
 
     def __call__(self, student_hidden, student_head, teacher_hidden, teacher_head, tokens, num_tokens):
         """See `Objective`."""
         logprobs, stats = head_logprobs(student_hidden, student_head, tokens.targets, 1.0, self.chunk_bytes)
-        return -weighted_sum(logprobs, token_weight(tokens)) / num_tokens, stats
+        return -self.weight * weighted_sum(logprobs, token_weight(tokens)) / num_tokens, stats
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,13 @@ def make_objective(config: ATESDConfig) -> Objective:
         "grpo": policy_gradient,
         "distill+grpo": Mixed(distillation, policy_gradient, config.reward_weight),
         "policy_gradient": TeacherAdvantage(config.scoring_temperature, config.chunk_bytes),
+        "distill+sft": distillation,  # `make_imitation` has the other term
     }[config.objective]
+
+
+def make_imitation(config: ATESDConfig) -> SupervisedFineTuning | None:
+    """Returns the term on the references beside the objective on the responses, if there is one."""
+    return SupervisedFineTuning(config.chunk_bytes, config.sft_weight) if config.objective == "distill+sft" else None
 
 
 def position_weights(lengths: tuple[int, ...], halflife: float) -> Tensor:
@@ -325,6 +333,7 @@ class TokenTotals:
     def __init__(self) -> None:
         self.sums: list[Tensor] = []
         self.divergences: list[Tensor] = []
+        self.imitation: list[Tensor] = []  # of each micro-batch: its share of the references' term
         self.aux_losses: list[Tensor] = []  # of each micro-batch: its share of the auxiliary loss, and that weighted
         self.has_teacher = self.has_agreement = True
 
@@ -355,10 +364,15 @@ class TokenTotals:
         value, weighted = torch.stack(self.aux_losses).sum(0).tolist()
         return value, weighted
 
+    def imitation_loss(self) -> float:
+        """Returns the step's term on the references, 0 without one."""
+        return float(torch.stack(self.imitation).sum()) if self.imitation else 0.0
+
     def objective(self, loss: float) -> float:
-        """Returns the step's `loss` without the weighted auxiliary loss, which is not due to the teacher."""
+        """Returns the step's `loss` without the parts that are not due to the teacher: the weighted auxiliary loss and
+        the references' term."""
         aux_loss = self.aux_loss()
-        return loss if aux_loss is None else loss - aux_loss[1]
+        return loss - self.imitation_loss() - (0.0 if aux_loss is None else aux_loss[1])
 
     def sum(self) -> Tensor:
         """Returns the sums, `(5,)` float64, in the order of `NAMES`."""
@@ -368,6 +382,8 @@ class TokenTotals:
         """All-reduces the sums and gathers the divergences, in place, over all processes."""
         self.sums = [processes.all_reduce(self.sum())]
         self.divergences = [processes.gather(torch.cat(self.divergences))]
+        if self.imitation:
+            self.imitation = [processes.all_reduce(torch.stack(self.imitation).sum())]
         if self.aux_losses:
             self.aux_losses = [processes.all_reduce(torch.stack(self.aux_losses).sum(0))]
 

@@ -50,7 +50,7 @@ from atesd.models.other_teacher import (
 from atesd.models.precision import settle_precision
 from atesd.models.student import Student
 from atesd.models.teachers import AnyTeacher, Teacher
-from atesd.objectives import TokenTotals, make_objective
+from atesd.objectives import TokenTotals, make_imitation, make_objective
 from atesd.parallel.parallelism import check_launcher, make_parallelism
 from atesd.parallel.processes import Processes, on_cpu
 from atesd.parallel.sharding import ShardingError, gather_tensors
@@ -230,7 +230,7 @@ class Run:
         self.student = Student(config, load_model(config), self.tokenizer, self.parallelism)
         self.teacher = self.make_teacher()
         self.views = TeacherViews(config, self.teacher, self.data)
-        self.objective = make_objective(config)
+        self.objective, self.imitation = make_objective(config), make_imitation(config)
         self.wording = TeacherWording(self.data.prompts.templates)
 
     def make_teacher(self) -> AnyTeacher:
@@ -343,6 +343,7 @@ class Run:
         return {
             "loss": loss,
             **({} if aux_loss is None else {"aux_loss": aux_loss[0]}),
+            **({"sft_loss": totals.imitation_loss() / self.config.sft_weight} if self.imitation else {}),
             "learning_rate": self.student.optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm,
             **stats,

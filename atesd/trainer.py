@@ -21,6 +21,7 @@ from torch import Tensor
 
 from atesd.config import ATESDConfig
 from atesd.data.problems import Problem
+from atesd.gradients import add_gradient, add_imitation
 from atesd.models.batching import chunks, hidden_rows_and_aux_loss
 from atesd.objectives import ResponseTokens, TokenTotals
 from atesd.reports.step_log import StepLog
@@ -31,7 +32,6 @@ from atesd.run import Run
 from atesd.step_metrics import policy_signals, sample_line
 from atesd.stopping import Stopped, StopSignals
 from atesd.terminal import show
-from atesd_kernels.integrations.backbone import AuxLoss
 
 
 def train(config: ATESDConfig) -> Path:
@@ -157,7 +157,7 @@ class Trainer:
         alphas: list[float],
         advantages: list[float] | None = None,
     ) -> tuple[float, TokenTotals, int]:
-        """Accumulate the gradient of the objective, a mean over all response tokens of the step.
+        """Accumulate the gradient of the objective, a mean over all response tokens of the step (`gradients.py`).
 
         Returns the loss and the number of response tokens, both of all processes, and this one's token statistics.
         """
@@ -165,11 +165,16 @@ class Trainer:
         counts = run.processes.all_reduce_sum(sum(r.num_tokens for r in rollouts), len(rollouts))
         num_tokens = max(1, int(counts[0]))  # a step in which no token counts has loss 0
         mean_length = num_tokens / counts[1] if config.loss_aggregation == "sequence" else None
+        parts = list(chunks(len(rollouts), config.per_device_train_batch_size * config.num_generations))
+        reference_tokens = 0
+        if run.imitation:
+            mine = sum(len(reply) for part in parts for reply in run.data.imitated(problems[part])[1])
+            reference_tokens = int(run.processes.all_reduce_sum(mine)[0])
         loss, totals = torch.zeros((), device=run.device), TokenTotals()
         if not all(r.finite for r in rollouts):
             loss += torch.nan  # the student could not be sampled: skip the step, whatever the loss comes to
         with run.student.autocast():  # one context for all micro-batches: each weight is cast once a step
-            for part in chunks(len(rollouts), config.per_device_train_batch_size * config.num_generations):
+            for part in parts:
                 student_batch = pack_rollouts([r.prompt_ids for r in rollouts[part]], rollouts[part], run.device)
                 views: list[Tensor] = []
                 if run.objective.needs_teacher:
@@ -183,41 +188,11 @@ class Trainer:
                     )
                     rewarded = None if advantages is None else tuple(advantages[part])
                     tokens = ResponseTokens(student_batch.targets, student_batch.lengths, rewarded, weight, mean_length)
-                    loss += self.backward(student_hidden, views, aux, tokens, num_tokens, totals, loss)
+                    arguments = (student_hidden, views, aux, tokens, num_tokens, totals, loss)
+                    loss += add_gradient(run, run.objective, *arguments)
+                if run.imitation:
+                    loss += add_imitation(run, problems[part], reference_tokens, totals, loss)
         return float(run.processes.all_reduce(loss)), totals, num_tokens
-
-    def backward(
-        self,
-        student_hidden: Tensor,
-        views: list[Tensor],
-        aux: AuxLoss | None,
-        tokens: ResponseTokens,
-        num_tokens: int,
-        totals: TokenTotals,
-        loss_so_far: Tensor,
-    ) -> Tensor:
-        """Add a micro-batch's gradient and statistics; returns its share of the loss.
-
-        Backward runs in two parts: the head's gradient is accumulated before the layers' backward begins. The experts'
-        auxiliary loss is a mean over a micro-batch, which counts by its share of the step's response tokens.
-        """
-        run = self.run
-        teacher_head = None if run.teacher.shares_head else run.teacher.head
-        teacher_hidden = run.views.target(views, student_hidden) if views else None
-        states = student_hidden.detach().requires_grad_()
-        loss, stats = run.objective(states, run.student.head, teacher_hidden, teacher_head, tokens, num_tokens)
-        with torch.autocast(run.device.type, enabled=False):
-            run.parallelism.loss_for_backward(loss, loss_so_far).backward()
-            roots, gradients = [student_hidden], [states.grad]
-            if aux is not None:
-                weighted = totals.add_aux_loss(aux, len(tokens.targets) / num_tokens)
-                if weighted.requires_grad:
-                    roots.append(run.parallelism.loss_for_backward(weighted, loss_so_far))
-                    gradients.append(None)
-                loss = loss.detach() + weighted.detach()
-            torch.autograd.backward(roots, gradients)
-        totals.add(stats)
-        return loss.detach()
 
     def update(self, loss: float) -> float | None:
         """Clip and step. Returns the gradient's norm; None, and no step, if it or the loss is not finite."""

@@ -99,14 +99,14 @@ def test_no_exposure_shows_the_teacher_the_answer_and_nothing_else_of_the_refere
         assert not any(shown in text for shown in ("First she has", "Then she has", "####", "reference"))
 
 
-@pytest.mark.parametrize("objective", ["sft", "grpo", "distill+grpo", "policy_gradient"])
+@pytest.mark.parametrize("objective", ["sft", "grpo", "distill+grpo", "distill+sft", "policy_gradient"])
 def test_every_objective_trains(tiny_config, objective, monkeypatch):
     pytest.importorskip("math_verify")
     # a random model solves nothing: every second response counts as right
     monkeypatch.setattr(
         VerifierReward, "rewards", lambda self, problems, rollouts: [i % 2.0 for i in range(len(rollouts))]
     )
-    taught = objective in ("distill+grpo", "policy_gradient")
+    taught = objective in ("distill+grpo", "distill+sft", "policy_gradient")
     policy = "atesd" if taught else "full"
     config = tiny_config(objective=objective, num_generations=2, exposure_policy=policy, max_steps=2)
     rows = rows_of(quietly(lambda: train(config)) / "metrics.jsonl")
@@ -376,3 +376,27 @@ def test_nothing_vocabulary_sized_is_allocated_outside_the_loss_chunk(tiny_confi
         events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
         changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.nbytes() % vocab == 0]
         assert 0 < max(accumulate(changes)) <= chunk, objective
+
+
+def test_imitation_beside_the_distillation_has_its_own_weight_and_denominator(tiny_config, tmp_path):
+    """Loss and gradient are the distillation's plus the weight times those of SFT on the step's references."""
+
+    def of_step(name, micro_batch=4, **changes):
+        batch = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": 4 // micro_batch}
+        config = tiny_config(exposure_policy="full", output_dir=str(tmp_path / name), **batch, **changes)
+        trainer = quietly(lambda: Trainer(Run.build(config)))
+        problems, rollouts = trainer.roll_out(0)
+        loss, totals, _ = trainer.distill(problems, rollouts, [1.0] * 4)
+        gradient = torch.cat([p.grad.flatten() for p in trainer.run.student.trained.values()])
+        trainer.run.close()
+        return loss, totals, gradient
+
+    plain, _, of_teacher = of_step("distill")
+    nll, _, of_references = of_step("sft", objective="sft")
+    for name, micro_batch in (("whole", 4), ("parts", 1)):
+        loss, totals, gradient = of_step(name, micro_batch, objective="distill+sft", sft_weight=0.3)
+        assert loss == pytest.approx(plain + 0.3 * nll, rel=1e-5)
+        assert totals.imitation_loss() == pytest.approx(0.3 * nll, rel=1e-5)
+        assert totals.objective(loss) == pytest.approx(plain, abs=1e-5 * loss)  # what the policy hears
+        expected = of_teacher + 0.3 * of_references
+        assert (gradient - expected).norm() <= 1e-4 * expected.norm()

@@ -19,6 +19,7 @@ ROOMS = (
     ("cli",),
     ("studies",),
     ("trainer",),
+    ("gradients",),
     ("run",),
     ("integrations", "merge"),
     ("guards", "inputs", "resuming"),

@@ -170,12 +170,12 @@ class RolloutFields:
 class LossFields:
     _argument_group_name = "objective and distillation loss"
 
-    objective: Literal["distill", "sft", "grpo", "distill+grpo", "policy_gradient"] = option(
+    objective: Literal["distill", "sft", "grpo", "distill+grpo", "distill+sft", "policy_gradient"] = option(
         "distill",
         "OPSD",
         "What is trained: distillation from the teacher, imitation of the references, GRPO with a verifier's reward "
-        "(needs math-verify and num_generations of 2 or more), distillation and reward together, or a policy gradient "
-        "whose advantage is the teacher's log-probability of the sampled token less the student's.",
+        "(needs math-verify and num_generations of 2 or more), distillation with the reward or with imitation, or a "
+        "policy gradient whose advantage is the teacher's log-probability of the sampled token less the student's.",
     )
     loss_aggregation: Literal["token", "sequence"] = option(
         "token",
@@ -185,6 +185,12 @@ class LossFields:
     )
     reward_weight: float = option(
         1.0, "our choice", "Weight of the GRPO term where objective is distill+grpo.", above=0
+    )
+    sft_weight: float = option(
+        1.0,
+        "our choice",
+        "Weight of the mean NLL of the references' tokens where objective is distill+sft.",
+        above=0,
     )
     position_halflife: float | None = option(
         None,

@@ -25,7 +25,7 @@ def check_views(config: Settings) -> None:
         )
     if set(views) == {"student"}:
         raise ConfigError("teacher_views names the student alone, which teaches itself nothing: add another view")
-    if set(views) != {"exposed"} and config.objective not in ("distill", "distill+grpo"):
+    if set(views) != {"exposed"} and config.objective not in ("distill", "distill+grpo", "distill+sft"):
         raise ConfigError(
             f"objective is {config.objective!r}, and teacher_views {config.teacher_views} are mixed for a divergence "
             "only: set objective to 'distill', or leave teacher_views out"

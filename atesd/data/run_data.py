@@ -55,6 +55,12 @@ class RunData:
         """Returns the ids of the teacher's prompt at `alpha`. Raises PromptTooLong."""
         return self.prompts.teacher(problem, self.shown.of(problem), alpha)
 
+    def imitated(self, problems: list[Problem]) -> tuple[list[list[int]], list[list[int]]]:
+        """Returns the ids of the student's prompts and of the references as replies, each problem once."""
+        distinct = {problem.id: problem for problem in problems}.values()
+        replies = [self.prompts.reference_completion(self.references[problem.id])[0] for problem in distinct]
+        return [self.prompts.student(problem) for problem in distinct], replies
+
     def exposed(self, problem: Problem, alpha: float) -> str:
         """Returns the part of a reference that the teacher reads at `alpha`; "" without one."""
         shown = self.shown.of(problem)
@@ -102,7 +108,7 @@ def reads_solutions(config: ATESDConfig) -> bool:
     """Whether anything in the run reads worked solutions: a teacher that is shown some, SFT, the probe or the score."""
     never_exposed = config.exposure_policy == "fixed" and config.fixed_alpha == 0
     shown = config.objective != "grpo" and config.reference_source != "none" and not never_exposed
-    return shown or config.num_probe_problems > 0 or config.objective == "sft"
+    return shown or config.num_probe_problems > 0 or "sft" in config.objective
 
 
 def settle_counts(config: ATESDConfig, problems: ProblemSplits) -> None:

@@ -15,6 +15,7 @@ from signal import SIGPIPE, Signals
 
 from atesd import __version__
 from atesd.errors import AtesdError, ConfigError, suggest
+from atesd.files import storage_fault
 from atesd.reports.printout import messages_to_stderr
 from atesd.stopping import Stopped, go_on_command
 from atesd.terminal import plain_messages, show, while_it_is_read
@@ -74,6 +75,8 @@ def run_command(argv: list[str]) -> int:
         how = "; go on with the same command" if arguments.command in ("eval", "study", "sweep") else ""
         return fail(f"stopped{how}", 130)
     except Exception as error:
+        if (fault := storage_fault(error)) and not isinstance(error, AtesdError):
+            return fail(f"{fault} ({error}): mend that, then run the command again", 1)
         if os.environ.get("ATESD_TRACEBACK") or not needs_no_traceback(error):
             raise
         hint = "" if isinstance(error, AtesdError) else "\n(ATESD_TRACEBACK=1 shows where this was raised)"

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,19 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def put_in_place(staging: Path, target: Path) -> None:
+    """Makes a folder the new `target`. All of it is on the device before the old one, if any, gives way."""
+    for path in (*staging.rglob("*"), staging):
+        fsync(path)
+    old = target.with_name(f".replaced-{target.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    staging.rename(target)
+    fsync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def share_with_readers(folder: Path) -> None:

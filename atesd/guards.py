@@ -16,6 +16,7 @@ from typing import Any
 
 from atesd.config import ATESDConfig
 from atesd.exposure.signals import finite
+from atesd.files import put_in_place
 from atesd.step_metrics import NGRAM
 from atesd.terminal import show
 
@@ -118,9 +119,7 @@ class Guards:
         save(staging / ("adapter" if self.config.use_peft else "model"))
         best = {"step": self.best_step, "probe_nll": self.best_probe_nll}
         (staging / "best.json").write_text(json.dumps(best) + "\n", encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target)
-        staging.rename(target)
+        put_in_place(staging, target)
 
     def summary(self) -> dict[str, Any]:
         """Returns the fields of summary.json: the best probe NLL, its number of updates, and the reason to stop."""

@@ -26,7 +26,7 @@ from atesd.inputs import BASE_FILES, INPUTS, weights_digest
 from atesd.models.loading import load_base, load_model_config, model_path, reraise_as_model_load_error
 from atesd.models.merging import adapted_modules, base_of, check_mergeable, merged_module
 from atesd.models.model_folder import MODEL_FILE, STAGING, own_empty, write_model
-from atesd.resuming import SUMMARY, checkpoints_are_gone
+from atesd.resuming import checkpoints_are_gone, finished_after
 from atesd.stopping import go_on_command
 from atesd.storage.checkpoint import (
     CHECKPOINTS,
@@ -142,7 +142,7 @@ def steps_of(trained: Path) -> str:
     """Says which step the weights are of, if their run has not come to its end."""
     checkpoint = next((p for p in (trained, trained.parent) if (p / MANIFEST).is_file()), None)
     run = find_run(trained)
-    if checkpoint is None or run is None or (run / SUMMARY).is_file():
+    if checkpoint is None or run is None or finished_after(run) == step_of(checkpoint):
         return ""
     settings = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
     return f", step {step_of(checkpoint)} of {settings['max_steps']}"

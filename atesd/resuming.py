@@ -98,6 +98,14 @@ def check_settings(checkpoint: Path, config: ATESDConfig, run_dir: Path, num_pro
     check_same_settings(saved, config, may_change, f"the checkpoint in {str(run_dir)!r}", advice)
 
 
+def finished_after(run_dir: Path) -> int | None:
+    """Returns the steps after which the run wrote its results; None if it has not, or they cannot be read."""
+    try:
+        return int(json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def proven_step(step: int, nonfinite_in_a_row: int) -> int:
     """The last step whose weights are known to be good: the next update found loss and gradient finite."""
     return step - nonfinite_in_a_row - 1

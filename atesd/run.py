@@ -8,6 +8,7 @@ checkpoint holds full tensors, independent of the number of processes. Any numbe
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,13 +29,14 @@ from atesd.data.problems import Problem
 from atesd.data.reading.leakage import TeacherWording
 from atesd.data.run_data import load_run_data
 from atesd.errors import AtesdError
+from atesd.evaluation.learned import forget_answers_after
 from atesd.evaluation.reward import VerifierReward
 from atesd.evaluation.training import TrainingEvaluation
 from atesd.exposure.decisions import ExposureDecisions
 from atesd.exposure.difficulty import Difficulty
 from atesd.exposure.outcomes import OutcomeMeter
 from atesd.exposure.policies import make_policy
-from atesd.files import write_atomically, write_json
+from atesd.files import put_in_place, write_atomically, write_json
 from atesd.guards import BEST, Guards
 from atesd.hub import make_repository, push_folder
 from atesd.inputs import INPUTS, input_digests, keep_inputs
@@ -65,11 +67,13 @@ from atesd.resuming import (
     SUMMARY,
     check_settings,
     checkpoint_to_resume,
+    finished_after,
     proven_step,
 )
 from atesd.rollout import Rollout, check_processes, make_engine
 from atesd.rollout.ahead import AheadEngine
 from atesd.rollout.batches import RolloutBatches
+from atesd.rollout.engine import ENGINE_WEIGHTS
 from atesd.rollout.mismatch import EngineMismatch
 from atesd.rollout.seeds import seed_of
 from atesd.step_metrics import clip_fraction, outcome_metrics, response_metrics, text_metrics
@@ -83,7 +87,7 @@ ADAPTER, MODEL = "adapter", "model"
 # What a run writes into its folder, and must not find there when it starts.
 WRITTEN = (
     *(CONFIG_FILE, INPUTS, METRICS, SAMPLES, ANSWERS, CHECKPOINTS),
-    *(BEST, ADAPTER, MODEL, SUMMARY, REPORT, NONFINITE),
+    *(BEST, ADAPTER, MODEL, SUMMARY, REPORT, NONFINITE, ENGINE_WEIGHTS),
 )
 
 
@@ -152,14 +156,15 @@ class Run:
     def build_parts(self) -> None:
         config = self.config
         checkpoint = self.processes.broadcast_from_main(self.checkpoint_to_resume)
-        if self.processes.is_main:  # before anything long: however the run ends, it can be resumed
+        if self.processes.is_main and not config.resume:  # before anything long: however it ends, it can be resumed
             config.save(self.run_dir)
         check_processes(config, self.processes)
         check_kernels(config)
         with ExitStack() as opened:  # if a later part fails, stops the subprocesses of the earlier ones
             self.build_data()
             if self.processes.is_main:
-                config.save(self.run_dir)  # again: with the counts of problems that were found
+                if not config.resume:
+                    config.save(self.run_dir)  # again: with the counts of problems that were found
                 show(f"run directory: {self.run_dir}")
             digests = input_digests(config, self.data, self.tokenizer)
             self.changed_inputs = self.processes.broadcast_from_main(
@@ -171,9 +176,12 @@ class Run:
             self.build_evaluation(opened)
             if checkpoint:
                 self.restore(checkpoint)
+            if config.resume and self.processes.is_main:
+                forget_answers_after(self.run_dir, self.step)
             if config.push_to_hub:
                 self.processes.broadcast_from_main(make_repository, config.push_to_hub)
             if self.processes.is_main:
+                config.save(self.run_dir)  # a resume that is refused leaves the settings as they were
                 self.warn_of_the_foreseen()
             self.opened = opened.pop_all()
 
@@ -404,8 +412,8 @@ class Run:
         self.processes.barrier()
 
     def is_finished(self) -> bool:
-        """Whether there is nothing left to do: all steps are made and the results written."""
-        return self.step >= self.config.max_steps and (self.run_dir / SUMMARY).exists()
+        """Whether there is nothing left to do: all steps are made and their results written."""
+        return self.step >= self.config.max_steps and finished_after(self.run_dir) == self.step
 
     def how_to_go_on(self) -> str:
         return f"The run is saved as it was after step {self.step}: go on with {go_on_command(self.run_dir)}"
@@ -432,8 +440,11 @@ class Run:
         if not self.processes.is_main:
             return
         folder, learned = self.run_dir / (ADAPTER if self.config.use_peft else MODEL), read_comparison(self.run_dir)
-        write(folder)
-        write_atomically(folder / "README.md", model_card(self.config, self.step, learned))
+        staging = folder.with_name(f".writing-{folder.name}")
+        shutil.rmtree(staging, ignore_errors=True)
+        write(staging)
+        write_atomically(staging / "README.md", model_card(self.config, self.step, learned))
+        put_in_place(staging, folder)
         summary = {"steps": self.step, **self.data.counts(), **self.guards.summary(), **self.exposure.policy.finish()}
         if self.changed_inputs:
             summary["changed_inputs"] = self.changed_inputs

@@ -27,6 +27,9 @@ class Stopped(KeyboardInterrupt):
         super().__init__(message)
         self.signal = number
 
+    def __reduce__(self) -> tuple[type[Stopped], tuple[str, int]]:  # it may come from another process
+        return type(self), (str(self), self.signal)
+
 
 class StopSignals:
     """Counts the signals that ask the run to end. A second one interrupts at once, without saving.

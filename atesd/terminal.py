@@ -85,12 +85,17 @@ def end_unread() -> None:
 without_a_reader: list[Callable[[], None]] = [end_unread]
 
 
-@contextmanager
-def plain_messages() -> Iterator[None]:
-    """Context of a command. A warning takes one line, and a traceback that ends the command is printable."""
-    before = warnings.formatwarning
+def one_line_messages() -> None:
+    """From now on a warning takes one line, and a traceback that ends the process is printable."""
     warnings.formatwarning = lambda message, *where: f"atesd: warning: {printable(message)}\n"
     sys.excepthook = show_traceback
+
+
+@contextmanager
+def plain_messages() -> Iterator[None]:
+    """Context of a command: `one_line_messages` within."""
+    before = warnings.formatwarning
+    one_line_messages()
     try:
         yield
     finally:

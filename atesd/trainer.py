@@ -64,6 +64,7 @@ class Trainer:
 
     def __init__(self, run: Run):
         self.run, self.signals = run, StopSignals()
+        self.log: StepLog | None = None
 
     def train(self) -> Path:
         """All steps from where the run stands, then the adapter, a summary and the report. Returns the run's folder."""
@@ -71,7 +72,7 @@ class Trainer:
         if run.is_finished():
             show(f"the run is finished after step {run.step}; --max_steps {run.step + 100} would go on")
             return run.run_dir
-        log = StepLog(run.run_dir, run.accelerator, asdict(config), run.step, config.logging_steps)
+        self.log = log = StepLog(run.run_dir, run.accelerator, asdict(config), run.step, config.logging_steps)
         if run.step == 0 and (measured := run.evaluation.measure(0)):
             log.before_training(measured)
         if run.evaluation.failure:
@@ -147,6 +148,8 @@ class Trainer:
         try:
             return run.rollout.next(last=t + 1 == run.config.max_steps)
         except RolloutError as error:
+            if self.log:
+                self.log.sync()
             run.save()
             raise RolloutError(f"{error}\n{run.how_to_go_on()}") from error
 

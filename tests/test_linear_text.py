@@ -15,6 +15,7 @@ import pytest
 from atesd.data.answers import final_answer
 from atesd.data.latex_spans import last_boxed, protected_spans
 from atesd.data.segmentation import segment, split_reference
+from atesd.data.solutions import solution_text
 from atesd.evaluation.grading.answer_text import same_answer
 
 LENGTH = 8_000  # characters of the shorter text
@@ -106,6 +107,7 @@ TEXTS = {
     "labels with boxes": repeated("(a) \\boxed{1}. (b) \\boxed{2}. Part 3 \\boxed{3}\n\n"),
     "numbers with boxes": lambda n: "".join(f"{i % 100}. \\boxed{{{i}}}\n" for i in range(n // 15)),
     "bullets and spaces": lambda n: "\\boxed{1}\n- " + " " * n + "\n\\boxed{2}",
+    "spaces after a mark": lambda n: "<|end_of_solution|>x" + " " * n + "y",
     "spaces in a unit": lambda n: "\\boxed{\\text{1" + " " * n + "!}}",
 }
 READERS = {
@@ -114,6 +116,7 @@ READERS = {
     "segments": segment,
     "reference": lambda text: split_reference(text, "1"),
     "answer": final_answer,
+    "solution": solution_text,
     "comparison": lambda text: same_answer("12", text.removeprefix("\\boxed{").removesuffix("}")),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import shutil
 import signal
 from collections.abc import Callable
@@ -15,9 +16,11 @@ import torch
 import yaml
 
 from atesd.config import load_config
+from atesd.data.prompts import PromptTooLong
 from atesd.errors import AtesdError, ConfigError, StorageError
-from atesd.files import write_atomically
+from atesd.files import put_in_place, write_atomically
 from atesd.reports.metrics import RunFolderGone
+from atesd.rollout.connections import Refused
 from atesd.run import Run
 from atesd.stopping import Stopped
 from atesd.storage.checkpoint import CheckpointError, list_checkpoints
@@ -319,6 +322,61 @@ def test_a_finished_run_says_so_and_writes_nothing(tiny_config, capsys):
     assert "the run is finished after step 1" in capsys.readouterr().out
     changed = [path for path, time in before.items() if path.is_file() and path.stat().st_mtime_ns != time]
     assert not changed
+
+
+def test_a_run_given_more_steps_is_finished_once_their_results_are_written(tiny_config, monkeypatch):
+    """Its summary of fewer steps lies there when the end fails."""
+    run_dir = train(tiny_config(max_steps=1))
+    with monkeypatch.context() as patch:
+        patch.setattr("atesd.run.write_json", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        with pytest.raises(StorageError, match="the disk is full"):
+            train(resume(run_dir, "--max_steps", "2"))
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == 1
+    train(resume(run_dir))
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == 2
+    assert not list(run_dir.glob(".*ing-*")) and not list(run_dir.glob(".replaced-*"))
+
+
+@pytest.mark.parametrize("summary", ["", "[]", '{"steps": null}', "{"])
+def test_a_damaged_summary_is_written_again(tiny_config, summary):
+    run_dir = train(tiny_config(max_steps=1))
+    (run_dir / "summary.json").write_text(summary)
+    train(resume(run_dir))
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == 1
+
+
+def test_a_resume_that_is_refused_leaves_the_settings_as_they_were(tiny_config, monkeypatch):
+    run_dir = train(tiny_config(max_steps=1))
+    before = (run_dir / "config.yaml").read_text()
+    monkeypatch.setattr("atesd.run.keep_inputs", lambda *_: (_ for _ in ()).throw(ConfigError("other inputs")))
+    with pytest.raises(ConfigError, match="other inputs"):
+        train(resume(run_dir, "--learning_rate", "1", "--max_steps", "2"))
+    assert (run_dir / "config.yaml").read_text() == before
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    for content in ("old", "new"):
+        (tmp_path / ".writing" / "deep").mkdir(parents=True)
+        (tmp_path / ".writing" / "deep" / "file").write_text(content)
+        put_in_place(tmp_path / ".writing", tmp_path / "best")
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert (tmp_path / "best/deep/file").read_text() == "new"
+
+
+def kinds_of(error: type) -> set[type]:
+    return {error}.union(*map(kinds_of, error.__subclasses__()))
+
+
+def test_every_error_for_people_comes_whole_out_of_another_process():
+    made = {
+        PromptTooLong: PromptTooLong("p1", "student prompt", 9, 8, "drop it"),
+        Refused: Refused(404, "no such model"),
+        Stopped: Stopped("saved", signal.SIGTERM),
+    }
+    for kind in [*kinds_of(AtesdError), Stopped]:
+        error = made.get(kind) or kind("what, and what to do")
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again), vars(again)) == (kind, str(error), vars(error))
 
 
 def test_a_small_file_is_old_or_new_whatever_fails(tmp_path, monkeypatch):

@@ -33,11 +33,14 @@ class PromptTooLong(AtesdError, ValueError):
     """A prompt does not fit. Has ``problem_id``, ``kind``, and ``length`` and ``limit`` in tokens."""
 
     def __init__(self, problem_id: str, kind: str, length: int, limit: int, advice: str):
-        self.problem_id, self.kind, self.length, self.limit = problem_id, kind, length, limit
+        self.problem_id, self.kind, self.length, self.limit, self.advice = problem_id, kind, length, limit, advice
         super().__init__(
             f"the {kind} of problem {problem_id!r} has {length} tokens, {limit} fit: {advice} (nothing is cut "
             "silently; overlong_problems: skip leaves such problems out)"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:  # it may come from another process
+        return type(self), (self.problem_id, self.kind, self.length, self.limit, self.advice)
 
 
 class PromptBuilder:

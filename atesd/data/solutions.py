@@ -10,7 +10,7 @@ __all__ = ["solution_text"]
 
 # GSM8K writes what a calculator would say into its solutions: "3 + 4 = <<3+4=7>>7".
 _CALCULATOR = re.compile(r"<<[\d\s.,+\-*/xX()%$]*=[\d\s.,+\-*/xX()%$=]*>>")
-_SOLUTION_MARKS = re.compile(r"\s*<\|(?:begin|end)_of_solution\|>\s*")  # OpenThoughts
+_SOLUTION_MARKS = re.compile(r"(?<!\s)\s*<\|(?:begin|end)_of_solution\|>\s*")  # OpenThoughts
 
 
 def solution_text(text: str) -> str:

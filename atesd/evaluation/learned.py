@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from atesd.data.problems import Problem
 from atesd.evaluation.answers import Sample
 from atesd.evaluation.statistics import estimate
 from atesd.files import write_atomically, write_json
-from atesd.reports.learned import ANSWERS, COMPARISON
+from atesd.reports.learned import ANSWERS, COMPARISON, read_comparison
 
 CONFIDENCE, NUM_BOOTSTRAP = 0.95, 2_000
 
@@ -28,7 +29,24 @@ def keep_answers(run_dir: Path, step: int, problems: Sequence[Problem], samples:
     lines = [json.dumps({**by_id[sample["problem_id"]], **sample}) + "\n" for sample in samples]
     write_atomically(file_of(run_dir, step), "".join(lines))
     if step and file_of(run_dir, 0).is_file():
-        compare(run_dir, step)
+        try:
+            compare(run_dir, step)
+        except (ValueError, KeyError, TypeError) as error:
+            warnings.warn(
+                f"{file_of(run_dir, 0)} is damaged ({error!r}), so nothing says what was answered before training",
+                stacklevel=2,
+            )
+
+
+def forget_answers_after(run_dir: Path, step: int) -> None:
+    """Removes what evaluations after `step` have left: a run that goes on from there makes them again."""
+    for file in (run_dir / ANSWERS).glob("step-*.jsonl"):
+        number = file.stem.removeprefix("step-")
+        if number.isdigit() and int(number) > step:
+            file.unlink()
+    found = read_comparison(run_dir)
+    if found is None or found["step"] > step:
+        (run_dir / COMPARISON).unlink(missing_ok=True)
 
 
 def compare(run_dir: Path, step: int) -> None:

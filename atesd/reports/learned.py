@@ -17,9 +17,12 @@ SHOWN_CHARACTERS = 400
 
 
 def read_comparison(run_dir: Path) -> dict[str, Any] | None:
-    """Returns the comparison; None if the run was not evaluated before and during training."""
-    file = run_dir / COMPARISON
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    """Returns the comparison; None if the run was not evaluated before and during training, or it is damaged."""
+    try:
+        found = dict(json.loads((run_dir / COMPARISON).read_text(encoding="utf-8")))
+        return found if {"step", "num_problems", "before", "after", "change", "example"} <= found.keys() else None
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def headline(found: dict[str, Any]) -> str:

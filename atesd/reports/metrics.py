@@ -129,7 +129,7 @@ def read_steps(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
     for line in whole_lines(path):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         good = isinstance(row, dict) and type(row.get("step")) is int
         rows.append(row) if good else damaged.append(line)

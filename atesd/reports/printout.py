@@ -83,7 +83,8 @@ def draw(parts: Sequence[str | Table]) -> None:
         if isinstance(part, str):
             console.print(Text(printable(part)), soft_wrap=True)
             continue
-        cells = Table(part.title, [[printable(cell) for cell in row] for row in part.rows], part.header)
+        rows = [[printable(cell) for cell in row] for row in part.rows]
+        cells = Table(printable(part.title), rows, [*map(printable, part.header)])
         widths = column_widths(cells, console.width)
         if widths is None:
             console.print(*blocks(cells), sep="\n")

@@ -17,7 +17,7 @@ from atesd.files import write_atomically
 from atesd.reports import markup, plots
 from atesd.reports.learned import as_card, read_comparison
 from atesd.reports.markup import card, sample_cards, text
-from atesd.reports.metrics import METRICS, SAMPLES, read_jsonl
+from atesd.reports.metrics import METRICS, SAMPLES, read_steps
 
 REPORT = "report.html"
 # title, {metric: label}, unit of the y-axis, description
@@ -73,8 +73,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     run_dir = Path(run_dir)
     if not (run_dir / METRICS).is_file():
         raise ReportError(f"{run_dir} is no run directory: it has no {METRICS}. Give a folder that a run made")
-    rows = read_jsonl(run_dir / METRICS)
-    samples = read_jsonl(run_dir / SAMPLES)
+    rows, samples = (read_steps(run_dir / name)[0] for name in (METRICS, SAMPLES))
     config_file = run_dir / CONFIG_FILE
     config = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     path = run_dir / REPORT

@@ -24,7 +24,10 @@ class Refused(AtesdError, OSError):
 
     def __init__(self, status: int, text: str):
         super().__init__(f"{status} {http.client.responses.get(status, '')}: {text[:500]}")
-        self.status = status
+        self.status, self.text = status, text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.status, self.text)
 
 
 class Request(urllib.request.Request):
@@ -34,6 +37,16 @@ class Request(urllib.request.Request):
         super().__init__(url, None if body is None else json.dumps(body).encode(), {"Content-Type": "application/json"})
         self.sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self.is_late = threading.Event()
+
+
+class BoundedResponse(http.client.HTTPResponse):
+    """Refuses a chunk of a negative size, which http.client would read to the end of the connection, past any limit."""
+
+    def _read_next_chunk_size(self) -> int:
+        size = int(super()._read_next_chunk_size())  # type: ignore[misc]
+        if size < 0:
+            raise http.client.HTTPException(f"a chunk of {size} bytes")
+        return size
 
 
 class Connections:
@@ -55,6 +68,8 @@ class Connections:
         class Noting(handler):  # type: ignore[misc, valid-type]
             def do_open(self, http_class: type[http.client.HTTPConnection], request: Request, **options: Any) -> Any:
                 class Connection(http_class):  # type: ignore[misc, valid-type]
+                    response_class = BoundedResponse
+
                     def connect(self) -> None:
                         super().connect()
                         connections.note(request, self)
@@ -85,10 +100,10 @@ class Connections:
         request = Request(url, body)
         try:
             status, data, missing, location = self.receive(request, timeout, limit)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: of http.client's own parsing
             if request.is_late.is_set():
                 raise TimeoutError(f"no whole answer from the server at {url} in {timeout:g} s") from error
-            if isinstance(error, http.client.HTTPException):
+            if isinstance(error, http.client.HTTPException | ValueError):
                 raise ConnectionError(f"the server's answer at {url} is incomplete or not HTTP: {error!r}") from error
             raise ConnectionError(f"no answer from the server at {url}: {error}") from error
         if len(data) > limit:

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from atesd.errors import AtesdError
 
+ENGINE_WEIGHTS = "engine_weights"  # folder of a run, for an engine that reads the student's weights from files
+
 
 @dataclass(frozen=True)
 class Rollout:

@@ -26,7 +26,7 @@ from atesd.parallel.processes import Processes
 from atesd.parallel.sharding import is_sharded, reshard, writer
 from atesd.rollout.answer_rules import MODEL_RULES, WEIGHT_RULES, Completion, at, broken_rule, shown
 from atesd.rollout.connections import Connections, Refused
-from atesd.rollout.engine import RolloutError
+from atesd.rollout.engine import ENGINE_WEIGHTS, RolloutError
 from atesd.rollout.requests import STOPPED, RequestEngine
 from atesd.rollout.seeds import ResponseSeeds
 from atesd.rollout.vllm import request_settings
@@ -104,7 +104,7 @@ class VLLMServerEngine(RequestEngine):
         return cls(
             model,
             config.vllm_server_base_url,
-            folder=Path(config.output_dir).absolute() / "engine_weights",
+            folder=Path(config.output_dir).absolute() / ENGINE_WEIGHTS,
             dtype=torch.bfloat16 if config.bf16 else getattr(torch, config.torch_dtype),
             merged=config.vllm_server_weights == "merged",
             processes=processes,

@@ -162,15 +162,25 @@ def lock(folder: Path) -> int:
     """
     path = folder / LOCK
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be made or written to ({error.strerror}): choose another folder"
+            ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             owner = os.read(descriptor, 200).decode(errors="replace").strip()
             os.close(descriptor)
             raise FolderInUse(
                 f"{folder} is being written by another process{f' ({owner})' if owner else ''}: wait until it has "
                 "ended, or choose another folder"
+            ) from error
+        except OSError as error:
+            os.close(descriptor)
+            raise ConfigError(
+                f"{path} cannot be locked ({error.strerror}): the file system has no locks. Choose another folder"
             ) from error
         if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
             break

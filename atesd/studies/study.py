@@ -6,11 +6,15 @@ with the settings of a finished one, in this study or in one beside it, is not m
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import suppress
 from functools import cache
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -32,7 +36,9 @@ from atesd.studies.trial import (
     run_trial,
     write_result,
 )
-from atesd.terminal import show
+from atesd.terminal import one_line_messages, show
+
+PR_SET_PDEATHSIG = 1
 
 
 def run_study(spec: StudySpec, flags: list[str], output_dir: str, jobs: int = 1) -> Path:
@@ -88,7 +94,7 @@ def trials_of(spec: StudySpec, flags: list[str], folder: Path) -> Iterator[Trial
             config.output_dir = str(run_dir)
             settle_paths(config)
             digest = digest_of(config, spec.measure, file_digest)
-            yield Trial(variant, seed, spec.measure, run_dir, resumed(run_dir, config), digest)
+            yield Trial(variant, seed, spec.measure, run_dir, resumed(run_dir, config, digest), digest)
 
 
 def finished_runs(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -124,18 +130,23 @@ def run_all(todo: list[Trial], jobs: int) -> Iterator[Trial]:
             yield trial
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
+    waiting, running = iter(todo), {}
     with ProcessPoolExecutor(jobs, get_context("spawn"), start_worker, (threads,)) as pool:
-        running = {pool.submit(run_trial, trial): trial for trial in todo}
-        try:
-            for done in as_completed(running):
+        while True:
+            for trial in islice(waiting, jobs - len(running)):  # no more: after an error, those would still be made
+                running[pool.submit(run_trial, trial)] = trial
+            if not running:
+                return
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
                 done.result()
-                yield running[done]
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+                yield running.pop(done)
 
 
 def start_worker(threads: int) -> None:
+    """Of a process that makes runs: its share of the cores, messages as in a command, an end with its parent's."""
     import torch
 
     torch.set_num_threads(threads)
+    one_line_messages()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # Linux; a run under way is saved

@@ -24,6 +24,7 @@ from atesd.evaluation.statistics import pass_at
 from atesd.files import sha256, write_atomically, write_json
 from atesd.models.loading import model_path
 from atesd.run import Run
+from atesd.storage.checkpoint import CHECKPOINTS
 from atesd.storage.folder import LOCK
 from atesd.studies.held_out import measure
 from atesd.studies.spec import Measure
@@ -31,6 +32,7 @@ from atesd.terminal import progress
 from atesd.trainer import Trainer
 
 MEASURED, BEFORE = "measured.json", "before.json"
+CONFIG_JSON = "config.json"
 ANSWERS_AT_ONCE = 64
 # Settings that change no number of a run.
 NOT_COMPARED = (
@@ -69,9 +71,17 @@ class Trial:
 
 
 def digest_of_files(name_or_path: str) -> str | None:
-    """Returns a digest of a file, or of a model's files; None for what is not on this machine."""
+    """Returns a digest of a file, or of a folder's files; None for what is not on this machine.
+
+    The name of a model that ships stands for its folder.
+    """
     path = Path(name_or_path)
-    return sha256(path) if path.is_file() else fingerprint(model_path(name_or_path))
+    if path.is_file():
+        return sha256(path)
+    if (path / CONFIG_JSON).is_file() or not path.is_dir():
+        return fingerprint(model_path(name_or_path))
+    files = {str(file.relative_to(path)): sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
 
 
 def digest_of(config: ATESDConfig, measure: Measure, file_digest: Callable[[str], str | None]) -> str:
@@ -82,8 +92,8 @@ def digest_of(config: ATESDConfig, measure: Measure, file_digest: Callable[[str]
     """
     usual = {field.name: field.default for field in fields(ATESDConfig)}
     settings = {n: v for n, v in asdict(config).items() if n not in NOT_COMPARED and v != usual[n]}
-    files = {name: file_digest(settings[name]) for name in PATHS if name in settings}
-    settings |= {name: found for name, found in files.items() if Path(settings[name]).exists()}
+    files = {name: file_digest(value) for name in PATHS if (value := getattr(config, name))}
+    settings |= {name: found for name, found in files.items() if Path(getattr(config, name)).exists()}
     content = [settings, asdict(measure), files, __version__]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -101,22 +111,34 @@ def write_result(file: Path, content: dict[str, Any]) -> None:
 
 def read_result(file: Path) -> dict[str, Any]:
     """Returns what `write_result` was given, `{"before": {problem id: {metric: value}}, "after": ..., ...}`."""
-    content = dict(json.loads(file.read_text(encoding="utf-8")))
-    for when in ("before", "after"):
-        problems, columns = content[when].pop("problems"), content[when]
-        values = zip(*columns.values(), strict=True)
-        content[when] = {i: dict(zip(columns, row, strict=True)) for i, row in zip(problems, values, strict=True)}
-    return content
+    try:
+        content = dict(json.loads(file.read_text(encoding="utf-8")))
+        for when in ("before", "after"):
+            problems, columns = content[when].pop("problems"), content[when]
+            values = zip(*columns.values(), strict=True)
+            content[when] = {i: dict(zip(columns, row, strict=True)) for i, row in zip(problems, values, strict=True)}
+        return {**content, "digest": str(content["digest"])}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{file} is no result of a run ({type(error).__name__}: {error}): remove it, and the run is made again"
+        ) from error
 
 
-def resumed(folder: Path, config: ATESDConfig) -> ATESDConfig:
+def resumed(folder: Path, config: ATESDConfig, digest: str) -> ATESDConfig:
     """Returns the settings to go on with in `folder`: `config`, or those of the run that it holds.
 
     Raises:
-        ConfigError: the folder holds something else, or a run with other settings.
+        ConfigError: the folder holds something else, a run with other settings, or what was measured of another run.
     """
+    for name in (MEASURED, BEFORE):
+        found = read_digest(folder / name)
+        if found is not None and found != digest:
+            raise ConfigError(
+                f"{folder / name} was measured with other settings, another model or other data (its digest is "
+                f"{found!r}, this study's {digest!r}): move {folder}, or choose another output_dir"
+            )
     if not (folder / CONFIG_FILE).is_file():
-        if folder.exists() and any(path.name not in (LOCK, MEASURED) for path in folder.iterdir()):
+        if folder.exists() and any(not of_a_study(path) for path in folder.iterdir()):
             raise ConfigError(f"{folder} exists, and no study made it: move it, or choose another output_dir")
         return config
     saved = load_config(None, ["--resume", str(folder)])
@@ -125,14 +147,30 @@ def resumed(folder: Path, config: ATESDConfig) -> ATESDConfig:
     return saved
 
 
+def read_digest(file: Path) -> str | None:
+    """Returns the digest of the run that a file was measured on; None if there is no such file."""
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["digest"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is damaged, or of another version of atesd ({error!r}): remove it") from error
+
+
+def of_a_study(path: Path) -> bool:
+    """Whether a study that was killed may have left `path`, beside a run without its config.yaml."""
+    empty = path.name == CHECKPOINTS and path.is_dir() and not any(path.iterdir())
+    return path.name in (LOCK, MEASURED) or path.suffix == ".tmp" or empty
+
+
 def run_trial(trial: Trial) -> None:
     """Trains one run, and writes what was measured before and after, problem by problem, to its measured.json."""
     trial.config.validate()
     with closing(Run.build(trial.config)) as run:
         before_file = run.run_dir / BEFORE
         if not before_file.exists():
-            write_json(before_file, measured(run, trial))
-        before = json.loads(before_file.read_text(encoding="utf-8"))
+            write_json(before_file, {"digest": trial.digest, "problems": measured(run, trial)})
+        before = json.loads(before_file.read_text(encoding="utf-8"))["problems"]
         Trainer(run).train()
         after = measured(run, trial)
     of_the_run = {"variant": trial.variant, "seed": trial.seed, "digest": trial.digest}

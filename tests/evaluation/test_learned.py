@@ -8,7 +8,7 @@ import pytest
 
 from atesd.data.problems import Problem
 from atesd.evaluation.grading.grader import Grader, Verdict
-from atesd.evaluation.learned import keep_answers
+from atesd.evaluation.learned import forget_answers_after, keep_answers
 from atesd.reports.learned import SHOWN_CHARACTERS, as_card, as_lines, headline, read_comparison
 from atesd.trainer import train
 
@@ -90,3 +90,29 @@ def test_long_and_hostile_answers_are_shortened_and_escaped(tmp_path):
     assert max(map(len, as_lines(found).splitlines())) < SHOWN_CHARACTERS + 50
     assert as_lines(found).splitlines()[-1].endswith("\\boxed{7}")
     assert "<script>" not in as_card(found)
+
+
+def test_a_run_that_goes_on_from_an_earlier_step_forgets_later_answers(tmp_path):
+    compared(tmp_path, samples("a"), samples("ab"), step=5)
+    compared(tmp_path, samples("a"), samples("abc"), step=10)
+    forget_answers_after(tmp_path, 10)
+    assert read_comparison(tmp_path)["step"] == 10
+    forget_answers_after(tmp_path, 7)
+    assert sorted(path.name for path in (tmp_path / "answers").iterdir()) == ["step-0.jsonl", "step-5.jsonl"]
+    forget_answers_after(tmp_path / "nothing", 7)
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "{}", "\udcff"])
+def test_damaged_answers_from_before_training_are_warned_of_and_end_no_run(tmp_path, line):
+    keep_answers(tmp_path, 0, PROBLEMS, samples("a"))
+    (tmp_path / "answers/step-0.jsonl").write_text(line, errors="surrogateescape")
+    with pytest.warns(UserWarning, match=r"step-0\.jsonl is damaged"):
+        keep_answers(tmp_path, 5, PROBLEMS, samples("a"))
+    assert read_comparison(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "nul"])
+def test_a_damaged_comparison_is_none(tmp_path, content):
+    compared(tmp_path, samples("a"), samples("b"))
+    (tmp_path / "answers/comparison.json").write_text(content)
+    assert read_comparison(tmp_path) is None

@@ -83,6 +83,8 @@ TRANSPORT = {
     "nothing": raw(b""),
     "not HTTP": raw(b"\x15\x03\x01\x00\x02\r\n\r\n"),
     "a chunk of no size": raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"),
+    "a chunk of a negative size": raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n0\r\n\r\n"),
+    "a chunk to the end of the connection": drip(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n", b" "),
     "a page": lambda h: send(h, "<html>sign in</html>", Content_Type="text/html"),
     "not UTF-8": lambda h: send(h, b"\xff\xfe\x00{"),
     "deep": lambda h: send(h, b"[" * 500_000),

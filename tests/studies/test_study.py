@@ -18,6 +18,7 @@ from atesd.studies.reading import load_spec, shipped
 from atesd.studies.spec import Measure, StudySpec
 from atesd.studies.study import run_study, trials_of
 from atesd.studies.study_report import printout
+from atesd.studies.trial import digest_of_files
 from atesd.trainer import Trainer
 from tests.quiet import quietly
 
@@ -122,6 +123,41 @@ def test_finished_runs_count_where_their_files_have_another_place(study, tmp_pat
         file.write(json.dumps(rows[0] | {"problem": "another"}) + "\n")
     assert command(study, tmp_path / "there/other/s", "--seeds", "0", "--variants", "full") == 0
     assert len(steps) == 4, "other data make another run"
+
+
+def test_a_result_of_other_settings_data_or_measure_is_refused_in_its_place(study, tmp_path, capsys):
+    folder = tmp_path / "s"
+    part = ("--seeds", "0", "--variants", "full")
+    assert command(study, folder, *part) == 0
+    assert cli.main(["study", study, "--output_dir", str(folder), *part, "--learning_rate", "0.5"]) == 2
+    content = yaml.safe_load((tmp_path / "mine.yaml").read_text())
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**content, "measure": {"problems": 4, "k": 3}}))
+    shutil.rmtree(folder / "full/seed-0/checkpoints")  # as where only results were committed
+    (folder / "full/seed-0/config.yaml").unlink()
+    capsys.readouterr()
+    assert cli.main(["study", study, "--output_dir", str(folder), *part]) == 2
+    assert "measured.json was measured with other settings" in capsys.readouterr().err
+    (folder / "full/seed-0/measured.json").write_text('{"digest": 1, "before": {}}')
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    assert cli.main(["study", study, "--output_dir", str(folder), *part]) == 2
+
+
+def test_a_study_of_a_data_folder_knows_its_files(study, tmp_path):
+    content = yaml.safe_load((tmp_path / "tiny.yaml").read_text())
+    rows = [{"problem": f"What is {i} + 1?", "solution": f"It is {i + 1}.", "answer": str(i + 1)} for i in range(20)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = digest_of_files(str(tmp_path / "data"))
+    (tmp_path / "data/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    assert before not in (None, digest_of_files(str(tmp_path / "data")))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content | {"dataset_name": str(tmp_path / "data")}))
+    assert command(study, tmp_path / "s", "--seeds", "0", "--variants", "full") == 0
+
+
+def test_an_error_in_a_process_of_its_own_is_told_as_in_this_one_and_ends_the_study(study, tmp_path, capsys):
+    folder = tmp_path / "s"
+    code = cli.main(["study", study, "--output_dir", str(folder), "--jobs", "2", "--max_prompt_length", "8"])
+    assert code in (1, 2) and "the student prompt of problem" in capsys.readouterr().err
 
 
 def test_several_runs_at_a_time_give_the_same_numbers(study, tmp_path):

@@ -17,7 +17,7 @@ from atesd import __version__
 from atesd.errors import AtesdError, ConfigError, suggest
 from atesd.files import storage_fault
 from atesd.reports.printout import messages_to_stderr
-from atesd.stopping import Stopped, go_on_command
+from atesd.stopping import Stopped, exit_code, go_on_command, sigterm_interrupts
 from atesd.terminal import plain_messages, show, while_it_is_read
 
 COMMANDS = (
@@ -34,7 +34,8 @@ OWN_FLAGS = ("train", "eval", "study", "sweep", "scaling")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 success, 1 failure, 2 invalid settings, 130 interrupted.
+    """Runs one command and returns its exit code: 0 success, 1 failure, 2 invalid settings, 128 and
+    the number of the signal that ended it.
 
     Raises:
         SystemExit: after --help and --version, and if nobody reads the output any more.
@@ -58,7 +59,7 @@ def run_command(argv: list[str]) -> int:
     if rest and arguments.command not in OWN_FLAGS:
         parser.error(f"unexpected {' '.join(rest)!r}")
     try:
-        with plain_messages():
+        with plain_messages(), sigterm_interrupts():
             if arguments.command in OWN_FLAGS:
                 run = {"train": train, "eval": evaluation, "study": study, "sweep": sweep, "scaling": scaling}
                 return run[arguments.command](argv[argv.index(arguments.command) + 1 :])
@@ -71,9 +72,9 @@ def run_command(argv: list[str]) -> int:
         if os.environ.get("ATESD_TRACEBACK"):
             raise
         return fail(error, 2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         how = "; go on with the same command" if arguments.command in ("eval", "study", "sweep") else ""
-        return fail(f"stopped{how}", 130)
+        return fail(f"stopped{how}", exit_code(stop))
     except Exception as error:
         if (fault := storage_fault(error)) and not isinstance(error, AtesdError):
             return fail(f"{fault} ({error}): mend that, then run the command again", 1)
@@ -146,10 +147,12 @@ def train(argv: list[str]) -> int:
 
         go_on = go_on_command(config.output_dir)
         if latest_checkpoint(config.output_dir):
-            return fail(f"stopped; go on with: {go_on}", 130)
+            return fail(f"stopped; go on with: {go_on}", exit_code(stop))
         if (Path(config.output_dir) / CONFIG_FILE).exists():
-            return fail(f"stopped before the first checkpoint: nothing is saved yet. Start over with: {go_on}", 130)
-        return fail("stopped", 130)
+            return fail(
+                f"stopped before the first checkpoint: nothing is saved yet. Start over with: {go_on}", exit_code(stop)
+            )
+        return fail("stopped", exit_code(stop))
     if int(os.environ.get("RANK", 0)) == 0:  # of the processes a launcher has started
         show(f"report: {run_dir / 'report.html'}")
         if (run_dir / "adapter").is_dir():

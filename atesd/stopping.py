@@ -31,6 +31,37 @@ class Stopped(KeyboardInterrupt):
         return type(self), (str(self), self.signal)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came outside a run's steps."""
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Context of a command: SIGTERM ends it as Ctrl-C does, so that what it has made is cleared or named.
+
+    Where somebody else handles the signal, it is left alone.
+    """
+    here = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if here:
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        if here:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def exit_code(stop: KeyboardInterrupt) -> int:
+    """Returns 128 and the number of the signal, as shells have it."""
+    if isinstance(stop, Stopped):
+        return 128 + stop.signal
+    return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+
+
 class StopSignals:
     """Counts the signals that ask the run to end. A second one interrupts at once, without saving.
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from atesd import cli
 from atesd.config import load_config
 from atesd.data.prompts import PromptTooLong
 from atesd.errors import AtesdError, ConfigError, StorageError
@@ -284,6 +285,23 @@ def test_a_signal_ends_the_run_after_its_step_which_is_saved(tiny_config, monkey
     assert names(run_dir) == ["step-000002"]
     train(resume(run_dir, "--max_steps", "3"))
     assert [row["step"] for row in rows_of(run_dir)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("place", "told"), [("build_data", "atesd: stopped\n"), ("finish", "go on with: atesd train")])
+def test_sigterm_outside_a_step_ends_a_command_as_ctrl_c_does(tiny_config, monkeypatch, capsys, tmp_path, place, told):
+    """While it starts, nothing stays; at its end, what is saved is named."""
+    settings = {name: value for name, value in vars(tiny_config(max_steps=1)).items() if value is not None}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    monkeypatch.setattr(Run, place, lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        assert cli.main(["train", str(tmp_path / "run.yaml")]) == 128 + signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told in capsys.readouterr().err
+    assert Path(settings["output_dir"]).exists() == (place == "finish")
 
 
 def test_a_run_whose_folder_is_removed_or_renamed_says_so_at_the_next_write(tiny_config, tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ def test_a_recipe_takes_a_small_file_and_the_run_keeps_the_counts_it_found(tiny_
     config = tiny_config(dataset_name=without_solutions, max_steps=1, num_train_problems=400, num_eval_problems=8,
                          **{**NO_TEACHER, "num_probe_problems": 0})  # fmt: skip
     config.up_to = frozenset({"num_train_problems", "num_eval_problems"})
-    with pytest.warns(UserWarning, match="num_train_problems is 6"):
+    with pytest.warns(UserWarning, match="num_train_problems is now 6"):
         run_dir = train(config)
     saved = load_config(None, ["--resume", str(run_dir)])
     assert (saved.num_train_problems, saved.num_eval_problems, saved.up_to) == (6, 2, frozenset())

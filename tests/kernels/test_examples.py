@@ -38,6 +38,8 @@ def test_the_pages_python_blocks_run(block):
         "full_hidden": torch.randn(6, 16),
         "answer_only_hidden": torch.randn(6, 16),
         "lm_head_weight": torch.randn(50, 16),
+        "ids": torch.arange(24).view(6, 4),  # a teacher's top 4
+        "logprobs": torch.full((6, 4), 0.2).log(),
     }
     exec(block, names)
     if "loss.backward()" in block:

@@ -142,7 +142,7 @@ def steps_of(trained: Path) -> str:
     """Says which step the weights are of, if their run has not come to its end."""
     checkpoint = next((p for p in (trained, trained.parent) if (p / MANIFEST).is_file()), None)
     run = find_run(trained)
-    if checkpoint is None or run is None or finished_after(run) == step_of(checkpoint):
+    if checkpoint is None or run is None or (finished_after(run) or 0) >= step_of(checkpoint):
         return ""
     settings = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
     return f", step {step_of(checkpoint)} of {settings['max_steps']}"

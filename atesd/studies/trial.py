@@ -130,6 +130,7 @@ def resumed(folder: Path, config: ATESDConfig, digest: str) -> ATESDConfig:
     Raises:
         ConfigError: the folder holds something else, a run with other settings, or what was measured of another run.
     """
+    config = settings_of(folder, config)  # first, since it names the setting that differs
     for name in (MEASURED, BEFORE):
         found = read_digest(folder / name)
         if found is not None and found != digest:
@@ -137,6 +138,11 @@ def resumed(folder: Path, config: ATESDConfig, digest: str) -> ATESDConfig:
                 f"{folder / name} was measured with other settings, another model or other data (its digest is "
                 f"{found!r}, this study's {digest!r}): move {folder}, or choose another output_dir"
             )
+    return config
+
+
+def settings_of(folder: Path, config: ATESDConfig) -> ATESDConfig:
+    """Returns the settings of the run in `folder`, which are those of `config`; `config` if it holds none."""
     if not (folder / CONFIG_FILE).is_file():
         if folder.exists() and any(not of_a_study(path) for path in folder.iterdir()):
             raise ConfigError(f"{folder} exists, and no study made it: move it, or choose another output_dir")

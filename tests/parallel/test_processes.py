@@ -336,7 +336,7 @@ def test_what_one_process_is_refused_ends_the_step_of_all_and_the_run_can_go_on(
 
     both = on_processes(2, told)
     assert all("The run is saved as it was after step 0" in message for message in both)
-    known = [message for message in both if "400" in message]
+    known = [message for message in both if "400 Bad Request" in message]
     assert len(known) == (2 if refused == 0 else 1)
     config.resume = config.output_dir
     server.seen.clear()

@@ -132,8 +132,10 @@ def test_a_result_of_other_settings_data_or_measure_is_refused_in_its_place(stud
     assert cli.main(["study", study, "--output_dir", str(folder), *part, "--learning_rate", "0.5"]) == 2
     content = yaml.safe_load((tmp_path / "mine.yaml").read_text())
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**content, "measure": {"problems": 4, "k": 3}}))
-    shutil.rmtree(folder / "full/seed-0/checkpoints")  # as where only results were committed
-    (folder / "full/seed-0/config.yaml").unlink()
+    measured = (folder / "full/seed-0/measured.json").read_bytes()
+    shutil.rmtree(folder / "full/seed-0")  # as where results alone were kept
+    (folder / "full/seed-0").mkdir()
+    (folder / "full/seed-0/measured.json").write_bytes(measured)
     capsys.readouterr()
     assert cli.main(["study", study, "--output_dir", str(folder), *part]) == 2
     assert "measured.json was measured with other settings" in capsys.readouterr().err

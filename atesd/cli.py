@@ -142,7 +142,7 @@ def train(argv: list[str]) -> int:
         if isinstance(stop, Stopped) and stop.signal == SIGPIPE:
             return 1  # as while_it_is_read: there is nobody to tell
         if isinstance(stop, Stopped):
-            return fail(f"stopped by {Signals(stop.signal).name}. {stop}", 128 + stop.signal)
+            return fail(f"stopped by {Signals(stop.signal).name}. {stop}", exit_code(stop))
         from atesd.storage.checkpoint import latest_checkpoint
 
         go_on = go_on_command(config.output_dir)

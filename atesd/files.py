@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,16 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def put_in_place(staging: Path, target: Path) -> None:
-    """Makes a folder the new `target`. All of it is on the device before the old one, if any, gives way."""
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `target`, which takes its place at the end.
+
+    All of it is on the device before the old one, if any, gives way.
+    """
+    staging = target.with_name(f".writing-{target.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    yield staging
     for path in (*staging.rglob("*"), staging):
         fsync(path)
     old = target.with_name(f".replaced-{target.name}")

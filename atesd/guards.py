@@ -9,14 +9,13 @@ that only the teacher reads. All thresholds here are our choice.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from atesd.config import ATESDConfig
 from atesd.exposure.signals import finite
-from atesd.files import put_in_place
+from atesd.files import replaced_folder
 from atesd.step_metrics import NGRAM
 from atesd.terminal import show
 
@@ -113,13 +112,10 @@ class Guards:
 
     def write_best(self, save: Callable[[Path], None]) -> None:
         """Writes RUN_DIR/best atomically: the adapter (or model) and best.json."""
-        target, staging = self.run_dir / BEST, self.run_dir / f".writing-{BEST}"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        save(staging / ("adapter" if self.config.use_peft else "model"))
         best = {"step": self.best_step, "probe_nll": self.best_probe_nll}
-        (staging / "best.json").write_text(json.dumps(best) + "\n", encoding="utf-8")
-        put_in_place(staging, target)
+        with replaced_folder(self.run_dir / BEST) as folder:
+            save(folder / ("adapter" if self.config.use_peft else "model"))
+            (folder / "best.json").write_text(json.dumps(best) + "\n", encoding="utf-8")
 
     def summary(self) -> dict[str, Any]:
         """Returns the fields of summary.json: the best probe NLL, its number of updates, and the reason to stop."""

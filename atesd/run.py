@@ -8,7 +8,6 @@ checkpoint holds full tensors, independent of the number of processes. Any numbe
 from __future__ import annotations
 
 import json
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -36,7 +35,7 @@ from atesd.exposure.decisions import ExposureDecisions
 from atesd.exposure.difficulty import Difficulty
 from atesd.exposure.outcomes import OutcomeMeter
 from atesd.exposure.policies import make_policy
-from atesd.files import put_in_place, write_atomically, write_json
+from atesd.files import replaced_folder, write_atomically, write_json
 from atesd.guards import BEST, Guards
 from atesd.hub import make_repository, push_folder
 from atesd.inputs import INPUTS, input_digests, keep_inputs
@@ -440,11 +439,9 @@ class Run:
         if not self.processes.is_main:
             return
         folder, learned = self.run_dir / (ADAPTER if self.config.use_peft else MODEL), read_comparison(self.run_dir)
-        staging = folder.with_name(f".writing-{folder.name}")
-        shutil.rmtree(staging, ignore_errors=True)
-        write(staging)
-        write_atomically(staging / "README.md", model_card(self.config, self.step, learned))
-        put_in_place(staging, folder)
+        with replaced_folder(folder) as staging:
+            write(staging)
+            write_atomically(staging / "README.md", model_card(self.config, self.step, learned))
         summary = {"steps": self.step, **self.data.counts(), **self.guards.summary(), **self.exposure.policy.finish()}
         if self.changed_inputs:
             summary["changed_inputs"] = self.changed_inputs

@@ -19,7 +19,7 @@ from atesd import cli
 from atesd.config import load_config
 from atesd.data.prompts import PromptTooLong
 from atesd.errors import AtesdError, ConfigError, StorageError
-from atesd.files import put_in_place, write_atomically
+from atesd.files import replaced_folder, write_atomically
 from atesd.reports.metrics import RunFolderGone
 from atesd.rollout.connections import Refused
 from atesd.run import Run
@@ -374,9 +374,9 @@ def test_a_resume_that_is_refused_leaves_the_settings_as_they_were(tiny_config, 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
     for content in ("old", "new"):
-        (tmp_path / ".writing" / "deep").mkdir(parents=True)
-        (tmp_path / ".writing" / "deep" / "file").write_text(content)
-        put_in_place(tmp_path / ".writing", tmp_path / "best")
+        with replaced_folder(tmp_path / "best") as folder:
+            (folder / "deep").mkdir()
+            (folder / "deep" / "file").write_text(content)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
     assert (tmp_path / "best/deep/file").read_text() == "new"
 

@@ -23,6 +23,7 @@ from atesd.evaluation.grading.grader import Grader
 from atesd.evaluation.statistics import pass_at
 from atesd.files import sha256, write_atomically, write_json
 from atesd.models.loading import model_path
+from atesd.models.model_folder import MODEL_FILE
 from atesd.run import Run
 from atesd.storage.checkpoint import CHECKPOINTS
 from atesd.storage.folder import LOCK
@@ -32,7 +33,6 @@ from atesd.terminal import progress
 from atesd.trainer import Trainer
 
 MEASURED, BEFORE = "measured.json", "before.json"
-CONFIG_JSON = "config.json"
 ANSWERS_AT_ONCE = 64
 # Settings that change no number of a run.
 NOT_COMPARED = (
@@ -78,7 +78,7 @@ def digest_of_files(name_or_path: str) -> str | None:
     path = Path(name_or_path)
     if path.is_file():
         return sha256(path)
-    if (path / CONFIG_JSON).is_file() or not path.is_dir():
+    if (path / MODEL_FILE).is_file() or not path.is_dir():
         return fingerprint(model_path(name_or_path))
     files = {str(file.relative_to(path)): sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]

@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from atesd.data.templates import fill
 from atesd.errors import ConfigError
 from atesd.files import share_with_readers
+from atesd.models.model_folder import MODEL_FILE
 from atesd.models.precision import fast_fp32_products
 from atesd.studies.lab.world import (
     ASSISTANT,
@@ -180,8 +181,8 @@ def make_lab(folder: Path, seed: int = 0, steps: int = STEPS, model: Path | None
     Raises:
         ConfigError: the folder exists already and is not empty, or there is no such model.
     """
-    if model is not None and not (model / "config.json").is_file():
-        raise ConfigError(f"{model} is no folder of a model: it has no config.json")
+    if model is not None and not (model / MODEL_FILE).is_file():
+        raise ConfigError(f"{model} is no folder of a model: it has no {MODEL_FILE}")
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} exists already: move it, or choose another --output_dir")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The command line: `atesd train | eval | merge | study | sweep | scaling | report | doctor`.
+"""The command line: `atesd train | eval | merge | study | sweep | lab | scaling | report | doctor`.
 
 Nothing else knows about argv or exit codes. Nothing heavy is imported before a command needs it: `atesd --help` answers
 at once, and a mistyped flag is refused before torch loads.
@@ -26,6 +26,7 @@ COMMANDS = (
     ("merge", "write the model of a run: base and adapter merged, with tokenizer"),
     ("study", "run a study: variants and seeds of a recipe, measured alike and compared with intervals"),
     ("sweep", "run a recipe at fixed exposures and several seeds, and draw outcome and mismatch against alpha"),
+    ("lab", "make a small model and its problems, in which a study of the recipe `lab` takes minutes a run"),
     ("scaling", "predicted memory and time of a step for models of 1.7B to 70B on 1 to 64 GPUs; flags as for train"),
     ("report", "draw RUN_DIR/report.html, of a finished run or one under way"),
     ("doctor", "versions, devices, and which backends work here and why others do not"),
@@ -65,6 +66,8 @@ def run_command(argv: list[str]) -> int:
                 return run[arguments.command](argv[argv.index(arguments.command) + 1 :])
             if arguments.command == "merge":
                 return merge(arguments)
+            if arguments.command == "lab":
+                return lab(arguments)
             if arguments.command == "report":
                 return report(Path(arguments.run_dir))
             return doctor(arguments.json)
@@ -93,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     # They have a flag for every field of their configuration, which HfArgumentParser makes once it is asked for.
     made = {name: commands.add_parser(name, add_help=name not in OWN_FLAGS, help=what) for name, what in COMMANDS}
     add_merge(made["merge"])
+    add_lab(made["lab"])
     made["report"].add_argument("run_dir", metavar="RUN_DIR")
     made["doctor"].add_argument("--json", action="store_true", help="print one JSON document")
     return parser
@@ -105,6 +109,12 @@ def add_merge(merging: argparse.ArgumentParser) -> None:
     types, what = ("auto", "float32", "bfloat16", "float16"), "the base model's files; without LoRA, what was trained"
     merging.add_argument("--torch_dtype", choices=types, default="auto", help=f"type of the weights; auto: as {what}")
     merging.add_argument("--push_to_hub", metavar="NAME", help="also upload the merged model to this repository")
+
+
+def add_lab(making: argparse.ArgumentParser) -> None:
+    making.add_argument("--output_dir", default="lab", metavar="DIR", help="folder to write; absent or empty")
+    making.add_argument("--seed", type=int, default=0, help="of the model and the documents it learns from")
+    making.add_argument("--model", metavar="DIR", help="the model of another lab, in the place of training one")
 
 
 def train(argv: list[str]) -> int:
@@ -230,6 +240,15 @@ def merge(arguments: argparse.Namespace) -> int:
     from atesd.merge import merge as merged
 
     show(merged(**{name: value for name, value in vars(arguments).items() if name != "command"}))
+    return 0
+
+
+def lab(arguments: argparse.Namespace) -> int:
+    from atesd.studies.lab.pretrain import make_lab
+
+    folder = Path(arguments.output_dir)
+    make_lab(folder, arguments.seed, model=Path(arguments.model) if arguments.model else None)
+    show(f"made {folder}: go on where it lies, with `atesd train lab` or `atesd study lab-exposure`")
     return 0
 
 

@@ -29,10 +29,10 @@ STORAGE_FAULTS = {
 def write_atomically(path: Path, text: str) -> None:
     """Writes `text` to `path`. A reader, and a power cut, finds the old content or the new, never a part.
 
-    Creates the parent folder if needed. A lone surrogate, which UTF-8 does not have, is written as its escape; in JSON
-    that is the character again.
+    Creates the parent folder, but none above it: a run's folder that was removed is not made again unnoticed. A lone
+    surrogate, which UTF-8 does not have, is written as its escape; in JSON that is the character again.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # unique per process: writes may be concurrent
     try:
         beside.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -65,7 +65,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     """
     staging = target.with_name(f".writing-{target.name}")
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    staging.mkdir()
     yield staging
     for path in (*staging.rglob("*"), staging):
         fsync(path)

@@ -7,17 +7,16 @@ trained without an adapter are written as they are.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from atesd.config import CONFIG_FILE
 from atesd.config.eval_config import EvalConfig
+from atesd.config.load import read_own
 from atesd.errors import AtesdError, ConfigError, ModelError, StorageError
 from atesd.evaluation.model import ADAPTER_FILE, base_model, find_run, load_student, trained_model
 from atesd.files import storage_fault
@@ -25,7 +24,7 @@ from atesd.hub import check_push, make_repository, push_folder
 from atesd.inputs import BASE_FILES, INPUTS, weights_digest
 from atesd.models.loading import load_base, load_model_config, model_path, reraise_as_model_load_error
 from atesd.models.merging import adapted_modules, base_of, check_mergeable, merged_module
-from atesd.models.model_folder import MODEL_FILE, STAGING, own_empty, write_model
+from atesd.models.model_folder import MODEL_FILE, own_empty, write_model
 from atesd.resuming import checkpoints_are_gone, finished_after
 from atesd.stopping import go_on_command
 from atesd.storage.checkpoint import (
@@ -92,7 +91,6 @@ def merge(
                 make_repository(push_to_hub)
             write_model(weights, tokenizer_of(trained, model), folder.path)
         except BaseException as error:
-            shutil.rmtree(folder.path / STAGING, ignore_errors=True)
             folder.discard()
             if isinstance(error, AtesdError) or (fault := storage_fault(error)) is None:
                 raise
@@ -129,7 +127,7 @@ def what_instead(given: Path) -> str:
     if (newest := latest_checkpoint(given.parent)) and newest.parent == given:
         return f" of its own, but checkpoints of the run: give {given.parent} or its newest checkpoint, {newest}"
     if trained_model(given) is not None and checkpoints_are_gone(given) is None:
-        settings = yaml.safe_load((given / CONFIG_FILE).read_text(encoding="utf-8"))
+        settings = read_own(given / CONFIG_FILE)
         first = min(settings["save_steps"], settings["max_steps"])
         return f" yet: the run saves its first checkpoint after step {first}. {go_on_command(given)} goes on with it"
     return (
@@ -144,7 +142,7 @@ def steps_of(trained: Path) -> str:
     run = find_run(trained)
     if checkpoint is None or run is None or (finished_after(run) or 0) >= step_of(checkpoint):
         return ""
-    settings = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    settings = read_own(run / CONFIG_FILE)
     return f", step {step_of(checkpoint)} of {settings['max_steps']}"
 
 

@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import yaml
-
 from atesd.config import CONFIG_FILE, ATESDConfig
 from atesd.config.checks import check_same_settings
 from atesd.config.fields import MAY_CHANGE
+from atesd.config.load import read_own
 from atesd.errors import AtesdError, StorageError
 from atesd.files import storage_fault
-from atesd.reports.metrics import METRICS, read_steps
+from atesd.reports.metrics import METRICS, folder_gone, read_steps
 from atesd.stopping import go_on_command
 from atesd.storage.checkpoint import (
     CHECKPOINTS,
@@ -37,10 +36,12 @@ class NonFiniteLoss(AtesdError, RuntimeError):
 
 @contextmanager
 def named_storage_faults(run_dir: Path) -> Iterator[None]:
-    """Raises StorageError in place of whatever error the storage has caused within."""
+    """Raises an error that says how to go on in place of whatever error the storage has caused within."""
     try:
         yield
     except Exception as error:
+        if isinstance(error, FileNotFoundError) and not run_dir.exists():
+            raise folder_gone(run_dir, run_dir) from error
         if isinstance(error, AtesdError) or (fault := storage_fault(error)) is None:
             raise
         raise StorageError(
@@ -74,11 +75,11 @@ def checkpoint_to_resume(run_dir: Path, allow_older: bool) -> Path | None:
 
 def checkpoints_are_gone(run_dir: Path) -> str | None:
     """Why a run without checkpoints must have had some; None if it may have been killed before its first."""
-    if not (run_dir / CHECKPOINTS).is_dir():
+    if not (run_dir / CHECKPOINTS).is_dir() and (run_dir / METRICS).exists():
         return f"{CHECKPOINTS}/ is gone"
     if (run_dir / SUMMARY).exists():
         return "it has finished"
-    save_steps = yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))["save_steps"]
+    save_steps = read_own(run_dir / CONFIG_FILE)["save_steps"]
     steps = max((row["step"] for row in read_steps(run_dir / METRICS)[0]), default=0)
     return f"it has logged {steps} steps and saved every {save_steps}" if steps > save_steps else None
 

@@ -130,7 +130,6 @@ class Run:
             self.folder = own(Path(config.resume), "resume")
         else:
             self.folder = own_new(Path(config.output_dir), WRITTEN, "output_dir", numbered=config.named_by_time)
-            (self.folder.path / CHECKPOINTS).mkdir()
         return str(self.folder.path)
 
     @classmethod
@@ -157,6 +156,7 @@ class Run:
         checkpoint = self.processes.broadcast_from_main(self.checkpoint_to_resume)
         if self.processes.is_main and not config.resume:  # before anything long: however it ends, it can be resumed
             config.save(self.run_dir)
+            (self.run_dir / CHECKPOINTS).mkdir()
         check_processes(config, self.processes)
         check_kernels(config)
         with ExitStack() as opened:  # if a later part fails, stops the subprocesses of the earlier ones
@@ -422,7 +422,7 @@ class Run:
         step = self.step + 1
         rank = f"-process-{self.processes.rank}" if self.processes.rank else ""
         path = self.run_dir / NONFINITE / f"step-{step}{rank}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         batch = {"problem_ids": [p.id for p in problems], "rollouts": [asdict(r) for r in rollouts]}
         torch.save({"step": step, **numbers, **batch}, path)
         show(f"step {step} skipped: its rollouts, loss or gradient are not finite ({numbers}); the batch is in {path}")

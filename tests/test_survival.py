@@ -9,6 +9,7 @@ import pickle
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,18 @@ import torch
 import yaml
 
 from atesd import cli
-from atesd.config import load_config
+from atesd.config import ATESDConfig, load_config
 from atesd.data.prompts import PromptTooLong
 from atesd.errors import AtesdError, ConfigError, StorageError
+from atesd.evaluation.training import TrainingEvaluation
 from atesd.files import replaced_folder, write_atomically
 from atesd.reports.metrics import RunFolderGone
+from atesd.resuming import named_storage_faults
 from atesd.rollout.connections import Refused
 from atesd.run import Run
 from atesd.stopping import Stopped
 from atesd.storage.checkpoint import CheckpointError, list_checkpoints
+from atesd.storage.folder import OwnedFolder
 from atesd.trainer import NonFiniteLoss, Trainer, train
 
 
@@ -316,6 +320,76 @@ def test_a_run_whose_folder_is_removed_or_renamed_says_so_at_the_next_write(tiny
     with pytest.raises(RunFolderGone, match=r"run/metrics\.jsonl is no longer where the run writes it"):
         train(tiny_config())
     assert not (tmp_path / "run").exists(), "nothing is written where nobody looks"
+
+
+@pytest.mark.parametrize("place", ["save", "measure", "write_best", "finish", "save_nonfinite_batch"])
+def test_no_writer_of_a_run_makes_a_removed_folder_again(tiny_config, monkeypatch, place):
+    owner = TrainingEvaluation if place == "measure" else Run
+    write = getattr(owner, place)
+
+    def removed(self, *arguments, **numbers):
+        if self is not run.evaluation or arguments[0]:  # not the evaluation before the first step
+            shutil.rmtree(run.run_dir)
+        return write(self, *arguments, **numbers)
+
+    monkeypatch.setattr(owner, place, removed)
+    config = tiny_config(max_steps=2, save_steps=1, eval_steps=1, num_eval_problems=2, save_best=True)
+    config.max_nonfinite_steps = 1
+    run = Run.build(config)
+    if place == "save_nonfinite_batch":
+        monkeypatch.setattr(run.student, "step", lambda loss: None)
+    gone = pytest.raises(RunFolderGone, match="no longer where the run writes it")
+    with closing(run), gone, named_storage_faults(run.run_dir):
+        Trainer(run).train()
+    assert not run.run_dir.exists()
+
+
+@pytest.mark.parametrize("after", ["own_folder", "save"])
+def test_a_start_killed_before_anything_was_trained_leaves_a_name_that_can_be_used(tiny_config, monkeypatch, after):
+    """Either the folder can be taken by a new run, or the run in it can be resumed."""
+    owner = Run if after == "own_folder" else ATESDConfig
+    write = getattr(owner, after)
+
+    def killed(self, *arguments):
+        write(self, *arguments)
+        if after == "own_folder":
+            self.folder.close()
+        raise SystemExit
+
+    config = tiny_config(max_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, after, killed)
+        patch.setattr(OwnedFolder, "discard", lambda *_: None)  # a kill clears nothing
+        with pytest.raises(SystemExit):
+            train(config)
+    run_dir = Path(config.output_dir)
+    assert run_dir.is_dir() and not (run_dir / "checkpoints").exists()
+    train(tiny_config(max_steps=1) if after == "own_folder" else resume(run_dir))
+    assert [row["step"] for row in rows_of(run_dir)] == [1]
+
+
+def test_a_run_that_goes_on_before_its_first_checkpoint_sets_foreign_lines_aside(tiny_config):
+    run_dir = train(tiny_config(max_steps=1))
+    for name in ("checkpoints", "summary.json"):
+        path = run_dir / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (run_dir / "checkpoints").mkdir()
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write("a note of the user\n")
+    with pytest.warns(UserWarning, match="1 damaged lines, e.g. b'a note of the user'"):
+        train(resume(run_dir))
+    assert (run_dir / "metrics.jsonl.damaged").read_text() == "a note of the user\n"
+    assert [row["step"] for row in rows_of(run_dir)] == [1]
+
+
+def test_settings_of_a_run_that_are_not_utf_8_are_named_by_every_command(tiny_config, tmp_path, capsys):
+    run_dir = train(tiny_config(max_steps=1))
+    (run_dir / "config.yaml").write_bytes(b"seed: 1 # \xff\n")
+    commands = ["report {}", "merge {} --output_dir {}/../merged", "train --resume {}", "eval --adapter {} --model x"]
+    for command in commands:
+        assert cli.main(command.replace("{}", str(run_dir)).split()) in (1, 2), command
+        told = capsys.readouterr().err
+        assert "config.yaml is not valid YAML in UTF-8" in told or command.startswith("eval"), (command, told)
 
 
 @pytest.mark.parametrize("place", ["finish", "log"])

@@ -239,7 +239,7 @@ def check_divergence(config: Settings) -> None:
 def check_places(config: Settings) -> None:
     if config.prompt_templates is not None:
         of_lab = config.prompt_templates.startswith("lab/")
-        how = " (`python -m atesd.studies.lab.pretrain` makes the lab)" if of_lab else ""
+        how = " (`atesd lab` makes it)" if of_lab else ""
         require(config, "prompt_templates", Path(config.prompt_templates).is_file(), f"a file that exists{how}")
     for name in ("model_name_or_path", "teacher_model_name_or_path"):
         model = getattr(config, name) or ""

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from atesd.config.eval_config import EvalConfig
-from atesd.models.loading import ModelLoadError, first_line, load_model_config
+from atesd.errors import first_line
+from atesd.models.loading import ModelLoadError, load_model_config
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."

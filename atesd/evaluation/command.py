@@ -25,10 +25,10 @@ from atesd.errors import ConfigError
 from atesd.evaluation.adapter_fit import check_adapter_fits
 from atesd.evaluation.answers import EvalProtocol, Sample, answers, summarise
 from atesd.evaluation.benchmarks import load_benchmark, seen_in_training
-from atesd.evaluation.files import RESULTS, EvalError, SampleFile, claim, fingerprint, read_json, sample_seed
+from atesd.evaluation.files import RESULTS, EvalError, SampleFile, fingerprint, read_record, sample_seed
 from atesd.evaluation.grading.grader import Grader
 from atesd.evaluation.model import base_model, find_adapter, find_run, load_student
-from atesd.evaluation.report import write_reports
+from atesd.evaluation.report import PARTS, write_reports
 from atesd.files import write_json
 from atesd.models.loading import context_length, load_model_config, load_tokenizer, model_path
 from atesd.planning.versions import installed_version
@@ -67,9 +67,9 @@ def evaluate(config: EvalConfig) -> Path:
     if adapter:
         check_adapter_fits(resolved, adapter)
     record_now = record(resolved, problems, adapter, device)
-    made = claim(folder, record_now, (*FREE, "versions", "threads"), defaults=asdict(EvalConfig()))
 
-    with SampleFile(folder, made) as file:
+    with SampleFile(folder) as file:
+        file.claim(record_now, (*FREE, "versions", "threads"), defaults=asdict(EvalConfig()))
         expected = {
             (p.id, s): sample_seed(config.seed, p.id, s) for p in problems for s in range(config.num_generations)
         }
@@ -81,7 +81,7 @@ def evaluate(config: EvalConfig) -> Path:
         statistics = {
             "confidence": config.confidence, "num_bootstrap": config.num_bootstrap, "own_metrics": [*metrics],
         }  # fmt: skip
-        if done == expected.keys() and statistics.items() <= read_json(folder / RESULTS).items():
+        if done == expected.keys() and has_results(folder, statistics):
             return write_reports(folder)
         grader = Grader(config.grading_processes, config.grading_time_limit, config.box_only)
         with grader:
@@ -100,6 +100,14 @@ def evaluate(config: EvalConfig) -> Path:
         show(f"{nonfinite} samples ended at non-finite logits: the model's weights have diverged")
     write_json(folder / RESULTS, {**results, **statistics, "nonfinite": nonfinite, "seen_in_training": seen})
     return write_reports(folder)
+
+
+def has_results(folder: Path, statistics: dict[str, Any]) -> bool:
+    """Whether `results.json` is whole and made with these settings. If it is not, the samples make it again."""
+    try:
+        return statistics.items() <= read_record(folder / RESULTS, PARTS).items()
+    except (FileNotFoundError, EvalError):
+        return False
 
 
 def generate_samples(

@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from atesd.errors import AtesdError
+from atesd.errors import AtesdError, first_line
 from atesd.files import write_json
-from atesd.reports.metrics import as_line, read_jsonl
+from atesd.reports.metrics import as_line, whole_lines
 from atesd.storage.folder import FolderInUse, OwnedFolder, make
 
 SETTINGS, SAMPLES, RESULTS = "eval_config.json", "samples.jsonl", "results.json"
@@ -29,47 +28,103 @@ class EvalError(AtesdError, ValueError):
 class SampleFile:
     """`FOLDER/samples.jsonl`, locked by one process at a time. A context manager.
 
-    If the context ends with an error before there is a sample, the folder is as if there had been no evaluation.
+    If it ends with an error before there is a sample, the folder is as if there had been no evaluation.
 
     Args:
-        folder: existing folder of the evaluation.
-        made: what `claim` made for it.
+        folder: of the evaluation. It is made if it is absent.
 
     Attributes:
-        rows: the existing and appended samples. An incomplete last line, left by a kill, is removed from the file.
+        rows: the existing samples, once `claim` has read them, and the appended ones.
+
+    Raises:
+        EvalError: another process writes the evaluation.
+        ConfigError: the folder cannot be made or written to.
     """
 
-    def __init__(self, folder: Path, made: Sequence[Path] = ()):
-        self.path = folder / SAMPLES
+    def __init__(self, folder: Path):
+        self.path, self.rows, self.claimed = folder / SAMPLES, list[dict[str, Any]](), False
+        made = make(folder, "output_dir")
         try:
             self.folder = OwnedFolder(folder, made, take_over=False)
         except FolderInUse as error:
             raise EvalError(
                 f"{folder} is being written by another evaluation: wait, or choose another output_dir"
             ) from error
-        try:
-            self.rows = read_jsonl(self.path)
-        except json.JSONDecodeError as error:
-            raise EvalError(f"{self.path} is damaged ({error}): remove the broken line, or delete {folder}") from error
+
+    def claim(self, record: dict[str, Any], free: tuple[str, ...], defaults: dict[str, Any]) -> None:
+        """Compares `record` with the settings in the folder, if any, reads its samples, and then writes `record`.
+
+        An incomplete last line, left by a kill, is removed from the samples.
+
+        Args:
+            record: JSON values. `record["settings"]` holds the user's settings.
+            free: names of settings, and of `record` entries, that may differ.
+            defaults: the value of each setting that an existing folder does not name.
+
+        Raises:
+            EvalError: the folder holds an evaluation with other settings, or damaged files. The message names them.
+        """
+        folder = self.folder.path
+        settings = folder / SETTINGS
+        if settings.is_file():
+            check_same(read_record(settings, ("settings",)), record, free, defaults, folder)
+        elif self.path.exists():
+            raise EvalError(
+                f"{folder} holds {SAMPLES} but no {SETTINGS}: not an evaluation; choose another --output_dir"
+            )
+        self.rows = read_samples(self.path)
+        self.claimed = True
+        write_json(settings, record)
         if self.path.exists():
             with self.path.open("r+b") as file:
                 content = file.read()
                 file.truncate(content.rfind(b"\n") + 1)
-        self.file = self.path.open("a", encoding="utf-8")
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        self.file.writelines(as_line(row) for row in rows)
-        self.file.flush()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(as_line(row) for row in rows)
         self.rows += rows
 
     def __enter__(self) -> SampleFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self.file.close()
         if kind is not None and not self.rows:
-            self.folder.discard(SETTINGS, SAMPLES)
+            self.folder.discard(*(SETTINGS, SAMPLES) if self.claimed else ())
         self.folder.close()
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """Returns the samples in a file; none if it does not exist. Skips an incomplete last line.
+
+    Raises:
+        EvalError: a line is not a sample of an evaluation.
+    """
+    rows = []
+    for number, line in enumerate(whole_lines(path), start=1):
+        try:
+            row = json.loads(line)
+            fault = None if is_sample(row) else "it is no sample of an evaluation"
+        except (ValueError, RecursionError) as error:
+            row, fault = None, first_line(error)
+        if fault:
+            raise EvalError(
+                f"line {number} of {path} is damaged ({fault}): remove that line, and its sample is made again, or "
+                f"choose another --output_dir"
+            )
+        rows.append(row)
+    return rows
+
+
+def is_sample(row: Any) -> bool:
+    """Whether `row` has what results are made of. Samples of an older version lack fields that came later."""
+    return (
+        isinstance(row, dict)
+        and all(isinstance(row.get(name), str) for name in ("problem_id", "text", "finish_reason"))
+        and all(type(row.get(name)) is int for name in ("sample", "seed", "num_tokens"))
+        and type(row.get("correct")) is bool
+        and isinstance(row.get("extracted", False), str | None)
+    )
 
 
 def sample_seed(seed: int, problem_id: str, sample: int) -> int:
@@ -82,38 +137,19 @@ def sample_seed(seed: int, problem_id: str, sample: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 11
 
 
-def claim(folder: Path, record: dict[str, Any], free: tuple[str, ...], defaults: dict[str, Any]) -> list[Path]:
-    """Writes `record` to `folder`, after checking that it matches the settings already there, if any.
-
-    Returns the folders that were made for it.
-
-    Args:
-        record: JSON values. `record["settings"]` holds the user's settings.
-        free: names of settings, and of `record` entries, that may differ.
-        defaults: the value of each setting that an existing folder does not name.
-
-    Raises:
-        EvalError: the folder holds an evaluation with other settings. The message lists the differences.
-        ConfigError: the folder cannot be made or written to.
-    """
-    made = make(folder, "output_dir")
-    path = folder / SETTINGS
-    if path.is_file():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        saved["settings"] = defaults | saved["settings"]  # an older version had fewer settings
-        before = flat(saved, free)
-        now = flat(json.loads(json.dumps(record)), free)
-        differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        if differ:
-            differences = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in differ)
-            raise EvalError(
-                f"{folder} holds an evaluation with other settings: {differences}. Choose another --output_dir, use "
-                f"the former settings to resume it, or delete it"
-            )
-    elif (folder / SAMPLES).exists():
-        raise EvalError(f"{folder} holds {SAMPLES} but no {SETTINGS}: not an evaluation; choose another --output_dir")
-    write_json(path, record)
-    return made
+def check_same(
+    saved: dict[str, Any], record: dict[str, Any], free: tuple[str, ...], defaults: dict[str, Any], folder: Path
+) -> None:
+    """Raises EvalError if two records differ in anything but `free`."""
+    saved["settings"] = defaults | saved["settings"]  # an older version had fewer settings
+    before, now = flat(saved, free), flat(json.loads(json.dumps(record)), free)
+    differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if differ:
+        differences = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in differ)
+        raise EvalError(
+            f"{folder} holds an evaluation with other settings: {differences}. Choose another --output_dir, use "
+            f"the former settings to resume it, or delete it"
+        )
 
 
 def flat(record: dict[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
@@ -126,9 +162,23 @@ def flat(record: dict[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
     return rows
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the content of a JSON file; {} if the file does not exist."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def read_record(path: Path, parts: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the content of a JSON file that an evaluation has written, an object that has the objects `parts`.
+
+    Raises:
+        EvalError: it is damaged.
+    """
+    try:
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+        missing = [part for part in parts if not isinstance(content.get(part), dict)]
+        fault = f"it has no {missing[0]}" if missing else None
+    except (ValueError, RecursionError, TypeError) as error:
+        fault = f"{type(error).__name__}: {first_line(error)}"
+    if fault:
+        raise EvalError(
+            f"{path} is damaged ({fault}): restore it from a copy, or delete it and run the evaluation again"
+        )
+    return content
 
 
 def fingerprint(folder: str | os.PathLike[str]) -> str | None:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from atesd.config import CONFIG_FILE
 from atesd.config.eval_config import EvalConfig
+from atesd.config.load import read_own
+from atesd.errors import first_line
 from atesd.evaluation.files import EvalError
-from atesd.models.loading import ModelLoadError, first_line, load_base, old_name_of_checkpointing
+from atesd.models.loading import ModelLoadError, load_base, old_name_of_checkpointing
 from atesd.storage.checkpoint import latest_checkpoint
 from atesd.storage.manifest import MANIFEST, damage
 
@@ -53,8 +54,7 @@ def find_run(folder: Path) -> Path | None:
 def trained_model(run: Path) -> str | None:
     """Returns the model name in the config of the run in `run`; None if `run` is not a run directory."""
     file = run / CONFIG_FILE
-    settings = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return settings.get("model_name_or_path") if isinstance(settings, dict) else None
+    return read_own(file).get("model_name_or_path") if file.is_file() else None
 
 
 def base_model(config: EvalConfig, adapter: Path | None) -> str:
@@ -64,7 +64,10 @@ def base_model(config: EvalConfig, adapter: Path | None) -> str:
     run = find_run(adapter)
     if run is not None:
         return trained_model(run)
-    named = json.loads((adapter / ADAPTER_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        named = dict(json.loads((adapter / ADAPTER_FILE).read_bytes())).get("base_model_name_or_path")
+    except (ValueError, TypeError) as error:
+        raise EvalError(f"{adapter / ADAPTER_FILE} is damaged ({first_line(error)}): restore it from a copy") from error
     if not named:
         raise EvalError(f"the adapter in {adapter} does not name its base model: give --model")
     return named

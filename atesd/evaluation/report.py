@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from atesd.evaluation import plots
-from atesd.evaluation.files import RESULTS, SAMPLES, SETTINGS, EvalError
+from atesd.evaluation.files import RESULTS, SAMPLES, SETTINGS, EvalError, read_record, read_samples
 from atesd.reports.markup import card, html_table, markdown_table, page, sample_cards, text
-from atesd.reports.metrics import read_jsonl
 from atesd.reports.printout import Printout, Table
 
+PARTS = ("metrics", "problems")  # of results.json
 CELL = "td:nth-child(2){font-family:inherit}td,th{white-space:nowrap}"
 DESCRIPTIONS = {
     "average": "share of correct samples, mean over problems",
@@ -50,15 +50,15 @@ def load_run(folder: str | Path) -> EvalRun:
     """Loads a finished evaluation.
 
     Raises:
-        EvalError: `folder` holds no evaluation, or an unfinished one.
+        EvalError: `folder` holds no evaluation, or an unfinished one, or a damaged file.
     """
     folder = Path(folder)
     if not (folder / SETTINGS).is_file():
         raise EvalError(f"{folder} is no evaluation: it has no {SETTINGS}. Give a folder that atesd eval made")
     if not (folder / RESULTS).is_file():
         raise EvalError(f"the evaluation in {folder} is not finished: run its atesd eval command again to resume")
-    record, results = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (SETTINGS, RESULTS))
-    return EvalRun(folder.resolve().name, folder, record, results)
+    record = read_record(folder / SETTINGS, ("settings", "problems", "versions"))
+    return EvalRun(folder.resolve().name, folder, record, read_record(folder / RESULTS, PARTS))
 
 
 def write_reports(folder: Path) -> Path:
@@ -101,7 +101,7 @@ def html_report(run: EvalRun) -> str:
         f"<h1>{text(run.name)}</h1><p>{text(headline(run))}</p>{warned}"
         f'<h2>Results</h2><div class="card">{html_table(header, rows)}</div>'
         f"{card('By problem', description, plots.problems_plot(by_problem))}"
-        f"<h2>Samples</h2>{sample_cards(read_jsonl(run.folder / SAMPLES), SAMPLES)}"
+        f"<h2>Samples</h2>{sample_cards(read_samples(run.folder / SAMPLES), SAMPLES)}"
         f'<h2>Settings</h2><div class="card">{html_table(["setting", "value"], settings)}'
         f"<p>Prompt</p><pre>{text(run.record['prompt'])}</pre><p>{text(versions(run))}</p></div>"
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atesd.config.checks import FLASH_PACKAGES, SPECIAL_MODEL
-from atesd.errors import AtesdError
+from atesd.errors import AtesdError, first_line
 from atesd.hub import unreachable
 from atesd.models.recompute import recompute_activations
 
@@ -318,7 +318,3 @@ def missing_modules(model: Any, targets: str) -> list[str]:
     modules = [f".{name}" for name, _ in model.named_modules()]
     names = [name.strip() for name in targets.split(",")]
     return [name for name in names if not any(module.endswith(f".{name}") for module in modules)]
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

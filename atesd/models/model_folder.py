@@ -1,8 +1,10 @@
-"""The folder that a whole model is written into: absent or empty before, complete after, and loadable only then."""
+"""The folder that a whole model is written into: absent or empty before, complete after, and usable only then."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from atesd.errors import ConfigError
 from atesd.files import fsync, share_with_readers
 from atesd.storage.folder import LOCK, OwnedFolder, own_new
 
-MODEL_FILE, STAGING = "config.json", ".writing-merged"
+MODEL_FILE, STAGING = "config.json", ".writing-files"
 SHARD_SIZE = "5GB"
 
 
@@ -23,7 +25,7 @@ def own_empty(path: Path) -> OwnedFolder:
     except ConfigError:
         folder.close()
         raise
-    shutil.rmtree(path / STAGING, ignore_errors=True)  # of a merge that was killed
+    shutil.rmtree(path / STAGING, ignore_errors=True)  # of a process that was killed
     return folder
 
 
@@ -34,15 +36,31 @@ def refuse_content(path: Path) -> None:
 
 
 def write_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Writes beside, then moves the files into `folder`; config.json comes last: without it nothing loads the rest."""
+    """Writes all files. config.json comes last: without it nothing loads the rest."""
+    with filled(folder, last=MODEL_FILE) as staging:
+        save_model(model, tokenizer, staging)
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    tokenizer.save_pretrained(folder)
+    share_with_readers(folder)
+
+
+@contextmanager
+def filled(folder: Path, last: str) -> Iterator[Path]:
+    """Yields a folder to write into. At the end its content moves into `folder`, `last` after all else.
+
+    All of it is on the device before it moves. If there is an error, nothing of it stays.
+    """
     staging = folder / STAGING
-    model.save_pretrained(staging, max_shard_size=SHARD_SIZE)
-    tokenizer.save_pretrained(staging)
-    share_with_readers(staging)
-    files = sorted(staging.iterdir(), key=lambda path: path.name == MODEL_FILE)
-    for path in files:
-        fsync(path)
-    for path in files:
-        path.rename(folder / path.name)
-    staging.rmdir()
+    try:
+        staging.mkdir()
+        yield staging
+        for path in staging.rglob("*"):
+            fsync(path)
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == last):
+            path.rename(folder / path.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     fsync(folder)

@@ -31,6 +31,14 @@ class RunFolderGone(AtesdError, OSError):
     """The run's folder was removed or renamed while the run was under way."""
 
 
+def folder_gone(path: Path, run_dir: Path) -> RunFolderGone:
+    either = "" if path == run_dir else f", or {run_dir}"
+    return RunFolderGone(
+        f"{path} is no longer where the run writes it: somebody removed or renamed it{either}. Nothing more can be "
+        "saved there; put it back and go on with --resume, or start again"
+    )
+
+
 class RunLog:
     """Appends one JSON line per step to RUN_DIR/metrics.jsonl, and samples to RUN_DIR/samples.jsonl.
 
@@ -78,10 +86,7 @@ class RunLog:
         except OSError:
             there = False
         if not there:
-            raise RunFolderGone(
-                f"{path} is no longer where the run writes it: somebody removed or renamed it, or {self.run_dir}. "
-                "Nothing more can be saved there; put it back and go on with --resume, or start again"
-            )
+            raise folder_gone(path, self.run_dir)
         file.write(as_line(row))
         file.flush()
 

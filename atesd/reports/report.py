@@ -9,9 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from atesd.config import CONFIG_FILE, ATESDConfig
+from atesd.config.load import read_own
 from atesd.errors import AtesdError
 from atesd.files import write_atomically
 from atesd.reports import markup, plots
@@ -75,7 +74,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         raise ReportError(f"{run_dir} is no run directory: it has no {METRICS}. Give a folder that a run made")
     rows, samples = (read_steps(run_dir / name)[0] for name in (METRICS, SAMPLES))
     config_file = run_dir / CONFIG_FILE
-    config = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    config = read_own(config_file) if config_file.is_file() else {}
     path = run_dir / REPORT
     write_atomically(path, run_page(run_dir.resolve().name, rows, samples, config, read_comparison(run_dir)))
     return path

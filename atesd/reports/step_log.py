@@ -30,7 +30,8 @@ class StepLog:
         self, run_dir: Path, accelerator: Accelerator, settings: dict[str, Any], start: int, tracker_steps: int
     ):
         self.accelerator, self.start, self.tracker_steps = accelerator, start, tracker_steps
-        self.files = RunLog(run_dir, start or None) if accelerator.is_main_process else None
+        # -1: what was measured before step 1 is measured again
+        self.files = RunLog(run_dir, start or -1) if accelerator.is_main_process else None
         accelerator.init_trackers("atesd", config=settings)
 
     def steps(self, end: int) -> Iterator[int]:

@@ -66,7 +66,7 @@ def save_checkpoint(
     folder = Path(run_dir) / CHECKPOINTS
     staging = folder / f"{STAGING}step-{step:06d}-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         fsync(folder.parent)
         remove_leftovers(folder)
         staging.mkdir()

@@ -35,7 +35,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
 def test_every_recipe_that_ships_is_valid_and_its_run_directory_carries_its_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lab").mkdir()
-    for made in ("problems.jsonl", "templates.yaml"):  # by `python -m atesd.studies.lab.pretrain`
+    for made in ("problems.jsonl", "templates.yaml"):  # by `atesd lab`
         (tmp_path / "lab" / made).touch()
     assert load_config(name, []).output_dir.startswith(f"runs/{name}-")
 

@@ -22,6 +22,7 @@ from atesd.evaluation.answers import EvalProtocol, answers, summarise
 from atesd.evaluation.command import evaluate
 from atesd.evaluation.files import EvalError, SampleFile, fingerprint
 from atesd.evaluation.grading.grader import Grader
+from atesd.evaluation.report import load_run
 from atesd.models.loading import ModelLoadError
 from atesd.reports.metrics import read_jsonl
 from atesd.rollout import Rollout
@@ -234,6 +235,49 @@ def test_samples_of_something_else_and_damaged_lines_are_refused(make):
     file.write_text('{"problem_id": \n' + json.dumps(rows[0]) + "\n")
     with pytest.raises(EvalError, match="is damaged"):
         evaluate(make())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("samples.jsonl", b"\xff\xfe\n", "line 1 of .*samples.jsonl is damaged .*remove that line"),
+        ("samples.jsonl", b'{"step": 1, "loss": 0.5}\n', "it is no sample of an evaluation"),
+        ("samples.jsonl", b"[" * 100_000 + b"\n", "line 1 of .*samples.jsonl is damaged"),
+        ("eval_config.json", b"\xff\xfe", "eval_config.json is damaged .*run the evaluation again"),
+        ("eval_config.json", b"[]\n[", "eval_config.json is damaged"),
+        ("eval_config.json", b'{"settings": 3}', "eval_config.json is damaged .it has no settings"),
+    ],
+)
+def test_damaged_files_of_an_evaluation_are_named_and_left_as_they_are(make, name, content, told):
+    folder = evaluate(make())
+    (folder / name).write_bytes(content)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    with pytest.raises(EvalError, match=told):
+        evaluate(make())
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"} == before
+    if name == "eval_config.json":
+        with pytest.raises(EvalError, match=r"eval_config\.json is damaged"):
+            load_run(folder)
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"[1]", b'{"metrics": {}}'])
+def test_damaged_results_are_named_and_made_again_from_the_samples(make, content, monkeypatch):
+    folder = evaluate(make())
+    whole = (folder / "results.json").read_bytes()
+    (folder / "results.json").write_bytes(content)
+    with pytest.raises(EvalError, match=r"results\.json is damaged"):
+        load_run(folder)
+    monkeypatch.setattr(evaluation, "load_student", lambda *_: pytest.fail("the weights were loaded"))
+    evaluate(make())
+    assert (folder / "results.json").read_bytes() == whole
+
+
+def test_an_evaluation_that_another_process_writes_keeps_its_settings(make):
+    folder = evaluate(make())
+    before = (folder / "eval_config.json").read_bytes()
+    with SampleFile(folder), pytest.raises(EvalError, match="being written by another evaluation"):
+        evaluate(make(confidence=0.5))
+    assert (folder / "eval_config.json").read_bytes() == before
 
 
 class Scripted:

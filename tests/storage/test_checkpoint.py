@@ -245,6 +245,7 @@ def test_there_is_never_a_moment_without_a_whole_checkpoint_of_the_newest_step(t
     number, finished = 1, False
     while not finished:
         run_dir = tmp_path / str(number)
+        run_dir.mkdir()
         for step in (1, 2, 2):  # the last one replaces a checkpoint, and one is due for removal
             save_checkpoint(run_dir, step, {"step": step, "x": "old"}, adapter, keep=2)
         with monkeypatch.context() as patch:

@@ -8,10 +8,13 @@ import random
 import pytest
 import yaml
 
+from atesd import cli
 from atesd.config import load_config
 from atesd.data.prompts import PromptBuilder, PromptTemplates
 from atesd.data.segmentation import split_reference
 from atesd.errors import ConfigError
+from atesd.storage.folder import OwnedFolder
+from atesd.studies.lab import pretrain
 from atesd.studies.lab.pretrain import document, make_lab, padded, teacher_message, walk
 from atesd.studies.lab.world import (
     ASSISTANT,
@@ -114,8 +117,27 @@ def test_a_run_of_the_recipe_starts_from_what_the_command_makes(lab, tmp_path, m
 
 
 def test_a_folder_in_use_is_refused(lab):
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match=r"which holds .*: give a folder that is absent or empty"):
         make_lab(lab)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_lab_is_whole_or_absent(tmp_path, monkeypatch, error, capsys):
+    def fails(*_):
+        assert [path.name for path in (tmp_path / "lab").iterdir() if path.name != ".lock"] == [".writing-files"]
+        raise error
+
+    monkeypatch.setattr(pretrain, "pretrain", fails)
+    assert cli.main(["lab", "--output_dir", str(tmp_path / "lab")]) in (1, 130)
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "lab").exists()
+
+
+def test_one_process_at_a_time_makes_a_lab(tmp_path, start_atesd):
+    with OwnedFolder(tmp_path):
+        told = start_atesd("lab", "--output_dir", str(tmp_path)).communicate()[1]
+    assert b"is being written by another process" in told
+    assert not any(tmp_path.iterdir()) or [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_lab_takes_the_model_of_another(lab, tmp_path):

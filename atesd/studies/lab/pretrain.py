@@ -1,4 +1,4 @@
-"""`python -m atesd.studies.lab.pretrain` makes the lab: a model of 0.13 million weights, its problems and templates.
+"""`atesd lab` makes the lab: a model of 0.13 million weights, its problems and templates.
 
 The model reads two kinds of documents: bare problems with their solutions, over the common letters, and problems
 followed by a prefix of their reference (none of it to all of it) as a teacher's prompt has it. There the shown lines
@@ -13,7 +13,6 @@ on from what the student has written.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -31,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from atesd.data.templates import fill
 from atesd.errors import ConfigError
 from atesd.files import share_with_readers
-from atesd.models.model_folder import MODEL_FILE
+from atesd.models.model_folder import MODEL_FILE, filled, own_empty, save_model
 from atesd.models.precision import fast_fp32_products
 from atesd.studies.lab.world import (
     ASSISTANT,
@@ -179,13 +178,22 @@ def make_lab(folder: Path, seed: int = 0, steps: int = STEPS, model: Path | None
     `model` is the model of another lab, to take in the place of training one.
 
     Raises:
-        ConfigError: the folder exists already and is not empty, or there is no such model.
+        ConfigError: the folder exists already and is not empty, or another process makes it, or there is no such model.
     """
     if model is not None and not (model / MODEL_FILE).is_file():
-        raise ConfigError(f"{model} is no folder of a model: it has no {MODEL_FILE}")
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} exists already: move it, or choose another --output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
+        raise ConfigError(f"model is {str(model)!r}, which is no folder of a model: it has no {MODEL_FILE}")
+    if steps < 1:
+        raise ConfigError(f"steps is {steps}: at least 1")
+    owned = own_empty(folder)
+    try:
+        with filled(folder, last="model") as staging:
+            write_lab(staging, seed, steps, model)
+    finally:
+        owned.discard()  # what is written stays, the lock goes
+    return folder
+
+
+def write_lab(folder: Path, seed: int, steps: int, model: Path | None) -> None:
     machine = Machine()
     for share in ("problems", "tuning"):
         rows = [
@@ -196,24 +204,7 @@ def make_lab(folder: Path, seed: int = 0, steps: int = STEPS, model: Path | None
         (folder / f"{share}.jsonl").write_text(text, encoding="utf-8")
     (folder / "templates.yaml").write_text(yaml.safe_dump(asdict(TEMPLATES)), encoding="utf-8")
     if model is None:
-        pretrain(machine, seed, steps).save_pretrained(folder / "model")
-        tokenizer().save_pretrained(folder / "model")
+        save_model(pretrain(machine, seed, steps), tokenizer(), folder / "model")
     else:
         shutil.copytree(model, folder / "model")
-    share_with_readers(folder / "model")
-    return folder
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("lab"))
-    parser.add_argument("--seed", type=int, default=0, help="of the model and its documents")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--model", type=Path, help="the model of another lab, in the place of training one")
-    arguments = parser.parse_args()
-    folder = make_lab(arguments.output_dir, arguments.seed, arguments.steps, arguments.model)
-    show(f"made {folder}: go on with `atesd train lab` where {folder} lies")
-
-
-if __name__ == "__main__":
-    main()
+        share_with_readers(folder / "model")

@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from atesd import cli
+from atesd.config.doors import POLICY_FIELDS
 from atesd.evaluation.statistics import t_quantile
+from atesd.exposure.policies import make_policy
 from atesd.studies.comparison import interval
 from atesd.studies.lab.world import TEMPLATES
 from atesd.studies.reading import load_spec, shipped
@@ -186,7 +188,7 @@ def test_a_study_may_extend_others_and_cross_variants_with_a_grid(study, tmp_pat
     assert list(spec.variants) == [f"{name}-{rate}-0" for name in names for rate in (0.5, 0.25)]
     half = {"exposure_policy": "fixed", "fixed_alpha": 0.5, "lora_r": 4, "learning_rate": 0.25, "warmup_steps": 0}
     assert spec.variants["half-0.25-0"] == half
-    assert spec.settings == {"exposure_policy": "full", "weight_decay": 0.1}
+    assert spec.settings == {"exposure_policy": "full", "lookahead": 4, "weight_decay": 0.1}
     assert (spec.baseline, spec.seeds, spec.published) == ("half-0.5-0", (7,), {})
     assert (spec.measure, spec.about) == (load_spec("paper-credit").measure, load_spec("paper-credit").about)
 
@@ -225,6 +227,17 @@ def test_a_study_that_ships_is_valid_for_every_seed_and_variant(name, tmp_path, 
     for variant in spec.variants:
         config = spec.config(variant, 1, tmp_path / "run", [])
         assert (config.seed, config.num_eval_problems) == (1, spec.measure.problems)
+
+
+def test_every_variant_of_the_credit_is_paid_for_something_else():
+    spec, paid_for = load_spec("paper-credit"), {}
+    for variant in spec.variants:
+        config = spec.config(variant, 0, "unused", [])
+        policy = make_policy(config.exposure_policy, **{name: getattr(config, name) for name in POLICY_FIELDS})
+        paid_for[variant] = (policy.L, policy.ledger.lambda_gt)
+    one, short, no_grounded, full = paid_for.values()
+    assert one[0] == 1 < short[0] < full[0] == no_grounded[0] and no_grounded[1] == 0
+    assert len({one[1], short[1], full[1]}) == 1
 
 
 def test_the_controls_have_the_same_budget_of_responses():

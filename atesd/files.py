@@ -29,10 +29,9 @@ STORAGE_FAULTS = {
 def write_atomically(path: Path, text: str) -> None:
     """Writes `text` to `path`. A reader, and a power cut, finds the old content or the new, never a part.
 
-    Creates the parent folder, but none above it: a run's folder that was removed is not made again unnoticed. A lone
-    surrogate, which UTF-8 does not have, is written as its escape; in JSON that is the character again.
+    It makes no folder: a run's that was removed would be made again unnoticed. A lone surrogate, which UTF-8 does not
+    have, is written as its escape; in JSON that is the character again.
     """
-    path.parent.mkdir(exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # unique per process: writes may be concurrent
     try:
         beside.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -64,18 +63,26 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     All of it is on the device before the old one, if any, gives way.
     """
     staging = target.with_name(f".writing-{target.name}")
-    shutil.rmtree(staging, ignore_errors=True)
+    clear(staging)
     staging.mkdir()
     yield staging
     for path in (*staging.rglob("*"), staging):
         fsync(path)
     old = target.with_name(f".replaced-{target.name}")
-    shutil.rmtree(old, ignore_errors=True)
+    clear(old)
     if target.exists():
         target.rename(old)
     staging.rename(target)
     fsync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    clear(old)
+
+
+def clear(path: Path) -> None:
+    """Removes what a killed process has left under one of our names, folder or file."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def share_with_readers(folder: Path) -> None:

@@ -123,9 +123,16 @@ class Guards:
         return best | {"best_step": self.best_step, "stopped": self.stop_reason}
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("best_probe_nll", "best_step", "probes_without_best", "start", "signs_in_a_row")
-        return {name: getattr(self, name) for name in names}
+        names = ("best_probe_nll", "best_step", "probes_without_best", "start", "signs_in_a_row", "stop_reason")
+        return {name: getattr(self, name) for name in names} | {"rules": self.rules()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """A run that a guard has ended stays so until its rules change."""
+        state = dict(state)
+        if state.pop("rules", None) != self.rules():
+            state["stop_reason"], state["signs_in_a_row"] = None, {}
         for name, value in state.items():
             setattr(self, name, value)
+
+    def rules(self) -> list[Any]:
+        return [self.config.early_stopping_patience, self.config.stop_on_collapse]

@@ -54,6 +54,24 @@ def weights_digest(config: ATESDConfig | ModelSource) -> str | None:
     return local or getattr(load_model_config(config), "_commit_hash", None)
 
 
+def read_inputs(run_dir: Path) -> tuple[dict[str, str | None], list[str]]:
+    """Returns the digests in RUN_DIR/inputs.json, and what has changed since the run was started.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConfigError: it cannot be read.
+    """
+    path = run_dir / INPUTS
+    try:
+        saved = json.loads(path.read_bytes())
+        return dict(saved["digests"]), list(saved["changed"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}), so nothing says what the run has read: restore the file, or delete it "
+            "to go on with the inputs as they are"
+        ) from error
+
+
 def keep_inputs(run_dir: Path, now: dict[str, str | None], allow_changed: bool) -> list[str]:
     """Compares with RUN_DIR/inputs.json, writes it if absent or changed. Returns all that changed since the start.
 
@@ -62,15 +80,9 @@ def keep_inputs(run_dir: Path, now: dict[str, str | None], allow_changed: bool) 
     """
     path = run_dir / INPUTS
     try:
-        saved = json.loads(path.read_bytes())
-        before, changed = dict(saved["digests"]), list(saved["changed"])
+        before, changed = read_inputs(run_dir)
     except FileNotFoundError:
         before, changed = now, []
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path} cannot be read ({error}), so nothing says what the run has read: restore the file, or delete it "
-            "to go on with the inputs as they are"
-        ) from error
     differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if differ and not allow_changed:
         raise ConfigError(

@@ -6,7 +6,6 @@ trained without an adapter are written as they are.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from atesd.config import CONFIG_FILE
 from atesd.config.eval_config import EvalConfig
-from atesd.config.load import read_own
+from atesd.config.load import settings_of_run
 from atesd.errors import AtesdError, ConfigError, ModelError, StorageError
 from atesd.evaluation.model import ADAPTER_FILE, base_model, find_run, load_student, trained_model
 from atesd.files import storage_fault
 from atesd.hub import check_push, make_repository, push_folder
-from atesd.inputs import BASE_FILES, INPUTS, weights_digest
+from atesd.inputs import BASE_FILES, INPUTS, read_inputs, weights_digest
 from atesd.models.loading import load_base, load_model_config, model_path, reraise_as_model_load_error
 from atesd.models.merging import adapted_modules, base_of, check_mergeable, merged_module
 from atesd.models.model_folder import MODEL_FILE, own_empty, write_model
@@ -127,8 +125,8 @@ def what_instead(given: Path) -> str:
     if (newest := latest_checkpoint(given.parent)) and newest.parent == given:
         return f" of its own, but checkpoints of the run: give {given.parent} or its newest checkpoint, {newest}"
     if trained_model(given) is not None and checkpoints_are_gone(given) is None:
-        settings = read_own(given / CONFIG_FILE)
-        first = min(settings["save_steps"], settings["max_steps"])
+        settings = settings_of_run(given)
+        first = min(settings.save_steps, settings.max_steps)
         return f" yet: the run saves its first checkpoint after step {first}. {go_on_command(given)} goes on with it"
     return (
         f": no checkpoint, no adapter/ and no model/. Give a run directory, a checkpoint in its {CHECKPOINTS}/ or an "
@@ -142,8 +140,7 @@ def steps_of(trained: Path) -> str:
     run = find_run(trained)
     if checkpoint is None or run is None or (finished_after(run) or 0) >= step_of(checkpoint):
         return ""
-    settings = read_own(run / CONFIG_FILE)
-    return f", step {step_of(checkpoint)} of {settings['max_steps']}"
+    return f", step {step_of(checkpoint)} of {settings_of_run(run).max_steps}"
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -198,7 +195,7 @@ def check_base(trained: Path, config: EvalConfig) -> None:
     inputs = run / INPUTS if run else None
     if inputs is None or not inputs.is_file():
         return
-    before, now = json.loads(inputs.read_bytes())["digests"].get(BASE_FILES), weights_digest(config)
+    before, now = read_inputs(run)[0].get(BASE_FILES), weights_digest(config)
     if before is not None and now is not None and before != now:
         name = config.model_name_or_path
         raise ConfigError(

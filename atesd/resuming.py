@@ -11,7 +11,7 @@ from pathlib import Path
 from atesd.config import CONFIG_FILE, ATESDConfig
 from atesd.config.checks import check_same_settings
 from atesd.config.fields import MAY_CHANGE
-from atesd.config.load import read_own
+from atesd.config.load import settings_of_run
 from atesd.errors import AtesdError, StorageError
 from atesd.files import storage_fault
 from atesd.reports.metrics import METRICS, folder_gone, read_steps
@@ -79,7 +79,7 @@ def checkpoints_are_gone(run_dir: Path) -> str | None:
         return f"{CHECKPOINTS}/ is gone"
     if (run_dir / SUMMARY).exists():
         return "it has finished"
-    save_steps = read_own(run_dir / CONFIG_FILE)["save_steps"]
+    save_steps = settings_of_run(run_dir).save_steps
     steps = max((row["step"] for row in read_steps(run_dir / METRICS)[0]), default=0)
     return f"it has logged {steps} steps and saved every {save_steps}" if steps > save_steps else None
 

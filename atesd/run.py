@@ -27,7 +27,7 @@ from atesd.config.load import settle_paths
 from atesd.data.problems import Problem
 from atesd.data.reading.leakage import TeacherWording
 from atesd.data.run_data import load_run_data
-from atesd.errors import AtesdError
+from atesd.errors import AtesdError, ConfigError, first_line
 from atesd.evaluation.learned import forget_answers_after
 from atesd.evaluation.reward import VerifierReward
 from atesd.evaluation.training import TrainingEvaluation
@@ -182,7 +182,18 @@ class Run:
             if self.processes.is_main:
                 config.save(self.run_dir)  # a resume that is refused leaves the settings as they were
                 self.warn_of_the_foreseen()
+            if not self.is_finished():
+                self.start_trackers()
             self.opened = opened.pop_all()
+
+    def start_trackers(self) -> None:
+        try:
+            self.accelerator.init_trackers("atesd", config=asdict(self.config))
+        except Exception as error:  # each tracker has its own
+            raise ConfigError(
+                f"report_to is {self.config.report_to!r}, which does not start ({type(error).__name__}: "
+                f"{first_line(error)}): log in to it, or set report_to to none"
+            ) from error
 
     def warn_of_the_foreseen(self) -> None:
         """Warns of faults that the run is sure to meet."""
@@ -412,7 +423,13 @@ class Run:
 
     def is_finished(self) -> bool:
         """Whether there is nothing left to do: all steps are made and their results written."""
-        return self.step >= self.config.max_steps and finished_after(self.run_dir) == self.step
+        ended = self.step >= self.config.max_steps or self.guards.stop_reason is not None
+        return ended and finished_after(self.run_dir) == self.step
+
+    def how_to_extend(self) -> str:
+        if self.guards.stop_reason:
+            return f": {self.guards.stop_reason}. Another early_stopping_patience or stop_on_collapse would go on"
+        return f"; --max_steps {self.step + 100} would go on"
 
     def how_to_go_on(self) -> str:
         return f"The run is saved as it was after step {self.step}: go on with {go_on_command(self.run_dir)}"

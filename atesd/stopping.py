@@ -9,11 +9,14 @@ import os
 import shlex
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
 from atesd.terminal import without_a_reader
+
+ECHO = 1.0  # seconds
 
 
 def go_on_command(run_dir: str | os.PathLike[str]) -> str:
@@ -71,6 +74,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.received_at = 0.0
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -93,9 +97,12 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.received is not None:
+            if now - self.received_at < ECHO:
+                return  # one wish to stop, told to a group of processes and passed on by one of them
             raise KeyboardInterrupt
-        self.received = number
+        self.received, self.received_at = number, now
         text = f"\n{signal.Signals(number).name}: ends after this step, which is saved; once more to end at once\n"
         with suppress(OSError):  # the reader may have got the same signal, and left
             os.write(2, text.encode())  # print is not safe here: it may be what the signal has interrupted

@@ -12,7 +12,6 @@ every statistic come from one call of `atesd_kernels.linear_divergence`. Run it 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +69,16 @@ class Trainer:
         """All steps from where the run stands, then the adapter, a summary and the report. Returns the run's folder."""
         run, config = self.run, self.run.config
         if run.is_finished():
-            show(f"the run is finished after step {run.step}; --max_steps {run.step + 100} would go on")
+            show(f"the run is finished after step {run.step}{run.how_to_extend()}")
             return run.run_dir
-        self.log = log = StepLog(run.run_dir, run.accelerator, asdict(config), run.step, config.logging_steps)
+        self.log = log = StepLog(run.run_dir, run.accelerator, run.step, config.logging_steps)
         if run.step == 0 and (measured := run.evaluation.measure(0)):
             log.before_training(measured)
         if run.evaluation.failure:
             run.save()
             raise RolloutError(f"{run.evaluation.failure}\n{run.how_to_go_on()}")
         with self.signals.deferred():
-            for t in log.steps(config.max_steps):
+            for t in log.steps(run.step if run.guards.stop_reason else config.max_steps):
                 metrics, sample = self.train_step(t)
                 run.step = t + 1
                 metrics |= run.evaluation.measure(run.step)
@@ -93,7 +92,7 @@ class Trainer:
                 if failure:
                     raise RolloutError(f"{failure}\n{run.how_to_go_on()}")
                 self.check_finite()
-                if signal and not last:
+                if signal and not last and not stop:
                     raise Stopped(run.how_to_go_on(), signal)
                 if stop:
                     log.note(f"stopped after step {run.step}: {stop}")

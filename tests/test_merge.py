@@ -252,3 +252,25 @@ def test_the_weights_are_in_shards_of_a_size(runs, tmp_path, monkeypatch):
     assert len(list((tmp_path / "merged").glob("model-*-of-*.safetensors"))) > 1
     assert (tmp_path / "merged" / "model.safetensors.index.json").is_file()
     assert merged_logits(tmp_path / "merged").isfinite().all()
+
+
+def test_damaged_inputs_of_a_run_are_named(runs, tmp_path, capsys):
+    run = Path(shutil.copytree(runs / "adapter", tmp_path / "run"))
+    (run / "inputs.json").write_bytes(b"{")
+    assert cli.main(["merge", str(run), "--output_dir", str(tmp_path / "merged")]) == 2
+    assert "inputs.json cannot be read" in capsys.readouterr().err
+
+
+def test_a_run_with_settings_of_an_older_version_is_merged(runs, tmp_path):
+    run = Path(shutil.copytree(runs / "adapter", tmp_path / "run"))
+    lines = (run / "config.yaml").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith(("save_steps", "max_steps"))]
+    assert len(kept) == len(lines) - 2
+    (run / "config.yaml").write_text("".join(kept))
+    (run / "summary.json").unlink()
+    merge.merge(str(run), str(tmp_path / "merged"))
+
+
+def test_a_merge_says_nothing_while_it_writes(runs, tmp_path, capfd):
+    merge.merge(str(runs / "adapter"), str(tmp_path / "merged"))
+    assert capfd.readouterr().err == ""

@@ -13,12 +13,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 
 from atesd import cli
 from atesd.config.eval_config import EvalConfig
+from atesd.errors import ConfigError
 from atesd.evaluation import command
 from atesd.evaluation.command import evaluate
 from atesd.models.loading import ModelLoadError
+from atesd.trainer import train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -135,6 +138,17 @@ def test_either_of_tensorboards_packages_will_do(tiny_config, absent, monkeypatc
     absent("tensorboard")
     monkeypatch.setattr("atesd.config.checks.find_spec", lambda name: name if name == "tensorboardX" else None)
     tiny_config(report_to="tensorboard").validate()
+
+
+def test_a_tracker_that_does_not_start_is_named_and_leaves_no_folder(tiny_config, monkeypatch):
+    def refuses(*_, **__):
+        raise RuntimeError("api_key not configured (no-tty)\nmore")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", refuses)
+    config = tiny_config()
+    with pytest.raises(ConfigError, match=r"report_to is 'none', which does not start .*api_key.*: log in"):
+        train(config)
+    assert not Path(config.output_dir).exists()
 
 
 def test_folders_above_that_hold_something_else_stay(of, here, tmp_path, tiny_model_path):

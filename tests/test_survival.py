@@ -382,6 +382,36 @@ def test_a_run_that_goes_on_before_its_first_checkpoint_sets_foreign_lines_aside
     assert [row["step"] for row in rows_of(run_dir)] == [1]
 
 
+def test_foreign_lines_that_look_like_steps_are_set_aside(tiny_config, capsys):
+    run_dir = train(tiny_config(max_steps=1))
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "loss": "abc", "alpha": {"a": 1}, "seconds_rollout": "x"}\n')
+    assert cli.main(["report", str(run_dir)]) == 0
+    with pytest.warns(UserWarning, match="1 damaged lines"):
+        train(resume(run_dir, "--max_steps", "2"))
+    assert [row["step"] for row in rows_of(run_dir)] == [1, 2]
+
+
+@pytest.mark.parametrize("name", [".writing-adapter", ".replaced-adapter", ".writing-best"])
+def test_stray_files_under_the_names_of_staging_folders_give_way(tiny_config, name):
+    config = tiny_config(max_steps=1, save_best=True)
+    Path(config.output_dir).mkdir()
+    (Path(config.output_dir) / name).write_text("left by somebody")
+    run_dir = train(config)
+    assert (run_dir / "adapter").is_dir() and not (run_dir / name).exists()
+
+
+def test_a_run_of_an_older_version_without_save_steps_goes_on(tiny_config):
+    run_dir = train(tiny_config(max_steps=1))
+    settings = (run_dir / "config.yaml").read_text().splitlines(keepends=True)
+    (run_dir / "config.yaml").write_text("".join(line for line in settings if not line.startswith("save_steps")))
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "checkpoints").mkdir()
+    (run_dir / "summary.json").unlink()
+    train(resume(run_dir))
+    assert [row["step"] for row in rows_of(run_dir)] == [1]
+
+
 def test_settings_of_a_run_that_are_not_utf_8_are_named_by_every_command(tiny_config, tmp_path, capsys):
     run_dir = train(tiny_config(max_steps=1))
     (run_dir / "config.yaml").write_bytes(b"seed: 1 # \xff\n")

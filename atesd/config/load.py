@@ -50,11 +50,21 @@ class ATESDConfig(groups.Settings):
         check(self)
 
     def save(self, run_dir: str | os.PathLike[str]) -> Path:
-        """Writes the resolved settings as RUN_DIR/config.yaml, atomically; `load_config` reads them back."""
+        """Writes the resolved settings as RUN_DIR/config.yaml, atomically, for `load_config`. Makes the folder."""
         path = Path(run_dir) / CONFIG_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
         once = {"resume": None, "allow_changed_inputs": False}  # said of one start, not of the run
         write_atomically(path, yaml.safe_dump(asdict(self) | once, sort_keys=False))
         return path
+
+
+def settings_of_run(run_dir: Path) -> ATESDConfig:
+    """The settings in RUN_DIR/config.yaml; defaults for those that it lacks.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    return load_config(None, ["--resume", str(run_dir)])
 
 
 def load_config(recipe_or_yaml: str | None, flags: list[str]) -> ATESDConfig:
@@ -106,7 +116,9 @@ def counts_up_to(file: Path | None, recipe_or_yaml: str | None, flags: list[str]
 
 
 def settings_file(recipe_or_yaml: str | None, resume: str | None) -> Path | None:
-    if resume:
+    if resume is not None:
+        if not resume:
+            raise ConfigError("resume is empty: give a run directory (is a variable of the shell unset?)")
         if recipe_or_yaml:
             raise ConfigError(
                 f"resume is {resume!r}, which brings its own settings, so the recipe {recipe_or_yaml!r} has no place: "
@@ -144,7 +156,9 @@ def read_own(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as file:
             settings = yaml.load(file, Loader=UniqueKeys) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: other bytes than UTF-8
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{path} is not valid YAML in UTF-8: {error}") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
@@ -173,7 +187,12 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """YAML whose mappings name each key once; the plain loader silently takes the last."""
+    """YAML whose mappings name each key once; the plain loader silently takes the last. 2026-11-27 is a text."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [(key.value, key.start_mark) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

@@ -51,6 +51,8 @@ def open_dataset(name_or_path: str, split: str) -> Any:
 
 
 def _rows(path: Path, name: str, split: str) -> Any:
+    if path.is_file() and _READERS[path.suffix] == "json":
+        _check_utf8(path)
     if path.is_file() and path.suffix == ".csv":
         return _read_csv(path)
     if path.is_file() and path.suffix == ".json" and (rows := _wrapped_rows(path, split)) is not None:
@@ -118,6 +120,19 @@ def _load(path: Path, name: str, split: str) -> Any:
         return datasets.load_dataset(str(path), split=split)
     hub_name, _, config = name.partition(":")
     return datasets.load_dataset(hub_name, config or None, split=split)
+
+
+def _check_utf8(path: Path) -> None:
+    """Raises DataError, which names the line: datasets finds out when a row is read, or not at all."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"dataset_name: {path} is not UTF-8: line {number} has the byte {line[error.start]:#04x}. Write it "
+                    f"again in UTF-8, e.g. with iconv -f LATIN1 -t UTF-8"
+                ) from error
 
 
 @contextmanager

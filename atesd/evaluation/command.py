@@ -93,13 +93,13 @@ def evaluate(config: EvalConfig) -> Path:
                 engine.close()
             rows = in_order(file.rows, problems)
             results = summarise(rows, config.num_generations, grader, config.confidence, config.num_bootstrap, metrics)
-    run = find_run(adapter) if adapter else None
-    seen = seen_in_training(problems, run) if run else None
-    nonfinite = sum(row["finish_reason"] == "nonfinite" for row in rows)
-    if nonfinite:
-        show(f"{nonfinite} samples ended at non-finite logits: the model's weights have diverged")
-    write_json(folder / RESULTS, {**results, **statistics, "nonfinite": nonfinite, "seen_in_training": seen})
-    return write_reports(folder)
+        run = find_run(adapter) if adapter else None
+        seen = seen_in_training(problems, run) if run else None
+        nonfinite = sum(row["finish_reason"] == "nonfinite" for row in rows)
+        if nonfinite:
+            show(f"{nonfinite} samples ended at non-finite logits: the model's weights have diverged")
+        write_json(folder / RESULTS, {**results, **statistics, "nonfinite": nonfinite, "seen_in_training": seen})
+        return write_reports(folder)
 
 
 def has_results(folder: Path, statistics: dict[str, Any]) -> bool:

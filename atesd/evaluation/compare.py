@@ -18,10 +18,13 @@ from atesd.evaluation import plots
 from atesd.evaluation.files import EvalError, flat
 from atesd.evaluation.report import CELL, EvalRun, interval, is_share, load_run, overview, shown
 from atesd.evaluation.statistics import estimate
-from atesd.files import write_json
+from atesd.files import write_atomically, write_json
 from atesd.reports.markup import card, html_table, markdown_table, page, text
 from atesd.reports.printout import Printout, Table
+from atesd.storage.folder import own
 
+COMPARISON = "comparison.json"
+WRITTEN = ("comparison.md", "comparison.html")
 # entries that are expected to differ between two runs
 EXPECTED = (
     "model_name_or_path",
@@ -44,7 +47,9 @@ def compare(folders: Sequence[str | Path], output_dir: str | Path | None = None)
         output_dir: the folder to write to (default: evals/compare-A-B).
 
     Raises:
-        EvalError: there are fewer than two runs, a run is unfinished, or no two runs have the same problems.
+        EvalError: there are fewer than two runs, a run is unfinished, or no two runs have the same problems, or the
+            folder holds files of these names that no comparison has written.
+        ConfigError: the folder cannot be made or written to.
     """
     runs = [load_run(folder) for folder in folders]
     if len(runs) < 2:
@@ -62,17 +67,21 @@ def compare(folders: Sequence[str | Path], output_dir: str | Path | None = None)
             f"--num_problems and --data_seed"
         )
     folder = Path(output_dir or f"evals/compare-{'-'.join(run.name for run in runs[:2])}")
-    folder.mkdir(parents=True, exist_ok=True)
     header, rows = overview(runs)
-    (folder / "comparison.md").write_text(markdown(header, rows, pairs), encoding="utf-8")
-    (folder / "comparison.html").write_text(html(header, rows, pairs), encoding="utf-8")
-    write_json(folder / "comparison.json", {"pairs": pairs})
+    with own(folder, "output_dir") as owned:
+        if not (folder / COMPARISON).exists() and (found := [name for name in WRITTEN if (folder / name).exists()]):
+            owned.discard()
+            raise EvalError(f"{folder} holds {found[0]}, which no comparison has written: choose another --output_dir")
+        write_json(folder / COMPARISON, {"pairs": pairs})
+        write_atomically(folder / "comparison.md", markdown(header, rows, pairs))
+        write_atomically(folder / "comparison.html", html(header, rows, pairs))
+        owned.discard()  # what is written stays, the lock goes
     return folder
 
 
 def printout(folder: Path, folders: Sequence[str | Path]) -> Printout:
     """Returns what the terminal shows of the comparison in `folder`, which is one of the evaluations `folders`."""
-    pairs = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["pairs"]
+    pairs = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))["pairs"]
     header, rows = overview([load_run(each) for each in folders])
     parts: list[str | Table] = [Table("evaluations", rows, header)]
     for pair in pairs:

@@ -18,6 +18,7 @@ from atesd.reports.metrics import as_line, whole_lines
 from atesd.storage.folder import FolderInUse, OwnedFolder, make
 
 SETTINGS, SAMPLES, RESULTS = "eval_config.json", "samples.jsonl", "results.json"
+WRITTEN = (SAMPLES, RESULTS, "results.md", "results.html")
 BLOCK, BLOCKS = 1 << 16, 64
 
 
@@ -68,9 +69,9 @@ class SampleFile:
         settings = folder / SETTINGS
         if settings.is_file():
             check_same(read_record(settings, ("settings",)), record, free, defaults, folder)
-        elif self.path.exists():
+        elif found := [name for name in WRITTEN if (folder / name).exists()]:
             raise EvalError(
-                f"{folder} holds {SAMPLES} but no {SETTINGS}: not an evaluation; choose another --output_dir"
+                f"{folder} holds {found[0]} but no {SETTINGS}: not an evaluation; choose another --output_dir"
             )
         self.rows = read_samples(self.path)
         self.claimed = True
@@ -88,10 +89,16 @@ class SampleFile:
     def __enter__(self) -> SampleFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        gone = not self.folder.path.exists()
         if kind is not None and not self.rows:
             self.folder.discard(*(SETTINGS, SAMPLES) if self.claimed else ())
         self.folder.close()
+        if gone and isinstance(error, FileNotFoundError):
+            raise EvalError(
+                f"{self.folder.path} is no longer there: somebody removed or renamed it while the evaluation ran. Put "
+                "it back and run the command again, which goes on from its samples"
+            ) from error
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from atesd.evaluation import plots
 from atesd.evaluation.files import RESULTS, SAMPLES, SETTINGS, EvalError, read_record, read_samples
+from atesd.files import write_atomically
 from atesd.reports.markup import card, html_table, markdown_table, page, sample_cards, text
 from atesd.reports.printout import Printout, Table
 
@@ -64,8 +65,8 @@ def load_run(folder: str | Path) -> EvalRun:
 def write_reports(folder: Path) -> Path:
     """Writes `results.md` and `results.html` of a finished evaluation. Returns `folder`."""
     run = load_run(folder)
-    (folder / "results.md").write_text(markdown_report(run), encoding="utf-8")
-    (folder / "results.html").write_text(html_report(run), encoding="utf-8")
+    write_atomically(folder / "results.md", markdown_report(run))
+    write_atomically(folder / "results.html", html_report(run))
     return folder
 
 

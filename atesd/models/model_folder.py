@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from atesd.errors import ConfigError
-from atesd.files import fsync, share_with_readers
+from atesd.files import clear, fsync, share_with_readers
+from atesd.models.loading import bars_of_long_loads
 from atesd.storage.folder import LOCK, OwnedFolder, own_new
 
 MODEL_FILE, STAGING = "config.json", ".writing-files"
@@ -25,7 +25,7 @@ def own_empty(path: Path) -> OwnedFolder:
     except ConfigError:
         folder.close()
         raise
-    shutil.rmtree(path / STAGING, ignore_errors=True)  # of a process that was killed
+    clear(path / STAGING)
     return folder
 
 
@@ -42,7 +42,8 @@ def write_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    with bars_of_long_loads():
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     tokenizer.save_pretrained(folder)
     share_with_readers(folder)
 
@@ -62,5 +63,5 @@ def filled(folder: Path, last: str) -> Iterator[Path]:
         for path in sorted(staging.iterdir(), key=lambda path: path.name == last):
             path.rename(folder / path.name)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        clear(staging)
     fsync(folder)

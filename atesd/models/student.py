@@ -15,6 +15,7 @@ from atesd.config import ATESDConfig
 from atesd.errors import ModelError
 from atesd.files import share_with_readers
 from atesd.models.adapters import adapter_layers, inputs_cast_by_autocast
+from atesd.models.loading import bars_of_long_loads
 from atesd.models.packed_attention import check_packing, use_packed_attention
 from atesd.models.precision import fast_fp32_products
 from atesd.parallel.parallelism import Parallelism
@@ -98,7 +99,8 @@ class Student:
         write = writer(self.model, self.trained)
 
         def write_all(folder: Any, **options: Any) -> None:
-            write(folder, **options)
+            with bars_of_long_loads():
+                write(folder, **options)
             if not self.config.use_peft:
                 self.tokenizer.save_pretrained(folder)
             share_with_readers(Path(folder))

@@ -137,8 +137,13 @@ def read_steps(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
         except (ValueError, RecursionError):
             row = None
         good = isinstance(row, dict) and type(row.get("step")) is int
+        good = good and (path.name != METRICS or all(is_metric(*field) for field in row.items()))
         rows.append(row) if good else damaged.append(line)
     return rows, damaged
+
+
+def is_metric(name: str, value: Any) -> bool:
+    return name == "nonfinite" or value is None or isinstance(value, int | float)
 
 
 def move_aside(path: Path, lines: list[bytes]) -> None:

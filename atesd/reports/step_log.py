@@ -21,18 +21,14 @@ class StepLog:
     Args:
         run_dir: the run's folder.
         accelerator: owns the trackers.
-        settings: the configuration that trackers show.
         start: the last finished step. Lines of later steps are dropped.
         tracker_steps: log to the trackers every this many steps.
     """
 
-    def __init__(
-        self, run_dir: Path, accelerator: Accelerator, settings: dict[str, Any], start: int, tracker_steps: int
-    ):
+    def __init__(self, run_dir: Path, accelerator: Accelerator, start: int, tracker_steps: int):
         self.accelerator, self.start, self.tracker_steps = accelerator, start, tracker_steps
         # -1: what was measured before step 1 is measured again
         self.files = RunLog(run_dir, start or -1) if accelerator.is_main_process else None
-        accelerator.init_trackers("atesd", config=settings)
 
     def steps(self, end: int) -> Iterator[int]:
         """Yields the remaining steps, with a progress bar."""

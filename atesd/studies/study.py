@@ -10,12 +10,12 @@ import ctypes
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 from atesd.config.load import settle_paths
@@ -24,7 +24,7 @@ from atesd.files import write_json
 from atesd.storage.folder import own
 from atesd.studies.comparison import compare_variants
 from atesd.studies.spec import OWN, StudySpec
-from atesd.studies.study_report import STUDY, write_study_report
+from atesd.studies.study_report import STUDY, WRITTEN, load_study, write_study_report
 from atesd.studies.trial import (
     MEASURED,
     Trial,
@@ -41,7 +41,14 @@ from atesd.terminal import one_line_messages, show
 PR_SET_PDEATHSIG = 1
 
 
-def run_study(spec: StudySpec, flags: list[str], output_dir: str, jobs: int = 1) -> Path:
+def run_study(
+    spec: StudySpec,
+    flags: list[str],
+    output_dir: str,
+    jobs: int = 1,
+    written: tuple[str, ...] = WRITTEN,
+    report: Callable[[Path], Path] = write_study_report,
+) -> Path:
     """Runs the study. Returns its folder, with `study.json`, and a folder VARIANT/seed-N for each run.
 
     Args:
@@ -49,9 +56,11 @@ def run_study(spec: StudySpec, flags: list[str], output_dir: str, jobs: int = 1)
         flags: settings over those of the study, as for `atesd train`.
         output_dir: the folder; the same one goes on with a study.
         jobs: runs at a time, each in a process of its own with its share of the processor's cores.
+        written, report: what is drawn from the numbers once all are there, and by what.
 
     Raises:
-        ConfigError: settings are unusable. Raised before the first run starts.
+        ConfigError: settings are unusable, or the folder holds files that this study has not written. Raised before
+            the first run starts.
     """
     spelled = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags}
     if "push_to_hub" in spelled:
@@ -63,6 +72,7 @@ def run_study(spec: StudySpec, flags: list[str], output_dir: str, jobs: int = 1)
     folder = Path(output_dir)
     with own(folder, "output_dir") as owned:
         try:
+            refuse_results_of_others(folder, spec.name, written)
             trials = list(trials_of(spec, flags, folder))
             finished = dict(finished_runs(folder))
             todo: dict[str, Trial] = {}  # of equal runs only the first is made
@@ -79,7 +89,16 @@ def run_study(spec: StudySpec, flags: list[str], output_dir: str, jobs: int = 1)
             if trial.result() is None:
                 share(finished[trial.digest], trial)
         write_json(folder / STUDY, compare_variants(spec, trials))
-        return write_study_report(folder)
+        return report(folder)
+
+
+def refuse_results_of_others(folder: Path, name: str, written: tuple[str, ...]) -> None:
+    """Raises ConfigError if the study would replace a file that it has not written."""
+    if (folder / STUDY).is_file():
+        if (of := load_study(folder)["study"]) != name:
+            raise ConfigError(f"{folder} holds the results of the study {of!r}: choose another output_dir for {name!r}")
+    elif found := [each for each in written if (folder / each).exists()]:
+        raise ConfigError(f"{folder} holds {found[0]}, and no study wrote it: move it, or choose another output_dir")
 
 
 def trials_of(spec: StudySpec, flags: list[str], folder: Path) -> Iterator[Trial]:
@@ -131,7 +150,7 @@ def run_all(todo: list[Trial], jobs: int) -> Iterator[Trial]:
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     waiting, running = iter(todo), {}
-    with ProcessPoolExecutor(jobs, get_context("spawn"), start_worker, (threads,)) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), start_worker, (threads,)) as pool, ended_together(pool):
         while True:
             for trial in islice(waiting, jobs - len(running)):  # no more: after an error, those would still be made
                 running[pool.submit(run_trial, trial)] = trial
@@ -140,6 +159,18 @@ def run_all(todo: list[Trial], jobs: int) -> Iterator[Trial]:
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 done.result()
                 yield running.pop(done)
+
+
+@contextmanager
+def ended_together(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Context in which a signal that ends this process ends the workers' runs too, each saved after its step."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for worker in active_children():
+            worker.terminate()
+        pool.shutdown(cancel_futures=True)
+        raise
 
 
 def start_worker(threads: int) -> None:

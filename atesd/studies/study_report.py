@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from atesd.errors import ConfigError
+from atesd.files import write_atomically
 from atesd.reports.markup import card, html_table, markdown_table, page, text
 from atesd.reports.printout import Printout, Table
 from atesd.studies.comparison import METRICS
 
 STUDY = "study.json"
+WRITTEN = ("study.md", "study.png", "study.html")
 MAIN = "average"
 SHORT = {
     "average": "average@{k}",
@@ -30,7 +32,7 @@ def write_study_report(folder: Path) -> Path:
     study = load_study(folder)
     header, rows = table(study)
     lines = [f"# {study['study']}", study["about"], markdown_table(header, rows), *notes(study)]
-    (folder / "study.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    write_atomically(folder / "study.md", "\n\n".join(lines) + "\n")
     picture = figure(study)
     (folder / "study.png").write_bytes(picture)
     source = "data:image/png;base64," + base64.b64encode(picture).decode()
@@ -38,7 +40,7 @@ def write_study_report(folder: Path) -> Path:
     meaning = html_table(["column", "meaning"], [[column(m, study), METRICS[m]] for m in METRICS])
     body = f"<h1>{text(study['study'])}</h1><p>{text(study['about'])}</p>{html_table(header, rows)}{facts}"
     body += card("difference to the baseline", "dots: seeds; bars: t intervals over seeds", source) + meaning
-    (folder / "study.html").write_text(page(study["study"], body), encoding="utf-8")
+    write_atomically(folder / "study.html", page(study["study"], body))
     return folder
 
 
@@ -46,7 +48,13 @@ def load_study(folder: Path) -> dict[str, Any]:
     file = folder / STUDY
     if not file.is_file():
         raise ConfigError(f"{folder} holds no finished study: it has no {STUDY}. Run its `atesd study` command again")
-    return dict(json.loads(file.read_text(encoding="utf-8")))
+    try:
+        study = dict(json.loads(file.read_text(encoding="utf-8")))
+        return {**study, "study": str(study["study"])}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{file} is damaged ({error!r}): delete it, and the command of its study makes it again from its runs"
+        ) from error
 
 
 def printout(folder: Path) -> Printout:

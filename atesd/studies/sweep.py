@@ -19,11 +19,12 @@ from atesd.reports.printout import Printout, Table
 from atesd.studies.reading import load_spec
 from atesd.studies.spec import StudySpec
 from atesd.studies.study import run_study
-from atesd.studies.study_report import STUDY, load_study
+from atesd.studies.study_report import STUDY, WRITTEN, load_study, write_study_report
 from atesd.studies.study_report import printout as study_printout
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # [paper]
 SEEDS = (0, 1, 2)  # our choice
+FIGURE = "sweep.png"
 GROUPS = ("easy", "middle", "hard")
 SHOWN = ("outcome", "accuracy", "mismatch_p95", "top1_disagreement")
 
@@ -49,14 +50,19 @@ def sweep(
     if not alphas or not seeds:
         raise ConfigError("a sweep needs at least an alpha and a seed")
     num_problems = num_problems or load_config(recipe, flags).num_eval_problems or None
-    folder = run_study(spec_of(recipe, alphas, seeds, num_problems), flags, output_dir)
+    spec = spec_of(recipe, alphas, seeds, num_problems)
+    return run_study(spec, flags, output_dir, written=(*WRITTEN, FIGURE), report=write_sweep_report)
+
+
+def write_sweep_report(folder: Path) -> Path:
+    """Writes what a study has, and sweep.png; adds `by_difficulty` to study.json. Returns `folder`."""
     study = load_study(folder)
     summary = summarise(rows_of(study))
     write_json(folder / STUDY, {**study, "by_difficulty": summary})
     from atesd.studies.sweep_plot import sweep_figure
 
-    sweep_figure(summary, folder / "sweep.png")
-    return folder
+    sweep_figure(summary, folder / FIGURE)
+    return write_study_report(folder)
 
 
 def spec_of(

@@ -358,3 +358,23 @@ def test_a_count_of_problems_is_meant_where_it_was_chosen_for_the_data_set(tmp_p
     (tmp_path / "run").mkdir()
     run.save(tmp_path / "run")
     assert load_config(None, ["--resume", str(tmp_path / "run")]).up_to == frozenset()
+
+
+@pytest.mark.parametrize(("line", "name"), [("2026-11-27", "2026-11-27"), ("2026-13-47", "2026-13-47")])
+def test_a_date_in_yaml_is_a_text(tmp_path, line, name):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"extends: quickstart\noutput_dir: {line}\n")
+    assert load_config(str(file), []).output_dir == name
+
+
+def test_an_empty_resume_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="resume is empty"):
+        load_config("quickstart", ["--resume", ""])
+
+
+@pytest.mark.parametrize("content", ["seed: " + "[" * 20_000, "? [1, 2]\n: 3\n"])
+def test_yaml_that_cannot_be_read_is_refused_by_name(tmp_path, content):
+    file = tmp_path / "mine.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=r"mine\.yaml"):
+        load_config(str(file), [])

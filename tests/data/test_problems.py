@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 
+from atesd.data.files import open_dataset
 from atesd.data.problems import Problem, ProblemSplits, load_problems
 from atesd.data.segmentation import split_reference
 from atesd.errors import DataError
@@ -78,6 +79,15 @@ def test_importing_problems_does_not_load_the_generator_or_datasets():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_file_in_another_encoding_is_refused_with_its_line(tmp_path, suffix):
+    rows = [json.dumps({"problem": word, "answer": "2"}, ensure_ascii=False) for word in ("1+1?", "caf\xe9: 1+1?")]
+    text = "\n".join(rows) + "\n" if suffix == ".jsonl" else "[" + ",\n".join(rows) + "]"
+    (tmp_path / f"rows{suffix}").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match="is not UTF-8: line 2 has the byte 0xe9"):
+        open_dataset(str(tmp_path / f"rows{suffix}"), "train")
 
 
 def test_files_of_every_kind_give_the_same_problems(tmp_path):

@@ -280,6 +280,29 @@ def test_an_evaluation_that_another_process_writes_keeps_its_settings(make):
     assert (folder / "eval_config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["results.md", "results.html", "results.json"])
+def test_an_evaluation_takes_no_file_that_it_has_not_written(make, tmp_path, name):
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / name).write_text("mine")
+    with pytest.raises(EvalError, match=f"holds {name} but no eval_config.json"):
+        evaluate(make())
+    assert [path.name for path in (tmp_path / "eval").iterdir()] == [name]
+
+
+@pytest.mark.parametrize("place", ["generate_samples", "summarise"])
+def test_an_evaluation_whose_folder_is_removed_says_so_and_makes_it_not_again(make, monkeypatch, tmp_path, place):
+    do = getattr(evaluation, place)
+
+    def removed(*arguments):
+        shutil.rmtree(tmp_path / "eval")
+        return do(*arguments)
+
+    monkeypatch.setattr(evaluation, place, removed)
+    with pytest.raises(EvalError, match="eval is no longer there: somebody removed or renamed it"):
+        evaluate(make())
+    assert not (tmp_path / "eval").exists()
+
+
 class Scripted:
     """An engine that answers from a script: {prompt: [response token ids, ...]}, one after the other."""
 

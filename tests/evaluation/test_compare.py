@@ -143,3 +143,20 @@ def test_one_problem_has_no_interval_and_says_so(written):
     folder = written("a", [1])
     write_reports(folder)
     assert "no interval: one problem" in (folder / "results.md").read_text()
+
+
+def test_a_comparison_takes_no_file_that_it_has_not_written(written, tmp_path):
+    folders = [written("a", [0, 2]), written("b", [1, 2])]
+    (tmp_path / "a" / "comparison.md").write_text("mine")
+    with pytest.raises(EvalError, match=r"holds comparison\.md, which no comparison has written"):
+        compare(folders, tmp_path / "a")
+    assert (tmp_path / "a" / "comparison.md").read_text() == "mine"
+    out = compare(folders, tmp_path / "b")  # beside an evaluation's own files
+    assert compare(folders, out) == out and not (out / ".lock").exists()
+
+
+@pytest.mark.parametrize("name", ["a/results.json", "a/results.json/below", "x" * 300])
+def test_a_place_that_no_comparison_can_have_is_refused_by_name(written, tmp_path, capsys, name):
+    folders = [str(written("a", [0, 2])), str(written("b", [1, 2]))]
+    assert cli.main(["eval", "--compare", *folders, "--output_dir", str(tmp_path / name)]) == 2
+    assert "cannot be made or written to" in capsys.readouterr().err

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
+import sys
+import time
 from dataclasses import asdict, replace
 
 import pytest
@@ -14,6 +17,7 @@ from atesd import cli
 from atesd.config.doors import POLICY_FIELDS
 from atesd.evaluation.statistics import t_quantile
 from atesd.exposure.policies import make_policy
+from atesd.storage.manifest import damage
 from atesd.studies.comparison import interval
 from atesd.studies.lab.world import TEMPLATES
 from atesd.studies.reading import load_spec, shipped
@@ -170,6 +174,39 @@ def test_several_runs_at_a_time_give_the_same_numbers(study, tmp_path):
         assert command(study, folder, "--seeds", "0", "--jobs", jobs) == 0
     first, second = (json.loads((folder / "study.json").read_text()) for folder in (one, two))
     assert first == second
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are killed")
+def test_sigterm_ends_a_study_and_its_runs_which_are_saved(study, tmp_path, start_atesd):
+    folder = tmp_path / "s"
+    process = start_atesd("study", study, "--output_dir", str(folder), "--jobs", "2", "--max_steps", "5000")
+    logs = [folder / variant / "seed-0" / "metrics.jsonl" for variant in ("full", "half")]
+    deadline = time.monotonic() + 240
+    while not all(log.is_file() and log.read_bytes().count(b"\n") > 1 for log in logs):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.05)
+    process.terminate()
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and b"go on with the same command" in told
+    for log in logs:
+        (newest,) = (log.parent / "checkpoints").glob(f"step-{log.read_bytes().count(b'step'):06d}*")
+        assert damage(newest) is None
+
+
+@pytest.mark.parametrize("name", ["study.md", "study.html", "study.png"])
+def test_a_study_takes_no_file_that_it_has_not_written(study, tmp_path, capsys, name):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / name).write_text("mine")
+    assert command(study, tmp_path / "s") == 2
+    assert f"holds {name}, and no study wrote it" in capsys.readouterr().err
+    (tmp_path / "s" / name).unlink()
+    (tmp_path / "s" / "study.json").write_text('{"study": "another"}')
+    assert command(study, tmp_path / "s") == 2
+    assert "holds the results of the study 'another'" in capsys.readouterr().err
+    (tmp_path / "s" / "study.json").write_text("{")
+    assert command(study, tmp_path / "s") == 2
+    assert "study.json is damaged" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "s").iterdir() if path.name != ".lock"] == ["study.json"]
 
 
 def test_a_study_may_extend_others_and_cross_variants_with_a_grid(study, tmp_path):

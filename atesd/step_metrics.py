@@ -90,7 +90,7 @@ def sample_line(tokenizer: Any, problem: Problem, exposed: str, rollout: Rollout
     """Returns one problem of the step, its response, and the part of a reference that the teacher read."""
     return {
         "problem_id": problem.id,
-        "problem": problem.problem,
+        "problem": problem.text,
         "answer": problem.answer,
         "response": tokenizer.decode(rollout.response_ids, skip_special_tokens=True),
         "truncated": rollout.truncated,

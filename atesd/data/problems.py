@@ -8,13 +8,14 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from atesd.data.answers import column_answer, final_answer
+from atesd.data.chats import Turn
 from atesd.data.files import open_dataset
-from atesd.data.layouts import cell, find_columns, problem_text, text_list
+from atesd.data.layouts import cell, chat_before, find_columns, problem_text, text_list
 from atesd.data.solutions import solution_text
 from atesd.errors import DataError, MissingPackageError
 
@@ -23,6 +24,7 @@ __all__ = ["Problem", "ProblemSplits", "load_problems"]
 _BUILTIN = "gsm_symbolic"
 # reasoning-gym samples entry i of seed s from Random(s + i): far-apart seeds keep runs from overlapping.
 _SEED_STRIDE = 100_000_000
+_ALWAYS_IN_A_RECORD = ("id", "problem", "solution", "answer", "segments")
 _REPEATS_TOLERATED = 20  # generated entries tried per requested problem, before the generator counts as exhausted
 
 
@@ -30,7 +32,8 @@ _REPEATS_TOLERATED = 20  # generated entries tried per requested problem, before
 class Problem:
     """One problem: an id for messages, its text, a worked solution, and the final answer alone.
 
-    ``segments`` are what exposure runs over, where the data give them; None: the solution is split.
+    ``segments`` are what exposure runs over, where the data give them; None: the solution is split. ``earlier`` are the
+    turns of a chat before ``problem``, its last user turn.
     """
 
     id: str
@@ -38,6 +41,25 @@ class Problem:
     solution: str
     answer: str
     segments: tuple[str, ...] | None = None
+    earlier: tuple[Turn, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """All that is asked, for people: the turns of a chat under their roles, else the problem."""
+        if not self.earlier:
+            return self.problem
+        return "\n\n".join(f"{role}: {text}" for role, text in (*self.earlier, ("user", self.problem)))
+
+    @property
+    def key(self) -> str:
+        """What two problems with the same text share, ignoring white space and case."""
+        turns = [*(f"{role}: {text}" for role, text in self.earlier), self.problem]
+        return "\n".join(" ".join(turn.split()).casefold() for turn in turns)
+
+    def record(self) -> dict[str, Any]:
+        """Returns the fields for a digest. One that a later version adds counts where it is set."""
+        usual = {field.name: field.default for field in fields(self) if field.name not in _ALWAYS_IN_A_RECORD}
+        return {name: v for name, v in asdict(self).items() if name not in usual or v != usual[name]}
 
 
 @dataclass(frozen=True)
@@ -118,7 +140,7 @@ def load_problems(
             break
         if not problem.answer:
             skipped.append(problem.id)
-        elif (key := " ".join(problem.problem.split()).casefold()) in seen:
+        elif (key := problem.key) in seen:
             repeated += 1
         else:
             seen.add(key)
@@ -190,7 +212,11 @@ def _dataset_rows(
     random.Random(seed).shuffle(order)
     for row in order:
         record, where = dataset[row], f"{name}-{row}"
-        problem, raw, answer = (cell(record, key, columns[key], where) for key in ("problem", "solution", "answer"))
+        problem, raw, answer = (
+            cell(record, key, columns[key], where, of_problem=columns[key] == columns["problem"])
+            for key in ("problem", "solution", "answer")
+        )
+        earlier = chat_before(record, str(columns["problem"]), where)
         pieces = text_list(record, segments_column, where) if segments_column else None
         if pieces and not columns["solution"]:
             raw = "\n\n".join(pieces)
@@ -203,4 +229,4 @@ def _dataset_rows(
                 raise DataError(f"row {row} of {name} has an empty {key} (column {columns[key]!r}): fill or remove it")
         if require_solution and not solution:  # nothing but thinking, that was cut off
             answer = ""
-        yield Problem(where, problem_text(problem), solution, answer, pieces)
+        yield Problem(where, problem_text(problem), solution, answer, pieces, earlier)

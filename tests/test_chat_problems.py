@@ -55,7 +55,7 @@ def lines_of(run_dir, name):
 )
 @pytest.mark.filterwarnings("ignore")
 def test_every_objective_trains_on_chats_that_differ_in_an_earlier_turn_only(tiny_config, chats, settings):
-    run_dir = train(tiny_config(dataset_name=chats, max_steps=2, **settings))
+    run_dir = train(tiny_config(dataset_name=chats, max_steps=1, **settings))
     assert json.loads((run_dir / "summary.json").read_text())["problems_used"] == 10
     samples = lines_of(run_dir, "samples.jsonl")
     assert all(line["problem"].startswith("system: Count well.\n\nuser: Ann has ") for line in samples)
@@ -100,7 +100,7 @@ def test_a_changed_earlier_turn_is_a_changed_input_and_another_problem(tiny_conf
 
 
 def test_the_dry_run_shows_the_chat_and_measures_its_prompts(tiny_config, chats):
-    shown = dry_run(tiny_config(dataset_name=chats)).json
+    shown = dry_run(tiny_config(dataset_name=chats)).data
     student = next(row for row in shown["prompts"] if row["prompt"] == "student")
     assert "system\nCount well." in student["text"] and "user\nShe buys 2 more." in student["text"]
     assert "pens" in student["text"] and "#### " not in student["text"]

@@ -85,6 +85,11 @@ class DataFields:
         "List column with what the teacher may read, such as kinds of help; exposure runs over its entries. Absent: "
         "the solution is split.",
     )
+    weight_column: str | None = option(
+        None,
+        "our choice",
+        "Column with the weight of each problem, at least 0: the factor of its tokens' loss. Absent: 1 for all.",
+    )
     num_train_problems: int | None = option(
         None, "our choice", "Training problems to keep; absent, all there are.", at_least=1
     )

@@ -16,7 +16,7 @@ from atesd.data.answers import final_answer
 from atesd.data.chats import ROLES, Turn, earlier_turns, is_chat, turns_for
 from atesd.errors import DataError
 
-__all__ = ["cell", "chat_before", "find_columns", "problem_text", "text_list"]
+__all__ = ["cell", "chat_before", "find_columns", "problem_text", "text_list", "weight"]
 
 Columns = dict[str, str | None]
 
@@ -162,6 +162,24 @@ def text_list(record: dict[str, Any], column: str, where: str) -> tuple[str, ...
             f"{sorted(record)}"
         )
     return tuple(piece.strip() for piece in value if piece.strip())
+
+
+def weight(record: dict[str, Any], column: str, where: str) -> float:
+    """Returns a record's weight. A CSV file holds the number as text.
+
+    Raises DataError, naming row and column, for a cell that is no finite number of at least 0.
+    """
+    value = _plain(_value(record, column))
+    found = math.nan
+    if isinstance(value, (str, int, float, Decimal)) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            found = float(value)
+    if not 0 <= found < math.inf:
+        raise DataError(
+            f"{where}: weight_column={column!r} must hold a finite number of at least 0, not "
+            f"{json.dumps(value, default=str)[:80]}; the columns are {sorted(record)}"
+        )
+    return found
 
 
 def problem_text(text: str) -> str:

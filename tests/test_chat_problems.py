@@ -69,7 +69,7 @@ def test_another_problem_s_reference_is_read_after_the_own_chat(tiny_config, cha
         own = problem.earlier[1][1]
         assert own in text and text.count("pens") == 1
         assert problem.solution not in text and "Then she has" in text
-        (prompt,), (reply,) = run.data.imitated([problem])
+        (prompt,), (reply,), _ = run.data.imitated([problem])
         assert own in run.tokenizer.decode(prompt) and run.tokenizer.decode(reply).startswith(problem.solution)
     run.close()
 

@@ -74,7 +74,7 @@ class DataFields:
         "name.",
     )
     dataset_split: str = option("train", "HF", "Split of the dataset to read.")
-    problem_column: str = option("problem", "our choice", "Column with the problem text.")
+    problem_column: str = option("problem", "our choice", "Column with the problem: a text, or a chat.")
     solution_column: str = option("solution", "our choice", "Column with the worked reference solution.")
     answer_column: str = option(
         "answer", "our choice", "Column with the final answer; absent, it is found in the solution."

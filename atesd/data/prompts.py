@@ -261,7 +261,7 @@ class PromptBuilder:
         quotes = any(tokens.in_data(text) for text in (content, *(text for _, text in problem.earlier)))
         if not quotes:
             # The template already wrote the special tokens, BOS included: the tokenizer must not add them again.
-            return list(tokens.encode(self._render(content, chat_kwargs, earlier=problem.earlier), "")["input_ids"])
+            return list(tokens.encode(self._render(content, chat_kwargs, earlier=problem.earlier))["input_ids"])
         veiled = [(role, tokens.veiled(text)) for role, text in problem.earlier]
         return tokens.unveiled_ids(self._render(tokens.veiled(content), chat_kwargs, earlier=veiled))
 
@@ -276,7 +276,7 @@ class PromptBuilder:
                 text = self._render(_SENTINEL, chat_kwargs, earlier=marked)
             except DataError as error:
                 raise DataError(f"problem {problem.id!r}: {error}") from error
-            lost = list(dict.fromkeys(role for role, mark in marked if mark not in text))
+            lost = list(dict.fromkeys(role for role, mark in (*marked, ("user", _SENTINEL)) if mark not in text))
             if lost:
                 names = " and ".join([", ".join(lost[:-1]), lost[-1]] if lost[1:] else lost)
                 raise DataError(

@@ -59,12 +59,12 @@ def add_imitation(
 
     `num_tokens` are the references' tokens in the step, over all processes.
     """
-    prompts, replies = run.data.imitated(problems)
+    prompts, replies, weights = run.data.imitated(problems)
     batch = pack(prompts, replies, run.device)
     with run.phase("student"):
         hidden = hidden_rows(run.student.backbone, batch)
     with run.phase("loss_backward"):
-        tokens, unused = ResponseTokens(batch.targets, batch.lengths), TokenTotals()
+        tokens, unused = ResponseTokens(batch.targets, batch.lengths, sample_weights=weights), TokenTotals()
         share = add_gradient(run, run.imitation, hidden, [], None, tokens, num_tokens, unused, loss_so_far)
     totals.imitation.append(share.double())
     return share

@@ -34,7 +34,7 @@ def input_digests(config: ATESDConfig, data: RunData, tokenizer: Any) -> dict[st
     source = teacher_source(config)
     words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return {
-        **{name: f"{len(rows)}: {digest([asdict(row) for row in rows])}" for name, rows in problems.items()},
+        **{name: f"{len(rows)}: {digest([row.record() for row in rows])}" for name, rows in problems.items()},
         "the tokenizer": digest([words, tokenizer.special_tokens_map]),
         "the chat template": digest(tokenizer.chat_template),
         "the prompt templates": digest(asdict(data.prompts.templates)),

@@ -47,6 +47,8 @@ class ResponseTokens:
             engine; None for 1.
         mean_length: tokens of a response of the step on average, where each response counts alike; None where each
             token does.
+        sample_weights: constant factor of the loss of each response's tokens, its problem's weight; None for 1. It does
+            not change the denominator.
     """
 
     targets: Tensor
@@ -54,6 +56,7 @@ class ResponseTokens:
     advantages: tuple[float, ...] | None = None
     weight: Tensor | None = None
     mean_length: float | None = None
+    sample_weights: tuple[float, ...] | None = None
 
 
 class Objective(Protocol):
@@ -176,8 +179,8 @@ class PolicyGradient:
         logprobs, stats = head_logprobs(
             student_hidden, student_head, tokens.targets, self.temperature, self.chunk_bytes
         )
-        repeated = [a for a, n in zip(tokens.advantages, tokens.lengths, strict=True) for _ in range(n)]
-        advantages = to_device(torch.tensor(repeated, dtype=logprobs.dtype), logprobs.device)
+        repeated = of_each_token(tokens.advantages, tokens.lengths)
+        advantages = to_device(repeated.to(logprobs.dtype), logprobs.device)
         ratio = torch.exp(logprobs - logprobs.detach())
         return -weighted_sum(advantages * ratio, token_weight(tokens)) / num_tokens, stats
 
@@ -279,11 +282,13 @@ def position_weights(lengths: tuple[int, ...], halflife: float) -> Tensor:
 
 
 def token_weight(tokens: ResponseTokens, halflife: float | None = None) -> Tensor | None:
-    """Returns the factor of each token's loss, `(N,)`: `tokens.weight` times that of its position and of its response;
-    None if all are 1."""
+    """Returns the factor of each token's loss, `(N,)`: `tokens.weight` times that of its position, of its response and
+    of its problem; None if all are 1."""
     parts = [] if halflife is None else [position_weights(tokens.lengths, halflife)]
     if tokens.mean_length is not None:
         parts.append(response_weights(tokens.lengths, tokens.mean_length))
+    if tokens.sample_weights is not None:
+        parts.append(of_each_token(tokens.sample_weights, tokens.lengths))
     weights = [to_device(part, tokens.targets.device) for part in parts]
     if tokens.weight is not None:
         weights.append(tokens.weight)
@@ -296,6 +301,11 @@ def response_weights(lengths: tuple[int, ...], mean_length: float) -> Tensor:
     A sum with these weights, over the number of tokens, is the mean over responses of the mean over their tokens.
     """
     return torch.cat([torch.full((n,), mean_length / max(n, 1), dtype=torch.float64) for n in lengths])
+
+
+def of_each_token(values: tuple[float, ...], lengths: tuple[int, ...]) -> Tensor:
+    """Returns `(N,)` float64: each response's value for each of its tokens."""
+    return torch.tensor([v for v, n in zip(values, lengths, strict=True) for _ in range(n)], dtype=torch.float64)
 
 
 def weighted_sum(values: Tensor, weight: Tensor | None) -> Tensor:

@@ -24,7 +24,7 @@ from accelerate.utils import set_seed
 from atesd.config import CONFIG_FILE, ATESDConfig
 from atesd.config.doors import POLICY_FIELDS
 from atesd.config.load import settle_paths
-from atesd.data.problems import Problem
+from atesd.data.problems import Problem, weights_of
 from atesd.data.reading.leakage import TeacherWording
 from atesd.data.run_data import load_run_data
 from atesd.errors import AtesdError, ConfigError, first_line
@@ -242,6 +242,7 @@ class Run:
             teacher = checked_teacher_config(config, self.tokenizer)
             context = context_length(load_model_config(config))
             self.data = load_run_data(config, self.tokenizer, context, context_length(teacher) if teacher else None)
+        self.weighted = weights_of(self.data.problems.train) is not None
 
     def build_models(self) -> None:
         config = self.config
@@ -365,7 +366,7 @@ class Run:
             "learning_rate": self.student.optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm,
             **stats,
-            **clip_fraction(self.config, totals.objective(loss), totals, stats.get("mismatch")),
+            **clip_fraction(self.config, totals.objective(loss), totals, stats.get("mismatch"), self.weighted),
             **self.processes.all_reduce_mean(
                 rewards | response_metrics(rollouts) | text_metrics(self.tokenizer, self.wording, rollouts)
             ),

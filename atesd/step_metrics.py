@@ -51,17 +51,19 @@ def repetition(token_ids: Sequence[int], n: int = NGRAM) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def clip_fraction(config: ATESDConfig, loss: float, totals: TokenTotals, mismatch: float | None) -> dict[str, float]:
+def clip_fraction(
+    config: ATESDConfig, loss: float, totals: TokenTotals, mismatch: float | None, of_weighted: bool = False
+) -> dict[str, float]:
     """Returns `{"clip_fraction": ...}`, the share that the clip removes; {} if it is unknown.
 
     With `token_clip` c, it is the share of tokens whose divergence exceeds c. With `entry_clip`, it is the share of the
     step's mean divergence that is missing from the loss, 1 - loss / mismatch, because a token's entries are never
-    materialised. This needs a loss that is the unweighted divergence.
+    materialised. This needs a loss that is the unweighted divergence; `of_weighted`: the problems have weights.
     """
     if config.token_clip is not None and mismatch is not None:
         return {"clip_fraction": totals.share_above(config.token_clip)}
     weighted = config.position_halflife is not None or config.importance_clip is not None
-    weighted |= config.loss_aggregation != "token"
+    weighted |= of_weighted or config.loss_aggregation != "token"
     plain = config.objective == "distill" and not weighted
     if config.entry_clip is not None and plain and mismatch:
         return {"clip_fraction": 1 - loss / mismatch}
@@ -90,7 +92,7 @@ def sample_line(tokenizer: Any, problem: Problem, exposed: str, rollout: Rollout
     """Returns one problem of the step, its response, and the part of a reference that the teacher read."""
     return {
         "problem_id": problem.id,
-        "problem": problem.problem,
+        "problem": problem.text,
         "answer": problem.answer,
         "response": tokenizer.decode(rollout.response_ids, skip_special_tokens=True),
         "truncated": rollout.truncated,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from atesd.config import ATESDConfig
-from atesd.data.problems import Problem
+from atesd.data.problems import Problem, weights_of
 from atesd.gradients import add_gradient, add_imitation
 from atesd.models.batching import chunks, hidden_rows_and_aux_loss
 from atesd.objectives import ResponseTokens, TokenTotals
@@ -189,7 +189,8 @@ class Trainer:
                         rollouts[part], student_hidden, run.student.head, student_batch.targets
                     )
                     rewarded = None if advantages is None else tuple(advantages[part])
-                    tokens = ResponseTokens(student_batch.targets, student_batch.lengths, rewarded, weight, mean_length)
+                    factors = (weight, mean_length, weights_of(problems[part]))
+                    tokens = ResponseTokens(student_batch.targets, student_batch.lengths, rewarded, *factors)
                     arguments = (student_hidden, views, aux, tokens, num_tokens, totals, loss)
                     loss += add_gradient(run, run.objective, *arguments)
                 if run.imitation:

@@ -261,6 +261,28 @@ def test_each_response_counts_alike_if_the_loss_is_aggregated_by_sequence(model,
         assert (ours - dense).norm() <= 1e-9 * dense.norm()
 
 
+@pytest.mark.parametrize("mean_length", [None, TOKENS / len(RESPONSES)], ids=["token", "sequence"])
+@pytest.mark.parametrize("objective", BY_SEQUENCE.values(), ids=BY_SEQUENCE)
+def test_a_problem_s_weight_is_the_factor_of_its_tokens_and_not_of_the_denominator(model, objective, mean_length):
+    backbone, head = hidden_states_and_head(model)
+
+    def loss_of(part, weights):
+        student = pack(PROMPTS[part], RESPONSES[part], "cpu")
+        with torch.no_grad():
+            read = hidden_rows(backbone, pack(READ[part], RESPONSES[part], "cpu"))
+        tokens = ResponseTokens(student.targets, student.lengths, tuple(ADVANTAGES[part]), None, mean_length, weights)
+        return objective(hidden_rows(backbone, student), head, read, None, tokens, TOKENS)
+
+    weights = (0.0, 2.0, 1.0, 0.25)
+    loss, stats = loss_of(slice(None), weights)
+    alone = [loss_of(slice(i, i + 1), None)[0] for i in range(len(RESPONSES))]
+    assert loss.item() == pytest.approx(sum(w * part.item() for w, part in zip(weights, alone, strict=True)), rel=1e-9)
+    torch.testing.assert_close(stats.divergence, loss_of(slice(None), None)[1].divergence)  # statistics have no weights
+    gradient = torch.autograd.grad(loss, head.weight, retain_graph=True)[0]
+    wanted = sum(w * torch.autograd.grad(part, head.weight)[0] for w, part in zip(weights, alone, strict=True))
+    assert (gradient - wanted).norm() <= 1e-9 * wanted.norm()
+
+
 def test_group_advantages_compare_a_problems_responses_with_each_other_only():
     got = group_advantages([1, 0, 0, 0, 1, 1, 1, 1, 0, 1, 0, 1], group=4)
     assert got[:4] == pytest.approx([1.4997, -0.4999, -0.4999, -0.4999], abs=1e-3)  # (r - 1/4) / (1/2)

@@ -96,6 +96,7 @@ def check_combinations(config: Settings) -> None:
     check_divergence(config)
     check_objective(config)
     check_reference(config)
+    check_weights(config)
     check_views(config)
     check_teacher(config)
     if config.attn_implementation in FLASH_PACKAGES:
@@ -161,6 +162,18 @@ def check_reference(config: Settings) -> None:
         )
     if len(changed) > 1:
         raise ConfigError(f"reference_source is 'none', so {changed[1]} would be ignored: leave it out")
+
+
+def check_weights(config: Settings) -> None:
+    column = config.weight_column
+    if column is None:
+        return
+    require(config, "weight_column", bool(column.strip()), "the name of a column, or left out")
+    if config.dataset_name == "gsm_symbolic":
+        raise ConfigError(
+            f"weight_column ({column}) would be ignored, for dataset_name is 'gsm_symbolic', whose problems have no "
+            "weights: leave it out"
+        )
 
 
 def check_teacher(config: Settings) -> None:

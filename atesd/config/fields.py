@@ -74,7 +74,7 @@ class DataFields:
         "name.",
     )
     dataset_split: str = option("train", "HF", "Split of the dataset to read.")
-    problem_column: str = option("problem", "our choice", "Column with the problem text.")
+    problem_column: str = option("problem", "our choice", "Column with the problem: a text, or a chat.")
     solution_column: str = option("solution", "our choice", "Column with the worked reference solution.")
     answer_column: str = option(
         "answer", "our choice", "Column with the final answer; absent, it is found in the solution."
@@ -84,6 +84,11 @@ class DataFields:
         "our choice",
         "List column with what the teacher may read, such as kinds of help; exposure runs over its entries. Absent: "
         "the solution is split.",
+    )
+    weight_column: str | None = option(
+        None,
+        "our choice",
+        "Column with the weight of each problem, at least 0: the factor of its tokens' loss. Absent: 1 for all.",
     )
     num_train_problems: int | None = option(
         None, "our choice", "Training problems to keep; absent, all there are.", at_least=1

@@ -2,7 +2,7 @@
 
 A problem that quotes "<|im_end|>" must not end the user's turn. The tokenizer cannot tell the template's tokens from
 the data's, so a copy of it is used for such prompts, which knows the tokens under private names. Only the template's
-are written with these names.
+are written with these names. While the template renders a chat, the data's are veiled.
 """
 
 from __future__ import annotations
@@ -38,17 +38,29 @@ class ChatTokens:
         }
         longest_first = sorted(self.control, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        self._veils = {token: f"\ue002{number}\ue003" for number, token in enumerate(longest_first)}
 
     def in_data(self, text: str) -> bool:
         """Whether `text` contains a control token."""
         return self._pattern is not None and self._pattern.search(text) is not None
 
-    def encode(self, before: str, data: str, after: str = "", **options: Any) -> Any:
-        """Returns the tokenizer's encoding of `before + data + after`, in which control tokens in `data` are text."""
+    def encode(self, template: str, data: str = "", **options: Any) -> Any:
+        """Returns the tokenizer's encoding of `template + data`, in which control tokens in `data` are text."""
         tokenizer: Any = self.tokenizer
         if self.in_data(data):
-            tokenizer, before, after = self._private, self._renamed(before), self._renamed(after)
-        return tokenizer(before + data + after, add_special_tokens=False, **options)
+            tokenizer, template = self._private, self._renamed(template)
+        return tokenizer(template + data, add_special_tokens=False, **options)
+
+    def veiled(self, data: str) -> str:
+        """Returns `data` with its control tokens in a form that a chat template writes out like any other text."""
+        return data if self._pattern is None else self._pattern.sub(lambda token: self._veils[token[0]], data)
+
+    def unveiled_ids(self, rendered: str) -> list[int]:
+        """Returns the ids of a rendered chat, in which the tokens that were veiled are text."""
+        text = self._renamed(rendered)
+        for token, veil in self._veils.items():
+            text = text.replace(veil, token)
+        return list(self._private(text, add_special_tokens=False)["input_ids"])
 
     def turn_end(self, rendered_end: str) -> list[int]:
         """Returns the ids that end an assistant's turn: what the template writes after it, up to its control token.

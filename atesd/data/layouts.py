@@ -1,7 +1,6 @@
 """Knows the columns of the data sets people have: which hold problem, solution and answer, and how to read their cells.
 
-A column can be named with dots, `reward_model.ground_truth`, and can hold a chat: its user turn is the problem, its
-assistant turn the solution.
+A column can be named with dots, `reward_model.ground_truth`, and can hold a chat (`chats.py`).
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ from decimal import Decimal
 from typing import Any
 
 from atesd.data.answers import final_answer
+from atesd.data.chats import ROLES, Turn, earlier_turns, is_chat, turns_for
 from atesd.errors import DataError
 
-__all__ = ["cell", "find_columns", "problem_text", "text_list"]
+__all__ = ["cell", "chat_before", "find_columns", "problem_text", "text_list", "weight"]
 
 Columns = dict[str, str | None]
 
@@ -35,7 +35,6 @@ KNOWN = {
     "answer": ("answer", "expected_answer", "final_answer", "ground_truth", "reward_model.ground_truth"),
 }
 SAMPLED = 20  # rows read to see whether a nested column or a worked answer is there
-ROLES = {"problem": ("user", "human"), "solution": ("assistant", "gpt"), "answer": ("assistant", "gpt")}
 # What data sets write around their problems, (before, after). The prompt templates say themselves how to answer.
 INSTRUCTIONS = (
     (
@@ -101,8 +100,8 @@ def _find(key: str, column: str | None, present: Sequence[str], head: list[dict[
 
 def _lacks_turn(key: str, column: str, head: list[dict[str, Any]]) -> bool:
     """Whether the column holds chats without a turn for `key`: a prompt has no assistant turn, for example."""
-    chats = [value for record in head if _is_chat(value := _plain(_value(record, column)))]
-    return bool(chats) and not any(_turns(chat, key) for chat in chats)
+    chats = [value for record in head if is_chat(value := _plain(_value(record, column)))]
+    return bool(chats) and not any(turns_for(chat, key, of_problem=True) for chat in chats)
 
 
 def _is_worked(record: dict[str, Any], column: str) -> bool:
@@ -112,16 +111,18 @@ def _is_worked(record: dict[str, Any], column: str) -> bool:
     return stated is not None and len(value.strip()) > len(stated) + len("$\\boxed{}$")
 
 
-def cell(record: dict[str, Any], key: str, column: str | None, where: str) -> str:
+def cell(record: dict[str, Any], key: str, column: str | None, where: str, of_problem: bool = False) -> str:
     """Returns the text of a record's problem, solution or answer, stripped; "" for an empty cell.
+
+    `of_problem`: whether the problem is read from this column too, so that a chat of several turns is one dialogue.
 
     Raises DataError, naming row and column, for a cell that is neither text, a number nor a chat with one such turn.
     """
     value = _plain(_value(record, column)) if column else None
-    if _is_chat(value):
-        turns = _turns(value, key)
+    if is_chat(value):
+        turns = turns_for(value, key, of_problem)
         if len(turns) > 1:
-            raise DataError(f"{where}: column {column!r} holds a chat with {len(turns)} {ROLES[key][0]} turns, not one")
+            raise DataError(f"{where}: column {column!r} holds a chat with {len(turns)} {ROLES[key]} turns, not one")
         value = turns[0] if turns else None
     if key == "answer" and isinstance(value, str):
         value = _plain(_decoded(value))
@@ -133,6 +134,15 @@ def cell(record: dict[str, Any], key: str, column: str | None, where: str) -> st
         return str(value).strip()
     shown = json.dumps(value, default=str)[:80]
     raise DataError(f"{where}: column {column!r} holds {type(value).__name__}, not text or a number: {shown}")
+
+
+def chat_before(record: dict[str, Any], column: str, where: str) -> tuple[Turn, ...]:
+    """Returns the turns of a record's chat before its last user turn; none for one user turn, and for a text.
+
+    Raises DataError, naming row and column, for turns that no prompt can carry.
+    """
+    value = _plain(_value(record, column))
+    return earlier_turns(value, f"{where}: column {column!r}") if is_chat(value) else ()
 
 
 def text_list(record: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
@@ -152,6 +162,24 @@ def text_list(record: dict[str, Any], column: str, where: str) -> tuple[str, ...
             f"{sorted(record)}"
         )
     return tuple(piece.strip() for piece in value if piece.strip())
+
+
+def weight(record: dict[str, Any], column: str, where: str) -> float:
+    """Returns a record's weight. A CSV file holds the number as text.
+
+    Raises DataError, naming row and column, for a cell that is no finite number of at least 0.
+    """
+    value = _plain(_value(record, column))
+    found = math.nan
+    if isinstance(value, (str, int, float, Decimal)) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            found = float(value)
+    if not 0 <= found < math.inf:
+        raise DataError(
+            f"{where}: weight_column={column!r} must hold a finite number of at least 0, not "
+            f"{json.dumps(value, default=str)[:80]}; the columns are {sorted(record)}"
+        )
+    return found
 
 
 def problem_text(text: str) -> str:
@@ -194,20 +222,3 @@ def _decoded(text: str) -> Any:
     except ValueError:
         return text
     return value if all(isinstance(part, str) for part in value) else text
-
-
-def _is_chat(value: Any) -> bool:
-    turns = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
-    return bool(turns) and all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in turns)
-
-
-def _turns(chat: Any, key: str) -> list[str]:
-    """Returns the texts of the chat's user turns (for the problem) or assistant turns."""
-    own = [turn for turn in chat if (turn.get("role") or turn.get("from")) in ROLES[key]]
-    return [_content(turn.get("content", turn.get("value"))) for turn in own]
-
-
-def _content(content: Any) -> str:
-    if isinstance(content, Sequence) and not isinstance(content, str):  # parts, as vision models take them
-        return "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
-    return content or ""

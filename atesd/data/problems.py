@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from atesd.data.answers import column_answer, final_answer
+from atesd.data.chats import Turn
 from atesd.data.files import open_dataset
-from atesd.data.layouts import cell, find_columns, problem_text, text_list
+from atesd.data.layouts import cell, chat_before, find_columns, problem_text, text_list, weight
 from atesd.data.solutions import solution_text
 from atesd.errors import DataError, MissingPackageError
 
-__all__ = ["Problem", "ProblemSplits", "load_problems"]
+__all__ = ["Problem", "ProblemSplits", "load_problems", "weights_of"]
 
 _BUILTIN = "gsm_symbolic"
 # reasoning-gym samples entry i of seed s from Random(s + i): far-apart seeds keep runs from overlapping.
 _SEED_STRIDE = 100_000_000
+_ALWAYS_IN_A_RECORD = ("id", "problem", "solution", "answer", "segments")
 _REPEATS_TOLERATED = 20  # generated entries tried per requested problem, before the generator counts as exhausted
 
 
@@ -30,7 +32,8 @@ _REPEATS_TOLERATED = 20  # generated entries tried per requested problem, before
 class Problem:
     """One problem: an id for messages, its text, a worked solution, and the final answer alone.
 
-    ``segments`` are what exposure runs over, where the data give them; None: the solution is split.
+    ``segments`` are what exposure runs over, where the data give them; None: the solution is split. ``earlier`` are the
+    turns of a chat before ``problem``, its last user turn. ``weight`` is the factor of its tokens' loss.
     """
 
     id: str
@@ -38,6 +41,26 @@ class Problem:
     solution: str
     answer: str
     segments: tuple[str, ...] | None = None
+    earlier: tuple[Turn, ...] = ()
+    weight: float = 1.0
+
+    @property
+    def text(self) -> str:
+        """All that is asked, for people: the turns of a chat under their roles, else the problem."""
+        if not self.earlier:
+            return self.problem
+        return "\n\n".join(f"{role}: {text}" for role, text in (*self.earlier, ("user", self.problem)))
+
+    @property
+    def key(self) -> str:
+        """What two problems with the same text share, ignoring white space and case."""
+        turns = [*(f"{role}: {text}" for role, text in self.earlier), self.problem]
+        return "\n".join(" ".join(turn.split()).casefold() for turn in turns)
+
+    def record(self) -> dict[str, Any]:
+        """Returns the fields for a digest. One that a later version adds counts where it is set."""
+        usual = {field.name: field.default for field in fields(self) if field.name not in _ALWAYS_IN_A_RECORD}
+        return {name: v for name, v in asdict(self).items() if name not in usual or v != usual[name]}
 
 
 @dataclass(frozen=True)
@@ -52,6 +75,12 @@ class ProblemSplits:
     repeated: int = 0
 
 
+def weights_of(problems: Sequence[Problem]) -> tuple[float, ...] | None:
+    """Returns the problems' weights; None if all are 1."""
+    weights = tuple(problem.weight for problem in problems)
+    return None if set(weights) <= {1.0} else weights
+
+
 def load_problems(
     name_or_path: str,
     *,
@@ -64,6 +93,7 @@ def load_problems(
     solution_column: str = "solution",
     answer_column: str | None = "answer",
     segments_column: str | None = None,
+    weight_column: str | None = None,
     require_solution: bool = True,
     up_to: Collection[str] = (),
 ) -> ProblemSplits:
@@ -84,11 +114,13 @@ def load_problems(
             column (GSM8K), or if there is none.
         segments_column: a column with a list of texts, over which exposure runs in the place of the solution's own
             segments. Without a solution column they are the solution.
+        weight_column: a column with the problems' weights; ``None``: all are 1.
         up_to: which of ``num_train``, ``num_probe`` and ``num_eval`` are upper bounds. Where the data set is too small,
             each held-out one of these takes a quarter of the problems at most, and training the rest (our choice).
         require_solution: ``False`` if nothing reads worked solutions: in evaluations, and for some runs.
 
-    Raises DataError for a missing file or column, an empty problem or solution (naming the row), or too few problems.
+    Raises DataError for a missing file or column, an empty problem or solution or a bad weight (naming the row), or too
+    few problems.
     Skips rows without a final answer, or whose answer says that there is none ("N/A", "proof"), counts them and warns.
 
     Example::
@@ -106,7 +138,8 @@ def load_problems(
         dataset = open_dataset(name_or_path, dataset_split)
         columns = {"problem": problem_column, "solution": solution_column, "answer": answer_column}
         columns = find_columns(name_or_path, dataset, columns, require_solution and not segments_column)
-        rows = _dataset_rows(dataset, Path(name_or_path).stem, columns, segments_column, require_solution, seed)
+        more = (segments_column, weight_column, require_solution, seed)
+        rows = _dataset_rows(dataset, Path(name_or_path).stem, columns, *more)
 
     wanted = None if num_train is None else num_probe + num_eval + num_train
     problems: list[Problem] = []
@@ -118,7 +151,7 @@ def load_problems(
             break
         if not problem.answer:
             skipped.append(problem.id)
-        elif (key := " ".join(problem.problem.split()).casefold()) in seen:
+        elif (key := problem.key) in seen:
             repeated += 1
         else:
             seen.add(key)
@@ -183,6 +216,7 @@ def _dataset_rows(
     name: str,
     columns: dict[str, str | None],
     segments_column: str | None,
+    weight_column: str | None,
     require_solution: bool,
     seed: int,
 ) -> Iterator[Problem]:
@@ -190,7 +224,11 @@ def _dataset_rows(
     random.Random(seed).shuffle(order)
     for row in order:
         record, where = dataset[row], f"{name}-{row}"
-        problem, raw, answer = (cell(record, key, columns[key], where) for key in ("problem", "solution", "answer"))
+        problem, raw, answer = (
+            cell(record, key, columns[key], where, of_problem=columns[key] == columns["problem"])
+            for key in ("problem", "solution", "answer")
+        )
+        earlier = chat_before(record, str(columns["problem"]), where)
         pieces = text_list(record, segments_column, where) if segments_column else None
         if pieces and not columns["solution"]:
             raw = "\n\n".join(pieces)
@@ -203,4 +241,5 @@ def _dataset_rows(
                 raise DataError(f"row {row} of {name} has an empty {key} (column {columns[key]!r}): fill or remove it")
         if require_solution and not solution:  # nothing but thinking, that was cut off
             answer = ""
-        yield Problem(where, problem_text(problem), solution, answer, pieces)
+        factor = weight(record, weight_column, where) if weight_column else 1.0
+        yield Problem(where, problem_text(problem), solution, answer, pieces, earlier, factor)

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from atesd.data.chat_tokens import ChatTokens
+from atesd.data.chats import Turn
 from atesd.data.problems import Problem
 from atesd.data.reading.context import exposed_text, is_full
 from atesd.data.segmentation import Reference
@@ -102,15 +104,16 @@ class PromptBuilder:
         self.teacher_suffix = self._suffix(self.teacher_chat_kwargs)
         self._check_suffixes()
         self.chat_tokens = ChatTokens(tokenizer)
+        self.carried: set[tuple[str, ...]] = set()  # chats that the template is known to write out, by their roles
         before, after = self._around_reply()
         self.reply_header, self.turn_end = self.chat_tokens.header(before), self.chat_tokens.turn_end(after)
 
     def student_text(self, problem: Problem) -> str:
-        """Returns the student's user message, before the chat template: the problem only."""
+        """Returns the student's last user message, before the chat template: the problem only."""
         return fill(self.templates.student, problem=problem.problem)
 
     def teacher_text(self, problem: Problem, reference: Reference | None, alpha: float) -> str:
-        """Returns the teacher's user message at exposure ``alpha``, before the chat template.
+        """Returns the teacher's last user message at exposure ``alpha``, before the chat template.
 
         alpha = 1: ``templates.teacher`` with the exact solution, OPSD's prompt. floor(alpha*m) = 0 (no segment
         exposed), or a problem without a solution: ``templates.teacher_answer_only``. In between:
@@ -134,7 +137,7 @@ class PromptBuilder:
 
     def student(self, problem: Problem) -> list[int]:
         """Returns the token ids of the student's prompt, including the generation prompt."""
-        ids = self._ids(self.student_text(problem), self.student_chat_kwargs)
+        ids = self._ids(problem, self.student_text(problem), self.student_chat_kwargs)
         if len(ids) > self.max_prompt_length:
             advice = "raise max_prompt_length or drop the problem"
             raise PromptTooLong(problem.id, "student prompt", len(ids), self.max_prompt_length, advice)
@@ -145,7 +148,7 @@ class PromptBuilder:
 
         ``reference`` is what the teacher is shown of: the problem's own one, another's, or None.
         """
-        ids = self._ids(self.teacher_text(problem, reference, alpha), self.teacher_chat_kwargs)
+        ids = self._ids(problem, self.teacher_text(problem, reference, alpha), self.teacher_chat_kwargs)
         return self._fits(problem, f"teacher prompt at alpha={alpha:g}", ids, self.teacher_context_length)
 
     def reference_completion(
@@ -228,30 +231,59 @@ class PromptBuilder:
                 too_many = k
         return fits / m
 
-    def _render(self, content: str, chat_kwargs: dict[str, Any], add_generation_prompt: bool = True) -> str:
-        messages = [{"role": "user", "content": content}]
-        if self.templates.system is not None:
-            messages.insert(0, {"role": "system", "content": self.templates.system})
+    def _render(
+        self,
+        content: str,
+        chat_kwargs: dict[str, Any],
+        add_generation_prompt: bool = True,
+        earlier: Sequence[Turn] = (),
+    ) -> str:
+        """Returns the rendered chat whose last user turn is `content`. A system turn in it takes the place of ours."""
+        messages = [{"role": role, "content": text} for role, text in (*earlier, ("user", content))]
+        own_system = self.templates.system is not None and all(role != "system" for role, _ in earlier)
+        if own_system:
+            messages.insert(0, {"role": "system", "content": str(self.templates.system)})
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt, **chat_kwargs
             )
         except Exception as error:
-            with_system = " and a system prompt" if self.templates.system is not None else ""
-            raise DataError(f"the chat template refuses kwargs {chat_kwargs}{with_system}: {error}") from error
+            beside = " and a system prompt" if own_system else ""
+            if earlier:
+                beside = f" or the turns {', '.join(message['role'] for message in messages)}"
+            raise DataError(f"the chat template refuses kwargs {chat_kwargs}{beside}: {error}") from error
 
-    def _ids(self, content: str, chat_kwargs: dict[str, Any]) -> list[int]:
-        # The template already wrote the special tokens, BOS included: the tokenizer must not add them again.
-        text = self._render(content, chat_kwargs)
-        if not self.chat_tokens.in_data(content):
-            return list(self.chat_tokens.encode(text, "")["input_ids"])
-        before, _, after = self._render(_SENTINEL, chat_kwargs).rpartition(_SENTINEL)
-        if not text.startswith(before) or not text.endswith(after) or len(text) < len(before) + len(after):
-            raise DataError(
-                f"a control token of the chat template is in {content[:80]!r}, and the template writes something else "
-                "around this text than around others: remove the token"
-            )
-        return list(self.chat_tokens.encode(before, text[len(before) : len(text) - len(after)], after)["input_ids"])
+    def _ids(self, problem: Problem, content: str, chat_kwargs: dict[str, Any]) -> list[int]:
+        """Returns the ids of a prompt whose last user turn is `content`. In data, control tokens are text."""
+        if problem.earlier:
+            self._check_carried(problem)
+        tokens = self.chat_tokens
+        quotes = any(tokens.in_data(text) for text in (content, *(text for _, text in problem.earlier)))
+        if not quotes:
+            # The template already wrote the special tokens, BOS included: the tokenizer must not add them again.
+            return list(tokens.encode(self._render(content, chat_kwargs, earlier=problem.earlier))["input_ids"])
+        veiled = [(role, tokens.veiled(text)) for role, text in problem.earlier]
+        return tokens.unveiled_ids(self._render(tokens.veiled(content), chat_kwargs, earlier=veiled))
+
+    def _check_carried(self, problem: Problem) -> None:
+        """Raises DataError if the chat template refuses a chat of these roles, or leaves a turn out."""
+        roles = tuple(role for role, _ in problem.earlier)
+        if roles in self.carried:
+            return
+        marked = [(role, f"the-words-of-turn-{number}-end-here") for number, role in enumerate(roles)]
+        for chat_kwargs in (self.student_chat_kwargs, self.teacher_chat_kwargs):
+            try:
+                text = self._render(_SENTINEL, chat_kwargs, earlier=marked)
+            except DataError as error:
+                raise DataError(f"problem {problem.id!r}: {error}") from error
+            lost = list(dict.fromkeys(role for role, mark in (*marked, ("user", _SENTINEL)) if mark not in text))
+            if lost:
+                names = " and ".join([", ".join(lost[:-1]), lost[-1]] if lost[1:] else lost)
+                raise DataError(
+                    f"problem {problem.id!r}: the chat template leaves out its {names} turn{'s' * (len(lost) > 1)}: "
+                    "take the problem out, or use a model whose template writes them"
+                )
+        self.carried.add(roles)
 
     def _fits(self, problem: Problem, kind: str, ids: list[int], context_length: int) -> list[int]:
         limit = context_length - self.max_completion_length

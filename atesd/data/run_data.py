@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from atesd.config import ATESDConfig
 from atesd.config.mixture import STUDENT, views_of
-from atesd.data.problems import Problem, ProblemSplits, load_problems
+from atesd.data.problems import Problem, ProblemSplits, load_problems, weights_of
 from atesd.data.prompts import PromptBuilder, PromptTemplates, PromptTooLong
 from atesd.data.reading.context import exposed_text
 from atesd.data.reading.shown import ShownReferences
 from atesd.data.segmentation import Reference, split_reference
+from atesd.errors import DataError
 
 ENOUGH = 8  # problems whose prompts tell whether student and teacher read the same
 
@@ -55,11 +57,12 @@ class RunData:
         """Returns the ids of the teacher's prompt at `alpha`. Raises PromptTooLong."""
         return self.prompts.teacher(problem, self.shown.of(problem), alpha)
 
-    def imitated(self, problems: list[Problem]) -> tuple[list[list[int]], list[list[int]]]:
-        """Returns the ids of the student's prompts and of the references as replies, each problem once."""
-        distinct = {problem.id: problem for problem in problems}.values()
+    def imitated(self, problems: list[Problem]) -> tuple[list[list[int]], list[list[int]], tuple[float, ...] | None]:
+        """Returns the ids of the student's prompts and of the references as replies, and the weights (`weights_of`).
+        Each problem comes once."""
+        distinct = list({problem.id: problem for problem in problems}.values())
         replies = [self.prompts.reference_completion(self.references[problem.id])[0] for problem in distinct]
-        return [self.prompts.student(problem) for problem in distinct], replies
+        return [self.prompts.student(problem) for problem in distinct], replies, weights_of(distinct)
 
     def exposed(self, problem: Problem, alpha: float) -> str:
         """Returns the part of a reference that the teacher reads at `alpha`; "" without one."""
@@ -99,6 +102,7 @@ def load_splits(config: ATESDConfig) -> ProblemSplits:
         solution_column=config.solution_column,
         answer_column=config.answer_column,
         segments_column=config.segments_column,
+        weight_column=config.weight_column,
         require_solution=reads_solutions(config),
         up_to=[name.removesuffix("_problems") for name in config.up_to],
     )
@@ -117,6 +121,15 @@ def settle_counts(config: ATESDConfig, problems: ProblemSplits) -> None:
         if getattr(config, name) is not None:
             split = name.removeprefix("num_").removesuffix("_problems")
             setattr(config, name, len(getattr(problems, split)))
+
+
+def check_weights(config: ATESDConfig, train: Sequence[Problem]) -> None:
+    """Raises DataError if no training problem counts."""
+    if train and all(problem.weight == 0 for problem in train):
+        raise DataError(
+            f"weight_column={config.weight_column!r} gives all {len(train)} training problems the weight 0, so nothing "
+            "would be trained: give some of them a larger one"
+        )
 
 
 def load_run_data(
@@ -188,6 +201,7 @@ def load_run_data(
             if getattr(problems, name) and not left:
                 raise next(iter(too_long.values()))
         problems = replace(problems, **kept)
+    check_weights(config, problems.train)
     reads_nothing = config.reference_source == "none" or {"none", STUDENT}.issuperset(views_of(config)[0])
     data = RunData(
         problems,

@@ -47,7 +47,8 @@ class PromptTemplates:
                             give (``segments_column``).
     ``teacher_answer_only`` floor(alpha*m) = 0: the final answer only; does not mention a reference solution.
     ``transition``          the instruction to the teacher, the same at every alpha.
-    ``system``              a system message for both, or ``None`` for the chat template's default.
+    ``system``              a system message for both, or ``None`` for the chat template's default. A problem whose
+                            chat has a system turn keeps its own.
 
     >>> PromptTemplates(system="You are a careful mathematician.").system
     'You are a careful mathematician.'

@@ -83,9 +83,5 @@ def seen_in_training(problems: list[Problem], run_dir: Path) -> list[str] | None
         splits = load_splits(config)
     except (ValueError, ImportError):  # the data moved, or the settings are of another version
         return None
-    known = {as_key(problem) for problem in [*splits.train, *splits.probe]}
-    return [problem.id for problem in problems if as_key(problem) in known]
-
-
-def as_key(problem: Problem) -> str:
-    return " ".join(problem.problem.split()).casefold()
+    known = {problem.key for problem in [*splits.train, *splits.probe]}
+    return [problem.id for problem in problems if problem.key in known]

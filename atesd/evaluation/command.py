@@ -193,7 +193,7 @@ def build_prompts(config: EvalConfig, tokenizer: Any, problems: list[Problem]) -
 
 def record(config: EvalConfig, problems: list[Problem], adapter: Path | None, device: torch.device) -> dict[str, Any]:
     """Returns the content of `eval_config.json`: everything that determines samples and verdicts, with defaults."""
-    contents = json.dumps([asdict(problem) for problem in problems], sort_keys=True)
+    contents = json.dumps([problem.record() for problem in problems], sort_keys=True)
     versions = {name: version for name in PACKAGES if (version := installed_version(name))}
     return {
         "settings": asdict(config),

@@ -25,7 +25,7 @@ CONFIDENCE, NUM_BOOTSTRAP = 0.95, 2_000
 
 def keep_answers(run_dir: Path, step: int, problems: Sequence[Problem], samples: Sequence[Sample]) -> None:
     """Writes answers/step-N.jsonl, a line for each sample with its problem, and the comparison with step 0."""
-    by_id = {problem.id: {"problem": problem.problem, "answer": problem.answer} for problem in problems}
+    by_id = {problem.id: {"problem": problem.text, "answer": problem.answer} for problem in problems}
     lines = [json.dumps({**by_id[sample["problem_id"]], **sample}) + "\n" for sample in samples]
     (run_dir / ANSWERS).mkdir(exist_ok=True)
     write_atomically(file_of(run_dir, step), "".join(lines))

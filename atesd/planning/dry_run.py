@@ -70,6 +70,8 @@ def dry_run(config: ATESDConfig) -> Printout:
     if len(names) > 1:
         mixed = " ".join(f"{weight:+g} {name}" for name, weight in zip(names, weights, strict=True))
         notes["target"] = f"{mixed}: {teacher_forwards(config)} teacher forwards a response"
+    if config.weight_column is not None:
+        notes["weights"] = weights_line(config.weight_column, [p.weight for p in data.problems.train])
     if device == "cuda":
         notes["this GPU"] = f"{memory / GIB:.1f} GiB"
     prompts = first_prompts(config, data, tokenizer)
@@ -89,6 +91,10 @@ def dry_run(config: ATESDConfig) -> Printout:
             "prompts": prompts,
         },
     )
+
+
+def weights_line(column: str, weights: list[float]) -> str:
+    return f"column {column}: {min(weights):g} to {max(weights):g}, mean {statistics.fmean(weights):g}"
 
 
 def first_prompts(config: ATESDConfig, data: RunData, tokenizer: Any) -> list[dict[str, Any]]:

@@ -126,12 +126,6 @@ def test_a_configured_column_is_never_replaced_by_another(load):
         load([LAYOUTS["MATH"]], solution_column="working")
 
 
-def test_a_chat_with_several_user_turns_is_refused_by_its_row(load):
-    row = {"messages": [*chat(ASK, WORKED), *chat("And 4 + 4?", "8")]}
-    with pytest.raises(DataError, match="rows-0: column 'messages' holds a chat with 2 user turns"):
-        load([row])
-
-
 @pytest.mark.parametrize("content", [
     {"data": [LAYOUTS["AIME24"]]}, {"version": "1.0", "data": [LAYOUTS["AIME24"]], "notes": [{"by": "us"}]},
     {"test": [{"problem": "x", "solution": "y", "answer": "1"}], "train": [LAYOUTS["AIME24"]]},

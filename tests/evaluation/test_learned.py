@@ -74,6 +74,7 @@ def test_a_run_that_got_worse_says_so(tmp_path):
 def test_a_run_that_goes_on_with_other_problems_compares_those_that_both_evaluations_have(tmp_path):
     found = compared(tmp_path, samples("a", "abc"), samples("bd", "bcd"))
     assert (found["num_problems"], found["change"]["value"]) == (2, 0.5)
+    (tmp_path / "none").mkdir()
     assert compared(tmp_path / "none", samples("a", "ab"), samples("c", "cd")) is None
 
 

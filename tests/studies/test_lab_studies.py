@@ -21,22 +21,22 @@ def where_a_lab_lies(tmp_path, monkeypatch):
         (tmp_path / "lab" / name).touch()
 
 
-def accuracy(variant: str) -> float:
-    """Mean Average@k after training on the problems of the search."""
-    rows = read_result(RESULTS / "lab-tuning" / variant / "seed-100" / MEASURED)["after"].values()
-    return sum(row["average"] for row in rows) / len(rows)
+def tried(variant: str) -> dict[float, float]:
+    """Mean Average@k after training on the problems of the search, by learning rate."""
+    found = {}
+    for search in ("lab-tuning", "lab-tuning-grpo"):
+        for name, settings in load_spec(search).variants.items():
+            if name.rpartition("-")[0] == variant:
+                rows = read_result(RESULTS / search / name / "seed-100" / MEASURED)["after"].values()
+                found[settings["learning_rate"]] = sum(row["average"] for row in rows) / len(rows)
+    return found
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_variant_has_the_learning_rate_that_was_best_in_the_search(name):
-    spec, search = load_spec(name), load_spec("lab-tuning")
-    for variant, settings in spec.variants.items():
-        found = {
-            of_grid["learning_rate"]: accuracy(tried)
-            for tried, of_grid in search.variants.items()
-            if tried.rpartition("-")[0] == variant
-        }
-        assert len(found) == 3, variant
+    for variant, settings in load_spec(name).variants.items():
+        found = tried(variant)
+        assert len(found) == (6 if variant == "grpo" else 3), variant
         assert settings["learning_rate"] == max(found, key=found.__getitem__), (variant, found)
 
 

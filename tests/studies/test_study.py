@@ -189,8 +189,8 @@ def test_sigterm_ends_a_study_and_its_runs_which_are_saved(study, tmp_path, star
     _, told = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM and b"go on with the same command" in told
     for log in logs:
-        (newest,) = (log.parent / "checkpoints").glob(f"step-{log.read_bytes().count(b'step'):06d}*")
-        assert damage(newest) is None
+        last = json.loads(log.read_text().splitlines()[-1])["step"]
+        assert damage(log.parent / "checkpoints" / f"step-{last:06d}") is None
 
 
 @pytest.mark.parametrize("name", ["study.md", "study.html", "study.png"])
@@ -260,7 +260,7 @@ def test_a_study_that_ships_is_valid_for_every_seed_and_variant(name, tmp_path, 
     (tmp_path / "lab/tuning.jsonl").touch()
     (tmp_path / "lab/problems.jsonl").touch()
     spec = load_spec(name)
-    assert spec.about and len(spec.seeds) >= {"fixed-exposure": 3, "lab-tuning": 1}.get(name, 5)
+    assert spec.about and len(spec.seeds) >= {"fixed-exposure": 3, "lab-tuning": 1, "lab-tuning-grpo": 1}.get(name, 5)
     for variant in spec.variants:
         config = spec.config(variant, 1, tmp_path / "run", [])
         assert (config.seed, config.num_eval_problems) == (1, spec.measure.problems)

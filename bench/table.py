@@ -13,6 +13,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from bench import (
@@ -25,10 +26,12 @@ from bench import (
     machine,
     memory,
     plots,
+    policy_signal,
     quickstart,
     rollout_speed,
     scaling,
     step_vs_trl,
+    studies,
     targets,
     topk_speed,
 )
@@ -38,7 +41,7 @@ from bench.machine import load, markdown
 from bench.shapes import SHAPES, SMOLLM2, Shape
 from bench.timing import MM_GEMMS, OWN_GEMMS, with_spread
 
-PAGES = tuple(machine.ROOT / name for name in ("README.md", "bench/README.md"))
+PAGES = tuple(machine.ROOT / name for name in ("README.md", "bench/README.md", "atesd/README.md"))
 ABSENT = "(not measured yet"
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w/-]+) -->\n)(?P<body>.*?)(<!-- end table -->)", re.DOTALL)
 
@@ -135,6 +138,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "grading_speed": of("grading_speed", grading_speed.table),
     **{f"step_vs_trl-{dtype}": of(f"step_vs_trl-{dtype}", step_vs_trl.table) for dtype in DTYPES},
     "learning_curves": learning,
+    **{name: partial(studies.table, name) for name in (studies.EXPOSURE, studies.CREDIT, studies.CONTROLS)},
+    "statements": studies.statements,
+    policy_signal.NAME: of(policy_signal.NAME, policy_signal.table),
     "predicted_scaling": predicted_scaling,
     "rollout_speed": of("rollout_speed", rollout_speed.speed_table),
     "weight_sync": of("weight_sync", rollout_speed.sync_table),

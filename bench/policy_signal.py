@@ -2,9 +2,9 @@
 
     python -m bench.policy_signal RUN_DIR ...
 
-The reward's progress is sum_i gamma^(i-1) max(0, l_{i-1} - l_i) of the probe NLL, with the paper's positive part. The net
-fall is that sum without the positive part at gamma 1, l_0 - l_L. Both are correlated with the alpha of their decision,
-over the decisions of a run after the first `SKIPPED` steps, in which every run's NLL falls whatever its alpha.
+The reward's progress is sum_i gamma^(i-1) max(0, l_{i-1} - l_i) of the probe NLL, with the paper's positive part.
+The net fall is that sum without the positive part at gamma 1, l_0 - l_L. Both are correlated with the alpha of their
+decision, over the decisions after the first `SKIPPED` steps, in which the NLL of every run falls whatever its alpha.
 """
 
 from __future__ import annotations

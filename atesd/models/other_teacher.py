@@ -26,6 +26,7 @@ from atesd.models.loading import (
 )
 from atesd.models.packed_attention import check_packing, use_packed_attention
 from atesd.models.scoring import token_logprobs
+from atesd.models.teachers import FixedTeacher
 from atesd.models.vocabulary import check_same_vocabulary, num_entries, with_entries
 from atesd.parallel.parallelism import Parallelism
 from atesd_kernels.integrations.backbone import BackboneOutput
@@ -140,8 +141,10 @@ def four_bit_options(device: torch.device) -> dict[str, Any]:
     return {"quantization_config": quantization, "device_map": {"": device}}
 
 
-class OtherTeacher:
+class OtherTeacher(FixedTeacher):
     """Computes hidden states with a model of its own; see `teachers.AnyTeacher`.
+
+    Its weights are read from its files at each start, whose digest a resumed run compares.
 
     Args:
         model: frozen, in eval mode, with packed attention, on its device or sharded.
@@ -202,17 +205,6 @@ class OtherTeacher:
         with current(self.device):
             states = self.backbone(**{**inputs, **there}).last_hidden_state
         return BackboneOutput(self.beside_loss(states))
-
-    def update(self) -> None:
-        """No-op: it does not learn."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns no weights: they are read from its files again, whose digest a resumed run compares."""
-        return {"kind": self.kind, "values": {}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["kind"] != self.kind:
-            raise ValueError(f"the checkpoint was made with teacher={state['kind']!r}, not {self.kind!r}.")
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:

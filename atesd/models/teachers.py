@@ -65,6 +65,27 @@ class AnyTeacher(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class FixedTeacher:
+    """Base of teachers whose weights a run neither changes nor saves."""
+
+    kind: str
+
+    def update(self) -> None:
+        """No-op: it does not learn."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns no weights: a run that goes on finds them where the first start did."""
+        return {"kind": self.kind, "values": {}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_kind(state, self.kind)
+
+
+def check_kind(state: dict[str, Any], kind: str) -> None:
+    if state["kind"] != kind:
+        raise ValueError(f"the checkpoint was made with teacher={state['kind']!r}, not {kind!r}.")
+
+
 class Teacher:
     """Computes hidden states with the teacher's weights.
 
@@ -167,8 +188,7 @@ class Teacher:
         return {"kind": self.kind, "values": values if self.kind == "ema" else {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["kind"] != self.kind:
-            raise ValueError(f"the checkpoint was made with teacher={state['kind']!r}, not {self.kind!r}.")
+        check_kind(state, self.kind)
         for name, value in state["values"].items():
             self.values[name].copy_(shard_like(value, self.sources[name]))
         for name, embedding in self.tied_head_names().items():

@@ -55,6 +55,12 @@ def without_padding_rows(ids: Tensor, logprobs: Tensor, of_targets: Tensor, know
     return TopEntries(ids.masked_fill(beyond, -1), logprobs - shift[:, None], of_targets - shift, known)
 
 
+def no_entries(known: int) -> TopEntries:
+    """Returns the entries of a response without a token that counts."""
+    rows = torch.zeros(0, 1, dtype=torch.float64)
+    return TopEntries(rows.long(), rows, rows[:, 0], known)
+
+
 def concatenated(parts: Sequence[TopEntries], known: int) -> TopEntries:
     """Returns the tokens of `parts` in their order, padded to the same number of entries."""
     width = max((part.ids.shape[1] for part in parts), default=1)

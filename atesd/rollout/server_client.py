@@ -75,9 +75,12 @@ class ServerClient:
         self.stopped.set()
         self.connections.cut()
 
-    def ask(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
+    def ask(
+        self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None, limit: int | None = None
+    ) -> Any:
         """As `Connections.ask`, with a path of this server."""
-        return self.connections.ask(self.url + path, body, timeout=timeout or self.timeout, limit=self.answer_limit)
+        limit = limit or self.answer_limit
+        return self.connections.ask(self.url + path, body, timeout=timeout or self.timeout, limit=limit)
 
 
 def is_passing(error: Refused) -> bool:

@@ -69,7 +69,9 @@ SCORE_RULES: tuple[Rule, ...] = (
     ),
     (
         "scores of other tokens than were sent: {}",
-        lambda c, asked: unless(c.get("prompt_token_ids") in (None, list(asked.passage.ids)), c["prompt_token_ids"]),
+        lambda c, asked: unless(
+            c.get("prompt_token_ids") in (None, list(asked.passage.ids)), c.get("prompt_token_ids")
+        ),
     ),
     (
         "a token whose log-probabilities are no object: {}",

@@ -68,7 +68,7 @@ class TeacherServer(ServerClient):
         self.model = served["id"]
         if served.get("max_model_len") is not None:
             self.context_length = served["max_model_len"] - 1  # it has to generate a token
-        self.score([Passage((0, 0), (1,))], self.top_k)
+        self.score([Passage((0, 0), (1,))])
         if tokenizer is not None:
             self.check_vocabulary(tokenizer)
         return self.model, self.context_length
@@ -105,18 +105,15 @@ class TeacherServer(ServerClient):
             raise ConnectionError(f"no text but {shown(answer)}")
         return text
 
-    def score(self, passages: Sequence[Passage], top: int) -> list[TopEntries]:
-        """Returns the `top` most likely tokens at the places of each passage, with the scored token. All concurrently.
+    def score(self, passages: Sequence[Passage]) -> list[TopEntries]:
+        """Returns the `top_k` most likely tokens, and the scored one, at the places of each passage. All concurrently.
 
         Raises:
             RolloutError: a passage has no usable scores after all tries, or asking again is no use.
         """
 
         def ask(left: list[int]) -> list[TopEntries | Exception]:
-            def send(i: int) -> TopEntries | Exception:
-                return self.score_one(passages[i], top)
-
-            return self.all_at_once(send, left, note=counted)
+            return self.all_at_once(self.score_one, [passages[i] for i in left], note=counted)
 
         waits = (self.pause * attempt for attempt in range(1 + self.retries))
         return usable_answers(len(passages), ask, self.what_is_wrong, waits, self.stopped, "teacher scores")
@@ -126,7 +123,7 @@ class TeacherServer(ServerClient):
             raise answer
         return f"the server at {self.url}: {reason(answer)}" if isinstance(answer, Exception) else None
 
-    def score_one(self, passage: Passage, top: int) -> TopEntries | Exception:
+    def score_one(self, passage: Passage) -> TopEntries | Exception:
         if self.stopped.is_set():  # set while this request waited in the pool
             return RolloutError(STOPPED)
         body = {
@@ -134,11 +131,11 @@ class TeacherServer(ServerClient):
             "prompt": list(passage.ids),
             "max_tokens": 1,
             "temperature": 0.0,
-            "prompt_logprobs": top,
+            "prompt_logprobs": self.top_k,
             "return_token_ids": True,
         }
         try:
-            limit = BYTES + BYTES_AN_ENTRY * len(passage.ids) * (top + 1)
+            limit = BYTES + BYTES_AN_ENTRY * len(passage.ids) * (self.top_k + 1)
             answer = self.ask("/v1/completions", body, limit=limit)
         except Refused as error:
             return ConnectionError(str(error)) if is_passing(error) else self.refusal(error)
@@ -152,7 +149,7 @@ class TeacherServer(ServerClient):
                 f"the server at teacher_base_url {self.url!r} does not return prompt_logprobs, which are the teacher's "
                 "scores: use vLLM's (`vllm serve`)"
             )
-        if problem := broken_rule(SCORE_RULES, choice, AskedScores(passage, top, self.known)):
+        if problem := broken_rule(SCORE_RULES, choice, AskedScores(passage, self.top_k, self.known)):
             return ConnectionError(problem)
         return top_entries(choice["prompt_logprobs"], passage, self.known)
 

@@ -37,24 +37,24 @@ class ServedTeacher(FixedTeacher):
 
     def prepare(self, batch: PackedBatch) -> None:
         """Asks for the scores of a step's responses, all at once."""
-        self.scored = self.ask(batch, self.server.top_k)
+        self.scored = self.ask(batch)
 
     def hidden(self, batch: PackedBatch) -> TopEntries:
         """Returns the top entries at the response tokens of `batch`: those that are prepared, or else asked for."""
         passages = passages_of(batch)
-        scored = self.scored if self.scored.keys() >= set(passages) else self.ask(batch, self.server.top_k)
+        scored = self.scored if self.scored.keys() >= set(passages) else self.ask(batch)
         return self.joined(scored, passages, batch.targets.device)
 
     def target_logprobs(self, batch: PackedBatch, chunk_bytes: int | None = None) -> Tensor:
         """Returns the log-probability of each response token of `batch`, `(N,)`: a request for each sequence."""
-        scored = self.ask(batch, 0)
+        scored = self.ask(batch)
         return self.joined(scored, passages_of(batch), batch.targets.device).of_targets
 
     def joined(self, scored: dict[Passage, TopEntries], passages: list[Passage], device: torch.device) -> TopEntries:
         parts = [scored[passage] for passage in passages]
         return concatenated(parts, self.server.known).to(device)
 
-    def ask(self, batch: PackedBatch, top: int) -> dict[Passage, TopEntries]:
+    def ask(self, batch: PackedBatch) -> dict[Passage, TopEntries]:
         """Returns the scores of the sequences of `batch`, of equal ones once.
 
         Raises:
@@ -73,7 +73,7 @@ class ServedTeacher(FixedTeacher):
         scores: list[TopEntries] = []
         try:
             with progress("teacher's scores", len(asked), hidden=not self.processes.is_main):
-                scores = self.server.score(asked, top) if asked else []
+                scores = self.server.score(asked) if asked else []
         except RolloutError as error:
             failure = error
         if self.processes.any(failure is not None):

@@ -6,7 +6,8 @@
     update the student with the gradient of L; report to the policy what followed from its alpha
 
 Teacher and student each make one forward a micro-batch, which stops at the hidden states. The loss, its gradient and
-every statistic come from one call of `atesd_kernels.linear_divergence`. Run it with `atesd train quickstart`.
+every statistic come from one call of `atesd_kernels.linear_divergence`, or, where a server teaches by its top tokens,
+of `linear_topk_divergence`. Run it with `atesd train quickstart`.
 """
 
 from __future__ import annotations
@@ -112,10 +113,13 @@ class Trainer:
 
         If the rollout engine or the teacher's server fails, the run is saved as it was before the step.
         """
-        run = self.run
-        before = run.undecided() if run.teacher.remote else {}  # failed rollouts put back what they took themselves
+        run, started = self.run, time.perf_counter()
+        before: dict[str, Any] = {}  # failed rollouts put back themselves what they took
+        if run.teacher.remote:
+            with run.phase("rollout"):  # it waits for those that are generated ahead
+                before = run.undecided()
         try:
-            return self.step(t)
+            return self.step(t, started)
         except RolloutError as error:
             run.put_back(before)
             if self.log:
@@ -123,9 +127,9 @@ class Trainer:
             run.save()
             raise RolloutError(f"{error}\n{run.how_to_go_on()}") from error
 
-    def step(self, t: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    def step(self, t: int, started: float) -> tuple[dict[str, Any], dict[str, Any]]:
         """Rollouts come first: they do not depend on alpha, and if they fail, nothing has been decided yet."""
-        run, started = self.run, time.perf_counter()
+        run = self.run
         run.seed_step(t)
         batch, rollouts = self.roll_out(t)  # `batch`: the problems of all processes; `rollouts`: this one's
         problems = run.processes.local_block(batch)

@@ -126,11 +126,10 @@ def usable_answers(
             raise RolloutError(STOPPED)
         tries += 1
         for i, answer in zip(left, ask(left), strict=True):
-            problem_here = wrong(i, answer)
-            if problem_here is None:
+            if (found := wrong(i, answer)) is None:
                 done[i] = answer
             else:
-                problem = problem_here
+                problem = found
         if len(done) == count:
             return [done[i] for i in range(count)]
     raise RolloutError(f"{count - len(done)} of {count} {what} failed {tries} times. The last: {problem}")

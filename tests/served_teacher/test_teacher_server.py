@@ -130,7 +130,7 @@ def test_a_passage_that_failed_is_asked_for_again_alone(teacher, server):
     teacher.retries, failed = 1, []
 
     def answer(handler):
-        body = server.seen[-1][1]
+        body = handler.body
         if body["prompt"] == [5, 6, 7, 8] and not failed:
             failed.append(True)
             return send(handler, {"error": "as scripted"}, 503)

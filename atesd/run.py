@@ -163,7 +163,9 @@ class Run:
         check_processes(config, self.processes)
         check_kernels(config)
         with ExitStack() as opened:  # if a later part fails, stops the subprocesses of the earlier ones
-            self.build_data(opened)
+            self.build_data()
+            if self.teacher_server:
+                opened.callback(self.teacher_server.stop)
             if self.processes.is_main:
                 if not config.resume:
                     config.save(self.run_dir)  # again: with the counts of problems that were found
@@ -225,7 +227,7 @@ class Run:
                 "was written by another version of atesd or for another model. Delete it to go on from the one before"
             ) from error
 
-    def build_data(self, opened: ExitStack) -> None:
+    def build_data(self) -> None:
         """Problems and prompts, all checked here: nothing long has been loaded yet."""
         config = self.config
         self.parallelism = make_parallelism(self.accelerator, self.processes)
@@ -235,8 +237,6 @@ class Run:
             self.tokenizer = load_tokenizer(config)
             teacher = checked_teacher_config(config, self.tokenizer)
         self.teacher_server = server = make_teacher_server(config, self.tokenizer, self.processes)
-        if server:
-            opened.callback(server.stop)
         of_teacher = server.context_length if server else context_length(teacher) if teacher else None
         with self.accelerator.local_main_process_first():
             context = context_length(load_model_config(config))

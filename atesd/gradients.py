@@ -7,6 +7,7 @@ from torch import Tensor
 
 from atesd.data.problems import Problem
 from atesd.models.batching import hidden_rows, pack
+from atesd.models.top_entries import TopEntries
 from atesd.objectives import Objective, ResponseTokens, TokenTotals
 from atesd.run import Run
 from atesd_kernels.integrations.backbone import AuxLoss
@@ -16,7 +17,7 @@ def add_gradient(
     run: Run,
     objective: Objective,
     student_hidden: Tensor,
-    views: list[Tensor],
+    views: list[Tensor | TopEntries],
     aux: AuxLoss | None,
     tokens: ResponseTokens,
     num_tokens: int,
@@ -30,7 +31,7 @@ def add_gradient(
 
     Args:
         student_hidden: `(N, hidden)`, with the graph of the student's forward.
-        views: the teacher's, `(N, hidden)` each; none if the objective needs no teacher.
+        views: the teacher's, `(N, hidden)` each, or a server's top entries; none if the objective needs no teacher.
         num_tokens: the denominator, tokens of the step over all processes.
         loss_so_far: of the step's earlier micro-batches.
     """

@@ -21,6 +21,7 @@ from atesd.models.other_teacher import teacher_source
 
 INPUTS = "inputs.json"
 BASE_FILES, TEACHER_FILES = "the base model's files", "the teacher's files"
+SERVED_TEACHER = "the model at teacher_base_url"  # its name: nothing else is known of it
 
 
 def input_digests(config: ATESDConfig, data: RunData, tokenizer: Any) -> dict[str, str | None]:

@@ -17,8 +17,7 @@ statistic needs another sweep over the vocabulary. `reward.py` computes GRPO's a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -27,12 +26,17 @@ from torch import Tensor
 from atesd.config import ATESDConfig
 from atesd.config.doors import divergence_name
 from atesd.config.mixture import STUDENT, views_of
-from atesd.models.batching import PackedBatch, hidden_rows, to_device
-from atesd.models.vocabulary import over_same_entries
+from atesd.models.batching import to_device
+from atesd.models.scoring import head_logprobs
+from atesd.models.top_entries import TopEntries
+from atesd.models.vocabulary import cut_to_known, over_same_entries
 from atesd.parallel.processes import Processes
-from atesd_kernels import TokenStats, linear_divergence, linear_logprobs
+from atesd_kernels import TokenStats, linear_divergence, linear_topk_divergence
 from atesd_kernels.integrations.backbone import AuxLoss
 from atesd_kernels.integrations.head import HeadSpec
+
+# Settings of a run that its divergence takes under the same names.
+OF_CONFIG = "divergence beta scoring_temperature entry_clip token_clip chunk_bytes position_halflife".split()
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Objective(Protocol):
         self,
         student_hidden: Tensor,  # (N, hidden)
         student_head: HeadSpec,
-        teacher_hidden: Tensor | list[Tensor] | None,  # (N, hidden), or that of each view
+        teacher_hidden: Tensor | list[Tensor] | TopEntries | None,  # (N, hidden), that of each view, or a server's
         teacher_head: HeadSpec | None,  # None: the student's
         tokens: ResponseTokens,
         num_tokens: int,
@@ -128,6 +132,51 @@ class Distillation:
             student_head.weight,
             teacher_hidden,
             **options,
+            divergence=self.divergence,
+            beta=self.beta,
+            entry_clip=self.entry_clip,
+            token_clip=self.token_clip,
+            chunk_bytes=self.chunk_bytes,
+            targets=tokens.targets,
+            token_weight=token_weight(tokens, self.position_halflife),
+            num_tokens=num_tokens,
+            return_stats=True,
+        )
+
+
+@dataclass(frozen=True)
+class TopkDistillation:
+    """`Distillation` from a teacher behind a server, which is known by its top entries.
+
+    Attributes:
+        tail: what becomes of the other entries; see `atesd_kernels.linear_topk_divergence`.
+        divergence, beta, scoring_temperature, entry_clip, token_clip, chunk_bytes, position_halflife: as in
+            `Distillation`.
+    """
+
+    tail: str = "bucket"
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+    scoring_temperature: float = 1.0
+    entry_clip: float | None = None
+    token_clip: float | None = None
+    chunk_bytes: int | None = None
+    position_halflife: float | None = None
+    needs_teacher = needs_rollouts = True
+    needs_reward = False
+
+    def __call__(self, student_hidden, student_head, teacher_hidden, teacher_head, tokens, num_tokens):
+        """See `Objective`."""
+        head = cut_to_known(student_head, teacher_hidden.known)
+        options = head.logprob_options(self.scoring_temperature)
+        return linear_topk_divergence(
+            student_hidden,
+            head.weight,
+            teacher_hidden.ids,
+            teacher_hidden.at(self.scoring_temperature),
+            student_bias=options.pop("bias"),
+            **options,
+            tail=self.tail,
             divergence=self.divergence,
             beta=self.beta,
             entry_clip=self.entry_clip,
@@ -207,18 +256,25 @@ class TeacherAdvantage:
 
     def __call__(self, student_hidden, student_head, teacher_hidden, teacher_head, tokens, num_tokens):
         """See `Objective`."""
-        if teacher_head is not None:
+        served = teacher_hidden if isinstance(teacher_hidden, TopEntries) else None
+        if served is not None:
+            student_head = cut_to_known(student_head, served.known)
+        elif teacher_head is not None:
             student_head, teacher_head = over_same_entries(student_head, teacher_head)
         rest = (tokens.targets, self.scoring_temperature, self.chunk_bytes)
         logprobs, stats = head_logprobs(student_hidden, student_head, *rest)
-        with torch.no_grad():
-            taught, of_teacher = head_logprobs(teacher_hidden, teacher_head or student_head, *rest)
+        if served is not None:
+            taught, entropy = served.of_targets.to(logprobs.dtype), served.entropy().to(logprobs.dtype)
+        else:
+            with torch.no_grad():
+                taught, of_teacher = head_logprobs(teacher_hidden, teacher_head or student_head, *rest)
+            entropy = of_teacher.student_entropy
         advantages = taught - logprobs.detach()
         ratio = torch.exp(logprobs - logprobs.detach())
         stats = stats._replace(
             divergence=-advantages,
-            teacher_entropy=of_teacher.student_entropy,
-            teacher_logprob=of_teacher.student_logprob,
+            teacher_entropy=entropy,
+            teacher_logprob=taught,
         )
         return -weighted_sum(advantages * ratio, token_weight(tokens)) / num_tokens, stats
 
@@ -230,7 +286,7 @@ class Mixed:
     It sweeps the student's head twice, because the log-probabilities of the first term carry no gradient.
     """
 
-    distillation: Distillation
+    distillation: Distillation | TopkDistillation
     policy_gradient: PolicyGradient
     reward_weight: float = 1.0
     needs_teacher = needs_rollouts = needs_reward = True
@@ -249,12 +305,17 @@ def mixture_of(config: ATESDConfig) -> dict[str, Any]:
     return {"teacher_mix": weights if len(names) > 1 else None, "student_teaches": STUDENT in names}
 
 
+def make_distillation(config: ATESDConfig, **settings: Any) -> Distillation | TopkDistillation:
+    """Returns the divergence from the teacher of `config`, with `settings` and else the defaults."""
+    if config.teacher == "vllm_server":
+        return TopkDistillation(tail=config.teacher_tail, **settings)
+    return Distillation(**settings, **mixture_of(config))
+
+
 def make_objective(config: ATESDConfig) -> Objective:
     """The objective `config.objective` names. A divergence `module:object` is registered here."""
-    views = mixture_of(config)
-    of_config = [field.name for field in fields(Distillation) if field.name not in views]
-    settings = {name: getattr(config, name) for name in of_config} | views
-    distillation = Distillation(**settings | {"divergence": divergence_name(config.divergence)})
+    settings = {name: getattr(config, name) for name in OF_CONFIG}
+    distillation = make_distillation(config, **settings | {"divergence": divergence_name(config.divergence)})
     policy_gradient = PolicyGradient(temperature=config.temperature, chunk_bytes=config.chunk_bytes)
     return {
         "distill": distillation,
@@ -310,28 +371,6 @@ def of_each_token(values: tuple[float, ...], lengths: tuple[int, ...]) -> Tensor
 
 def weighted_sum(values: Tensor, weight: Tensor | None) -> Tensor:
     return values.sum() if weight is None else (values * weight.to(values.dtype)).sum()
-
-
-def head_logprobs(
-    hidden: Tensor, head: HeadSpec, targets: Tensor, temperature: float, chunk_bytes: int | None = None
-) -> tuple[Tensor, TokenStats]:
-    """Returns the log-probabilities of `targets`, `(N,)`, differentiable, and their statistics."""
-    return linear_logprobs(
-        hidden,
-        head.weight,
-        targets,
-        **head.logprob_options(temperature),
-        chunk_bytes=chunk_bytes,
-        return_stats=True,
-    )
-
-
-@torch.no_grad()
-def token_logprobs(
-    backbone: Callable[..., Any], head: HeadSpec, batch: PackedBatch, chunk_bytes: int | None = None
-) -> Tensor:
-    """Returns the log-probability, at temperature 1, of each response token of `batch`, `(N,)`."""
-    return head_logprobs(hidden_rows(backbone, batch), head, batch.targets, 1.0, chunk_bytes)[0]
 
 
 class TokenTotals:

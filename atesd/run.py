@@ -7,6 +7,7 @@ checkpoint holds full tensors, independent of the number of processes. Any numbe
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 import warnings
@@ -38,7 +39,7 @@ from atesd.exposure.policies import make_policy
 from atesd.files import replaced_folder, write_atomically, write_json
 from atesd.guards import BEST, Guards
 from atesd.hub import make_repository, push_folder
-from atesd.inputs import INPUTS, input_digests, keep_inputs
+from atesd.inputs import INPUTS, SERVED_TEACHER, input_digests, keep_inputs
 from atesd.models.batching import ProblemSampler
 from atesd.models.loading import check_kernels, context_length, load_model, load_model_config, load_tokenizer
 from atesd.models.memory import FreedMemory, bound_product_caches
@@ -75,6 +76,8 @@ from atesd.rollout.batches import RolloutBatches
 from atesd.rollout.engine import ENGINE_WEIGHTS
 from atesd.rollout.mismatch import EngineMismatch
 from atesd.rollout.seeds import seed_of
+from atesd.served_teacher.server import make_teacher_server
+from atesd.served_teacher.teacher import ServedTeacher
 from atesd.step_metrics import clip_fraction, outcome_metrics, response_metrics, text_metrics
 from atesd.stopping import go_on_command
 from atesd.storage.checkpoint import CHECKPOINTS, CheckpointError, load_checkpoint, save_checkpoint
@@ -161,11 +164,15 @@ class Run:
         check_kernels(config)
         with ExitStack() as opened:  # if a later part fails, stops the subprocesses of the earlier ones
             self.build_data()
+            if self.teacher_server:
+                opened.callback(self.teacher_server.stop)
             if self.processes.is_main:
                 if not config.resume:
                     config.save(self.run_dir)  # again: with the counts of problems that were found
                 show(f"run directory: {self.run_dir}")
             digests = input_digests(config, self.data, self.tokenizer)
+            if self.teacher_server:
+                digests[SERVED_TEACHER] = self.teacher_server.model
             self.changed_inputs = self.processes.broadcast_from_main(
                 keep_inputs, self.run_dir, digests, config.allow_changed_inputs
             )
@@ -240,8 +247,11 @@ class Run:
         with self.accelerator.local_main_process_first():  # it may have to fetch them
             self.tokenizer = load_tokenizer(config)
             teacher = checked_teacher_config(config, self.tokenizer)
+        self.teacher_server = server = make_teacher_server(config, self.tokenizer, self.processes)
+        of_teacher = server.context_length if server else context_length(teacher) if teacher else None
+        with self.accelerator.local_main_process_first():
             context = context_length(load_model_config(config))
-            self.data = load_run_data(config, self.tokenizer, context, context_length(teacher) if teacher else None)
+            self.data = load_run_data(config, self.tokenizer, context, of_teacher)
         self.weighted = weights_of(self.data.problems.train) is not None
 
     def build_models(self) -> None:
@@ -254,6 +264,8 @@ class Run:
 
     def make_teacher(self) -> AnyTeacher:
         config, student = self.config, self.student
+        if self.teacher_server:
+            return ServedTeacher(self.teacher_server, self.processes)
         if source := teacher_source(config):
             return make_other_teacher(config, source, student.head, self.tokenizer, self.parallelism)
         return Teacher(student.model, config.teacher, ema_decay=config.ema_decay, bf16=config.bf16)
@@ -392,6 +404,15 @@ class Run:
             "teacher": self.teacher,
         }
         return {name: part for name, part in parts.items() if part is not None}
+
+    def undecided(self) -> dict[str, Any]:
+        """A copy of the state that a step changes before its update: which problems, responses and exposures are next.
+        `put_back` restores it."""
+        return {name: copy.deepcopy(p.state_dict()) for name, p in self.stateful().items() if p is not self.teacher}
+
+    def put_back(self, before: dict[str, Any]) -> None:
+        for name, state in before.items():
+            self.stateful()[name].load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Every process makes one, since sharded tensors are gathered for it; the main process's is saved."""

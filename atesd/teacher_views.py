@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from atesd.config import ATESDConfig
@@ -24,6 +25,7 @@ from atesd.data.problems import Problem
 from atesd.data.run_data import RunData
 from atesd.models.batching import PackedBatch, assert_same_responses
 from atesd.models.teachers import AnyTeacher
+from atesd.models.top_entries import TopEntries
 from atesd.rollout import Rollout
 from atesd.rollout.batches import pack_rollouts
 
@@ -40,16 +42,22 @@ class TeacherViews:
         self.teacher, self.data = teacher, data
         self.names, _ = views_of(config)
 
+    def prepare(self, problems: Sequence[Problem], alphas: Sequence[float], rollouts: Sequence[Rollout]) -> None:
+        """Tells a teacher behind a server of all responses of a step, so that it scores them concurrently."""
+        if self.teacher.remote:
+            prompts = [self.prompt(self.names[0], *pair) for pair in zip(problems, alphas, strict=True)]
+            self.teacher.prepare(pack_rollouts(prompts, rollouts, torch.device("cpu")))
+
     def hidden(
         self, problems: Sequence[Problem], alphas: Sequence[float], rollouts: Sequence[Rollout], student: PackedBatch
-    ) -> list[Tensor]:
-        """Returns `(N, hidden)` for each view but `student`: one forward of the teacher for each.
+    ) -> list[Tensor | TopEntries]:
+        """Returns `(N, hidden)` for each view but `student`, one forward of the teacher for each; or top entries.
 
         Args:
             problems, alphas, rollouts: of a micro-batch.
             student: its batch, whose response tokens the views score.
         """
-        found = []
+        found: list[Tensor | TopEntries] = []
         for name in self.names:
             if name == STUDENT:
                 continue
@@ -66,8 +74,10 @@ class TeacherViews:
         shown = {"exposed": alpha, "full": self.data.alpha(problem, 1.0), "answer_only": 0.0}[view]
         return self.data.teacher_prompt(problem, shown)
 
-    def target(self, hidden: list[Tensor], student_hidden: Tensor) -> Tensor | list[Tensor]:
-        """Returns what the loss takes as `teacher_hidden`: a tensor for one view, else a list.
+    def target(
+        self, hidden: list[Tensor | TopEntries], student_hidden: Tensor
+    ) -> Tensor | TopEntries | list[Tensor | TopEntries]:
+        """Returns what the loss takes as `teacher_hidden`: that of one view, else a list.
 
         Args:
             hidden: what `hidden` has returned.

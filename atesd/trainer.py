@@ -6,7 +6,8 @@
     update the student with the gradient of L; report to the policy what followed from its alpha
 
 Teacher and student each make one forward a micro-batch, which stops at the hidden states. The loss, its gradient and
-every statistic come from one call of `atesd_kernels.linear_divergence`. Run it with `atesd train quickstart`.
+every statistic come from one call of `atesd_kernels.linear_divergence`, or, where a server teaches by its top tokens,
+of `linear_topk_divergence`. Run it with `atesd train quickstart`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from atesd.config import ATESDConfig
 from atesd.data.problems import Problem, weights_of
 from atesd.gradients import add_gradient, add_imitation
 from atesd.models.batching import chunks, hidden_rows_and_aux_loss
+from atesd.models.top_entries import TopEntries
 from atesd.objectives import ResponseTokens, TokenTotals
 from atesd.reports.step_log import StepLog
 from atesd.resuming import NonFiniteLoss, diverged, named_storage_faults
@@ -108,9 +110,25 @@ class Trainer:
     def train_step(self, t: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """One optimizer step. Returns its metrics and a sample.
 
-        Rollouts come first: they do not depend on alpha, and if they fail, nothing has been decided yet.
+        If the rollout engine or the teacher's server fails, the run is saved as it was before the step.
         """
         run, started = self.run, time.perf_counter()
+        before: dict[str, Any] = {}  # failed rollouts put back themselves what they took
+        if run.teacher.remote:
+            with run.phase("rollout"):  # it waits for those that are generated ahead
+                before = run.undecided()
+        try:
+            return self.step(t, started)
+        except RolloutError as error:
+            run.put_back(before)
+            if self.log:
+                self.log.sync()
+            run.save()
+            raise RolloutError(f"{error}\n{run.how_to_go_on()}") from error
+
+    def step(self, t: int, started: float) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Rollouts come first: they do not depend on alpha, and if they fail, nothing has been decided yet."""
+        run = self.run
         run.seed_step(t)
         batch, rollouts = self.roll_out(t)  # `batch`: the problems of all processes; `rollouts`: this one's
         problems = run.processes.local_block(batch)
@@ -142,15 +160,8 @@ class Trainer:
         return metrics, sample_line(run.tokenizer, problems[0], exposed, rollouts[0], local_alphas[0])
 
     def roll_out(self, t: int) -> tuple[list[Problem], list[Rollout]]:
-        """The step's problems and responses, y ~ p_S(.|x). If they fail, the run is saved as it was before the step."""
-        run = self.run
-        try:
-            return run.rollout.next(last=t + 1 == run.config.max_steps)
-        except RolloutError as error:
-            if self.log:
-                self.log.sync()
-            run.save()
-            raise RolloutError(f"{error}\n{run.how_to_go_on()}") from error
+        """The step's problems and responses, y ~ p_S(.|x)."""
+        return self.run.rollout.next(last=t + 1 == self.run.config.max_steps)
 
     def distill(
         self,
@@ -172,13 +183,16 @@ class Trainer:
         if run.imitation:
             mine = sum(len(reply) for part in parts for reply in run.data.imitated(problems[part])[1])
             reference_tokens = int(run.processes.all_reduce_sum(mine)[0])
+        if run.objective.needs_teacher:
+            with run.phase("teacher"):
+                run.views.prepare(problems, alphas, rollouts)
         loss, totals = torch.zeros((), device=run.device), TokenTotals()
         if not all(r.finite for r in rollouts):
             loss += torch.nan  # the student could not be sampled: skip the step, whatever the loss comes to
         with run.student.autocast():  # one context for all micro-batches: each weight is cast once a step
             for part in parts:
                 student_batch = pack_rollouts([r.prompt_ids for r in rollouts[part]], rollouts[part], run.device)
-                views: list[Tensor] = []
+                views: list[Tensor | TopEntries] = []
                 if run.objective.needs_teacher:
                     with run.phase("teacher"):
                         views = run.views.hidden(problems[part], alphas[part], rollouts[part], student_batch)

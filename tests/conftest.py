@@ -231,8 +231,8 @@ def server() -> Iterator[ThreadingHTTPServer]:
 
     Attributes: `seen`, what was posted, as (path, body); `statuses`, taken in turn, 200 when there are none left;
     `context`, the context length it claims; `look`, called with each path and body before the answer; `answers`, in
-    turn, the bytes of whole answers in the place of the usual ones; `instead`, a function of the handler for each path
-    that it answers itself.
+    turn, the bytes of whole answers in the place of the usual ones; `instead`, a function of the handler, which has the
+    posted `body`, for each path that it answers itself.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -253,7 +253,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
                 self.server.instead[self.path](self)
 
         def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.body = body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             self.server.seen.append((self.path, body))
             self.server.look(self.path, body)
             if self.path in self.server.instead:

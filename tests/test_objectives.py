@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from atesd.evaluation.reward import group_advantages
 from atesd.models.batching import hidden_rows, pack
 from atesd.models.packed_attention import use_packed_attention
+from atesd.models.scoring import token_logprobs
 from atesd.objectives import (
     Distillation,
     Mixed,
@@ -18,7 +19,6 @@ from atesd.objectives import (
     TeacherAdvantage,
     TokenTotals,
     position_weights,
-    token_logprobs,
 )
 from atesd_kernels import TokenStats
 from atesd_kernels.integrations.head import HeadSpec, hidden_states_and_head

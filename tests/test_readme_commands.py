@@ -80,6 +80,7 @@ def test_the_other_commands_name_what_there_is(monkeypatch):
     configs = ROOT / "atesd" / "recipes" / "accelerate"
     launched = [c[c.index("--config_file") + 1].split("/")[-1] for c in begins("accelerate", "launch")]
     assert launched and all((configs / name).is_file() for name in launched)
-    rest = [c for c in COMMANDS if c[0] not in ("make", "atesd", "pip", "accelerate")]
+    assert {c[1] for c in begins("vllm")} == {"serve"}
+    rest = [c for c in COMMANDS if c[0] not in ("make", "atesd", "pip", "accelerate", "vllm")]
     # shell variables before a command, or set for the next ones
     assert all(re.match(r"[A-Z_]+=", c[0]) for c in rest), rest

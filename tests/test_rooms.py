@@ -23,7 +23,7 @@ ROOMS = (
     ("run",),
     ("integrations", "merge"),
     ("guards", "inputs", "resuming"),
-    ("step_metrics", "teacher_views"),
+    ("step_metrics", "teacher_views", "served_teacher"),
     ("evaluation",),
     ("exposure", "rollout"),
     ("objectives", "planning"),

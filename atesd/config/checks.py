@@ -7,7 +7,6 @@ torch. It does import user code named as `module:object`, which may import torch
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Collection
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -17,6 +16,7 @@ from atesd.config import doors
 from atesd.config.fields import MAY_CHANGE, RolloutFields, Settings
 from atesd.config.mixture import check_views
 from atesd.config.options import check_fields, parse_json
+from atesd.config.teachers import check_teacher
 from atesd.errors import ConfigError, suggest
 from atesd.hub import check_push
 from atesd.packages import require_packages
@@ -174,32 +174,6 @@ def check_weights(config: Settings) -> None:
             f"weight_column ({column}) would be ignored, for dataset_name is 'gsm_symbolic', whose problems have no "
             "weights: leave it out"
         )
-
-
-def check_teacher(config: Settings) -> None:
-    """Raises ConfigError for settings of a teacher that is another model: one missing, or some that do nothing."""
-    path = config.teacher_model_name_or_path
-    if config.teacher != "model":
-        for name, usual in (("model_name_or_path", None), ("weights", "bfloat16"), ("device", None)):
-            if (value := getattr(config, f"teacher_{name}")) != usual:
-                raise ConfigError(
-                    f"teacher_{name} ({value}) would be ignored, for teacher is {config.teacher!r}: leave it out, or "
-                    "set teacher to 'model'"
-                )
-        return
-    if not (path or "").strip():
-        raise ConfigError(
-            f"teacher is 'model', and teacher_model_name_or_path is {path!r}: set it to the folder or Hub id of the "
-            "model that teaches"
-        )
-    if config.objective in ("sft", "grpo"):
-        raise ConfigError(
-            f"objective {config.objective!r} has no teacher, so teacher_model_name_or_path ({path}) would be ignored: "
-            "leave it and teacher out"
-        )
-    device = config.teacher_device
-    if device is not None and not re.fullmatch(r"[a-z]+(:\d+)?", device):
-        raise ConfigError(f"teacher_device is {device!r}; it must be a device of torch, such as 'cuda:1' or 'cpu'")
 
 
 def check_staleness(config: Settings) -> None:

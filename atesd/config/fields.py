@@ -16,7 +16,7 @@ MAY_CHANGE = (
     "max_steps learning_rate max_grad_norm max_nonfinite_steps gradient_checkpointing "
     "gradient_checkpointing_mode chunk_bytes keep_freed_memory logging_steps "
     "save_steps save_total_limit report_to push_to_hub eval_steps early_stopping_patience stop_on_collapse save_best "
-    "allow_changed_inputs allow_older_checkpoint teacher_device"
+    "allow_changed_inputs allow_older_checkpoint teacher_device teacher_base_url"
 ).split()
 
 
@@ -149,10 +149,13 @@ class RolloutFields:
         "they come from the student of one update ago. 0: each step's rollouts come from the current student.",
     )
     rollout_timeout: float = option(
-        1800.0, "our choice", "Seconds after which vLLM's answer is no longer waited for.", above=0
+        1800.0, "our choice", "Seconds after which a server's or vLLM's answer is no longer waited for.", above=0
     )
     rollout_retries: int = option(
-        2, "our choice", "How often a response that vLLM did not give is asked for again.", at_least=0
+        2,
+        "our choice",
+        "How often a response that vLLM, or a score that a teacher's server did not give is asked for again.",
+        at_least=0,
     )
     vllm_server_base_url: str = option("http://localhost:8000", "HF", "Where the server answers.")
     vllm_server_weights: Literal["adapter", "merged"] = option(
@@ -227,14 +230,17 @@ class LossFields:
     chunk_bytes: int | None = option(
         None, "our choice", "Byte budget of the loss's logit chunk; absent, automatic.", above=0, zero_is_off=True
     )
-    teacher: Literal["frozen", "ema", "live", "model"] = option(
+    teacher: Literal["frozen", "ema", "live", "model", "vllm_server"] = option(
         "frozen",
         "OPSD",
-        "Whose weights teach: the base model, a moving average of the student, the student itself, or another model "
-        "with the same vocabulary (teacher_model_name_or_path).",
+        "Whose weights teach: the base model, a moving average of the student, the student itself, another model "
+        "with the same vocabulary (teacher_model_name_or_path), or one behind a server (teacher_base_url).",
     )
     teacher_model_name_or_path: str | None = option(
-        None, "our choice", "Folder or Hub id of the model that teaches where teacher is model."
+        None,
+        "our choice",
+        "Folder or Hub id of the model that teaches where teacher is model; where it is vllm_server, of the tokenizer "
+        "that is compared with the student's.",
     )
     teacher_weights: Literal["bfloat16", "float32", "4bit"] = option(
         "bfloat16",
@@ -245,6 +251,21 @@ class LossFields:
         None,
         "our choice",
         "Device of that model, such as cuda:1; absent, the student's. Its head stays beside the loss.",
+    )
+    teacher_base_url: str | None = option(
+        None, "our choice", "Where the server of the model that teaches answers, such as http://localhost:8001."
+    )
+    teacher_top_k: int = option(
+        64,
+        "our choice",
+        "Most likely tokens of each position that this server is asked for; its --max-logprobs bounds them.",
+        at_least=1,
+    )
+    teacher_tail: Literal["bucket", "renormalise"] = option(
+        "bucket",
+        "our choice",
+        "What becomes of all other tokens: bucket makes them one entry of both distributions; renormalise leaves them "
+        "out of both.",
     )
     ema_decay: float = option(0.999, "our choice", "Decay of the moving average where teacher is ema.", between=(0, 1))
     teacher_views: str = option(
@@ -440,6 +461,11 @@ class Settings(
 
     def __post_init__(self) -> None:
         switch_off_zeros(self)
+
+    @property
+    def other_model_teaches(self) -> bool:
+        """Whether the teacher is no student of any time, but a model of its own."""
+        return self.teacher in ("model", "vllm_server")
 
     @property
     def eval_completion_length(self) -> int:

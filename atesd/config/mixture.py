@@ -45,5 +45,8 @@ def views_of(config: Settings) -> tuple[tuple[str, ...], tuple[float, ...]]:
 
 
 def teacher_forwards(config: Settings) -> int:
-    """Returns how often the teacher reads a response: once for each view but the student's own."""
+    """Returns how often the teacher reads a response: once for each view but the student's own. A server's does so
+    elsewhere."""
+    if config.teacher == "vllm_server":
+        return 0
     return sum(name != STUDENT for name in views_of(config)[0])

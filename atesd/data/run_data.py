@@ -210,7 +210,7 @@ def load_run_data(
         shown,
         exposure_limit,
         len(too_long),
-        other_teacher=config.teacher == "model",
+        other_teacher=config.other_model_teaches,
         reads_nothing=reads_nothing,
     )
     if data.no_signal():

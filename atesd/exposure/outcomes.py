@@ -13,8 +13,8 @@ from torch import nn
 from atesd.data.problems import Problem
 from atesd.data.run_data import RunData
 from atesd.models.batching import chunks, pack
+from atesd.models.scoring import token_logprobs
 from atesd.models.teachers import AnyTeacher
-from atesd.objectives import token_logprobs
 from atesd.parallel.processes import Processes
 from atesd_kernels.integrations.head import hidden_states_and_head
 from atesd_kernels.integrations.wrappers import eval_mode
@@ -129,7 +129,7 @@ class OutcomeMeter:
             scored.append(ids[cut:])
             masks.append(kept[cut:])
         batch = pack(contexts, scored, self.device)
-        logprobs = token_logprobs(self.teacher.backbone_call, self.teacher.head, batch, self.chunk_bytes)
+        logprobs = self.teacher.target_logprobs(batch, self.chunk_bytes)
         parts = zip(logprobs.double().cpu().split(batch.lengths), masks, strict=True)
         scores = [float(part[mask].mean()) for part, mask in parts]
         return self.processes.all_reduce_sum(sum(scores[:counted]))[0] / len(problems)

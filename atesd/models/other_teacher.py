@@ -25,6 +25,8 @@ from atesd.models.loading import (
     use_liger_kernels,
 )
 from atesd.models.packed_attention import check_packing, use_packed_attention
+from atesd.models.scoring import token_logprobs
+from atesd.models.teachers import FixedTeacher
 from atesd.models.vocabulary import check_same_vocabulary, num_entries, with_entries
 from atesd.parallel.parallelism import Parallelism
 from atesd_kernels.integrations.backbone import BackboneOutput
@@ -47,14 +49,18 @@ def teacher_source(config: ATESDConfig) -> ModelSource | None:
 def checked_teacher_config(config: ATESDConfig, tokenizer: Any) -> PreTrainedConfig | None:
     """Returns the configuration of the other model that teaches, without its weights; None if there is none.
 
+    Of a teacher behind a server it compares the tokenizer, where the settings name one, and returns None.
+
     Raises:
         ModelLoadError: it does not exist or is no model, its tokenizer gives a token another id, its files are
             quantised in another way than asked for, or it caps its logits where the student does not.
     """
+    if config.teacher_model_name_or_path is not None:
+        named = ModelSource(config.teacher_model_name_or_path, "bfloat16", SETTING)
+        check_same_vocabulary(tokenizer, load_tokenizer(named), config.model_name_or_path, named.model_name_or_path)
     source = teacher_source(config)
     if source is None:
         return None
-    check_same_vocabulary(tokenizer, load_tokenizer(source), config.model_name_or_path, source.model_name_or_path)
     found = load_model_config(source)
     check_stored_weights(config, getattr(found, "quantization_config", None))
     ours, theirs = (
@@ -135,8 +141,10 @@ def four_bit_options(device: torch.device) -> dict[str, Any]:
     return {"quantization_config": quantization, "device_map": {"": device}}
 
 
-class OtherTeacher:
+class OtherTeacher(FixedTeacher):
     """Computes hidden states with a model of its own; see `teachers.AnyTeacher`.
+
+    Its weights are read from its files at each start, whose digest a resumed run compares.
 
     Args:
         model: frozen, in eval mode, with packed attention, on its device or sharded.
@@ -149,7 +157,7 @@ class OtherTeacher:
     """
 
     kind = "model"
-    shares_head = False
+    remote = shares_head = False
 
     def __init__(self, model: nn.Module, student_head: HeadSpec, entries: int, dtype: torch.dtype | None = None):
         self.model, self.dtype = model, dtype
@@ -183,6 +191,13 @@ class OtherTeacher:
             )
         return hidden_rows(self.backbone_call, batch)
 
+    def prepare(self, batch: PackedBatch) -> None:
+        """No-op: it is asked as it comes."""
+
+    def target_logprobs(self, batch: PackedBatch, chunk_bytes: int | None = None) -> Tensor:
+        """Returns the log-probability, at temperature 1, of each response token of `batch`, `(N,)`."""
+        return token_logprobs(self.backbone_call, self.head, batch, chunk_bytes)
+
     @torch.no_grad()
     def backbone_call(self, **inputs: Any) -> BackboneOutput:
         """Runs the backbone on its device. The states come back to the loss's. `attention_mask` stays on the CPU."""
@@ -190,17 +205,6 @@ class OtherTeacher:
         with current(self.device):
             states = self.backbone(**{**inputs, **there}).last_hidden_state
         return BackboneOutput(self.beside_loss(states))
-
-    def update(self) -> None:
-        """No-op: it does not learn."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns no weights: they are read from its files again, whose digest a resumed run compares."""
-        return {"kind": self.kind, "values": {}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["kind"] != self.kind:
-            raise ValueError(f"the checkpoint was made with teacher={state['kind']!r}, not {self.kind!r}.")
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -9,7 +9,8 @@
 `ema` is an exponential moving average. No second model object exists: the teacher's weights are a dict of tensors that
 replaces the student's during a forward. Under FSDP2 or ZeRO-3 the dict is sharded like the model, so each rank stores
 and swaps only its local shards. The head is the exception: the loss needs it unsharded, so the dict holds a full copy.
-The teacher that is a model of its own, kind `model`, is in other_teacher.py.
+The teacher that is a model of its own, kind `model`, is in other_teacher.py. One behind a server, kind `vllm_server`,
+is in the room served_teacher.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from torch.distributed.tensor import DTensor
 
 from atesd.models.adapters import adapter_layers, adapter_off, has_plain_switch, with_attribute
 from atesd.models.batching import PackedBatch, hidden_rows
+from atesd.models.scoring import token_logprobs
+from atesd.models.top_entries import TopEntries
 from atesd.parallel.sharding import gather_tensors, is_sharded, local_shard, reshard, shard_like
 from atesd_kernels.integrations.head import HeadSpec, hidden_states_and_head, unwrap
 
@@ -32,25 +35,55 @@ KINDS = ("frozen", "ema", "live")
 
 
 class AnyTeacher(Protocol):
-    """What a run asks of its teacher: `Teacher`, or `other_teacher.OtherTeacher`.
+    """What a run asks of its teacher: `Teacher`, `other_teacher.OtherTeacher`, or `served_teacher.ServedTeacher`.
 
     Attributes:
         kind: `config.teacher`; a checkpoint knows it.
-        head: the teacher's head, on the loss's device.
+        remote: whether it answers requests. It may then fail in a step, and is told of all responses of a step first.
+        head: the teacher's head, on the loss's device; None if the loss reads none.
         shares_head: whether that is the student's.
     """
 
     kind: str
+    remote: bool
 
     @property
-    def head(self) -> HeadSpec: ...
+    def head(self) -> HeadSpec | None: ...
     @property
     def shares_head(self) -> bool: ...
-    def hidden(self, batch: PackedBatch) -> Tensor: ...
-    def backbone_call(self, **inputs: Any) -> Any: ...
+    def prepare(self, batch: PackedBatch) -> None:
+        """Take note of all responses of a step, whose `hidden` comes in parts. Only for a remote one."""
+
+    def hidden(self, batch: PackedBatch) -> Tensor | TopEntries:
+        """What the loss takes as `teacher_hidden`: `(N, hidden)`, or a server's top entries."""
+
+    def target_logprobs(self, batch: PackedBatch, chunk_bytes: int | None = None) -> Tensor:
+        """Log-probability, at temperature 1, of each response token of `batch`, `(N,)`."""
+
     def update(self) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class FixedTeacher:
+    """Base of teachers whose weights a run neither changes nor saves."""
+
+    kind: str
+
+    def update(self) -> None:
+        """No-op: it does not learn."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns no weights: a run that goes on finds them where the first start did."""
+        return {"kind": self.kind, "values": {}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_kind(state, self.kind)
+
+
+def check_kind(state: dict[str, Any], kind: str) -> None:
+    if state["kind"] != kind:
+        raise ValueError(f"the checkpoint was made with teacher={state['kind']!r}, not {kind!r}.")
 
 
 class Teacher:
@@ -63,6 +96,8 @@ class Teacher:
         bf16: forwards run under bfloat16 autocast. A frozen copy then stores the matrices of linear layers in
             bfloat16, to which autocast rounds them anyway. Embeddings and norms keep their dtype. This is lossless.
     """
+
+    remote = False
 
     def __init__(self, model: nn.Module, kind: str, *, ema_decay: float = 0.999, bf16: bool = False):
         if kind not in KINDS:
@@ -109,6 +144,13 @@ class Teacher:
         """Returns `(N, hidden)`: the hidden states that predict the response tokens of `batch`."""
         return hidden_rows(self.backbone_call, batch)
 
+    def prepare(self, batch: PackedBatch) -> None:
+        """No-op: it is asked as it comes."""
+
+    def target_logprobs(self, batch: PackedBatch, chunk_bytes: int | None = None) -> Tensor:
+        """Returns the log-probability, at temperature 1, of each response token of `batch`, `(N,)`."""
+        return token_logprobs(self.backbone_call, self.head, batch, chunk_bytes)
+
     @torch.no_grad()
     def backbone_call(self, **inputs: Any) -> Any:
         """Runs the backbone with the teacher's weights, without gradient or dropout."""
@@ -146,8 +188,7 @@ class Teacher:
         return {"kind": self.kind, "values": values if self.kind == "ema" else {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["kind"] != self.kind:
-            raise ValueError(f"the checkpoint was made with teacher={state['kind']!r}, not {self.kind!r}.")
+        check_kind(state, self.kind)
         for name, value in state["values"].items():
             self.values[name].copy_(shard_like(value, self.sources[name]))
         for name, embedding in self.tied_head_names().items():

@@ -27,7 +27,7 @@ def entries_to_sample(config: ATESDConfig, tokenizer: Any) -> int | None:
 
     Another model may have no embedding for a padded entry of the student's head.
     """
-    return num_entries(tokenizer) if getattr(config, "teacher", None) == "model" else None
+    return num_entries(tokenizer) if getattr(config, "other_model_teaches", False) else None
 
 
 def check_same_vocabulary(student: Any, teacher: Any, student_name: str, teacher_name: str) -> None:
@@ -56,6 +56,12 @@ def with_entries(head: HeadSpec, rows: int, known: int) -> HeadSpec:
         bias = weight.new_zeros(rows) if bias is None else bias.clone()
         bias[known:] = -torch.inf
     return replace(head, weight=weight, bias=bias)
+
+
+def cut_to_known(head: HeadSpec, known: int) -> HeadSpec:
+    """Returns `head`, where entries from `known` on are excluded."""
+    rows = head.weight.shape[0]
+    return with_entries(head, rows, min(known, rows))
 
 
 def over_same_entries(student: HeadSpec, teacher: HeadSpec) -> tuple[HeadSpec, HeadSpec]:

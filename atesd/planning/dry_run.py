@@ -66,6 +66,8 @@ def dry_run(config: ATESDConfig) -> Printout:
             f"{config.teacher_model_name_or_path}, {other.parameters:,} parameters in {config.teacher_weights}, "
             f"{teacher_model_bytes(other, config) / GIB:.2f} GiB on {config.teacher_device or 'the same device'}"
         )
+    if config.teacher == "vllm_server":
+        notes["teacher"] = f"top {config.teacher_top_k} of the server at {config.teacher_base_url}, which was not asked"
     names, weights = views_of(config)
     if len(names) > 1:
         mixed = " ".join(f"{weight:+g} {name}" for name, weight in zip(names, weights, strict=True))
@@ -135,6 +137,8 @@ def plan_rows(plan: MemoryPlan, shape: ModelShape, config: ATESDConfig) -> list[
     if config.teacher == "model":
         elsewhere = f"only what the loss reads: the model is on {config.teacher_device}"
         teacher = elsewhere if config.teacher_device else "another model, with what the loss reads of its head"
+    if config.teacher == "vllm_server":
+        teacher = "behind a server"
     rows = [
         ("weights", plan.weights, f"{shape.parameters:,} parameters, and {shape.lora_parameters:,} of the adapter"),
         ("teacher", plan.teacher, teacher),

@@ -194,8 +194,11 @@ def low_bytes(config: ATESDConfig) -> int:
 
 def logit_bytes(config: ATESDConfig) -> int:
     """Returns the bytes per logit of the loss's chunk on a GPU: S in fp32, and D in the GEMMs' dtype (overwritten by
-    the gradient). A separate teacher head needs S, T and the gradient; in an fp32 run S and T are float64."""
+    the gradient). A separate teacher head needs S, T and the gradient; in an fp32 run S and T are float64. Against a
+    server's top entries it is S and the gradient."""
     low = low_bytes(config)
+    if config.teacher == "vllm_server":
+        return (2 * FP32 if low == FP32 else FP32) + low
     if config.teacher != "model" and (config.use_peft or config.teacher == "live"):
         return FP32 + low
     return 2 * (2 * FP32 if low == FP32 else FP32) + low
@@ -267,6 +270,8 @@ def plan_memory(
     cast = shape.lora_parameters + (shape.matrices if residual == FP32 else 0) if config.bf16 and shards == 1 else 0
     # hidden states of the response tokens: student, its gradient, teacher, and their difference
     wide = 4 * shape.hidden if teacher is None else 2 * shape.hidden + teacher.hidden  # other sizes have no difference
+    if config.teacher == "vllm_server":  # a float64 log-prob and an int64 id for each entry, two float32 each
+        wide = 2 * shape.hidden + 4 * (config.teacher_top_k + 1)
     wide += (len(views_of(config)[0]) - 1) * (shape if teacher is None else teacher).hidden
     hidden_states = responses * config.max_completion_length * wide * FP32
     # the process decodes all rollouts of a step at once
@@ -373,6 +378,7 @@ def plan_traffic(shape: ModelShape, config: ATESDConfig, layout: Layout, teacher
     gradients = trained_bytes(shape, config)
     weights = gathered_bytes(config, shape.parameters + shape.lora_parameters)
     of_teacher = weights if teacher is None else teacher_model_bytes(teacher, config)
+    of_teacher *= config.teacher != "vllm_server"
     sharded = config.gradient_accumulation_steps * (layout.shards > 1)
     return Traffic(
         gathered=sharded * (2 * weights + of_teacher),
@@ -412,8 +418,9 @@ def plan_products(
         return responses * length * (2 * model.matrices + attention)
 
     forward = without_adapter(shape) + responses * length * 2 * shape.lora_parameters
-    # the teacher's part of the loss: the differences, or the logits of its own head
+    # the teacher's part of the loss: the differences, the logits of its own head, or nothing of a server's
     other_head = head if teacher is None else shape.vocab * teacher.hidden * teacher_forwards(config)
+    other_head *= config.teacher != "vllm_server"
     # backward: gradients of activations; of weights if trained; one more forward if it is recomputed
     passes = 2 + (not config.use_peft)
     passes += config.gradient_checkpointing and config.gradient_checkpointing_mode == "full"

@@ -68,6 +68,7 @@ class AheadEngine:
         return {"engine": self.engine.state_dict(), "ahead": ahead}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.wait()  # a running batch would count its responses afterwards
         self.engine.load_state_dict(state["engine"])
         self.coming = None
         if state["ahead"] is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from atesd.rollout.answer_rules import COMPLETION_RULES, Asked, Completion, broken_rule
@@ -80,31 +81,58 @@ class RequestEngine(ABC):
         parameters = [request_parameters(sampling, seed, self.stop_ids, logprobs) for seed in sampling.seeds]
         stop_ids = frozenset(self.stop_ids)
         asked = Asked(sampling.max_completion_length, self.vocab_size, stop_ids, logprobs, self.nonfinite)
-        done: dict[int, Rollout] = {}
-        problem = ""
-        for attempt in range(1 + self.retries):
-            left = [i for i in range(len(prompts)) if i not in done]
-            if attempt:
-                show(f"{len(left)} of {len(prompts)} rollouts failed and are asked for again: {problem}")
-            if self.stopped.wait(self.pause * attempt):
-                raise RolloutError(STOPPED)
-            answers = self.complete([prompts[i] for i in left], [parameters[i] for i in left])
-            for i, answer in zip(left, answers, strict=True):
-                wrong = what_is_wrong(answer, asked)
-                if wrong is None:
-                    done[i] = rollout(prompts[i], answer, asked)
-                else:
-                    problem = wrong
-            if len(done) == len(prompts):
-                return [done[i] for i in range(len(prompts))]
-        failed = len(prompts) - len(done)
-        raise RolloutError(f"{failed} of {len(prompts)} rollouts failed {1 + self.retries} times. The last: {problem}")
+
+        def ask(left: list[int]) -> list[Completion | Exception]:
+            return self.complete([prompts[i] for i in left], [parameters[i] for i in left])
+
+        waits = (self.pause * attempt for attempt in range(1 + self.retries))
+        answers = usable_answers(len(prompts), ask, lambda _, answer: what_is_wrong(answer, asked), waits, self.stopped)
+        return [rollout(prompt, answer, asked) for prompt, answer in zip(prompts, answers, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         return self.seeds.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seeds.load_state_dict(state)
+
+
+def usable_answers(
+    count: int,
+    ask: Callable[[list[int]], Sequence[Any]],
+    wrong: Callable[[int, Any], str | None],
+    waits: Iterable[float],
+    stopped: threading.Event,
+    what: str = "rollouts",
+) -> list[Any]:
+    """Returns an answer to each of `count` requests. Those that are not usable are asked for again.
+
+    Args:
+        ask: returns the answers to the requests of these numbers.
+        wrong: returns why the answer to a request is not usable, None if it is; raises if asking again is no use.
+        waits: seconds to wait before each try.
+        stopped: set where no answer is wanted any more.
+        what: what is asked for, in messages.
+
+    Raises:
+        RolloutError: the tries are used up, or `stopped` is set.
+    """
+    done: dict[int, Any] = {}
+    problem, tries = "", 0
+    for wait in waits:
+        left = [i for i in range(count) if i not in done]
+        if tries:
+            show(f"{len(left)} of {count} {what} failed and are asked for again: {problem}")
+        if stopped.wait(wait):
+            raise RolloutError(STOPPED)
+        tries += 1
+        for i, answer in zip(left, ask(left), strict=True):
+            if (found := wrong(i, answer)) is None:
+                done[i] = answer
+            else:
+                problem = found
+        if len(done) == count:
+            return [done[i] for i in range(count)]
+    raise RolloutError(f"{count - len(done)} of {count} {what} failed {tries} times. The last: {problem}")
 
 
 def what_is_wrong(answer: Completion | Exception, asked: Asked) -> str | None:

@@ -11,7 +11,6 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,27 +23,27 @@ from atesd.config import ATESDConfig
 from atesd.files import share_with_readers
 from atesd.parallel.processes import Processes
 from atesd.parallel.sharding import is_sharded, reshard, writer
-from atesd.rollout.answer_rules import MODEL_RULES, WEIGHT_RULES, Completion, at, broken_rule, shown
+from atesd.rollout.answer_rules import WEIGHT_RULES, Completion, at, broken_rule, shown
 from atesd.rollout.connections import Connections, Refused
 from atesd.rollout.engine import ENGINE_WEIGHTS, RolloutError
 from atesd.rollout.requests import STOPPED, RequestEngine
 from atesd.rollout.seeds import ResponseSeeds
+from atesd.rollout.server_client import BUSY, ServerClient, is_passing, reason
 from atesd.rollout.vllm import request_settings
 from atesd.rollout.vllm_worker import WORKER_EXTENSION
 from atesd.rollout.weights import check_merged, check_plain_lora, merged_weights
 from atesd.terminal import advance
 from atesd_kernels.integrations.head import unwrap
 
-MAX_CONNECTIONS = 256
-START_SECONDS = CLOSE_SECONDS = 30.0  # most seconds for the first request and for the last
+CLOSE_SECONDS = 30.0  # most seconds for the last request
 # Most bytes of an answer, and more for each token: its text, number and log-probability.
 BYTES, BYTES_A_TOKEN = 1 << 20, 1 << 10
-NOT_FOUND, BUSY = 404, (408, 429, 502, 503, 504)
+NOT_FOUND = 404
 FOR_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank {rank}"
 FOR_ALL_WEIGHTS = f"VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls {WORKER_EXTENSION}"
 
 
-class VLLMServerEngine(RequestEngine):
+class VLLMServerEngine(ServerClient, RequestEngine):
     """Samples from the student's copy in a vLLM server.
 
     Args:
@@ -62,6 +61,7 @@ class VLLMServerEngine(RequestEngine):
     """
 
     pause = 5.0
+    setting = "vllm_server_base_url"
     nonfinite = False  # a server that sends such numbers is broken: vLLM's answers with an error in their place
 
     def __init__(
@@ -110,23 +110,6 @@ class VLLMServerEngine(RequestEngine):
             processes=processes,
             seeds=seeds,
             **request_settings(config, model, tokenizer),
-        )
-
-    def served_model(self) -> dict[str, Any]:
-        """Returns the server's first model, its base model. Asked for again if the answer is not usable."""
-        problem = ""
-        for attempt in range(1 + self.retries):
-            time.sleep(self.pause * attempt)
-            try:
-                served = at(self.ask("/v1/models", timeout=min(START_SECONDS, self.timeout)), "data", 0)
-                problem = broken_rule(MODEL_RULES, served)
-            except (OSError, ValueError) as error:  # ValueError: the URL is none
-                problem = reason(error)
-            if not problem:
-                return served
-        raise RolloutError(
-            f"no vLLM server answers at vllm_server_base_url {self.url!r} ({problem}): start one with `vllm serve`, "
-            "wait until it says that it is ready, and try again."
         )
 
     def sync(self) -> None:
@@ -213,12 +196,7 @@ class VLLMServerEngine(RequestEngine):
             except OSError as error:
                 return [error] * len(prompts)
             self.lost = False
-        with ThreadPoolExecutor(min(len(prompts), MAX_CONNECTIONS)) as pool:
-            try:
-                return [counted(answer) for answer in pool.map(self.complete_one, prompts, parameters)]
-            except KeyboardInterrupt:  # leaving the pool would wait for every answer
-                self.stop()
-                raise
+        return self.all_at_once(self.complete_one, prompts, parameters, note=counted)
 
     def complete_one(self, prompt: list[int], parameters: dict[str, Any]) -> Completion | Exception:
         if self.stopped.is_set():  # set while this request waited in the pool
@@ -228,8 +206,7 @@ class VLLMServerEngine(RequestEngine):
             answer = self.ask("/v1/completions", body)
         except Refused as error:
             self.lost |= error.status == NOT_FOUND  # the server lost the adapter
-            again = error.status in (NOT_FOUND, *BUSY) or error.status >= 500
-            kind = ConnectionError if again else RolloutError
+            kind = ConnectionError if error.status == NOT_FOUND or is_passing(error) else RolloutError
             return kind(f"the vLLM server at {self.url} refused a request: {error}")
         except OSError as error:
             self.lost = True
@@ -246,11 +223,6 @@ class VLLMServerEngine(RequestEngine):
     def release(self) -> None:
         """No-op: this process does not manage the server's memory."""
 
-    def stop(self) -> None:
-        """Aborts running requests, which raise a RolloutError, and refuses new ones."""
-        self.stopped.set()
-        self.connections.cut()
-
     def close(self) -> None:
         """Unloads the adapter and removes the weights' folder. The user's server keeps running."""
         self.stop()
@@ -259,10 +231,6 @@ class VLLMServerEngine(RequestEngine):
             with contextlib.suppress(OSError):
                 self.unload(self.adapter, timeout=CLOSE_SECONDS)
             shutil.rmtree(self.folder, ignore_errors=True)
-
-    def ask(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
-        """As `Connections.ask`, with a path of this server."""
-        return self.connections.ask(self.url + path, body, timeout=timeout or self.timeout, limit=self.answer_limit)
 
 
 class refused_as:
@@ -282,7 +250,3 @@ class refused_as:
 def counted(answer: Completion | Exception) -> Completion | Exception:
     advance(int(isinstance(answer, Completion)))
     return answer
-
-
-def reason(error: Exception) -> str:
-    return str(error) if isinstance(error, Refused) else f"{type(error).__name__}: {error}"

@@ -16,7 +16,7 @@ from atesd.data.problems import Problem
 from atesd.data.segmentation import split_reference
 from atesd.data.thinking import decode_response
 from atesd.models.batching import chunks, hidden_rows
-from atesd.objectives import Distillation, ResponseTokens, mixture_of, percentile
+from atesd.objectives import ResponseTokens, make_distillation, percentile
 from atesd.rollout import Rollout, Sampling
 from atesd.rollout.batches import pack_rollouts
 from atesd.run import Run
@@ -57,8 +57,8 @@ def measure(run: Run, problems: Sequence[Problem], alpha: float, graded: bool = 
     references = run.data.references
     references.update({p.id: split_reference(p.solution, p.answer) for p in problems if p.id not in references})
     prompts = [run.data.prompts.student(p) for p in problems]
-    distillation = Distillation(
-        scoring_temperature=config.scoring_temperature, chunk_bytes=config.chunk_bytes, **mixture_of(config)
+    distillation = make_distillation(
+        config, scoring_temperature=config.scoring_temperature, chunk_bytes=config.chunk_bytes
     )
     kl, agree, rollouts = [], [], []
     run.rollout.engine.sync()

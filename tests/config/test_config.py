@@ -17,6 +17,8 @@ from atesd.config.fields import MAY_CHANGE
 from atesd.errors import ConfigError
 
 OTHER = ("--teacher", "model", "--teacher_model_name_or_path")
+SERVED = ("--teacher", "vllm_server", "--scoring_temperature", "1", "--teacher_base_url")
+URL = "http://localhost:8001"
 
 
 def write_yaml(path, **settings):
@@ -107,6 +109,50 @@ def test_a_resumed_run_takes_its_settings_from_its_own_directory(tmp_path):
             [*OTHER, "a/b", "--objective", "sft", "--exposure_policy", "full"],
             "objective 'sft' has no teacher, so teacher_model_name_or_path .a/b. would be ignored",
         ),
+        ("quickstart", ["--teacher", "vllm_server"], "teacher_base_url is None: set it to the address of the server"),
+        ("quickstart", [*SERVED, "localhost:8001"], "teacher_base_url is 'localhost:8001': set it to the address"),
+        ("quickstart", [*SERVED, "http://localhost:port"], "teacher_base_url is 'http://localhost:port': set it to"),
+        ("quickstart", [*SERVED, "file:///etc/hosts"], "teacher_base_url is 'file:///etc/hosts': set it to the"),
+        ("quickstart", ["--teacher_base_url", URL], "would be ignored, .* or set teacher to 'vllm_server'"),
+        ("quickstart", ["--teacher_top_k", "8"], "teacher_top_k .8. would be ignored, for teacher is 'frozen'"),
+        ("quickstart", [*OTHER, "a/b", "--teacher_tail", "renormalise"], "teacher_tail .renormalise. would be ignored"),
+        ("quickstart", [*SERVED, URL, "--teacher_device", "cpu"], "teacher_device .cpu. would be ignored, for teacher"),
+        ("quickstart", [*SERVED, URL, "--teacher_weights", "4bit"], "teacher_weights .4bit. would be ignored"),
+        ("quickstart", [*SERVED, URL, "--teacher_top_k", "0"], "teacher_top_k is 0; it must be at least 1"),
+        (
+            "quickstart",
+            [*SERVED, URL, "--teacher_views", '{"exposed": 1.3, "answer_only": -0.3}'],
+            "teacher_views is .* and teacher is 'vllm_server': views are mixed by their logits",
+        ),
+        (
+            "quickstart",
+            [*SERVED, URL, "--teacher_views", '{"exposed": 0.5, "student": 0.5}'],
+            "teacher_views is .* Give one view, or set teacher to 'model'",
+        ),
+        (
+            "quickstart",
+            [*SERVED, URL, "--scoring_temperature", "1.1"],
+            "scoring_temperature is 1.1, and .*: set scoring_temperature to 1, or teacher_tail to 'renormalise'$",
+        ),
+        (
+            "quickstart",
+            [
+                *SERVED,
+                URL,
+                "--scoring_temperature",
+                "1.1",
+                "--objective",
+                "policy_gradient",
+                "--teacher_tail",
+                "renormalise",
+            ],
+            "scoring_temperature is 1.1, and .* at temperature 1: set scoring_temperature to 1$",
+        ),
+        (
+            "quickstart",
+            [*SERVED, URL, "--objective", "sft", "--exposure_policy", "full"],
+            "objective 'sft' has no teacher, so teacher_base_url .http://localhost:8001. would be ignored",
+        ),
         ("quickstart", ["--prompt_templates", "missing.yaml"], "prompt_templates is 'missing.yaml'"),
         (None, ["quickstart"], "usage: atesd train RECIPE_OR_YAML"),
     ],
@@ -130,7 +176,11 @@ def test_no_field_takes_a_number_that_is_not_finite(value):
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("teacher", "emma", "teacher is 'emma'; it must be one of frozen, ema, live, model (did you mean ema"),
+        (
+            "teacher",
+            "emma",
+            "teacher is 'emma'; it must be one of frozen, ema, live, model, vllm_server (did you mean ema",
+        ),
         ("torch_dtype", "float16", "torch_dtype is 'float16'; it must be float32 or bfloat16"),
         ("max_staleness", True, "max_staleness is True; it must be 0 or 1"),
         ("max_steps", 2.0, "max_steps is 2.0; it must be a whole number"),
@@ -199,6 +249,7 @@ def test_bfloat16_master_weights_are_refused_and_allowed_under_an_adapter():
         ("max_completion_length", "64", "max_completion_length is 64, .* with 96"),
         ("teacher", "ema", "teacher is 'ema', .* with 'frozen'"),
         ("teacher_weights", "float32", "teacher_weights is 'float32', .* with 'bfloat16'"),
+        ("teacher_top_k", "8", "teacher_top_k is 8, .* with 64"),
         ("seed", "7", "seed is 7"),
         ("output_dir", "elsewhere", "output_dir is 'elsewhere', but resume goes on in"),
     ],
@@ -378,3 +429,15 @@ def test_yaml_that_cannot_be_read_is_refused_by_name(tmp_path, content):
     file.write_text(content)
     with pytest.raises(ConfigError, match=r"mine\.yaml"):
         load_config(str(file), [])
+
+
+@pytest.mark.parametrize("flags", [
+    [],
+    ["--teacher_top_k", "1", "--objective", "policy_gradient"],
+    ["--teacher_tail", "renormalise", "--scoring_temperature", "1.1"],
+    ["--teacher_views", '{"full": 1}', "--exposure_policy", "full"],
+    ["--teacher_model_name_or_path", "a/b"],
+])  # fmt: skip
+def test_a_teacher_behind_a_server_takes_the_settings_that_work_with_it(flags):
+    config = load_config("quickstart", [*SERVED, URL, *flags])
+    assert config.other_model_teaches and config.teacher_base_url == URL

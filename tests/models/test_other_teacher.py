@@ -21,7 +21,7 @@ from atesd.models.other_teacher import (
     make_other_teacher,
     teacher_source,
 )
-from atesd.objectives import token_logprobs
+from atesd.models.scoring import token_logprobs
 from atesd.parallel.parallelism import FSDP2, Parallelism
 from atesd.parallel.processes import Processes
 from atesd.planning.memory_plan import teacher_model_bytes, teacher_shape

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from atesd.errors import AtesdError
 from atesd.evaluation.reward import VerifierReward
 from atesd.parallel.sharding import ShardingError, sharded_modules, zero3_parameters
 from atesd.rollout import RolloutError
@@ -345,6 +346,55 @@ def test_what_one_process_is_refused_ends_the_step_of_all_and_the_run_can_go_on(
     answered = [body for path, body in server.seen if path == "/v1/completions"]
     first = {body["seed"] for body in answered if which_adapter(server.seen, body) == 0}
     assert first == {seed_of(config.seed, i) for i in range(8)}
+
+
+def scores(handler) -> None:
+    """A teacher to whom each token was the likeliest, and the one after it the next; or what `statuses` has instead."""
+    status = handler.server.statuses.pop(0) if handler.server.statuses else 200
+    listed = [{str(t): {"logprob": -1.0}, str((t + 1) % 300): {"logprob": -2.0}} for t in handler.body["prompt"]]
+    handler.reply(status, {"choices": [{"prompt_logprobs": listed}]} if status == 200 else {"error": "as scripted"})
+
+
+@pytest.fixture
+def taught(settings, server):
+    """Settings of a run that a server's top token teaches."""
+    server.context, server.instead = 2048, {"/v1/completions": scores}
+    url = f"http://127.0.0.1:{server.server_port}"
+    served = {"teacher": "vllm_server", "teacher_base_url": url, "teacher_top_k": 1, "scoring_temperature": 1.0}
+    return lambda name, processes, **changes: settings(name, processes, **served, **changes)
+
+
+@pytest.mark.parametrize("variables", [{}, FSDP2], ids=["DDP", "FSDP2"])
+def test_each_process_has_a_server_score_its_own_responses(taught, on_processes, server, variables):
+    expected = train(taught("one", 1))
+    alone = [body["prompt"] for path, body in server.seen if path == "/v1/completions"]
+    server.seen.clear()
+    run_dir, _ = on_processes(2, lambda: train(taught("two", 2)), **variables)
+    assert_same(run_dir, expected, rounding=1e-3 if variables else 1e-5)
+    both = [body["prompt"] for path, body in server.seen if path == "/v1/completions"]
+    assert sorted(both) == sorted(alone) and rows_of(run_dir)[-1]["mismatch"] > 0
+
+
+@pytest.mark.parametrize("refused", [0, 2, 7], ids=["the start", "a reference", "a response of one process"])
+def test_a_score_that_one_process_is_refused_ends_the_step_of_all_and_the_run_can_go_on(
+    taught, on_processes, server, refused
+):
+    expected = train(taught("whole", 1))
+    server.statuses = [200] * refused + [400]
+    config = taught("run", 2)
+
+    def told() -> str:
+        with pytest.raises(AtesdError) as error:
+            train(config)
+        return str(error.value)
+
+    both = on_processes(2, told)
+    if refused:
+        assert all("The run is saved as it was after step 0" in message for message in both)
+        config.resume = config.output_dir
+    assert sum("400 Bad Request" in message for message in both) == (1 if refused else 2)
+    run_dir, _ = on_processes(2, lambda: train(config))
+    assert_same(run_dir, expected)
 
 
 def start(launcher: list[str], *arguments: str) -> subprocess.Popen:

@@ -24,6 +24,7 @@ from atesd.planning.memory_plan import (
     Layout,
     model_shape,
     plan_memory,
+    plan_products,
     teacher_model_bytes,
     teacher_shape,
 )
@@ -307,3 +308,14 @@ def test_a_run_with_a_cut_teacher_goes_through_and_counts_at_the_end(tiny_config
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["teacher_contexts_cut"] == 1 and summary["problems_too_long"] == 1
     assert summary["problems_without_answer"] == 0
+
+
+def test_a_dry_run_names_a_served_teacher_asks_nothing_of_it_and_counts_no_forward(tiny_config):
+    served = {"teacher": "vllm_server", "teacher_base_url": "http://192.0.2.1:1", "scoring_temperature": 1.0}
+    said = dry_run(tiny_config(**served))
+    assert "top 64 of the server at http://192.0.2.1:1, which was not asked" in str(said)
+    assert said.data["teacher"] is None and said.data["bytes"]["teacher"] == 0
+    config, own = tiny_config(**served, use_peft=False), tiny_config(use_peft=False)
+    shape = model_shape(AutoConfig.from_pretrained(config.model_name_or_path), config)
+    assert plan_products(shape, config, 100).teacher == 0 < plan_products(shape, own, 100).teacher
+    assert plan_products(shape, config, 100).loss < plan_products(shape, own, 100).loss

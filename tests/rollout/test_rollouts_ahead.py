@@ -164,6 +164,39 @@ def test_a_batch_that_fails_ahead_ends_the_run_saved_and_comes_anew_from_the_sav
     assert asked[0] == calls[2], "the problems of the batch that failed are asked again"
 
 
+def test_a_teacher_that_fails_leaves_the_batch_that_was_there_before_the_step_for_the_run_that_goes_on(
+    trainer_of, server, monkeypatch
+):
+    """By then the next batch is on its way. It is of a step that was not made, and is not counted."""
+    failing = []
+
+    def score(handler):
+        ids = handler.body["prompt"]
+        listed = [{str(t): {"logprob": -1.0}, str((t + 1) % 300): {"logprob": -2.0}} for t in ids]
+        handler.reply(400 if failing else 200, {"choices": [{"prompt_logprobs": listed}]})
+
+    server.context, server.instead = 2048, {"/v1/completions": score}
+    url = f"http://127.0.0.1:{server.server_port}"
+    served = {"teacher": "vllm_server", "teacher_base_url": url, "teacher_top_k": 1, "scoring_temperature": 1.0}
+    whole = trainer_of("whole", **served).train()
+
+    cut = trainer_of("cut", **served, save_steps=10)
+    prepare = cut.run.views.prepare
+
+    def fails_at_the_third(*arguments):
+        if cut.run.step == 2:
+            failing.append(True)
+        prepare(*arguments)
+
+    monkeypatch.setattr(cut.run.views, "prepare", fails_at_the_third)
+    with pytest.raises(RolloutError, match=r"refused to score a response: 400(.|\n)*saved as it was after step 2"):
+        cut.train()
+    failing.clear()
+    resumed = trainer_of("cut", **served, save_steps=10, resume=str(cut.run.run_dir))
+    assert rows_of(resumed.train()) == rows_of(whole)
+    assert [row["staleness"] for row in rows_of(whole)] == [0, 1, 1, 1]
+
+
 def test_nothing_else_is_asked_of_the_engine_while_a_batch_is_on_its_way():
     started, go_on, order = threading.Event(), threading.Event(), []
 

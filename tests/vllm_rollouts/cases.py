@@ -10,7 +10,7 @@ import torch
 from atesd.models.batching import pack
 from atesd.models.packed_attention import use_packed_attention
 from atesd.models.precision import has_fast_bf16
-from atesd.objectives import token_logprobs
+from atesd.models.scoring import token_logprobs
 from atesd_kernels.integrations.head import hidden_states_and_head, unwrap
 
 # On a processor without bfloat16 products vLLM's take seconds each, and everything here is float32.

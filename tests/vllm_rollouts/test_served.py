@@ -29,6 +29,7 @@ from atesd.trainer import Trainer
 from .cases import BF16, chat_prompts, check_follows_at_a_sync_alone, disturb, rows_of
 
 START_SECONDS = 480  # a busy machine takes minutes
+TOP = 64  # tokens that the server gives of each position
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,7 @@ def server(smollm2_dir: Path, tmp_path_factory) -> Iterator[tuple[str, subproces
     ]
     command += ["--enforce-eager", "--kv-cache-memory-bytes", str(256 << 20)]
     command += ["--enable-lora", "--max-lora-rank", "64", "--worker-extension-cls", WORKER_EXTENSION]
+    command += ["--max-logprobs", str(TOP)]
     switches = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as file:
@@ -77,6 +79,30 @@ def kill(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+@pytest.mark.model
+def test_a_model_behind_the_server_teaches_as_it_does_here_but_for_what_its_top_tokens_leave_out(
+    real_config, server, smollm2_dir, tmp_path, capfd
+):
+    found = {}
+    local = {"teacher": "model", "teacher_model_name_or_path": str(smollm2_dir)}
+    local["teacher_weights"] = "bfloat16" if BF16 else "float32"
+    served = {"teacher": "vllm_server", "teacher_base_url": server[0]}
+    common = {"rollout_engine": "hf", "scoring_temperature": 1.0, "grounding": "reference"}
+    for name, teacher in {"here": local, "there": served}.items():
+        trainer = Trainer(Run.build(real_config(**common, **teacher, output_dir=str(tmp_path / name))))
+        found[name] = trainer.train_step(0)[0]
+        trainer.run.close()
+    assert "not checked" not in capfd.readouterr().out, "it gives the texts of token ids"
+    close = 0.1 if BF16 else 1e-3
+    here, there = found["here"], found["there"]
+    assert here["mismatch"] > 0.01 and there["grad_norm"] > 0
+    assert 0.9 * here["mismatch"] - close < there["mismatch"] < here["mismatch"] + close, found
+    assert there["grounded_score"] == pytest.approx(here["grounded_score"], abs=close)
+    assert there["top1_agreement"] == pytest.approx(here["top1_agreement"], abs=close)
+    with pytest.raises(RolloutError, match=f"--max-logprobs {TOP + 1} or more, or lower teacher_top_k"):
+        Run.build(real_config(**common, **served, teacher_top_k=TOP + 1, output_dir=str(tmp_path / "more")))
 
 
 @pytest.mark.model

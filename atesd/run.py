@@ -8,57 +8,32 @@ checkpoint holds full tensors, independent of the number of processes. Any numbe
 from __future__ import annotations
 
 import copy
-import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from accelerate.utils import set_seed
 
 from atesd.config import CONFIG_FILE, ATESDConfig
-from atesd.config.doors import POLICY_FIELDS
-from atesd.config.load import settle_paths
-from atesd.data.problems import Problem, weights_of
-from atesd.data.reading.leakage import TeacherWording
-from atesd.data.run_data import load_run_data
+from atesd.data.problems import Problem
 from atesd.errors import AtesdError, ConfigError, first_line
 from atesd.evaluation.learned import forget_answers_after
-from atesd.evaluation.reward import VerifierReward
-from atesd.evaluation.training import TrainingEvaluation
-from atesd.exposure.decisions import ExposureDecisions
-from atesd.exposure.difficulty import Difficulty
-from atesd.exposure.outcomes import OutcomeMeter
-from atesd.exposure.policies import make_policy
 from atesd.files import replaced_folder, write_atomically, write_json
-from atesd.guards import BEST, Guards
+from atesd.guards import BEST
 from atesd.hub import make_repository, push_folder
 from atesd.inputs import INPUTS, SERVED_TEACHER, input_digests, keep_inputs
-from atesd.models.batching import ProblemSampler
-from atesd.models.loading import check_kernels, context_length, load_model, load_model_config, load_tokenizer
-from atesd.models.memory import FreedMemory, bound_product_caches
-from atesd.models.other_teacher import (
-    check_teacher_place,
-    checked_teacher_config,
-    make_other_teacher,
-    teacher_source,
-)
-from atesd.models.precision import settle_precision
-from atesd.models.student import Student
-from atesd.models.teachers import AnyTeacher, Teacher
-from atesd.objectives import TokenTotals, make_imitation, make_objective
-from atesd.parallel.parallelism import check_launcher, make_parallelism
-from atesd.parallel.processes import Processes, on_cpu
+from atesd.models.loading import check_kernels
+from atesd.objectives import TokenTotals
 from atesd.parallel.sharding import ShardingError, gather_tensors
 from atesd.planning.foreseen import disk_is_too_small, warm_up_trains_nothing
 from atesd.reports.learned import ANSWERS, as_lines, read_comparison
-from atesd.reports.metrics import METRICS, SAMPLES, PhaseTimer, peak_memory_bytes
+from atesd.reports.metrics import METRICS, SAMPLES, peak_memory_bytes
 from atesd.reports.model_card import model_card
 from atesd.reports.report import REPORT
 from atesd.resuming import (
@@ -70,20 +45,15 @@ from atesd.resuming import (
     finished_after,
     proven_step,
 )
-from atesd.rollout import Rollout, check_processes, make_engine
-from atesd.rollout.ahead import AheadEngine
-from atesd.rollout.batches import RolloutBatches
+from atesd.rollout import Rollout, check_processes
 from atesd.rollout.engine import ENGINE_WEIGHTS
-from atesd.rollout.mismatch import EngineMismatch
 from atesd.rollout.seeds import seed_of
-from atesd.served_teacher.server import make_teacher_server
-from atesd.served_teacher.teacher import ServedTeacher
+from atesd.run_parts import RunParts
 from atesd.step_metrics import clip_fraction, outcome_metrics, response_metrics, text_metrics
 from atesd.stopping import go_on_command
 from atesd.storage.checkpoint import CHECKPOINTS, CheckpointError, load_checkpoint, save_checkpoint
 from atesd.storage.folder import OwnedFolder, own, own_new
-from atesd.teacher_views import TeacherViews
-from atesd.terminal import name_phase, show
+from atesd.terminal import show
 
 ADAPTER, MODEL = "adapter", "model"
 # What a run writes into its folder, and must not find there when it starts.
@@ -93,29 +63,18 @@ WRITTEN = (
 )
 
 
-class Run:
+class Run(RunParts):
     """The parts of a run. `Run.build(config)` makes one; with `config.resume`, as its last checkpoint left it.
 
-    Attributes:
-        run_dir, config, accelerator, processes, device: where and how it runs.
-        tokenizer, data: problems, references and prompts.
-        student, teacher, objective: the models and the loss.
-        rollout, reward, engine_mismatch: batches of rollouts, their verifier, and the engine's log-probs against ours.
-        exposure: the exposure policy and the measurements it observes.
-        evaluation, guards: held-out evaluations, signs of a collapse.
+    Attributes, beside those of `RunParts`:
+        run_dir, folder: where it writes; the folder is the main process's until `close`.
         step: updates made so far.
         nonfinite_in_a_row: skipped updates since the last one that was made.
     """
 
     def __init__(self, config: ATESDConfig):
-        settle_precision(config)
-        settle_paths(config)
-        check_launcher()
-        bound_product_caches()
-        self.config = config
+        super().__init__(config)
         self.step, self.nonfinite_in_a_row = 0, 0
-        self.accelerator = Accelerator(cpu=on_cpu())
-        self.device, self.processes = self.accelerator.device, Processes(self.accelerator)
         self.folder: OwnedFolder | None = None
         # Use the main process's values: the default folder contains the time, and precision depends on the machine
         config.output_dir, config.bf16 = self.processes.broadcast_from_main(lambda: (self.own_folder(), config.bf16))
@@ -123,7 +82,6 @@ class Run:
         self.accelerator.project_configuration.set_directories(str(self.run_dir))
         trackers = None if config.report_to == "none" else config.report_to.replace(" ", "").split(",")
         self.accelerator.log_with = filter_trackers(trackers, str(self.run_dir))  # some of them write into the folder
-        self.freed_memory, self.timer = FreedMemory(keep=config.keep_freed_memory), PhaseTimer()
         self.opened = ExitStack()
 
     def own_folder(self) -> str:
@@ -237,115 +195,6 @@ class Run:
                 f"{checkpoint} does not fit the run ({type(error).__name__}: {str(error).strip() or 'no details'}): it "
                 "was written by another version of atesd or for another model. Delete it to go on from the one before"
             ) from error
-
-    def build_data(self) -> None:
-        """Problems and prompts, all checked here: nothing long has been loaded yet."""
-        config = self.config
-        self.parallelism = make_parallelism(self.accelerator, self.processes)
-        check_teacher_place(config, self.parallelism)
-        set_seed(config.seed)
-        with self.accelerator.local_main_process_first():  # it may have to fetch them
-            self.tokenizer = load_tokenizer(config)
-            teacher = checked_teacher_config(config, self.tokenizer)
-        self.teacher_server = server = make_teacher_server(config, self.tokenizer, self.processes)
-        of_teacher = server.context_length if server else context_length(teacher) if teacher else None
-        with self.accelerator.local_main_process_first():
-            context = context_length(load_model_config(config))
-            self.data = load_run_data(config, self.tokenizer, context, of_teacher)
-        self.weighted = weights_of(self.data.problems.train) is not None
-
-    def build_models(self) -> None:
-        config = self.config
-        self.student = Student(config, load_model(config), self.tokenizer, self.parallelism)
-        self.teacher = self.make_teacher()
-        self.views = TeacherViews(config, self.teacher, self.data)
-        self.objective, self.imitation = make_objective(config), make_imitation(config)
-        self.wording = TeacherWording(self.data.prompts.templates)
-
-    def make_teacher(self) -> AnyTeacher:
-        config, student = self.config, self.student
-        if self.teacher_server:
-            return ServedTeacher(self.teacher_server, self.processes)
-        if source := teacher_source(config):
-            return make_other_teacher(config, source, student.head, self.tokenizer, self.parallelism)
-        return Teacher(student.model, config.teacher, ema_decay=config.ema_decay, bf16=config.bf16)
-
-    def build_rollout(self, opened: ExitStack) -> None:
-        config = self.config
-        engine = make_engine(config, self.student.model, self.tokenizer, self.processes)
-        local = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        self.rollout = RolloutBatches(
-            self.data,
-            ProblemSampler(len(self.data.problems.train), config.seed),
-            AheadEngine(engine) if config.max_staleness else engine,
-            self.processes,
-            problems_per_step=local * self.processes.count,
-            num_generations=config.num_generations,
-            from_references=not self.objective.needs_rollouts,
-            phase=self.phase,
-        )
-        opened.callback(self.rollout.engine.close)  # closed last: it may take longest
-        self.reward = (
-            VerifierReward(self.tokenizer, config.num_generations, config.box_only)
-            if self.objective.needs_reward
-            else None
-        )
-        if self.reward:
-            opened.callback(self.reward.grader.close)
-        self.engine_mismatch = EngineMismatch(config.importance_clip, config.chunk_bytes)
-
-    def build_exposure(self) -> None:
-        config = self.config
-        settings = {name: getattr(config, name) for name in POLICY_FIELDS}
-        if config.grounding == "none":
-            settings["lambda_gt"] = 0.0
-        settings |= {"per_example": config.per_example_exposure, **json.loads(config.exposure_kwargs)}
-        meter = OutcomeMeter(
-            self.student.model,
-            self.teacher,
-            self.data,
-            self.data.problems.probe,
-            probe_every=config.probe_every,
-            grounding=config.grounding,
-            batch_size=config.per_device_train_batch_size,
-            chunk_bytes=config.chunk_bytes,
-            processes=self.processes,
-        )
-        self.exposure = ExposureDecisions(
-            make_policy(config.exposure_policy, **settings),
-            meter,
-            Difficulty() if config.per_example_exposure else None,
-            self.data,
-            self.processes,
-            num_generations=config.num_generations,
-            phase=self.phase,
-            autocast=self.student.autocast,
-        )
-
-    def build_evaluation(self, opened: ExitStack) -> None:
-        config, data = self.config, self.data
-        self.evaluation = TrainingEvaluation(
-            config,
-            data.problems.eval,
-            data.prompts,
-            self.rollout.engine,
-            self.tokenizer,
-            self.processes,
-            self.freed_memory,
-        )
-        opened.callback(self.evaluation.close)
-        self.guards = Guards(config, self.run_dir)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Times a named part of a step, and gives freed memory back around the parts that allocate most."""
-        if name == "optimizer":  # its state comes on top of what the activations have left
-            self.freed_memory.release()
-        name_phase(name)
-        with self.timer.phase(name):
-            yield
-        if name in ("rollout", "loss_backward", "optimizer"):
-            self.freed_memory.release()
 
     def seed_step(self, t: int) -> None:
         """Seed the global random numbers (dropout's) of step `t`: others on each process, the same on resume."""

@@ -21,6 +21,7 @@ ROOMS = (
     ("trainer",),
     ("gradients",),
     ("run",),
+    ("run_parts",),
     ("integrations", "merge"),
     ("guards", "inputs", "resuming"),
     ("step_metrics", "teacher_views", "served_teacher"),

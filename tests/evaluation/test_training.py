@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from atesd import run as run_module
+from atesd import run_parts
 from atesd.config import load_config
 from atesd.data.prompts import PromptTooLong
 from atesd.data.run_data import load_run_data
@@ -163,7 +163,7 @@ def test_graders_and_engine_are_ended_where_the_rest_of_the_run_cannot_be_made(t
     def fails(*_, **__):
         raise ValueError("as scripted")
 
-    monkeypatch.setattr(run_module, "Guards", fails)
+    monkeypatch.setattr(run_parts, "Guards", fails)
     with pytest.raises(ValueError, match="as scripted"):
         Trainer(Run.build(tiny_config(eval_steps=1, **EVALUATED, objective="distill+grpo", num_generations=2)))
     assert ended == ["grader", "grader", "engine"]

@@ -198,7 +198,7 @@ def test_only_a_model_with_a_cap_is_asked_to_write_its_attention_out():
 
 def test_kernels_that_cannot_run_here_are_refused_before_training(tiny_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("atesd.run.load_model", None)  # nothing is loaded
+    monkeypatch.setattr("atesd.run_parts.load_model", None)  # nothing is loaded
     monkeypatch.setattr("atesd.models.loading.find_spec", lambda name: name)
     with pytest.raises(ModelLoadError, match="use_liger_kernel is on, and its kernels need a GPU"):
         Trainer(Run.build(tiny_config(use_liger_kernel=True)))

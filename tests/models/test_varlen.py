@@ -292,7 +292,7 @@ def test_a_run_tries_its_attention_in_a_precision_that_the_kernel_has(tiny_confi
     model = load_model(tiny_config())
     monkeypatch.setattr("atesd.config.checks.find_spec", lambda name: name)
     monkeypatch.setattr("atesd.run.check_kernels", lambda config: None)
-    monkeypatch.setattr("atesd.run.load_model", lambda config: model)
+    monkeypatch.setattr("atesd.run_parts.load_model", lambda config: model)
     monkeypatch.setattr("atesd.models.student.check_packing", tried)
     with pytest.raises(Tried, match=str(kind != "sdpa")):
         Trainer(Run.build(tiny_config(attn_implementation=kind, bf16=True)))

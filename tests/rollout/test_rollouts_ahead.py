@@ -52,7 +52,7 @@ def trainer_of(tiny_config, tmp_path, monkeypatch):
             made.append(Served(model, tokenizer, config))
             return made[-1]
 
-        monkeypatch.setattr("atesd.run.make_engine", engine)
+        monkeypatch.setattr("atesd.run_parts.make_engine", engine)
         settings = {"rollout_engine": "vllm_server", "max_staleness": 1, "max_steps": 4, "save_steps": 1}
         trainer = Trainer(Run.build(tiny_config(**{**settings, "output_dir": str(tmp_path / name), **changes})))
         trainer.served = made[0]

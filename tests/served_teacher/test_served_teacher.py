@@ -152,7 +152,7 @@ def test_another_model_at_the_address_is_named_when_a_run_goes_on(config, serve,
 
 @pytest.fixture
 def loads_nothing(monkeypatch):
-    monkeypatch.setattr("atesd.run.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("atesd.run_parts.load_model", lambda *_: pytest.fail("loaded"))
 
 
 @pytest.mark.usefixtures("loads_nothing")

@@ -16,7 +16,10 @@ from tests.quiet import quietly
 pytest.importorskip("math_verify", reason="grading needs math-verify")
 
 MODEL = Path(__file__).parents[2] / "bench" / "results" / "studies" / "lab-model"
-FLAGS = "--exposure_policy full --learning_rate 2e-3 --max_steps 40 --save_steps 40 --eval_steps 40 --num_eval_problems 128 --per_device_train_batch_size 32"
+FLAGS = (
+    "--exposure_policy full --learning_rate 2e-3 --max_steps 40 --save_steps 40 --eval_steps 40 "
+    "--num_eval_problems 128 --per_device_train_batch_size 32"
+)
 
 
 @pytest.fixture(scope="module")

@@ -46,6 +46,7 @@ def nothing_runs(monkeypatch, tmp_path):
     monkeypatch.setattr("atesd.trainer.train", record("train", Path("runs/my_run")))
     monkeypatch.setattr("atesd.planning.dry_run.dry_run", record("dry run", nothing))
     monkeypatch.setattr("atesd.studies.study.run_study", record("study", Path("runs")))
+    monkeypatch.setattr("atesd.studies.lab.pretrain.make_lab", record("lab", Path("lab")))
     monkeypatch.setattr("atesd.studies.sweep.sweep", record("sweep", Path("runs")))
     monkeypatch.setattr("atesd.evaluation.command.evaluate", record("eval", Path("evals")))
     monkeypatch.setattr("atesd.evaluation.compare.compare", record("compare", Path("evals")))

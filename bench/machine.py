@@ -91,6 +91,7 @@ def commit() -> str:
 def save(name: str, payload: dict) -> Path:
     """Write `bench/results/<name>.json`, whole. Called again with more rows while a measurement goes on."""
     path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"machine": machine(), "versions": versions(), "commit": commit(), **payload})
     return path
 

@@ -115,9 +115,10 @@ class Run(RunParts):
     def build_parts(self) -> None:
         config = self.config
         checkpoint = self.processes.broadcast_from_main(self.checkpoint_to_resume)
-        if self.processes.is_main and not config.resume:  # before anything long: however it ends, it can be resumed
-            config.save(self.run_dir)
-            (self.run_dir / CHECKPOINTS).mkdir()
+        if self.processes.is_main:
+            if not config.resume:  # before anything long: however it ends, it can be resumed
+                config.save(self.run_dir)
+            (self.run_dir / CHECKPOINTS).mkdir(exist_ok=True)  # absent in a run killed right here
         check_processes(config, self.processes)
         check_kernels(config)
         with ExitStack() as opened:  # if a later part fails, stops the subprocesses of the earlier ones

@@ -364,8 +364,19 @@ def test_a_start_killed_before_anything_was_trained_leaves_a_name_that_can_be_us
             train(config)
     run_dir = Path(config.output_dir)
     assert run_dir.is_dir() and not (run_dir / "checkpoints").exists()
-    train(tiny_config(max_steps=1) if after == "own_folder" else resume(run_dir))
-    assert [row["step"] for row in rows_of(run_dir)] == [1]
+    step = Trainer.train_step
+
+    def killed_again(self, t):
+        if t == 1:
+            raise SystemExit
+        return step(self, t)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", killed_again)
+        with pytest.raises(SystemExit):
+            train(tiny_config(max_steps=2) if after == "own_folder" else resume(run_dir, "--max_steps", "2"))
+    train(resume(run_dir))
+    assert [row["step"] for row in rows_of(run_dir)] == [1, 2]
 
 
 def test_a_run_that_goes_on_before_its_first_checkpoint_sets_foreign_lines_aside(tiny_config):

@@ -111,7 +111,9 @@ def test_views_that_cannot_be_used_are_refused_before_anything_loads(flags, told
 def test_plans_count_a_forward_for_each_view_but_the_students(tiny_config, capsys):
     from atesd.models.loading import load_model_config
     from atesd.planning.dry_run import dry_run
-    from atesd.planning.memory_plan import model_shape, plan_memory, plan_products
+    from atesd.planning.memory_plan import plan_memory
+    from atesd.planning.model_shape import model_shape
+    from atesd.planning.time_plan import plan_products
 
     def planned(**weights):
         config = tiny_config(teacher_views=views(**weights))

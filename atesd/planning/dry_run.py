@@ -17,15 +17,8 @@ from atesd.data.run_data import RunData, load_run_data
 from atesd.models.loading import check_lora, context_length, load_model_config, load_tokenizer
 from atesd.models.other_teacher import checked_teacher_config
 from atesd.models.precision import settle_precision
-from atesd.planning.memory_plan import (
-    GIB,
-    MemoryPlan,
-    ModelShape,
-    model_shape,
-    plan_memory,
-    teacher_model_bytes,
-    teacher_shape,
-)
+from atesd.planning.memory_plan import GIB, MemoryPlan, plan_memory, teacher_model_bytes
+from atesd.planning.model_shape import ModelShape, model_shape, teacher_shape
 from atesd.reports.printout import Printout, Table
 from atesd_kernels.planning import gpu_memory
 

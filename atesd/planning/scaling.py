@@ -1,7 +1,7 @@
 """`atesd scaling`: predicts memory and time of a step for models of 1.7B to 70B on 1 to 64 GPUs.
 
-This file has the models, the search for a layout that fits, and the tables; memory_plan.py has the formulas. It needs
-no weights and no GPU. Its numbers are predicted, not measured.
+This file has the models, the search for a layout that fits, and the tables; memory_plan.py and time_plan.py have the
+formulas. It needs no weights and no GPU. Its numbers are predicted, not measured.
 """
 
 from __future__ import annotations
@@ -14,19 +14,10 @@ from typing import Any
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from atesd.config import ATESDConfig, load_config
-from atesd.planning.memory_plan import (
-    GIB,
-    H100,
-    GPUSpec,
-    Layout,
-    MemoryPlan,
-    ModelShape,
-    TimePlan,
-    model_shape,
-    plan_memory,
-    plan_time,
-    teacher_shape,
-)
+from atesd.planning.gpu_specs import H100, GPUSpec
+from atesd.planning.memory_plan import GIB, Layout, MemoryPlan, plan_memory
+from atesd.planning.model_shape import ModelShape, model_shape, teacher_shape
+from atesd.planning.time_plan import TimePlan, plan_time
 from atesd.reports.markup import markdown_table
 from atesd.reports.printout import Printout, Table
 

@@ -20,7 +20,7 @@ from torch import nn
 from atesd.config import ATESDConfig
 from atesd.models.loading import context_length, model_path
 from atesd.models.vocabulary import entries_to_sample
-from atesd.planning.memory_plan import cached_numbers, key_size
+from atesd.planning.model_shape import cached_numbers, key_size
 from atesd.rollout.answer_rules import Completion
 from atesd.rollout.engine import RolloutError, require_vllm
 from atesd.rollout.hf import stop_token_ids

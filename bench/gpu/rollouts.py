@@ -17,7 +17,10 @@ from typing import Any, NamedTuple
 import torch
 
 from atesd.config import ATESDConfig
-from atesd.planning.memory_plan import H100, Layout, model_shape, plan_time
+from atesd.planning.gpu_specs import H100
+from atesd.planning.memory_plan import Layout
+from atesd.planning.model_shape import model_shape
+from atesd.planning.time_plan import plan_time
 from atesd.rollout import Sampling
 from atesd.rollout.hf import HFEngine
 from bench import timing

@@ -32,7 +32,10 @@ from atesd.config import ATESDConfig, load_config
 from atesd.models import packed_attention
 from atesd.models.loading import add_lora
 from atesd.planning import scaling
-from atesd.planning.memory_plan import GIB, H100, H200, Layout, model_shape, plan_memory, plan_time
+from atesd.planning.gpu_specs import H100, H200
+from atesd.planning.memory_plan import GIB, Layout, plan_memory
+from atesd.planning.model_shape import model_shape
+from atesd.planning.time_plan import plan_time
 from atesd_kernels.integrations.head import unwrap
 from bench import entrants
 from bench.gpu.clock import first_line

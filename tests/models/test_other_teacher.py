@@ -24,7 +24,8 @@ from atesd.models.other_teacher import (
 from atesd.models.scoring import token_logprobs
 from atesd.parallel.parallelism import FSDP2, Parallelism
 from atesd.parallel.processes import Processes
-from atesd.planning.memory_plan import teacher_model_bytes, teacher_shape
+from atesd.planning.memory_plan import teacher_model_bytes
+from atesd.planning.model_shape import teacher_shape
 from atesd_kernels.integrations.backbone import BackboneOutput
 from atesd_kernels.integrations.head import HeadSpec, hidden_states_and_head
 

@@ -19,16 +19,10 @@ from atesd.models.batching import hidden_rows, pack
 from atesd.models.loading import ModelLoadError, context_length, load_tokenizer
 from atesd.models.recompute import is_kept
 from atesd.planning.dry_run import dry_run
-from atesd.planning.memory_plan import (
-    GIB,
-    Layout,
-    model_shape,
-    plan_memory,
-    plan_products,
-    teacher_model_bytes,
-    teacher_shape,
-)
+from atesd.planning.memory_plan import GIB, Layout, plan_memory, teacher_model_bytes
+from atesd.planning.model_shape import model_shape, teacher_shape
 from atesd.planning.scaling import MODELS
+from atesd.planning.time_plan import plan_products
 from atesd.run import Run
 from atesd.trainer import Trainer, train
 

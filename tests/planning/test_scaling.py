@@ -19,20 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from atesd import cli
 from atesd.config import load_config
 from atesd.planning import scaling
-from atesd.planning.memory_plan import (
-    GIB,
-    H100,
-    H200,
-    KERNEL_BYTES,
-    Layout,
-    layer_traffic,
-    logit_bytes,
-    model_shape,
-    plan_memory,
-    plan_products,
-    plan_time,
-    plan_traffic,
-)
+from atesd.planning.gpu_specs import H100, H200
+from atesd.planning.memory_plan import GIB, Layout, logit_bytes, plan_memory
+from atesd.planning.model_shape import model_shape
+from atesd.planning.time_plan import KERNEL_BYTES, layer_traffic, plan_products, plan_time, plan_traffic
 from atesd_kernels import linear_divergence, ops, planning
 from bench import table
 

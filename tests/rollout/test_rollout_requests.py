@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from atesd.config import ATESDConfig
 from atesd.parallel.processes import Processes
-from atesd.planning.memory_plan import model_shape, plan_memory
+from atesd.planning.memory_plan import plan_memory
+from atesd.planning.model_shape import model_shape
 from atesd.rollout import RolloutError, Sampling, check_processes
 from atesd.rollout.ahead import AheadEngine
 from atesd.rollout.answer_rules import Completion

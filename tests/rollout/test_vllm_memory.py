@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from atesd.models.loading import load_model_and_tokenizer
-from atesd.planning.memory_plan import cached_numbers, key_size
+from atesd.planning.model_shape import cached_numbers, key_size
 from atesd.rollout.vllm import BLOCK, VLLMEngine
 from atesd_kernels.integrations.head import unwrap
 

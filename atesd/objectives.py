@@ -92,15 +92,13 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
-class Distillation:
-    """Mean over response tokens of `D(teacher || student)`, between full next-token distributions.
+class Divergence:
+    """What a divergence from a teacher takes, however that is known.
 
     Attributes:
         divergence, beta, entry_clip, token_clip, chunk_bytes: as in `atesd_kernels.linear_divergence`.
         scoring_temperature: temperature of both distributions; no T^2 factor (OPSD).
         position_halflife: number of tokens after which a token's weight halves; see `position_weights`.
-        teacher_mix: weights of the views, if `teacher_hidden` is a list; see `teacher_views.py`.
-        student_teaches: whether the last of them is the student's own, with the student's head.
     """
 
     divergence: str = "forward_kl"
@@ -110,10 +108,35 @@ class Distillation:
     token_clip: float | None = None
     chunk_bytes: int | None = None
     position_halflife: float | None = None
-    teacher_mix: tuple[float, ...] | None = None
-    student_teaches: bool = False
     needs_teacher = needs_rollouts = True
     needs_reward = False
+
+    def options(self, tokens: ResponseTokens, num_tokens: int) -> dict[str, Any]:
+        """Returns the arguments that do not depend on teacher and head."""
+        return {
+            "divergence": self.divergence,
+            "beta": self.beta,
+            "entry_clip": self.entry_clip,
+            "token_clip": self.token_clip,
+            "chunk_bytes": self.chunk_bytes,
+            "targets": tokens.targets,
+            "token_weight": token_weight(tokens, self.position_halflife),
+            "num_tokens": num_tokens,
+            "return_stats": True,
+        }
+
+
+@dataclass(frozen=True)
+class Distillation(Divergence):
+    """Mean over response tokens of `D(teacher || student)`, between full next-token distributions.
+
+    Attributes, beside those of `Divergence`:
+        teacher_mix: weights of the views, if `teacher_hidden` is a list; see `teacher_views.py`.
+        student_teaches: whether the last of them is the student's own, with the student's head.
+    """
+
+    teacher_mix: tuple[float, ...] | None = None
+    student_teaches: bool = False
 
     def __call__(self, student_hidden, student_head, teacher_hidden, teacher_head, tokens, num_tokens):
         """See `Objective`."""
@@ -127,43 +150,19 @@ class Distillation:
             heads = {"teacher_weight": None, "teacher_bias": student_head.bias}
             for name, own in heads.items():
                 options[name] = [options[name]] * (len(teacher_hidden) - 1) + [own]
-        return linear_divergence(
-            student_hidden,
-            student_head.weight,
-            teacher_hidden,
-            **options,
-            divergence=self.divergence,
-            beta=self.beta,
-            entry_clip=self.entry_clip,
-            token_clip=self.token_clip,
-            chunk_bytes=self.chunk_bytes,
-            targets=tokens.targets,
-            token_weight=token_weight(tokens, self.position_halflife),
-            num_tokens=num_tokens,
-            return_stats=True,
-        )
+        options |= self.options(tokens, num_tokens)
+        return linear_divergence(student_hidden, student_head.weight, teacher_hidden, **options)
 
 
 @dataclass(frozen=True)
-class TopkDistillation:
+class TopkDistillation(Divergence):
     """`Distillation` from a teacher behind a server, which is known by its top entries.
 
-    Attributes:
+    Attributes, beside those of `Divergence`:
         tail: what becomes of the other entries; see `atesd_kernels.linear_topk_divergence`.
-        divergence, beta, scoring_temperature, entry_clip, token_clip, chunk_bytes, position_halflife: as in
-            `Distillation`.
     """
 
     tail: str = "bucket"
-    divergence: str = "forward_kl"
-    beta: float = 0.5
-    scoring_temperature: float = 1.0
-    entry_clip: float | None = None
-    token_clip: float | None = None
-    chunk_bytes: int | None = None
-    position_halflife: float | None = None
-    needs_teacher = needs_rollouts = True
-    needs_reward = False
 
     def __call__(self, student_hidden, student_head, teacher_hidden, teacher_head, tokens, num_tokens):
         """See `Objective`."""
@@ -175,17 +174,9 @@ class TopkDistillation:
             teacher_hidden.ids,
             teacher_hidden.at(self.scoring_temperature),
             student_bias=options.pop("bias"),
-            **options,
             tail=self.tail,
-            divergence=self.divergence,
-            beta=self.beta,
-            entry_clip=self.entry_clip,
-            token_clip=self.token_clip,
-            chunk_bytes=self.chunk_bytes,
-            targets=tokens.targets,
-            token_weight=token_weight(tokens, self.position_halflife),
-            num_tokens=num_tokens,
-            return_stats=True,
+            **options,
+            **self.options(tokens, num_tokens),
         )
 
 

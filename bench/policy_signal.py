@@ -16,6 +16,7 @@ from statistics import correlation, fmean
 
 from atesd.config.load import settings_of_run
 from atesd.exposure.credit import learning_progress
+from atesd.reports.learned import interval as with_interval
 from atesd.reports.markup import markdown_table
 from atesd.reports.metrics import METRICS, read_steps
 from atesd.studies.comparison import interval
@@ -50,15 +51,10 @@ def table(result: dict) -> str:
     rows = []
     for policy in dict.fromkeys(row["policy"] for row in result["rows"]):
         own = [row for row in result["rows"] if row["policy"] == policy]
-        cells = [with_interval([row[name] for row in own]) for name in ("progress", "net")]
+        cells = [with_interval(interval([row[name] for row in own]), "+") for name in ("progress", "net")]
         rows.append([policy, str(len(own)), f"{fmean(row['decisions'] for row in own):.0f}", *cells])
     header = ["policy", "runs", "decisions a run", "alpha and its reward's progress", "alpha and the net fall"]
     return markdown_table(header, rows)
-
-
-def with_interval(values: list[float]) -> str:
-    found = interval(values)
-    return f"{found['value']:+.2f}" + ("" if found["low"] is None else f" [{found['low']:+.2f}, {found['high']:+.2f}]")
 
 
 def main(run_dirs: list[str]) -> dict:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
+from atesd.reports.learned import interval as with_interval
 from atesd.reports.markup import markdown_table
 from atesd.studies.comparison import interval, mean, paired
 from atesd.studies.reading import load_spec
@@ -27,8 +29,9 @@ HOLDS, FAILS, OPEN = "holds", "does not hold", "open"
 Runs = dict[str, dict[int, dict[str, Any]]]  # variant -> seed -> what was measured
 
 
+@cache
 def runs_of(study: str) -> Runs:
-    """Returns the runs of a study at the seeds that all of its variants have.
+    """Returns the runs of a study at the seeds that all of its variants have. Reads them once a process.
 
     Raises:
         FileNotFoundError: there is no such seed.
@@ -78,8 +81,7 @@ def best(runs: Runs, names: Sequence[str]) -> str:
 
 
 def shown(estimate: dict[str, float | None], sign: str = "") -> str:
-    value, low, high = (estimate[name] for name in ("value", "low", "high"))
-    return f"{value:{sign}.3f}" + ("" if low is None else f" [{low:{sign}.3f}, {high:{sign}.3f}]")
+    return with_interval(estimate, sign, digits=3)
 
 
 def verdict(estimates: Sequence[dict[str, float | None]]) -> str:

@@ -27,6 +27,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from atesd.config import ATESDConfig
+from tests.http_answers import send
 
 if not torch.cuda.is_available():  # the Triton backends are interpreted: triton reads this when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
@@ -216,6 +217,12 @@ def kill_when() -> Callable[[subprocess.Popen, Callable[[], bool]], None]:
     return kill
 
 
+@pytest.fixture
+def no_report(monkeypatch) -> None:
+    """Half of the time of a short run, and tested elsewhere."""
+    monkeypatch.setattr("atesd.reports.report.write_report", lambda run_dir: None)
+
+
 def good_answer(path: str, body: dict) -> object:
     choice = {"token_ids": [7, 2], "logprobs": {"token_logprobs": [-0.5, -0.25]}, "finish_reason": "stop"}
     return {
@@ -237,11 +244,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
 
     class Handler(BaseHTTPRequestHandler):
         def reply(self, status, body):
-            data = (body if isinstance(body, str) else json.dumps(body)).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+            send(self, body, status)
 
         def do_GET(self):
             if self.path in self.server.instead:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,19 +16,9 @@ from atesd.rollout.seeds import ResponseSeeds
 from atesd.run import Run
 from atesd.studies.held_out import measure
 from atesd.trainer import Trainer, train
+from tests.run_logs import steady_rows_of
 
-MACHINE = ("seconds_", "tokens_per_second", "peak_memory_bytes")
-
-
-def rows_of(run_dir: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(MACHINE)} for row in rows]
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    """Half of the time of so short a run, and tested elsewhere."""
-    monkeypatch.setattr("atesd.reports.report.write_report", lambda run_dir: None)
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture
@@ -71,8 +60,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_metrics_of_the_run_that_was_not(
         train(config(max_steps=4, output_dir=str(part)))
     monkeypatch.setattr(Trainer, "train_step", step)
     train(load_config(None, ["--resume", str(part), "--teacher_device", "cpu"]))
-    assert rows_of(part) == rows_of(tmp_path / "whole")
-    for row in rows_of(part):
+    assert steady_rows_of(part) == steady_rows_of(tmp_path / "whole")
+    for row in steady_rows_of(part):
         assert row["mismatch"] > 0 and row["grounded_score"] < 0 and row["skipped"] == 0
     digests = json.loads((part / "inputs.json").read_text())["digests"]
     assert digests["the teacher's files"] and digests["the teacher's files"] != digests["the base model's files"]
@@ -102,8 +91,8 @@ def test_the_model_itself_as_another_model_gives_what_the_frozen_teacher_gives(t
     """Its logits come from a head of its own, so the numbers agree to rounding."""
     common = {"max_steps": 2, "entry_clip": None}
     other = {"teacher": "model", "teacher_model_name_or_path": str(tiny_model_path), "teacher_weights": "float32"}
-    frozen = rows_of(train(tiny_config(**common, output_dir=str(tmp_path / "frozen"))))
-    for ours, theirs in zip(rows_of(train(tiny_config(**common, **other))), frozen, strict=True):
+    frozen = steady_rows_of(train(tiny_config(**common, output_dir=str(tmp_path / "frozen"))))
+    for ours, theirs in zip(steady_rows_of(train(tiny_config(**common, **other))), frozen, strict=True):
         for name in ("loss", "mismatch", "grounded_score", "teacher_entropy", "top1_agreement", "probe_nll", "alpha"):
             assert ours[name] == pytest.approx(theirs[name], rel=2e-3), name
 

@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 
 from atesd import guards
-from atesd.config import load_config
 from atesd.guards import Guards
 from atesd.run import Run
 from atesd.stopping import StopSignals
 from atesd.trainer import train
 from tests.quiet import quietly
+from tests.run_logs import resume, rows_of
 
 
-def resume(run_dir: Path, *flags: str) -> Path:
-    return quietly(lambda: train(load_config(None, ["--resume", str(run_dir), *flags])))
+def go_on(run_dir: Path, *flags: str) -> Path:
+    return quietly(lambda: train(resume(run_dir, *flags)))
 
 
 def steps_of(run_dir: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows_of(run_dir)]
 
 
 def summary_of(run_dir: Path) -> dict:
@@ -45,11 +45,11 @@ def test_a_run_that_a_guard_has_ended_is_finished_until_its_rules_change(guarded
     assert ended == [1, 2, 3] and summary["stopped"]
     for flags in ((), ("--max_steps", "9")):
         capsys.readouterr()
-        resume(run_dir, *flags)
+        go_on(run_dir, *flags)
         told = capsys.readouterr().out
         assert f"the run is finished after step 3: {summary['stopped']}" in told
         assert steps_of(run_dir) == ended and summary_of(run_dir) == summary
-    resume(run_dir, *goes_on, "--max_steps", "6")
+    go_on(run_dir, *goes_on, "--max_steps", "6")
     assert steps_of(run_dir) == [1, 2, 3, 4, 5, 6] and summary_of(run_dir)["stopped"] is None
 
 
@@ -77,6 +77,6 @@ def test_a_run_interrupted_when_a_guard_ends_it_ends_there_all_the_same(guarded,
         else:
             quietly(lambda: train(config))
     run_dir = Path(config.output_dir)
-    resume(run_dir)
+    go_on(run_dir)
     assert steps_of(run_dir) == [1, 2, 3] and summary_of(run_dir)["steps"] == 3
     assert summary_of(run_dir)["stopped"] and (run_dir / "adapter").is_dir()

@@ -325,7 +325,7 @@ class PromptBuilder:
                     messages, tokenize=False, add_generation_prompt=add_generation_prompt
                 )
             )
-        except Exception:
+        except Exception:  # a template raises what it likes
             return ""
 
     def _check_suffixes(self) -> None:

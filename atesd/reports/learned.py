@@ -55,9 +55,11 @@ def example(found: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def interval(found: dict[str, Any], sign: str = "") -> str:
-    ends = "" if found["low"] is None else f" [{found['low']:{sign}.2f}, {found['high']:{sign}.2f}]"
-    return f"{found['value']:{sign}.2f}{ends}"
+def interval(found: dict[str, Any], sign: str = "", digits: int = 2) -> str:
+    """Returns "0.34 [0.25, 0.44]"; without the interval where there is none."""
+    form = f"{sign}.{digits}f"
+    ends = "" if found["low"] is None else f" [{found['low']:{form}}, {found['high']:{form}}]"
+    return f"{found['value']:{form}}{ends}"
 
 
 def shortened(body: str) -> str:

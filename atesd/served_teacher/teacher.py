@@ -8,7 +8,7 @@ from torch import Tensor
 from atesd.errors import ModelError
 from atesd.models.batching import PackedBatch
 from atesd.models.teachers import FixedTeacher
-from atesd.models.top_entries import TopEntries, concatenated
+from atesd.models.top_entries import TopEntries, concatenated, no_entries
 from atesd.parallel.processes import Processes
 from atesd.rollout.engine import RolloutError
 from atesd.served_teacher.passages import Passage, passages_of
@@ -78,7 +78,5 @@ class ServedTeacher(FixedTeacher):
             failure = error
         if self.processes.any(failure is not None):
             raise failure or RolloutError("the teacher's server failed another process")
-        nothing = TopEntries(
-            torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1).double(), torch.zeros(0).double(), 0
-        )
+        nothing = no_entries(self.server.known)
         return {**dict.fromkeys(passages, nothing), **dict(zip(asked, scores, strict=True))}

@@ -10,6 +10,7 @@ from typing import Any
 
 from atesd.errors import ConfigError
 from atesd.files import write_atomically
+from atesd.reports.learned import interval
 from atesd.reports.markup import card, html_table, markdown_table, page, text
 from atesd.reports.printout import Printout, Table
 from atesd.studies.comparison import METRICS
@@ -110,11 +111,7 @@ def number(value: float) -> str:
 
 
 def with_interval(estimate: dict[str, Any] | None) -> str:
-    if estimate is None:
-        return ""
-    if estimate["low"] is None:
-        return f"{estimate['value']:+.3f}"
-    return f"{estimate['value']:+.3f} [{estimate['low']:+.3f}, {estimate['high']:+.3f}]"
+    return "" if estimate is None else interval(estimate, "+", digits=3)
 
 
 def figure(study: dict[str, Any]) -> bytes:

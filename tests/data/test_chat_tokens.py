@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from atesd.data.problems import Problem
 from atesd.data.prompts import PromptBuilder
 from atesd.data.segmentation import split_reference
+from tests.byte_tokenizer import TEXT, byte_level
 
 SPECIAL = ["<eos>", "<unk>", "<|im_start|>", "<|im_end|>", "<end_of_turn>", "</s>"]
 CHATML = (
@@ -26,13 +27,7 @@ REFERENCE = split_reference("Add them. So it is $\\boxed{7}$.", None)
 
 def make_tokenizer(template, kind="bytes"):
     if kind == "bytes":
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-        )
+        tokenizer, trainer = byte_level(SPECIAL)
     else:  # as sentencepiece's: a space before the first word
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -41,7 +36,7 @@ def make_tokenizer(template, kind="bytes"):
         trainer = trainers.UnigramTrainer(
             vocab_size=200, special_tokens=SPECIAL, initial_alphabet=letters, unk_token="<unk>", show_progress=False
         )
-    tokenizer.train_from_iterator(["What is the end of it? So it is seven, then.\n"] * 8, trainer)
+    tokenizer.train_from_iterator(TEXT, trainer)
     tokenizer.add_tokens(["<think>", "</think>", "    "])  # not special, as Qwen3's; and a run of spaces
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=template)
 

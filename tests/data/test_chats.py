@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from atesd.data.problems import Problem, load_problems
 from atesd.data.prompts import PromptBuilder, PromptTemplates, PromptTooLong
 from atesd.data.segmentation import split_reference
 from atesd.errors import DataError
+from tests.byte_tokenizer import TEXT, byte_level
 
 datasets = pytest.importorskip("datasets")
 FIRST, REPLY, THEN, WORKED = "What is 3 + 4?", "It is 7.", "And twice that?", "Double it. So it is $\\boxed{14}$."
@@ -31,14 +31,8 @@ def turns(*pairs, names=("role", "content")):
 
 
 def make_tokenizer(template=CHATML):
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(["What is the end of it? So it is seven, then.\n"] * 8, trainer)
+    tokenizer, trainer = byte_level(SPECIAL)
+    tokenizer.train_from_iterator(TEXT, trainer)
     tokenizer.add_tokens(["<think>", "</think>"])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<eos>", chat_template=template

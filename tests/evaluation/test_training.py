@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import psutil
 import pytest
 import torch
@@ -19,14 +17,11 @@ from atesd.rollout import RolloutError
 from atesd.rollout.hf import HFEngine
 from atesd.run import Run
 from atesd.trainer import Trainer, train
+from tests.run_logs import rows_of
 
 pytest.importorskip("math_verify", reason="grading needs math-verify")
 
 EVALUATED = {"num_eval_problems": 3, "num_train_problems": 9, "eval_k": 2, "eval_max_completion_length": 9}
-
-
-def rows_of(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def of_training(row):

@@ -28,8 +28,10 @@ from atesd.rollout.seeds import seed_of
 from atesd.run import Run
 from atesd.trainer import Trainer, train
 from atesd_kernels.integrations import sharded_head
+from tests.run_logs import steady_rows_of
 
-MACHINE = ("seconds_", "tokens_per_second", "peak_memory_bytes")  # depend on its mood
+pytestmark = pytest.mark.usefixtures("no_report")
+
 DIFFERENCES = ("reward", "advantage", "policy_loss")  # made of two steps' probe losses: small beside their rounding
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -51,14 +53,9 @@ ENGINES = [
 ]
 
 
-def rows_of(run_dir: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(MACHINE)} for row in rows]
-
-
 def assert_same(got: Path, expected: Path, rounding: float = 1e-5) -> None:
     """Metrics to rounding, samples to the letter."""
-    for ours, theirs in zip(rows_of(got), rows_of(expected), strict=True):
+    for ours, theirs in zip(steady_rows_of(got), steady_rows_of(expected), strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             small = name.startswith(DIFFERENCES)
@@ -75,12 +72,6 @@ def deepspeed_loaded():
     if find_spec("deepspeed") is not None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed  # noqa: F401
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    """Half of the time of so short a run, and tested elsewhere."""
-    monkeypatch.setattr("atesd.reports.report.write_report", lambda run_dir: None)
 
 
 @pytest.fixture
@@ -126,7 +117,7 @@ def test_two_processes_give_the_metrics_of_one(settings, on_processes, monkeypat
     expected = train(settings("one", 1, **changes))
     run_dir, _ = on_processes(2, lambda: train(settings("two", 2, **changes)))
     assert_same(run_dir, expected)
-    rows = rows_of(run_dir)
+    rows = steady_rows_of(run_dir)
     assert len({row["loss"] for row in rows}) == len({row["alpha"] for row in rows}) == 3
     assert 0 < rows[0].get("verifier_reward", 0.5) < 1
 
@@ -268,7 +259,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_leaves_no_gradient(setti
     lrs = [0.01 * (1 - t / 4) for t in range(4)]
     expected = train(settings("one", 1, **changes))
     run_dir, _ = on_processes(2, lambda: train(settings("two", 2, **changes)), **engine)
-    rows, others = rows_of(run_dir), rows_of(expected)
+    rows, others = steady_rows_of(run_dir), steady_rows_of(expected)
     assert [row["skipped"] for row in rows] == [0, 1, 0, 0] and rows[1]["grad_norm"] is None
     for t in (0, 2, 3):
         assert rows[t]["grad_norm"] > changes["max_grad_norm"]
@@ -313,7 +304,7 @@ def test_each_process_asks_a_server_for_its_own_responses_and_the_main_one_sends
         for seen in (server.seen, alone)
     ]
     assert sorted(asked[0]) == sorted(asked[1]) and len({seed for seed, *_ in asked[0]}) == 16
-    assert rows_of(run_dir)[-1]["engine_logprob_diff"] > 0
+    assert steady_rows_of(run_dir)[-1]["engine_logprob_diff"] > 0
 
 
 def which_adapter(seen: list[tuple[str, dict]], body: dict) -> int | None:
@@ -342,7 +333,7 @@ def test_what_one_process_is_refused_ends_the_step_of_all_and_the_run_can_go_on(
     config.resume = config.output_dir
     server.seen.clear()
     on_processes(2, lambda: train(config))
-    assert [row["step"] for row in rows_of(Path(config.output_dir))] == [1, 2, 3]
+    assert [row["step"] for row in steady_rows_of(Path(config.output_dir))] == [1, 2, 3]
     answered = [body for path, body in server.seen if path == "/v1/completions"]
     first = {body["seed"] for body in answered if which_adapter(server.seen, body) == 0}
     assert first == {seed_of(config.seed, i) for i in range(8)}
@@ -372,7 +363,7 @@ def test_each_process_has_a_server_score_its_own_responses(taught, on_processes,
     run_dir, _ = on_processes(2, lambda: train(taught("two", 2)), **variables)
     assert_same(run_dir, expected, rounding=1e-3 if variables else 1e-5)
     both = [body["prompt"] for path, body in server.seen if path == "/v1/completions"]
-    assert sorted(both) == sorted(alone) and rows_of(run_dir)[-1]["mismatch"] > 0
+    assert sorted(both) == sorted(alone) and steady_rows_of(run_dir)[-1]["mismatch"] > 0
 
 
 @pytest.mark.parametrize("refused", [0, 2, 7], ids=["the start", "a reference", "a response of one process"])

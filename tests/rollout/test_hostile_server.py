@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,20 +11,12 @@ import pytest
 
 from atesd.rollout import RolloutError
 from atesd.rollout.connections import Connections, Refused
+from tests.http_answers import send
 
 STOP = 2
 LIMIT = 1.0  # seconds that the engine waits for an answer
 SOON = 60.0  # seconds, of a busy machine, in which an answer is given up; those that hang take longer
 HANG = 240.0
-
-
-def send(handler: BaseHTTPRequestHandler, body: object, status: int = 200, **headers: str) -> None:
-    data = body if isinstance(body, bytes) else (body if isinstance(body, str) else json.dumps(body)).encode()
-    handler.send_response(status)
-    for name, value in {"Content-Length": str(len(data)), **headers}.items():
-        handler.send_header(name.replace("_", "-"), value)
-    handler.end_headers()
-    handler.wfile.write(data)
 
 
 @pytest.fixture

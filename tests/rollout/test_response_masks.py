@@ -19,6 +19,7 @@ from atesd.run import Run
 from atesd.step_metrics import response_metrics
 from atesd.trainer import Trainer, train
 from atesd_kernels.integrations.head import HeadSpec
+from tests.run_logs import rows_of
 
 PROMPTS, RESPONSES = [[5, 6, 7], [8], [9, 10]], [[20, 21], [22, 23, 24, 25], [26]]
 MASKS = [None, [1, 0, 0, 1], [0]]
@@ -33,10 +34,6 @@ def masked(monkeypatch, mask_of):
         return [replace(r, response_mask=mask_of(r.response_ids)) for r in rollouts]
 
     monkeypatch.setattr(HFEngine, "generate", with_masks)
-
-
-def rows_of(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def every_other(response):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,21 +16,10 @@ from atesd.rollout import RolloutError
 from atesd.run import Run
 from atesd.studies.held_out import measure
 from atesd.trainer import Trainer, train
+from tests.run_logs import steady_rows_of
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-MACHINE = ("seconds_", "tokens_per_second", "peak_memory_bytes")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("no_report")]
 ROWS = 320  # of the other model's head
-
-
-def rows_of(run_dir: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(MACHINE)} for row in rows]
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    """Half of the time of so short a run, and tested elsewhere."""
-    monkeypatch.setattr("atesd.reports.report.write_report", lambda run_dir: None)
 
 
 @pytest.fixture
@@ -59,8 +47,10 @@ def test_with_all_of_the_vocabulary_a_run_is_that_of_the_model_itself(
     """The head's padding rows are in the server's answers, and count on neither side."""
     common = {"max_steps": 2, **changes}
     local = {"teacher": "model", "teacher_model_name_or_path": str(other_model_path), "teacher_weights": "float32"}
-    ours = rows_of(train(config(**common, teacher_top_k=ROWS)))
-    theirs = rows_of(train(tiny_config(**common, **local, scoring_temperature=1.0, output_dir=str(tmp_path / "l"))))
+    ours = steady_rows_of(train(config(**common, teacher_top_k=ROWS)))
+    theirs = steady_rows_of(
+        train(tiny_config(**common, **local, scoring_temperature=1.0, output_dir=str(tmp_path / "l")))
+    )
     names = {"loss", "mismatch", "grounded_score", "teacher_entropy", "probe_nll", "alpha", "grad_norm"}
     for row, other in zip(ours, theirs, strict=True):
         assert row.keys() == other.keys()
@@ -138,7 +128,7 @@ def test_a_run_whose_server_fails_is_saved_as_before_the_step_and_goes_on_elsewh
         teacher.failing, start = lambda count: False, len(teacher.seen)
     elsewhere = serve(other_model_path)
     train(load_config(None, ["--resume", str(part), "--teacher_base_url", elsewhere.url]))
-    assert rows_of(part) == rows_of(whole) and len(elsewhere.seen) > 1
+    assert steady_rows_of(part) == steady_rows_of(whole) and len(elsewhere.seen) > 1
 
 
 def test_another_model_at_the_address_is_named_when_a_run_goes_on(config, serve, tiny_model_path, tmp_path):
@@ -147,7 +137,7 @@ def test_another_model_at_the_address_is_named_when_a_run_goes_on(config, serve,
     with pytest.raises(ConfigError, match="has read other inputs: the model at teacher_base_url changed since"):
         train(load_config(None, flags))
     train(load_config(None, [*flags, "--allow_changed_inputs"]))
-    assert len(rows_of(run_dir)) == 2
+    assert len(steady_rows_of(run_dir)) == 2
 
 
 @pytest.fixture

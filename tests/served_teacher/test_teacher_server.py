@@ -17,6 +17,7 @@ from atesd.rollout import RolloutError
 from atesd.served_teacher.passages import Passage, passages_of
 from atesd.served_teacher.server import TeacherServer
 from atesd.served_teacher.teacher import ServedTeacher
+from tests.http_answers import send
 
 IDS = (5, 6, 7, 8)
 PASSAGE = Passage(IDS, (2, 3))
@@ -35,15 +36,6 @@ def with_last(entry: object) -> dict:
 
 def listed(**logprobs: object) -> dict:
     return with_last({name.removeprefix("t"): {"logprob": value} for name, value in logprobs.items()})
-
-
-def send(handler, body, status=200, **headers):
-    data = body if isinstance(body, bytes) else (body if isinstance(body, str) else json.dumps(body)).encode()
-    handler.send_response(status)
-    for name, value in {"Content-Length": str(len(data)), **headers}.items():
-        handler.send_header(name.replace("_", "-"), value)
-    handler.end_headers()
-    handler.wfile.write(data)
 
 
 @pytest.fixture

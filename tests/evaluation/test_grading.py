@@ -78,6 +78,18 @@ def test_a_worker_that_dies_costs_one_answer_only(grader):
     assert {verdict.reason for verdict in verdicts} <= {"equal", "the grading process died"}
 
 
+def test_a_worker_that_is_dead_when_it_is_asked_costs_one_answer_only():
+    """What could not be written to it is still in the buffer when it is replaced."""
+    with Grader(num_workers=1) as pool:
+        pool.grade(r"\boxed{\frac{2}{4}}", "1/2")
+        worker = pool._workers[0]
+        worker.process.kill()
+        worker.process.wait()
+        verdicts = pool.grade_many([r"\boxed{\frac{2}{4}}"] * 3, ["1/2"] * 3)
+    assert sum(verdict.correct for verdict in verdicts) == 2
+    assert {verdict.reason for verdict in verdicts} <= {"equal", "the grading process died"}
+
+
 def test_an_answer_that_takes_all_memory_costs_itself_only(monkeypatch):
     """The worker says so and ends; the answers after it are for a fresh one."""
     worker = (

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,7 +234,8 @@ class _Worker:
     def stop(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):  # closing writes what `give` could not
+            self.process.stdin.close()
         self.output.close()
 
     def _read(self) -> tuple[dict[str, Any] | None, bool]:

@@ -35,6 +35,7 @@ STAGES = {
     7: ("rollouts", 65),
     8: ("training", 95),
 }
+WARMED = {3, 4, 5, 6}  # whose kernels are compiled beside the tests
 LEAST_SECONDS = 10  # a stage that has less is left out
 DRY_SECONDS = 240
 
@@ -96,7 +97,7 @@ def run_all(options: argparse.Namespace) -> int:
             if seconds < LEAST_SECONDS:
                 leave_out(options.out, name, "the minutes were used up")
                 continue
-            if number > 1 and warming is None and not options.dry:
+            if number > 1 and warming is None and not options.dry and WARMED & set(options.stages):
                 warming = Warming(log, min(seconds, 90))
             if warming is not None and name != "correct":
                 warming.wait()

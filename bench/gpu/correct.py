@@ -109,7 +109,7 @@ def failures(report: Path) -> dict[str, str]:
 def counts(output: str, paths: tuple[str, ...], why: dict[str, str]) -> dict:
     """From the lines of `pytest -v`: outcomes of the tests in `paths`."""
     lines = output.partition("= short test summary")[0]
-    found = [(kind, test) for kind, test in OUTCOME.findall(lines) if test.partition("::")[0] in paths]
+    found = [(kind, test.strip()) for kind, test in OUTCOME.findall(lines) if test.partition("::")[0] in paths]
     outcomes = Counter(kind for kind, _ in found)
     failed = [test for kind, test in found if kind in ("FAILED", "ERROR")]
     return {

@@ -28,7 +28,7 @@ from bench.machine import ROOT, markdown
 
 MODEL = ROOT / "bench" / "results" / "studies" / "lab-model"
 # of the learning run; of the two that are compared, which save every quarter
-STEPS, COMPARED = 40, 16
+STEPS, COMPARED = 150, 16
 DRY_STEPS, DRY_COMPARED = 2, 4
 LEAST_LEFT = 45.0  # seconds without which no second pair of runs begins
 WAIT = 0.05  # seconds between two looks into a run's log
@@ -80,17 +80,22 @@ def rows_of(run_dir: Path) -> list[dict]:
 def learn(stage: Stage, lab: Path) -> dict:
     steps = DRY_STEPS if stage.dry else STEPS
     flags = ["--exposure_policy", "full", "--learning_rate", "2e-3", "--eval_steps", str(steps)]
-    began = time.monotonic()
+    began, run_dir = time.time(), lab / "runs/learns"
     process = start(stage, lab, command(stage, "learns", steps, steps, *flags), "learns.txt")
+    while process.poll() is None and not (run_dir / METRICS).exists():
+        time.sleep(WAIT)
+    to_first_row = time.time() - began
     finish(stage, lab, process, "learns.txt")
-    seconds = time.monotonic() - began
-    run_dir = lab / "runs/learns"
-    rows, found = rows_of(run_dir), read_comparison(run_dir)
+    seconds, rows, found = time.time() - began, rows_of(run_dir), read_comparison(run_dir)
     names = [name for name in rows[0] if name.startswith("seconds_")]  # the last row has an evaluation's as well
     phases = {name: statistics.median(row[name] for row in rows) for name in names}
     result = {
         "steps": steps,
         "seconds": seconds,
+        "seconds_to_first_row": to_first_row,  # its evaluation before training included
+        "seconds_first_step": rows[0]["seconds_step"],
+        "seconds_eval": rows[-1]["seconds_eval"],
+        "seconds_after_last_row": began + seconds - (run_dir / METRICS).stat().st_mtime,
         "phases": phases,
         "accuracy": {key: found[key] for key in ("num_problems", "before", "after", "change")},
         "first_loss": rows[0]["loss"],

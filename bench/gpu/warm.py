@@ -11,7 +11,6 @@ import time
 from bench.gpu import headline, kernels, step
 from bench.gpu.clock import first_line
 
-
 # Kernels are the same for every hidden size, and for every vocabulary divisible by 16: stage 5 launches stage 3's.
 WARMED = {3: headline, 4: kernels, 5: headline, 6: step}
 

@@ -6,6 +6,7 @@ wall time is the device's own, between two CUDA events.
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -51,13 +52,14 @@ def interleave(
     No round begins once `budget` seconds have passed; there is one in any case. `after_round` sees what there is.
     """
     seconds: dict[str, list[Seconds]] = {name: [] for name in functions}
-    order, start = list(functions), time.monotonic()
+    order, start, mixing = list(functions), time.monotonic(), random.Random(0)
     for number in range(rounds):
         if number and budget is not None and time.monotonic() - start > budget:
             break
         for name in order:
             seconds[name].append(timed(functions[name]))
-        order = order[1:] + order[:1]  # nobody always runs after the same neighbour
+        # nobody always runs after the same neighbour: what a GPU did before decides at which clock it begins
+        mixing.shuffle(order)
         after_round(seconds)
     return seconds
 

@@ -122,6 +122,15 @@ def test_rounds_end_with_the_budget_but_there_is_one():
     assert {name: len(rounds) for name, rounds in seconds.items()} == {"a": 1, "b": 1} and len(seen) == 1
 
 
+def test_an_entrant_has_other_neighbours_in_other_rounds():
+    calls = []
+    timing.interleave({name: lambda name=name: calls.append(name) for name in "abcdef"}, 6)
+    rounds = [calls[i : i + 6] for i in range(0, 36, 6)]
+    assert all(sorted(one) == list("abcdef") for one in rounds)
+    before_a = {one[one.index("a") - 1] for one in rounds if one[0] != "a"}
+    assert len(before_a) > 1
+
+
 def test_targets_say_what_is_reached_what_is_not_and_what_nobody_measured(results):
     def loss(dtype, ours, dense):
         rows = [{"entrant": n, "phase": loss_speed.PHASES[0], "median": t} for n, t in ((OURS, ours), (DENSE, dense))]

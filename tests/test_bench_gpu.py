@@ -28,13 +28,15 @@ def test_a_stage_there_is_not_is_refused():
         command.numbers("7-9")
 
 
-def test_what_a_stage_keeps_is_on_the_disk_at_once_beside_what_others_kept(tmp_path):
+def test_what_a_stage_keeps_is_on_the_disk_at_once_beside_what_others_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "commit", lambda: "abc")
     Stage("card", tmp_path, 10).keep(copy=1)
     stage = Stage("step", tmp_path, 10)
     stage.keep(rows={"a": 1})
     stage.keep(loss=2)
     stage.leave_out("vLLM", "not installed")
-    assert read(tmp_path)["stages"] == {"card": {"copy": 1}, "step": {"rows": {"a": 1}, "loss": 2}}
+    kept = {"card": {"commit": "abc", "copy": 1}, "step": {"commit": "abc", "rows": {"a": 1}, "loss": 2}}
+    assert read(tmp_path)["stages"] == kept
     assert read(tmp_path)["left_out"] == {"step: vLLM": "not installed"}
 
 

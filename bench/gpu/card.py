@@ -14,7 +14,7 @@ from bench.gpu.stage import Stage
 
 
 def run(stage: Stage) -> None:
-    stage.keep(card=card(), machine=machine.machine(), versions=machine.versions(), commit=machine.commit())
+    stage.keep(card=card(), machine=machine.machine(), versions=machine.versions())
     size, cube = (1 << 20, 256) if stage.dry else (2 << 30, 8192)
     source = torch.empty(size // 2, dtype=torch.bfloat16, device=stage.device).normal_()
     target = torch.empty_like(source)

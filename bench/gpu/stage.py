@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from atesd.files import write_json
+from bench import machine
 
 RESULT = "gpu.json"
 DRY_NOTE = "A dry run, at toy sizes on a CPU: it shows that the stages run, and measures nothing."
@@ -45,9 +46,10 @@ class Stage:
         return "cpu" if self.dry else "cuda"
 
     def keep(self, **results: Any) -> None:
-        """Put `results` beside what this stage has kept so far, and on the disk."""
+        """Put `results` beside what this stage has kept so far, with the commit, and on the disk."""
         whole = read(self.out) | ({"dry": True} if self.dry else {})
-        whole.setdefault("stages", {}).setdefault(self.name, {}).update(results)
+        kept = whole.setdefault("stages", {}).setdefault(self.name, {"commit": machine.commit()})
+        kept.update(results)
         write_json(self.out / RESULT, whole)
 
     def leave_out(self, what: str, why: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from bench import machine, timing
 from bench.entrants import DENSE, OURS, TRL_CHUNKED
-from bench.gpu import headline, step_table
+from bench.gpu import headline, step_table, training
 from bench.gpu.step_variants import CHUNKED as CHUNKED_STEP
 from bench.gpu.step_variants import OURS as OUR_STEP
 from bench.machine import markdown
@@ -114,6 +114,44 @@ def shape_rows() -> str:
             if own:
                 cells.append([where, card(result), f"{1e3 * own:.1f} ms", "; ".join(times)])
     return markdown(["forward + backward, bf16, frozen head", "GPU", OURS, "others"], cells)
+
+
+def top_k_rows() -> str:
+    """Losses of a teacher that is known by its top K."""
+    cells = []
+    for result in results():
+        found = result["stages"].get("model_shapes", {}).get("top_k")
+        for row in found["rows"] if found else ():
+            where = f"{found['shape']['name']}, N {found['tokens']:,}, K {found['k']}"
+            error = machine.percent(row["error"])
+            cells.append([f"{row['entrant']}, tail {row['tail']}", card(result), where, timing.with_spread(row), error])
+    return markdown(["loss, bf16", "GPU", "shape", "forward + backward", "error of the gradient"], cells)
+
+
+def rollout_rows() -> str:
+    """Tokens a second of 32 responses, the first time at their lengths and again."""
+    cells = []
+    for result in results():
+        for name, row in result["stages"].get("rollouts", {}).get("rows", {}).items():
+            again = f"{row['tokens_per_second']:,.0f}" if len(row["rounds"]) > 1 else ""
+            cells.append([
+                name, card(result), f"{row['first_tokens_per_second']:,.0f}", again,
+                f"{1e3 * row['min'] / row['new_tokens']:.1f} ms", f"{row['extra_bytes'] / 2**30:.1f}",
+            ])  # fmt: skip
+    header = ["32 responses of 128 tokens", "GPU", "tokens/s, first", "tokens/s, again", "a token of all", "extra GiB"]
+    return markdown(header, cells)
+
+
+def training_rows() -> str:
+    """A run from start to end, and one that was killed and resumed."""
+    cells = []
+    for result in results():
+        found = result["stages"].get("training", {})
+        if learned := found.get("learned"):
+            cells += [[what, card(result), outcome] for what, outcome in training.learned_cells(learned)]
+        if resumed := found.get("resumed"):
+            cells.append(["killed in the middle and resumed", card(result), training.resumption(resumed)])
+    return markdown(["run in the lab, bf16 autocast", "GPU", "outcome"], cells)
 
 
 def prediction_rows() -> str:
@@ -227,32 +265,36 @@ def target_rows() -> str:
     return markdown(["target", "limit", "worst measured", "where", "reached"], cells)
 
 
-def sources() -> str:
+def sources(stage: str) -> str:
+    """Of one stage: a card's stages may come from runs of several commits."""
     lines = []
     for result in results():
         found = result["stages"]["card"]
         software = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-        c = found["card"]
+        c, commit = found["card"], result["stages"].get(stage, found)["commit"]
         lines.append(
             f"\n<sub>{c['name']}, {c['memory_gib']} GiB, driver {c['driver']}, CUDA {c['cuda']}: copies "
             f"{found['copy_bytes_per_second'] / 1e12:.2f} TB/s, an {found['product_cube']}-cube bf16 product "
-            f"{found['product_flops_per_second'] / 1e12:.0f} TFLOP/s; {software}; commit {found['commit']}</sub>"
+            f"{found['product_flops_per_second'] / 1e12:.0f} TFLOP/s; {software}; commit {commit}</sub>"
         )
     return "".join(lines)
 
 
-def of(rows: Callable[[], str]) -> Callable[[], str]:
+def of(rows: Callable[[], str], stage: str) -> Callable[[], str]:
     """A table of `bench.table`: its rows with their source, or one line where there is no result."""
-    return lambda: f"{rows()}\n{sources()}" if results() else f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}.\n"
+    return lambda: f"{rows()}\n{sources(stage)}" if results() else f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}.\n"
 
 
 TABLES = {
-    "front": of(front_rows),
-    "gpu_correct": of(correct_rows),
-    "gpu_losses": of(head_rows),
-    "gpu_divergences": of(divergence_rows),
-    "gpu_shapes": of(shape_rows),
-    "gpu_step": of(step_rows),
-    "gpu_predictions": of(prediction_rows),
-    "gpu_targets": of(target_rows),
+    "front": of(front_rows, "headline"),
+    "gpu_correct": of(correct_rows, "correct"),
+    "gpu_losses": of(head_rows, "headline"),
+    "gpu_divergences": of(divergence_rows, "headline"),
+    "gpu_shapes": of(shape_rows, "model_shapes"),
+    "gpu_top_k": of(top_k_rows, "model_shapes"),
+    "gpu_step": of(step_rows, "step"),
+    "gpu_predictions": of(prediction_rows, "step"),
+    "gpu_rollouts": of(rollout_rows, "rollouts"),
+    "gpu_training": of(training_rows, "training"),
+    "gpu_targets": of(target_rows, "headline"),
 }

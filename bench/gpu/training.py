@@ -147,14 +147,24 @@ def difference(one: list[dict], other: list[dict]) -> dict:
 
 
 def table(result: dict) -> str:
-    found = result["learned"]
-    cells = [[name.removeprefix("seconds_"), f"{1e3 * s:.0f} ms"] for name, s in found["phases"].items()]
-    peak = f"{found['peak_memory_bytes'] / 2**30:.2f} GiB"
-    lines = [f"The lab, full exposure, {found['steps']} steps in {found['seconds']:.0f} s; {accuracy(found)}; {peak}."]
-    lines += ["", markdown(["phase of a step", "median"], cells)]
+    cells = [list(row) for row in learned_cells(result["learned"])]
     if "resumed" in result:
-        lines += ["", f"Killed and resumed: {resumption(result['resumed'])}."]
-    return "\n".join(lines)
+        cells.append(["killed in the middle and resumed", resumption(result["resumed"])])
+    return markdown(["run in the lab", "outcome"], cells)
+
+
+def learned_cells(found: dict) -> list[tuple[str, str]]:
+    phases = {name.removeprefix("seconds_"): 1e3 * seconds for name, seconds in found["phases"].items()}
+    step = phases.pop("step")
+    parts = ", ".join(f"{name.replace('_', ' ')} {ms:.0f}" for name, ms in phases.items() if ms >= 0.5)
+    before, after = found["seconds_to_first_row"], found["seconds_after_last_row"]
+    whole = f"{found['seconds']:.0f} s, {before:.0f} of them before the first step and {after:.0f} after the last"
+    return [
+        (f"full exposure, {found['steps']} steps", accuracy(found)),
+        ("a step, ms", f"{step:.0f} ({parts})"),
+        ("the whole run", whole),
+        ("peak memory", f"{found['peak_memory_bytes'] / 2**30:.2f} GiB"),
+    ]
 
 
 def accuracy(found: dict) -> str:

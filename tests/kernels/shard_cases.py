@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -98,6 +98,38 @@ def all_cases() -> dict[str, Case]:
     bf16 = dict(n=67, h=48, v=1009, dtype=torch.bfloat16)
     found["log-probabilities in bf16"] = Case(bf16, dict(targets="targets"), True, True, linear_logprobs)
     return found
+
+
+FEW_ROWS = 5
+
+
+def triton_cases() -> dict[str, Case]:
+    """The cases of backend "triton", with fewer rows, because an interpreter takes 0.1 s for each; and of a divergence
+    but JSD one kind of head each. Other tests compare every divergence over a whole head."""
+    found = {}
+    for name, case in all_cases().items():
+        divergence, dtype = case.options.get("divergence"), case.pair.get("dtype", torch.float32)
+        if dtype == torch.float64 or (dtype == torch.bfloat16 and divergence not in (None, "jsd")):
+            continue
+        of_each = case.function is linear_divergence and name.startswith(f"{divergence}")
+        heads = ", separate" if "every option" in name or "far apart" in name else ", shared"
+        if of_each and dtype == torch.float32 and not name.endswith(heads) and divergence != "jsd":
+            continue
+        rows = 13 if "statistics" in name else 3 if "blocks" in name else FEW_ROWS
+        found[name] = replace(case, pair={**case.pair, "n": rows})
+    return found
+
+
+class Own:
+    """A caller's backend, which knows no shards."""
+
+    divergence_rows = divergence_logits = logprob_rows = staticmethod(print)
+
+
+# A backend's cases. The kernels run in Triton's interpreter, which a GPU's presence turns off.
+CASES = {"torch": all_cases()}
+if planning.unavailable("triton", torch.device("cpu")) is None:
+    CASES["triton"] = triton_cases()
 
 
 @dataclass

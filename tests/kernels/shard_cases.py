@@ -74,6 +74,7 @@ def all_cases() -> dict[str, Case]:
     found["statistics"] = Case({}, stats)
     found["statistics, separate"] = Case(dict(shared=False), stats)
     found["statistics far apart"] = Case(dict(scale=8.0), stats)
+    found["logits far below zero"] = Case({}, dict(stats, student_bias="low"))
     found["two temperatures"] = Case({}, dict(temperature=0.5, teacher_temperature=0.7))
     found["absent entries"] = Case({}, absent)
     found["absent entries, separate"] = Case(dict(shared=False), dict(absent, teacher_bias="absent"))
@@ -115,7 +116,7 @@ def triton_cases() -> dict[str, Case]:
         heads = ", separate" if "every option" in name or "far apart" in name else ", shared"
         if of_each and dtype == torch.float32 and not name.endswith(heads) and divergence != "jsd":
             continue
-        rows = 13 if "statistics" in name else 3 if "blocks" in name else FEW_ROWS
+        rows = 13 if "statistics" in name or "entry_clip" in name else 3 if "blocks" in name else FEW_ROWS
         found[name] = replace(case, pair={**case.pair, "n": rows})
     return found
 
@@ -152,6 +153,7 @@ def whole_call(case: Case) -> Call:
     named = {
         "bias": bias,
         "other": other,
+        "low": bias - 100,
         "absent": absent,
         "biases": [bias, other, bias][: len(case.pair.get("views", ()))],
         "absences": [absent, bias, other][: len(case.pair.get("views", ()))],

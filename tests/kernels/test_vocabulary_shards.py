@@ -112,6 +112,8 @@ def test_shards_of_the_vocabulary_give_what_the_whole_head_gives(ranks, backend,
     loss_bound = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 1e-3}[dtype]
     if backend == "triton" and "far apart" in name:  # few tokens, whose logits reach 60: an ulp is 4e-6
         loss_bound = 2e-6
+    if "far below zero" in name:  # the logits are about -100, whose ulp is 8e-6
+        loss_bound = 5e-6
     bound = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 5e-3}[dtype]
     # clipped KLs are sums of both signs that may come out near zero: the whole divergence is the yardstick
     scale = true["value"].abs().mean()

@@ -24,7 +24,7 @@ def test_stages_are_named_by_numbers_and_ranges(text, expected):
 
 
 def test_a_stage_there_is_not_is_refused():
-    with pytest.raises(argparse.ArgumentTypeError, match="numbered 1 to 7, got 8"):
+    with pytest.raises(argparse.ArgumentTypeError, match="numbered 1 to 8, got 9"):
         command.numbers("7-9")
 
 

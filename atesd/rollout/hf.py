@@ -112,7 +112,7 @@ class HFEngine:
         dtype = torch.bfloat16 if self.bf16 else next(self.model.parameters()).dtype
         autocast = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
         masks = masks_built_unread(unwrap(self.model).config) if self.runs_ahead else contextlib.nullcontext()
-        with decoding_model(self.model, dtype, self.packed) as model, autocast, masks:
+        with decoding_model(self.model, dtype, self.packed) as model, autocast, masks, attention_of_any_length():
             cache = buffered_cache(unwrap(model).config, dtype, min(self.config.max_new_tokens, ROOM))
             responses = model.generate(
                 input_ids=input_ids,
@@ -242,6 +242,17 @@ def masks_built_unread(config: Any) -> Iterator[None]:
             del ALL_MASK_ATTENTION_FUNCTIONS[name]
         else:
             ALL_MASK_ATTENTION_FUNCTIONS[name] = local
+
+
+@contextlib.contextmanager
+def attention_of_any_length() -> Iterator[None]:
+    """Context in which sdpa does not use cuDNN, which makes a plan for each new length: in decoding, at each token."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 def cache_argument(model: nn.Module) -> str:

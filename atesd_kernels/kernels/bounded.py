@@ -8,16 +8,31 @@ and the term itself if it has no shorter form.
 import triton
 import triton.language as tl
 
-from .terms import expm1_parts, log1p_parts, reciprocal
+from .terms import expm1_parts, reciprocal
+
+# bits of fp32 numbers
+ONE = tl.constexpr(0x3F800000)
+THREE_QUARTERS = tl.constexpr(0x3F400000)
+EXPONENT = tl.constexpr(-0x800000)  # 0xFF800000
+LOG_2_PER_UNIT = tl.constexpr(0.6931471805599453 / 0x800000)
 
 
 @triton.jit
-def log_mixture(e, near, BETA: tl.constexpr):
-    """Returns y = BETA e, log(m / q) = log1p(y) with m = BETA p + (1 - BETA) q, and log1p(y) - y."""
+def log_mixture(e, BETA: tl.constexpr):
+    """Returns y = BETA e, log(m / q) = log1p(y) with m = BETA p + (1 - BETA) q, and log1p(y) - y, to rounding.
+
+    1 + y = 2^k (1 + r) with r in [-1/4, 1/2), so one polynomial serves every y. Where k = 0, r = y and nothing cancels.
+    """
     y = BETA * e
-    near_log, near_bend = log1p_parts(y)
-    far_log = tl.log(1 + y)
-    return y, tl.where(near, near_log, far_log), tl.where(near, near_bend, far_log - y)
+    k = ((1 + y).to(tl.int32, bitcast=True) - THREE_QUARTERS) & EXPONENT  # k times 2^23
+    power = (-k + ONE).to(tl.float32, bitcast=True)  # 2^-k; the constant stands second for the interpreter
+    r = y * power + (power - 1)
+    # (log1p(r) - r) / r^2 on [-1/4, 1/2]: the degree-8 polynomial with the smallest relative error, 4.9e-8
+    g = -0.13135065138339996 + r * (0.10691220313310623 + r * -0.04801256209611893)
+    g = 0.19993747770786285 + r * (-0.1664590835571289 + r * (0.14432336390018463 + r * g))
+    bend = r * r * (-0.5 + r * (0.33333393931388855 + r * (-0.25000202655792236 + r * g)))
+    log_m = k.to(tl.float32) * LOG_2_PER_UNIT + (r + bend)
+    return y, log_m, tl.where(k == 0, bend, log_m - y)
 
 
 @triton.jit
@@ -37,7 +52,7 @@ def jeffreys(x, p, q, near, e, bend, BETA: tl.constexpr):
 
 @triton.jit
 def jsd(x, p, q, near, e, bend, BETA: tl.constexpr):
-    y, log_m, bend_m = log_mixture(e, near, BETA)
+    y, log_m, bend_m = log_mixture(e, BETA)
     close = BETA * ((1 - BETA) * e * e - (1 + e) * bend) - (1 + y) * bend_m
     far = BETA * (1 + e) * (x - log_m) - (1 - BETA) * log_m
     return q * tl.where(near, close, far), (BETA - 1) * q * log_m
@@ -48,7 +63,7 @@ def skew_kl(x, p, q, near, e, bend, BETA: tl.constexpr):
     if BETA == 0:
         return forward_kl(x, p, q, near, e, bend, BETA)
     else:
-        y, log_m, bend_m = log_mixture(e, near, BETA)
+        y, log_m, bend_m = log_mixture(e, BETA)
         close = (1 - BETA) * e * e - (1 + e) * (bend + bend_m)
         far = (1 + e) * (x - log_m) - (1 - BETA) * e
         return q * tl.where(near, close, far), -(1 - BETA) * (1 - BETA) * q * e * reciprocal(1 + y)
@@ -59,7 +74,7 @@ def skew_reverse_kl(x, p, q, near, e, bend, BETA: tl.constexpr):
     if BETA == 1:
         return reverse_kl(x, p, q, near, e, bend, BETA)
     else:
-        y, log_m, bend_m = log_mixture(e, near, BETA)
+        y, log_m, bend_m = log_mixture(e, BETA)
         return -q * bend_m, q * ((1 - BETA) * y * reciprocal(1 + y) - log_m)
 
 

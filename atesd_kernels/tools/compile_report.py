@@ -4,8 +4,9 @@
     python -m atesd_kernels.tools.compile_report --check     # exit status 1 if a kernel spills, ...
 
 It compiles every kernel for sm_80, sm_90, sm_100 and gfx942, with the argument types and divisibility of a real launch
-at V = 151,936 in bf16 (`compile_cases.py`). It reports registers, spills, shared memory, tensor-core instructions and
-the widths of loads in loops. Times are predicted from rooflines, not measured; `python -m bench.gpu` measures.
+at V = 151,936 in bf16 (`compile_cases.py`). It reports registers, spills, shared memory, tensor-core instructions, the
+widths of loads in loops and a loop's instructions for each entry. Times are predicted from rooflines, not measured;
+`python -m bench.gpu` measures.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class MachineCode:
     mma: int  # instructions in the text
     tma: int  # loads by tensor descriptor in the text
     loads: Counter = field(default_factory=Counter)  # bits -> global loads in loops
+    loop_instructions: int = 0
 
     @property
     def occupancy(self) -> float:
@@ -47,6 +49,12 @@ class MachineCode:
         if self.shared:
             blocks = min(blocks, self.gpu.shared_total // (self.shared + 1024))
         return min(blocks * threads, self.gpu.threads) / self.gpu.threads
+
+    @property
+    def instructions_per_entry(self) -> float:
+        """Of a sweep's loop, which takes a block of entries a turn. A row kernel with many is bound by arithmetic."""
+        block = self.case.constants(self.gpu.arch)["BLOCK"]
+        return self.loop_instructions * self.case.num_warps(self.gpu.arch) * self.gpu.warp_size / block
 
     def faults(self) -> list[str]:
         found = []
@@ -97,7 +105,10 @@ def compile_case(case: Case, gpu: Gpu) -> MachineCode:
     read = read_amdgcn if is_amd else read_cubin
     registers, spills, text = read(kernel)
     mma, tma = (len(re.findall(pattern, text)) for pattern in (MMA[gpu.arch], TMA))
-    return MachineCode(case, gpu, registers, spills, kernel.metadata.shared, mma, tma, loop_loads(text))
+    shared = kernel.metadata.shared
+    return MachineCode(
+        case, gpu, registers, spills, shared, mma, tma, loop_loads(text), loop_instructions(text)
+    )  # fmt: skip
 
 
 def read_cubin(kernel) -> tuple[int, int, str]:
@@ -130,25 +141,44 @@ LOAD = re.compile(
 )
 
 
-def loop_loads(text: str) -> Counter:
-    """Counts global loads between a backward branch and its label, by bits. Skips 8-bit loads, which are masks."""
-    lines = text.splitlines()
+INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+[@A-Z]|\s+(?:v|s|ds|global|buffer)_\w+")
+
+
+def loops(lines: list[str]) -> list[range]:
+    """Returns the lines of each loop: from a label to a branch back to it."""
     labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*([.\w$]+):", line))}
-    inside = set()
+    found = []
     for i, line in enumerate(lines):
         branch = re.search(r"\bBRA(?:\.\w+)*\s+.*?`\(([.\w$]+)\)|\bs_c?branch\w*\s+([.\w$]+)", line)
         start = labels.get(branch[1] or branch[2]) if branch else None
         if start is not None and start < i:
-            inside.update(range(start, i))
-    loads = Counter()
-    for i in sorted(inside):
-        for match in LOAD.finditer(lines[i]):
-            flags = (match[1] or "").split(".")
-            nvidia = 128 if "128" in flags else 64 if "64" in flags else 16 if "U16" in flags else 32
-            bits = WIDTHS[match[2]] if match[2] else 8 if {"U8", "S8"} & set(flags) else nvidia
-            if bits > 8:
-                loads[bits] += 1
-    return loads
+            found.append(range(start, i + 1))
+    return found
+
+
+def load_bits(line: str) -> list[int]:
+    """Returns the widths of the line's global loads. Skips 8-bit loads, which are masks."""
+    found = []
+    for match in LOAD.finditer(line):
+        flags = (match[1] or "").split(".")
+        nvidia = 128 if "128" in flags else 64 if "64" in flags else 16 if "U16" in flags else 32
+        found.append(WIDTHS[match[2]] if match[2] else 8 if {"U8", "S8"} & set(flags) else nvidia)
+    return [bits for bits in found if bits > 8]
+
+
+def loop_loads(text: str) -> Counter:
+    """Counts global loads in loops, by bits."""
+    lines = text.splitlines()
+    return Counter(bits for i in {i for loop in loops(lines) for i in loop} for bits in load_bits(lines[i]))
+
+
+def loop_instructions(text: str) -> int:
+    """Returns the instructions of the first loop with vector loads, which is a sweep's plain case; 0 without one."""
+    lines = text.splitlines()
+    for loop in sorted(loops(lines), key=lambda loop: loop.start):
+        if any(bits >= 64 for i in loop for bits in load_bits(lines[i])):
+            return sum(bool(INSTRUCTION.match(lines[i])) for i in loop)
+    return 0
 
 
 def report(gpus=GPUS, out=print) -> list[str]:
@@ -164,16 +194,18 @@ def report(gpus=GPUS, out=print) -> list[str]:
         "tensor-core",
         "TMA",
         "loop loads (bits x n)",
+        "instructions/entry",
     )
     out(f"| {' | '.join(columns)} | B/row | FLOP/row |")
-    out("|---" * 11 + "|")
+    out("|---" * 12 + "|")
     for case in CASES:
         for gpu in gpus:
             c = compile_case(case, gpu)
+            instructions = f"{c.instructions_per_entry:.0f}" if case.is_sweep and not case.is_matmul else ""
             loads = " ".join(f"{bits}x{n}" for bits, n in sorted(c.loads.items(), reverse=True))
             out(
                 f"| {case.name} | {gpu.arch} | {c.registers} | {c.spills} | {c.shared} | {c.occupancy:.0%} | {c.mma} "
-                f"| {c.tma} | {loads} | {case.bytes_per_row:,.0f} | {case.flops_per_row:,.0f} |"
+                f"| {c.tma} | {loads} | {instructions} | {case.bytes_per_row:,.0f} | {case.flops_per_row:,.0f} |"
             )
             faults += [f"{case.name} on {gpu.arch}: {fault}" for fault in c.faults()]
     out("")

@@ -25,19 +25,26 @@ from bench.gpu.clock import first_line
 from bench.gpu.stage import Stage
 from bench.machine import ROOT
 
-# calls of pytest, each with what the one before left of the time
+# one call of pytest, whose workers start once; a table names the groups
 TESTS = {
     "kernels": (
         "tests/kernels/test_triton_gpu.py",
         "tests/kernels/test_contract.py",
+        "tests/kernels/test_triton_terms.py",
         "tests/kernels/test_autograd.py",
         "tests/kernels/test_peers.py",
     ),
+    "loop": ("tests/models/test_varlen_gpu.py", "tests/test_waits_gpu.py"),
+    "top k, views, softcap": (
+        "tests/kernels/test_topk.py",
+        "tests/kernels/test_views.py",
+        "tests/kernels/test_softcap.py",
+    ),
     "exactness": ("tests/kernels/test_exactness.py",),
-    "loop": ("tests/models/test_varlen_gpu.py", "tests/test_waits_gpu.py", "--noconftest"),
 }
 DRY_TESTS = {"planning": ("tests/kernels/test_planning.py",)}
-MOST_FAILURES = 60  # named in the result
+MOST_FAILURES = 60  # of a group, named in the result
+OUTCOME = re.compile(r"\b(PASSED|FAILED|SKIPPED|ERROR) (tests/.+)")  # a test's name may hold spaces
 
 
 def run(stage: Stage) -> None:
@@ -52,19 +59,17 @@ def run(stage: Stage) -> None:
             found[name] = {"passed": False, "why": first_line(error)}
         stage.keep(checks=found)
         stage.say(f"{name}: {found[name]}")
-    tests = {}
-    for name, paths in (DRY_TESTS if stage.dry else TESTS).items():
-        tests[name] = run_tests(stage, paths)
-        stage.keep(tests=tests)
+    stage.keep(tests=run_tests(stage, DRY_TESTS if stage.dry else TESTS))
     if sanitizer is not None:
         finish_sanitizer(stage, *sanitizer)
 
 
-def run_tests(stage: Stage, paths: tuple[str, ...]) -> dict:
-    """Counts, and what failed. A run that the time limit ends counts what it got to."""
+def run_tests(stage: Stage, groups: dict[str, tuple[str, ...]]) -> dict[str, dict]:
+    """Counts of each group, and what failed. A run that the time limit ends counts what it got to."""
     workers = 1 if stage.dry else max(2, (os.cpu_count() or 2) - 2)
     folder = Path(tempfile.mkdtemp())
     log, report = folder / "log.txt", folder / "report.xml"
+    paths = [path for group in groups.values() for path in group]
     command = [sys.executable, "-m", "pytest", *paths, "-v", "-n", str(workers), "--dist", "worksteal", "--tb=line"]
     command += ["-p", "no:cacheprovider", "--no-header", f"--junitxml={report}", "-W", "ignore"]
     limit = max(10.0, stage.left - 6)
@@ -77,25 +82,41 @@ def run_tests(stage: Stage, paths: tuple[str, ...]) -> dict:
             ended = False
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    output = log.read_text(errors="replace")
-    outcomes = Counter(
-        re.findall(r"\b(PASSED|FAILED|SKIPPED|ERROR) tests/", output.partition("= short test summary")[0])
-    )
-    failures = dict.fromkeys(re.findall(r"\b(?:FAILED|ERROR) (tests/\S+)", output), "")
-    if report.exists():
-        for case in ElementTree.parse(report).iter("testcase"):
-            for problem in (*case.findall("failure"), *case.findall("error")):
-                name = f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}"
-                failures[name] = (problem.get("message") or "")[:400]
-    stage.say(f"{paths[0]}: {dict(outcomes)}" + ("" if ended else f", cut short after {limit:.0f} s"))
-    for name, why in list(failures.items())[:MOST_FAILURES]:
-        stage.say(f"FAILED {name}: {why[:250]!r}")
+    stage.say("the tests ended" if ended else f"the tests were cut short after {limit:.0f} s")
+    output, why = log.read_text(errors="replace"), failures(report)
+    found = {name: {"ended": ended, **counts(output, paths, why)} for name, paths in groups.items()}
+    for name, tests in found.items():
+        stage.say(f"{name}: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped")
+        for test, reason in tests["failures"].items():
+            stage.say(f"FAILED {test}: {reason[:250]!r}")
+    if not any(tests["passed"] for tests in found.values()):
+        stage.say(output[-1500:])
+    return found
+
+
+def failures(report: Path) -> dict[str, str]:
+    """Test -> its message. Nothing if the report was never written."""
+    if not report.exists():
+        return {}
+    cases = ElementTree.parse(report).iter("testcase")
     return {
-        "ended": ended,
+        f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}": (problem.get("message") or "")[:400]
+        for case in cases
+        for problem in (*case.findall("failure"), *case.findall("error"))
+    }
+
+
+def counts(output: str, paths: tuple[str, ...], why: dict[str, str]) -> dict:
+    """From the lines of `pytest -v`: outcomes of the tests in `paths`."""
+    lines = output.partition("= short test summary")[0]
+    found = [(kind, test.strip()) for kind, test in OUTCOME.findall(lines) if test.partition("::")[0] in paths]
+    outcomes = Counter(kind for kind, _ in found)
+    failed = [test for kind, test in found if kind in ("FAILED", "ERROR")]
+    return {
         "passed": outcomes["PASSED"],
         "failed": outcomes["FAILED"] + outcomes["ERROR"],
         "skipped": outcomes["SKIPPED"],
-        "failures": dict(list(failures.items())[:MOST_FAILURES]),
+        "failures": {test: why.get(test, "") for test in failed[:MOST_FAILURES]},
     }
 
 

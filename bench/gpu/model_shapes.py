@@ -4,7 +4,7 @@ A part is one loss at one shape and one number of tokens. Parts run in order of 
 kept as soon as they are there. Each is called once for its compilers, once for its time and its memory, and then in
 interleaved rounds, unless that second call was slow: its time then stands alone. TFLOP/s count the products a loss
 cannot do without: three for a divergence, two for log-probabilities. A difference of gradients is relative L2, from
-ours; stage 3 has the errors against float64.
+ours; stage 3 has the errors against float64. Last comes the loss of a teacher that is known by its top K.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import cache, partial
 
 import torch
 
-from bench import entrants, machine, timing
+from bench import entrants, machine, timing, topk_speed
 from bench.entrants import DTYPES, OURS, Inputs
 from bench.gpu.clock import extra_bytes, first_line
 from bench.gpu.stage import Stage
@@ -25,10 +25,11 @@ SHAPES = (QWEN3[2], QWEN3[0], QWEN3[1])  # in order of worth
 TOYS, TOY_TOKENS = (Shape("toy", 64, 512),), (64, 16)
 LOSSES = ("forward_kl", "entry_clip", "logprobs", "jsd")
 TOKENS, FEWER_TOKENS = 8192, 2048
-ROUNDS, BUDGET = 4, 4.0  # of a part; seconds after which no further round begins
+ROUNDS, BUDGET = 4, 2.5  # of a part; seconds after which no further round begins
 SLOW = 0.25  # seconds of a call that is not made again
 LEAST_LEFT = 6.0  # seconds without which no part begins
 PRODUCTS = timing.OWN_GEMMS
+K, TOY_K = 64, 8  # of a teacher that is known by its top K
 UNITS = {"logprobs": 2}  # products of N H V; the divergences have 3
 
 
@@ -39,9 +40,9 @@ def run(stage: Stage) -> None:
     stage.keep(parts={}, rounds=ROUNDS)
     inputs = cache(lambda shape: synthetic(shape, counts[0]).to(DTYPES["bf16"]).on(stage.device))
     parts: dict[str, dict] = {}
-    for tokens in counts:
-        for loss in LOSSES:
-            for shape in shapes:
+    for loss in LOSSES:
+        for shape in shapes:
+            for tokens in counts:
                 key = f"{loss}, {shape.name}, N {tokens:,}"
                 if stage.left < LEAST_LEFT:
                     stage.leave_out(key, "no time was left")
@@ -52,6 +53,16 @@ def run(stage: Stage) -> None:
                 except Exception as error:  # the other parts go on
                     stage.leave_out(key, first_line(error))
                 stage.say(f"{key}: {summary(part)}")
+    if stage.left < LEAST_LEFT:
+        stage.leave_out("a teacher's top K", "no time was left")
+        return
+    try:
+        found = topk_speed.run(counts[-1], TOY_K if stage.dry else K, ROUNDS, ("bf16",), shapes[0])
+    except Exception as error:
+        stage.leave_out("a teacher's top K", first_line(error))
+        return
+    stage.keep(top_k=found)
+    stage.say(topk_speed.table(found))
 
 
 def measure(stage: Stage, part: dict, x: Inputs, keep: Callable[[], None]) -> None:
@@ -148,6 +159,8 @@ def table(result: dict) -> str:
         texts += ["", machine.markdown(header, [[name, *(cell(part, name) for part in parts)] for name in names])]
         reasons = {why: name for part in parts for name, why in part["failed"].items()}
         texts += ["", *(f"- {name}: {why}" for why, name in reasons.items())] if reasons else []
+    if "top_k" in result:
+        texts += ["", topk_speed.table(result["top_k"])]
     return "\n".join(texts)
 
 

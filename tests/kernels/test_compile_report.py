@@ -19,6 +19,8 @@ print(compile_case(case, h100).faults())
 print(compile_case(replace(case, multiples_of_16=()), h100).faults())
 print(replace(compile_case(case, h100), spills=3, shared=1 << 20).faults())
 print(replace(compile_case(case, h100), case=replace(case, is_matmul=True)).faults())
+costly = next(case for case in CASES if case.name == "jsd, both clips, sums")
+print(*(compile_case(each, h100).instructions_per_entry for each in (case, costly)))
 """
 
 
@@ -34,8 +36,11 @@ def test_spills_scalar_loads_missing_tensor_cores_and_too_much_shared_memory_are
     # a process of its own: here the kernels are interpreted
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, env=env)
-    sound, unaligned, greedy, slow = done.stdout.splitlines()
+    sound, unaligned, greedy, slow, instructions = done.stdout.splitlines()
     assert sound == "[]"
     assert "loads of 32 bits or less in a loop" in unaligned
     assert "3 spill instructions" in greedy and "bytes of shared memory" in greedy
     assert "no tensor-core instructions" in slow
+    # a KL and its gradient must leave its kernel bound by memory; a mixture's logarithm costs as much again
+    kl, jsd = map(float, instructions.split())
+    assert 25 < kl < 45 < jsd < 85

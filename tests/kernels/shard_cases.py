@@ -75,6 +75,8 @@ def all_cases() -> dict[str, Case]:
     found["statistics, separate"] = Case(dict(shared=False), stats)
     found["statistics far apart"] = Case(dict(scale=8.0), stats)
     found["logits far below zero"] = Case({}, dict(stats, student_bias="low"))
+    apart = dict(stats, student_bias="first", teacher_bias="second")
+    found["statistics of top tokens at one place of two shards"] = Case({}, apart)
     found["two temperatures"] = Case({}, dict(temperature=0.5, teacher_temperature=0.7))
     found["absent entries"] = Case({}, absent)
     found["absent entries, separate"] = Case(dict(shared=False), dict(absent, teacher_bias="absent"))
@@ -154,6 +156,8 @@ def whole_call(case: Case) -> Call:
         "bias": bias,
         "other": other,
         "low": bias - 100,
+        "first": torch.zeros(v).index_fill(0, torch.tensor(0), 9.0),
+        "second": torch.zeros(v).index_fill(0, torch.tensor(shares(v, 2)[0]), 9.0),  # the second shard of three too
         "absent": absent,
         "biases": [bias, other, bias][: len(case.pair.get("views", ()))],
         "absences": [absent, bias, other][: len(case.pair.get("views", ()))],

@@ -100,13 +100,13 @@ class Rank:
             found[name] = evaluate(loss, replace(call, tensors=student), cut, True, group=group, backend=backend)
         return found
 
-    def of_exposure(self) -> tuple[Tensor, Tensor]:
+    def of_exposure(self, backend: str) -> tuple[Tensor, Tensor]:
         """Over a DTensor head, and over the whole one."""
         call = whole_call(Case())
         hidden, head = call.tensors["student_hidden"][None], call.tensors["student_weight"]
         span = torch.arange(13)[None], torch.tensor([11]), torch.tensor([4])
         sharded = distribute_tensor(head, init_device_mesh("cpu", (self.world,)), [Shard(0)])
-        return exposure_logprobs(hidden, sharded, *span), exposure_logprobs(hidden, head, *span)
+        return tuple(exposure_logprobs(hidden, weight, *span, backend=backend) for weight in (sharded, head))
 
     def compiled(self) -> dict[tuple[str, bool], tuple[Tensor, Tensor]]:
         """A caller compiled in one graph, and not; with a group, and with a DTensor."""
@@ -219,7 +219,7 @@ class Rank:
             },
             "dtensor": self.of_a_dtensor(linear_divergence),
             "dtensor, log-probabilities": self.of_a_dtensor(linear_logprobs),
-            "dtensor, exposure": self.of_exposure(),
+            "dtensor, exposure": [self.of_exposure(backend) for backend in CASES],
             "dtensor, a view": self.of_a_view(),
             # the import of torch's compiler takes longer than all the rest: once
             **({"compiled": self.compiled()} if self.world == 2 else {}),

@@ -357,6 +357,8 @@ def test_a_head_sharded_by_its_vocabulary(options, shared, world, monkeypatch):
     true = reference.linear_divergence(h.requires_grad_(), w.requires_grad_(), t, w_t, **options)
     true.backward()
     assert relative(loss, true.detach()) <= LOSS_BOUND[dtype]
+    one_gpu = linear_divergence(*map(on_gpu, tensors), backend="triton", **{k: on_gpu(v) for k, v in options.items()})
+    assert relative(loss, one_gpu.cpu().double()) <= LOSS_BOUND[dtype]
     assert all(relative(g, x.grad) <= BOUND[dtype] for g, x in zip(grads, (h, w), strict=True))
     scaling = {k: v for k, v in options.items() if k in ("student_bias", "teacher_bias", "softcap", "temperature")}
     s, t = reference.logit_pair(h.detach(), w.detach(), t, w_t, **scaling)

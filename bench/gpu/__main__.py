@@ -98,7 +98,7 @@ def run_all(options: argparse.Namespace) -> int:
                 leave_out(options.out, name, "the minutes were used up")
                 continue
             if number > 1 and warming is None and not options.dry and WARMED & set(options.stages):
-                warming = Warming(log, min(seconds, 90))
+                warming = Warming(log, min(seconds, 90), options.stages)
             if warming is not None and name != "correct":
                 warming.wait()
                 seconds = min(seconds, end - time.monotonic())
@@ -153,11 +153,12 @@ class Warming:
     It may run beside the tests. A measurement waits for it: beside a compiler it would not be one.
     """
 
-    def __init__(self, log, seconds: float):
+    def __init__(self, log, seconds: float, stages: list[int]):
         workers = max(1, min(6, (os.cpu_count() or 2) // 3))
         command = [sys.executable, "-m", "bench.gpu.warm"]
         self.deadline = time.monotonic() + seconds
-        self.processes = [start([*command, str(i), str(workers)]) for i in range(workers)]
+        names = [str(stage) for stage in stages]
+        self.processes = [start([*command, str(i), str(workers), *names]) for i in range(workers)]
         for process in self.processes:
             threading.Thread(target=copy_lines, args=(process, log), daemon=True).start()
 

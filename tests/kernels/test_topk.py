@@ -22,10 +22,12 @@ SCALES = {1e-4: 0.007, 1e-2: 0.07, 1e-1: 0.22}  # mean KL of the whole distribut
 GRADIENT = 1e-5
 # On "triton" the sweep that sums the rest is fp32; on "torch" it is as wide as the logits. A near rest shows it.
 LOSS = {b: 1e-6 if b == "torch" else 1e-5 for b in BACKENDS}
+ROUNDING = 2**-23  # of a log-probability whose sum over the vocabulary is fp32
 
 
-def assert_exact(result, backend):
-    assert result.loss_error <= LOSS[backend]
+def assert_exact(result, backend, mass=0.0):
+    """`mass`: of the listed entries, where their terms cancel and leave a loss that is small beside them."""
+    assert result.loss_error <= LOSS[backend] + ROUNDING * mass / result.loss
     for error in (result.hidden_error, result.weight_error, result.bias_error):
         assert error is None or error <= GRADIENT
 
@@ -85,7 +87,10 @@ def test_every_option_is_exact(name, tail, backend):
         "weight": torch.rand(shape["n"], generator=g).to(DEVICE),
     }
     options = {k: named.get(o, o) if isinstance(o, str) else o for k, o in OPTIONS[name].items()}
-    assert_exact(compare(known(backend, options=options), tail=tail, backend=backend, **options), backend)
+    case = known(backend, options=options)
+    cancels = tail == "ignore" and backend != "torch" and "softcap" in options
+    mass = case.logprobs.exp().where(case.ids >= 0, 0).sum(1).mean().item() if cancels else 0.0
+    assert_exact(compare(case, tail=tail, backend=backend, **options), backend, mass)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

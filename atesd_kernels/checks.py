@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .planning import TORCH
+from .planning import BACKENDS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -207,8 +207,11 @@ def check_group(group: Any, backend: str) -> None:
         TypeError,
     )
     require(
-        backend in TORCH,
-        lambda: f"a head sharded over ranks (group=) needs backend='torch', this call asks for {backend!r}.",
+        backend in BACKENDS,
+        lambda: (
+            f"a head sharded over ranks (group=) needs backend {', '.join(map(repr, BACKENDS))} or 'auto', this call "
+            f"asks for {backend!r}."
+        ),
     )
 
 

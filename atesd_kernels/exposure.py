@@ -14,7 +14,7 @@ from torch import Tensor
 from . import checks, ops
 from .arguments import checked_logprobs, gradients_wanted
 from .losses import linear_logprobs
-from .shards import backend_for, shard_of
+from .shards import shard_of
 from .spec import LogprobSpec
 from .stats import TokenStats
 
@@ -42,8 +42,8 @@ def exposure_logprobs(
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Returns the mean log-probability of each sequence's tokens `[exposed, length)`: those after the exposed prefix.
 
-    Without gradients and statistics, backend "triton" skips all other tokens: they cost neither a product nor a copy.
-    Otherwise they are masked rows of `linear_logprobs`.
+    Without gradients, statistics and shards, backend "triton" skips all other tokens: they cost neither a product nor a
+    copy. Otherwise they are masked rows of `linear_logprobs`.
 
     Args:
         hidden: `[B, T, H]`; the state that predicts `targets[b, i]`.
@@ -75,8 +75,8 @@ def exposure_logprobs(
     targets, lengths, exposed = targets.long(), lengths.long(), exposed.long()
     checks.check_spans(lengths, exposed, hidden.shape[1])
     mask = exposure_mask(lengths, exposed, hidden.shape[1])
-    backend = backend_for(shard_of("weight", weight, None)[1], backend)
-    if not return_stats and not any(gradients_wanted(hidden, weight, bias).values()):
+    sharded = shard_of("weight", weight, None)[1] is not None
+    if not return_stats and not sharded and not any(gradients_wanted(hidden, weight, bias).values()):
         checked = checked_logprobs(
             hidden, weight, targets, mask=mask, temperature=temperature, bias=bias, softcap=softcap, backend=backend,
             chunk_bytes=chunk_bytes, logits_dtype=logits_dtype,

@@ -18,7 +18,7 @@ from .arguments import (
     teacher_bias_of,
 )
 from .divergences import DivergenceTerm
-from .shards import backend_for, replicated_tensor, shard_of
+from .shards import replicated_tensor, shard_of
 from .spec import DivergenceSpec, LogprobSpec, accumulate_dtype
 from .stats import TokenStats
 from .views import check_views, flat_mix, flat_states, local_views, mixed_biases, views_of
@@ -130,11 +130,11 @@ def linear_divergence(
             within an eighth of the GPU's memory.
         logits_dtype: dtype of the student's logits, and of separate teacher logits. bf16 is faster and adds an error of
             2 to 3 % to the gradient.
-        group: process group over which the heads' rows are sharded, for backend "torch" only. Each rank passes its rows
-            (`[V_rank, H]`, any number, in rank order), its entries of the biases, and the same hidden states, options
-            and (global) targets. Every rank must call backward. Ranks exchange a few numbers per token and all-reduce
-            the hidden states' gradient. Every rank gets the full loss, the full gradient of the hidden states, and its
-            shard of the head's gradient. A `DTensor` head sharded by its rows supplies its own group.
+        group: process group over which the heads' rows are sharded. Each rank passes its rows (`[V_rank, H]`, any
+            number, in rank order), its entries of the biases, and the same hidden states, options and (global) targets.
+            Every rank must call backward. Ranks exchange a few numbers per token and all-reduce the hidden states'
+            gradient. Every rank gets the full loss, the full gradient of the hidden states, and its shard of the head's
+            gradient. A `DTensor` head sharded by its rows supplies its own group.
         return_stats: also return `TokenStats`.
 
     Returns:
@@ -175,7 +175,7 @@ def linear_divergence(
         lead, student_hidden.device, compute_dtype, divergence=divergence, beta=beta, temperature=temperature,
         teacher_temperature=teacher_temperature, softcap=softcap, mask=mask, token_weight=token_weight, targets=targets,
         entry_clip=entry_clip, token_clip=token_clip, reduction=reduction, num_tokens=num_tokens,
-        backend=backend_for(group, backend), chunk_bytes=chunk_bytes,
+        backend=backend, chunk_bytes=chunk_bytes,
     )  # fmt: skip
     checks.check_group(group, call.options["backend"])
     states = [flat_states(view, lead.numel()) for view in views]
@@ -349,7 +349,7 @@ def linear_logprobs(
     lead = hidden.shape[:-1]
     options = checked_logprobs(
         hidden, weight, targets, mask=mask, temperature=temperature, bias=bias, softcap=softcap,
-        backend=backend_for(group, backend), chunk_bytes=chunk_bytes, logits_dtype=logits_dtype,
+        backend=backend, chunk_bytes=chunk_bytes, logits_dtype=logits_dtype,
     )  # fmt: skip
     checks.check_group(group, options["backend"])
     spec = LogprobSpec(

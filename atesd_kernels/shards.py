@@ -2,7 +2,8 @@
 
 Each rank has a block of the head's rows, in rank order, and the same hidden states. A sweep over a shard gives a few
 numbers per row (normalisers, sums, the largest logit). Ranks exchange these numbers, never logits. Without a group
-every method returns its input, so the sweeps need no second version.
+every method returns its input, so the sweeps need no second version. Backend "torch" exchanges row vectors, backend
+"triton" the partial results of the programs that share a row.
 """
 
 from __future__ import annotations
@@ -31,19 +32,27 @@ class Shards:
     Attributes:
         start: first entry of this rank's shard.
         vocab: number of entries in all shards.
+        largest: number of entries in the largest shard.
 
     Raises:
         ValueError: if a rank has no rows.
     """
 
     def __init__(self, group: str | None, vocab: int, device: torch.device):
-        self.start, self.vocab, self.group = 0, vocab, None
+        self.start, self.vocab, self.largest, self.group, self.device = 0, vocab, vocab, None, device
         if group is not None:
             self.group = torch.distributed.distributed_c10d._resolve_process_group(group)
             sizes = [int(size) for size in self._gather(torch.tensor(vocab, device=device))]
             if not all(sizes):  # raised on every rank: a single rank that continues would hang
                 raise ValueError(f"each rank needs at least one row of the head; the ranks of group= have {sizes}.")
-            self.start, self.vocab = sum(sizes[: self.group.rank()]), sum(sizes)
+            self.start, self.vocab, self.largest = sum(sizes[: self.group.rank()]), sum(sizes), max(sizes)
+
+    @staticmethod
+    def of(group: str | None, hidden: Tensor, weight: Tensor) -> Shards:
+        """Returns the shards of a head, `weight` `[V, H]` on this rank, after `require_same(hidden)`."""
+        shards = Shards(group, weight.shape[0], hidden.device)
+        shards.require_same(hidden)
+        return shards
 
     def require_same(self, hidden: Tensor) -> None:
         """Checks, by a sample, that all ranks have the same hidden states `[N, H]`.
@@ -84,9 +93,37 @@ class Shards:
             return list(vectors)
         return list(self._reduce(torch.stack(vectors), torch.distributed.ReduceOp.SUM))
 
+    def local(self, entries: Tensor) -> Tensor:
+        """Returns vocabulary entries as numbered in this shard. Those of other shards lie outside `[0, V_rank)`."""
+        return entries - self.start if self.start else entries
+
     def logsumexp(self, vector: Tensor) -> Tensor:
         """Returns the normaliser over the full vocabulary, `[R]`, from that over each shard."""
         return vector if self.group is None else torch.stack(self._gather(vector)).logsumexp(0)
+
+    def gather_programs(self, parts: Tensor, lowest: tuple[int, ...], neutral: float) -> Tensor:
+        """Returns the partial results of the programs of all ranks, `[R, P, X]`, from this rank's `[R, P_rank, X]`.
+
+        They are in the order of the vocabulary. P is filled up to a power of two, as a kernel loads them: there the
+        positions `lowest` of X, which are maxima, hold `neutral`, and sums 0.
+        """
+        if self.group is None:
+            return parts
+        ranks = torch.cat(self._gather(parts), 1)
+        rows, programs, size = ranks.shape
+        out = ranks.new_zeros(rows, 1 << (programs - 1).bit_length(), size)
+        out[:, :programs] = ranks
+        for position in lowest:
+            out[:, programs:, position] = neutral
+        return out
+
+    def sum_programs(self, sums: Tensor) -> Tensor:
+        """Replaces each row's sums `[R, P, X]` by those of all ranks, in the first program's place; the rest are 0."""
+        if self.group is not None:
+            (total,) = self.sum(sums.sum(1))
+            sums.zero_()
+            sums[:, 0] = total
+        return sums
 
     def select_at_global_argmax(self, height: Tensor, *vectors: Tensor) -> list[Tensor]:
         """Returns the largest `height` over ranks and the `vectors` of the first rank that has it, for each row."""
@@ -112,11 +149,6 @@ class Shards:
         if self.group is None:
             return number
         return int(self._reduce(torch.tensor(number, device=device), torch.distributed.ReduceOp.MIN))
-
-
-def backend_for(group: ProcessGroup | None, backend: str) -> str:
-    """Resolves "auto" to "torch", the backend that supports shards, if there is a group. Else returns `backend`."""
-    return "torch" if group is not None and backend == "auto" else backend
 
 
 def shard_of(name: str, head: Tensor | None, group: ProcessGroup | None) -> tuple[Any, ProcessGroup | None]:

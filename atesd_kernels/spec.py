@@ -39,7 +39,7 @@ class LossSpec:
     weight_grad: bool = False
     bias_grad: bool = False
     weighted: bool = False  # the operator returns the sum over rows times row_weight, not each row's value
-    group: str | None = None  # backend "torch": the process group over which the head's rows are sharded
+    group: str | None = None  # the process group over which the head's rows are sharded
 
     @property
     def any_grad(self) -> bool:

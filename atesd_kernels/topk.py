@@ -19,7 +19,7 @@ from .arguments import (
 )
 from .divergences import DivergenceTerm, get_divergence
 from .losses import _per_token, _stats
-from .shards import backend_for, replicated_tensor, shard_of
+from .shards import replicated_tensor, shard_of
 from .spec import TopkSpec, accumulate_dtype
 from .stats import TokenStats
 
@@ -143,7 +143,7 @@ def linear_topk_divergence(
     spec, row_weight = _checked(
         lead, student_hidden.device, compute_dtype, "topk_rows", teacher_ids, teacher_logprobs, tail=tail, mask=mask,
         token_weight=token_weight, targets=targets, reduction=reduction, num_tokens=num_tokens, divergence=divergence,
-        beta=beta, backend=backend_for(group, backend), temperature=temperature, softcap=softcap, entry_clip=entry_clip,
+        beta=beta, backend=backend, temperature=temperature, softcap=softcap, entry_clip=entry_clip,
         token_clip=token_clip, chunk_bytes=chunk_bytes,
     )  # fmt: skip
     checks.check_group(group, spec.backend)

@@ -83,8 +83,10 @@ def _wide_logits(h: Tensor, w: Tensor, out_dtype: torch.dtype, work: Workspace, 
     return _linear_fp32(h, w, out)
 
 
-def hidden_grad(g: Tensor, w: Tensor) -> Tensor:
-    """Returns `g @ w`, `[R, H]`, in the `product_dtype` of `g`. `g` is `[R, C]`, `w` is `[C, H]`."""
+def hidden_grad(g: Tensor, w: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """Returns `g @ w`, `[R, H]`, in the `product_dtype` of `g` or in `out_dtype`. `g` is `[R, C]`, `w` is `[C, H]`."""
+    if out_dtype is not None:
+        return logits(g, w.T, out_dtype)
     dtype = product_dtype(g.dtype, g.device)
     g, w = g.to(dtype), w.to(dtype)
     return _linear_fp32(g, w.T) if g.dtype == torch.float32 else torch.mm(g, w)

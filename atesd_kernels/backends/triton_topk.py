@@ -3,7 +3,7 @@
 The logits at the ids are taken out of a chunk (`kernels/topk.py`). The first sweep of `kernels/logprobs.py` then gives
 the rest's normaliser. The second one's gradient, which without a target is that of minus this normaliser, gives the
 rest's share of the gradient. The K + 1 numbers of a row are compared in torch (`topk_entries`), so a divergence needs
-no Triton function here. Nothing synchronises with the device.
+no Triton function here. Nothing synchronises with the device. With `group=` a shard takes out the ids that lie in it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..kernels import logprobs as logprob_kernels
 from ..kernels import topk as topk_kernels
+from ..shards import Shards
 from ..spec import RowResult, TopkSpec, gradient_dtype
 from ..stats import TokenStats
 from . import matmul, tuning
@@ -20,7 +21,7 @@ from .elementwise import on
 from .scaling import Scaling
 from .topk_entries import BYTES_PER_ENTRY, Extremes, Student, compare, statistics
 from .torch_topk import logits_dtype
-from .triton_chunked import Gradients, cut, row_chunks
+from .triton_chunked import Gradients, cut, gather_logprob_parts, row_chunks
 
 LISTED_BLOCK = 128
 
@@ -43,9 +44,10 @@ def topk_rows(
     in_place = s_dtype == dtype
     bytes_per_logit = s_dtype.itemsize + (0 if in_place or not spec.any_grad else dtype.itemsize)
     entries = -(-teacher_ids.shape[1] * BYTES_PER_ENTRY // bytes_per_logit)
-    chunks = row_chunks(num_rows, vocab + entries, bytes_per_logit, spec, device)
-    gradients = Gradients(spec, student_hidden, student_weight, student_bias, mask, len(chunks))
-    rows_of = Rows(spec, num_rows, teacher_ids, teacher_logprobs, mask, row_weight, targets)
+    shards = Shards.of(spec.group, student_hidden, student_weight)
+    chunks = row_chunks(num_rows, vocab + entries, bytes_per_logit, spec, shards)
+    gradients = Gradients(spec, student_hidden, student_weight, student_bias, mask, shards, len(chunks))
+    rows_of = Rows(spec, shards, num_rows, teacher_ids, teacher_logprobs, mask, row_weight, targets)
     with on(device):
         for rows in chunks:
             h = student_hidden[rows].to(dtype)
@@ -76,9 +78,10 @@ def topk_logits(
     if spec.any_grad:
         grad = torch.empty(student_logits.shape, dtype=gradient_dtype(student_logits.dtype), device=device)
     entries = -(-teacher_ids.shape[1] * BYTES_PER_ENTRY // student_logits.itemsize)
-    rows_of = Rows(spec, num_rows, teacher_ids, teacher_logprobs, mask, row_weight, targets)
+    shards = Shards(None, vocab, device)
+    rows_of = Rows(spec, shards, num_rows, teacher_ids, teacher_logprobs, mask, row_weight, targets)
     with on(device):
-        for rows in row_chunks(num_rows, vocab + entries, student_logits.itemsize, spec, device):
+        for rows in row_chunks(num_rows, vocab + entries, student_logits.itemsize, spec, shards):
             s = student_logits[rows].clone(memory_format=torch.contiguous_format)
             rows_of.run(rows, s, None, cut(grad, rows), 1.0)
     return RowResult(rows_of.value, rows_of.stats, grad, None, None)
@@ -87,8 +90,10 @@ def topk_logits(
 class Rows:
     """Compares chunks of rows with the teacher, and collects each row's value and statistics."""
 
-    def __init__(self, spec: TopkSpec, num_rows: int, ids: Tensor, logprobs: Tensor, mask, row_weight, targets):
-        self.spec, self.ids, self.logprobs = spec, ids, logprobs
+    def __init__(
+        self, spec: TopkSpec, shards: Shards, num_rows: int, ids: Tensor, logprobs: Tensor, mask, row_weight, targets
+    ):
+        self.spec, self.shards, self.ids, self.logprobs = spec, shards, ids, logprobs
         self.mask, self.row_weight, self.targets = mask, row_weight, targets
         self.value = torch.zeros(num_rows, device=ids.device)
         self.stats = torch.zeros(len(TokenStats._fields), num_rows, device=ids.device) if spec.stats else None
@@ -97,7 +102,7 @@ class Rows:
         """Overwrites the raw logits `s` `[R, V]`, and writes their gradient to `g` (may be `s`), if not None."""
         ids, log_p = self.ids[rows].long().contiguous(), self.logprobs[rows].double()
         mask, target = cut(self.mask, rows), cut(self.targets, rows)
-        chunk = TopkChunk(self.spec, s, bias, ids, mask, target)
+        chunk = TopkChunk(self.spec, self.shards, s, bias, ids, mask, target)
         log_p = torch.where(chunk.there, log_p, -torch.inf)
         result = compare(self.spec, chunk.student, log_p)
         self.value[rows] = counted(result.value, mask).float()
@@ -117,27 +122,47 @@ class TopkChunk:
     """Some rows' raw logits `[R, V]` in memory, -inf at the ids. See `torch_topk.TopkChunk`.
 
     Attributes:
+        ids: `[R, K]` ids, numbered in this shard.
         there: `[R, K]` whether an entry is listed: its id is no padding and its row unmasked.
         listed: `[R, K]` float64 kept logits (see `Scaling`) at the ids, else -inf.
     """
 
-    def __init__(self, spec: TopkSpec, s: Tensor, bias: Tensor | None, ids: Tensor, mask, target: Tensor | None):
-        self.spec, self.s, self.bias, self.ids, self.mask, self.scaling = spec, s, bias, ids, mask, Scaling(spec)
+    def __init__(
+        self, spec: TopkSpec, shards: Shards, s: Tensor, bias: Tensor | None, ids: Tensor, mask, target: Tensor | None
+    ):
+        self.spec, self.shards, self.s, self.bias, self.mask, self.scaling = spec, shards, s, bias, mask, Scaling(spec)
         rows, self.vocab = s.shape
         self.there = ids >= 0 if mask is None else (ids >= 0) & mask[:, None]
+        self.ids = ids = shards.local(ids)
         self.at_target = None
         if target is not None:  # before the ids are taken out
-            clamped = target.clamp(0, self.vocab - 1)[:, None]
-            self.at_target = self.scaling.student(self._kept(s.gather(1, clamped), clamped))[:, 0]
+            column = shards.local(target)[:, None]
+            clamped = self._clamped(column)
+            at_target = self.scaling.student(self._kept(s.gather(1, clamped), clamped))
+            self.at_target = self._of_all_shards(at_target, column == clamped)[:, 0]
         listed = torch.empty(ids.shape, dtype=s.dtype, device=s.device)
-        self.config = tuning.row_config(s.device, self.vocab)
-        self.splits = tuning.row_splits(rows, self.vocab, self.config.block, s.device)
+        self.config = tuning.row_config(s.device, shards.largest)
+        self.splits = tuning.row_splits(rows, shards.largest, self.config.block, s.device)
         self.parts = torch.zeros(rows, self.splits, logprob_kernels.NUM_LOGPROB_PARTS.value, device=s.device)
         self.no_target = torch.full((rows,), -1, dtype=torch.int64, device=s.device)
         if rows:
             self._launch_first_sweep(listed)
-        self.listed = self._kept(listed, ids.clamp_min(0))
+        self.parts = gather_logprob_parts(shards, self.parts)
+        clamped = self._clamped(ids)
+        self.listed = self._of_all_shards(self._kept(listed, clamped), self.there & (ids == clamped))
+        if shards.group is not None:
+            self.listed = torch.where(self.there, self.listed, -torch.inf)
         self.student = Student(self.scaling.student(self.listed), self._log_sums().logsumexp(1))
+
+    def _clamped(self, entries: Tensor) -> Tensor:
+        return entries.clamp(0, self.vocab - 1)
+
+    def _of_all_shards(self, values: Tensor, here: Tensor) -> Tensor:
+        """Returns the `values` of the shard where `here` is true; `values` themselves if the head is not sharded."""
+        if self.shards.group is None:
+            return values
+        (values,) = self.shards.sum(torch.where(here, values, 0.0))
+        return values
 
     def _kept(self, z: Tensor, ids: Tensor) -> Tensor:
         return self.scaling.keep(z.double(), None if self.bias is None else self.bias[ids])
@@ -184,7 +209,7 @@ class TopkChunk:
         logprob_kernels.finish_logprob[(len(g), self.splits)](
             self.s, g, self.bias, self.mask, self.no_target, grad_rest.neg().float(), self.parts, out,
             self.s.stride(0), g.stride(0), self.vocab, 1 / spec.temperature, spec.softcap, scale, GRAD=True,
-            SPLITS=self.splits, **self.config.constants,
+            SPLITS=self.parts.shape[1], **self.config.constants,
         )  # fmt: skip
         topk_kernels.put_listed[(len(g),)](
             g, self.ids, self.mask, grad.float(), g.stride(0), self.ids.shape[1], self.vocab, BLOCK=LISTED_BLOCK

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..kernels import mixing as mixing_kernels
 from ..kernels.rows import CAPPED_DELTA
+from ..shards import Shards
 from ..spec import DivergenceSpec, RowResult
 from . import matmul, tuning
 from .mixing import Biases, add_mixed, mixed_difference
@@ -46,6 +47,7 @@ class Mixture:
 
     def __init__(self, spec: DivergenceSpec, h_s, w_s, h_t, w_t, bias_s, bias_t, mix: Tensor):
         self.spec, self.h_s, self.w_s, self.h_t, self.w_t = spec, h_s, w_s, h_t, w_t
+        self.shards = Shards.of(spec.group, h_s, w_s)
         self.mix = mix.float().contiguous()  # [M, N]
         bias = self.bias = Biases(bias_s, bias_t, len(h_t), torch.float32)
         self.biases = (None, None)
@@ -68,7 +70,7 @@ class MixedStates(Mixture):
     def logits(self, rows: slice, s: Tensor) -> Tensor:
         mix = self.mix[:, rows]
         wide = mixed_difference([h[rows] for h in self.h_t], self.h_s[rows], mix, torch.float32)
-        o = difference_logits(self.spec, wide, s, self.w_s, self.o_dtype)
+        o = difference_logits(self.spec, wide, s, self.w_s, self.o_dtype, self.shards)
         return o if self.bias.shift is None else add_mixed(o, self.bias.shift, mix)
 
 
@@ -90,7 +92,8 @@ class MixedLogits(Mixture):
         for m, head in enumerate(self.heads):
             h = self.h_t[m][rows]
             if self.shared:
-                product = difference_logits(self.spec, h.float() - self.h_s[rows].float(), s, head, self.product_dtype)
+                wide = h.float() - self.h_s[rows].float()
+                product = difference_logits(self.spec, wide, s, head, self.product_dtype, self.shards)
             else:
                 product = matmul.logits(h.to(self.spec.compute_dtype), head, self.product_dtype)
             self.add(o, s, product, rows, m)

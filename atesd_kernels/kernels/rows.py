@@ -301,9 +301,8 @@ def merge_partials(P, AXIS: tl.constexpr):
     a_t = tl.sum(tl.load(P + SUM_T) * exp(m_t - tl.max(m_t, AXIS, keep_dims=True)), AXIS)
     shift = tl.sum(a * d0, AXIS, keep_dims=True) / tl.sum(a, AXIS, keep_dims=True)
     delta = d0 - shift
-    # sum w expm1(d - shift) = sum w expm1(d - d0) + expm1(d0 - shift) sum w exp(d - d0)
-    b = tl.load(P + SUM_E) * w
-    excess = tl.sum(b + expm1_parts(delta)[0] * (a + b), AXIS) / a_s
+    # sum w expm1(d - shift) = exp(d0 - shift) sum w expm1(d - d0) + expm1(d0 - shift) sum w
+    excess = tl.sum(tl.load(P + SUM_E) * w * exp(delta) + expm1_parts(delta)[0] * a, AXIS) / a_s
     mean = tl.sum(tl.load(P + SUM_D) * w + a * d0, AXIS) / a_s
     lse_s, lse_t = max_s + tl.log(a_s), max_t + tl.log(a_t)
     is_near = (tl.max(tl.load(P + LARGEST_D), AXIS) < FAR) & (excess > -0.9)

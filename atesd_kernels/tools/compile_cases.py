@@ -141,9 +141,16 @@ def _row_cases() -> list[Case]:
         )
         cases.append(Case(f"alpha, {title}", rows.accumulate, 0, delta, alpha))
         cases.append(Case(f"jsd, {title}, bf16 logits", rows.accumulate, 0, low, jsd))
+    # with group= a row has the programs of all ranks; one program a rank if the rows fill the GPU
+    ranks = dict(SPLITS=8)
+    clipped = dict(PHASE="grad", TERM=terms.jsd, BOUNDED_TERM=bounded.jsd, **ranks)
+    cases.append(Case("KL and gradient, eight shards", rows.accumulate, 0, delta, {**both, **ranks}))
+    cases.append(Case("jsd, both clips, gradient, eight shards", rows.accumulate, 0, delta, clipped, CLIPS))
+    cases.append(Case("a row's statistics, eight shards", rows.finish_stats, flags=ranks, is_sweep=False))
     one = {"S": "*fp32", "G": "*bf16"}
     cases.append(Case("log-prob normaliser", logprobs.normalise_one, 0, one, stats))
     cases.append(Case("log-prob and gradient", logprobs.finish_logprob, 0, one, dict(GRAD=True)))
+    cases.append(Case("log-prob and gradient, eight shards", logprobs.finish_logprob, 0, one, dict(GRAD=True, **ranks)))
     cases.append(Case("a row's statistics", rows.finish_stats, flags=dict(SPLITS=4), is_sweep=False))
     cases.append(Case("means over spans", logprobs.span_mean, is_sweep=False))
     cases.append(Case("a teacher's entries taken out", topk.take_listed, pointers=one, is_sweep=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -74,6 +74,9 @@ def all_cases() -> dict[str, Case]:
     found["statistics"] = Case({}, stats)
     found["statistics, separate"] = Case(dict(shared=False), stats)
     found["statistics far apart"] = Case(dict(scale=8.0), stats)
+    found["logits far below zero"] = Case({}, dict(stats, student_bias="low"))
+    apart = dict(stats, student_bias="first", teacher_bias="second")
+    found["statistics of top tokens at one place of two shards"] = Case({}, apart)
     found["two temperatures"] = Case({}, dict(temperature=0.5, teacher_temperature=0.7))
     found["absent entries"] = Case({}, absent)
     found["absent entries, separate"] = Case(dict(shared=False), dict(absent, teacher_bias="absent"))
@@ -100,6 +103,38 @@ def all_cases() -> dict[str, Case]:
     return found
 
 
+FEW_ROWS = 5
+
+
+def triton_cases() -> dict[str, Case]:
+    """The cases of backend "triton", with fewer rows, because an interpreter takes 0.1 s for each; and of a divergence
+    but JSD one kind of head each. Other tests compare every divergence over a whole head."""
+    found = {}
+    for name, case in all_cases().items():
+        divergence, dtype = case.options.get("divergence"), case.pair.get("dtype", torch.float32)
+        if dtype == torch.float64 or (dtype == torch.bfloat16 and divergence not in (None, "jsd")):
+            continue
+        of_each = case.function is linear_divergence and name.startswith(f"{divergence}")
+        heads = ", separate" if "every option" in name or "far apart" in name else ", shared"
+        if of_each and dtype == torch.float32 and not name.endswith(heads) and divergence != "jsd":
+            continue
+        rows = 13 if "statistics" in name or "entry_clip" in name else 3 if "blocks" in name else FEW_ROWS
+        found[name] = replace(case, pair={**case.pair, "n": rows})
+    return found
+
+
+class Own:
+    """A caller's backend, which knows no shards."""
+
+    divergence_rows = divergence_logits = logprob_rows = staticmethod(print)
+
+
+# A backend's cases. The kernels run in Triton's interpreter, which a GPU's presence turns off.
+CASES = {"torch": all_cases()}
+if planning.unavailable("triton", torch.device("cpu")) is None:
+    CASES["triton"] = triton_cases()
+
+
 @dataclass
 class Call:
     """A case's tensors, whole: the same on every rank and in the test. Those of several views are lists."""
@@ -120,6 +155,9 @@ def whole_call(case: Case) -> Call:
     named = {
         "bias": bias,
         "other": other,
+        "low": bias - 100,
+        "first": torch.zeros(v).index_fill(0, torch.tensor(0), 9.0),
+        "second": torch.zeros(v).index_fill(0, torch.tensor(shares(v, 2)[0]), 9.0),  # the second shard of three too
         "absent": absent,
         "biases": [bias, other, bias][: len(case.pair.get("views", ()))],
         "absences": [absent, bias, other][: len(case.pair.get("views", ()))],

@@ -7,6 +7,7 @@ Separate because each rank is a process, and starting one takes far longer than 
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,8 +24,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 from atesd_kernels import exposure_logprobs, linear_divergence, linear_logprobs, linear_topk_divergence
 
-from .shard_cases import ROW_OPTIONS, TOPK_OPTIONS, Case, all_cases, evaluate, shares, whole_call
+from .shard_cases import CASES, ROW_OPTIONS, TOPK_OPTIONS, Case, Own, evaluate, shares, whole_call
 from .topk_cases import TAILS
+
+OWN = f"{Own.__module__}:{Own.__name__}"
 
 
 class Rank:
@@ -80,7 +83,7 @@ class Rank:
         head = distribute_tensor(head, init_device_mesh("cpu", (self.world,)), [Shard(0)])
         return linear_divergence(hidden, head, teacher), linear_divergence(hidden, head, teacher, head.detach())
 
-    def of_topk(self, options: dict[str, Any], tail: str) -> dict:
+    def of_topk(self, options: dict[str, Any], tail: str, backend: str) -> dict:
         """Against a teacher's top entries, some of which lie on each rank; without a group it is the whole head."""
         call = whole_call(Case(dict(n=13, scale=0.2), options))
         teacher, head = call.tensors["teacher_hidden"], call.tensors["student_weight"]
@@ -94,16 +97,16 @@ class Rank:
                 return linear_topk_divergence(student_hidden, student_weight, ids, logprobs, **given)
 
             student = {name: call.tensors[name] for name in ("student_hidden", "student_weight")}
-            found[name] = evaluate(loss, replace(call, tensors=student), cut, True, group=group)
+            found[name] = evaluate(loss, replace(call, tensors=student), cut, True, group=group, backend=backend)
         return found
 
-    def of_exposure(self) -> tuple[Tensor, Tensor]:
+    def of_exposure(self, backend: str) -> tuple[Tensor, Tensor]:
         """Over a DTensor head, and over the whole one."""
         call = whole_call(Case())
         hidden, head = call.tensors["student_hidden"][None], call.tensors["student_weight"]
         span = torch.arange(13)[None], torch.tensor([11]), torch.tensor([4])
         sharded = distribute_tensor(head, init_device_mesh("cpu", (self.world,)), [Shard(0)])
-        return exposure_logprobs(hidden, sharded, *span), exposure_logprobs(hidden, head, *span)
+        return tuple(exposure_logprobs(hidden, weight, *span, backend=backend) for weight in (sharded, head))
 
     def compiled(self) -> dict[tuple[str, bool], tuple[Tensor, Tensor]]:
         """A caller compiled in one graph, and not; with a group, and with a DTensor."""
@@ -140,8 +143,8 @@ class Rank:
         none = head[:0] if self.rank == 1 else share
         own = hidden + self.rank
         attempts = {
-            "triton": lambda: linear_divergence(hidden, share, teacher, group=self.group, backend="triton"),
-            "logprobs, triton": lambda: linear_logprobs(hidden, share, outside, group=self.group, backend="triton"),
+            "own": lambda: linear_divergence(hidden, share, teacher, group=self.group, backend=OWN),
+            "logprobs, own": lambda: linear_logprobs(hidden, share, outside, group=self.group, backend=OWN),
             "target": lambda: linear_divergence(hidden, share, teacher, targets=outside, group=self.group),
             "logprobs, target": lambda: linear_logprobs(hidden, share, outside, group=self.group),
             "a name": lambda: linear_divergence(hidden, share, teacher, group=self.group.group_name),
@@ -184,7 +187,7 @@ class Rank:
             setattr(dist, name, counting(function))
         found = {}
         everything = dict(targets="targets", return_stats=True, entry_clip=0.01)
-        for v in (101, 1009):
+        for v, backend in itertools.product((101, 1009), CASES):
             for trained, options in ((False, {}), (False, everything), (True, {})):
                 call = whole_call(Case(dict(v=v), options))
                 hidden, head, teacher = (
@@ -192,8 +195,8 @@ class Rank:
                 )
                 sent = 0
                 hidden = hidden.clone().requires_grad_(trained)
-                linear_divergence(hidden, self.share(head), teacher, group=self.group, **call.options)
-                found[f"{v}, gradient {trained}, {len(options)} options"] = sent
+                linear_divergence(hidden, self.share(head), teacher, group=self.group, backend=backend, **call.options)
+                found[f"{backend}, {v}, gradient {trained}, {len(options)} options"] = sent
         for name, function in originals.items():
             setattr(dist, name, function)
         return found
@@ -201,14 +204,22 @@ class Rank:
     def answers(self) -> dict[str, Any]:
         return {
             "cases": {
-                name: evaluate(case.function, whole_call(case), self.share, case.trained_head, group=self.group)
-                for name, case in all_cases().items()
+                (backend, name): evaluate(
+                    case.function, whole_call(case), self.share, case.trained_head, group=self.group, backend=backend
+                )
+                for backend, cases in CASES.items()
+                for name, case in cases.items()
             },
             "rows": {name: self.of_its_rows(options) for name, options in ROW_OPTIONS.items()},
-            "topk": {(name, tail): self.of_topk(o, tail) for name, o in TOPK_OPTIONS.items() for tail in TAILS},
+            "topk": {
+                (backend, name, tail): self.of_topk(o, tail, backend)
+                for backend in CASES
+                for name, o in TOPK_OPTIONS.items()
+                for tail in TAILS
+            },
             "dtensor": self.of_a_dtensor(linear_divergence),
             "dtensor, log-probabilities": self.of_a_dtensor(linear_logprobs),
-            "dtensor, exposure": self.of_exposure(),
+            "dtensor, exposure": [self.of_exposure(backend) for backend in CASES],
             "dtensor, a view": self.of_a_view(),
             # the import of torch's compiler takes longer than all the rest: once
             **({"compiled": self.compiled()} if self.world == 2 else {}),

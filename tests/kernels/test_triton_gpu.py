@@ -17,6 +17,8 @@ from atesd_kernels.backends import matmul, triton_exposure, tuning
 from atesd_kernels.tools import compile_only
 from atesd_kernels.topk import linear_topk_divergence
 
+from .thread_ranks import ThreadRanks
+
 SANITIZED = "ttsem" in sys.modules
 COMPILED_ONLY = "tests.kernels.compiled_only" in sys.modules  # that plugin
 NO_GPU = SANITIZED or COMPILED_ONLY
@@ -303,6 +305,99 @@ def test_a_teacher_known_by_its_top_entries(dtype, options, tail):
     (true, *true_grads), (loss, *grads) = results
     assert relative(loss, true) <= max(LOSS_BOUND[dtype], 1e-5)
     assert all(relative(g, t) <= BOUND[dtype] for g, t in zip(grads, true_grads, strict=True))
+
+
+SHARD_OPTIONS = {
+    "plain": {},
+    "one sweep": dict(divergence="reverse_kl"),
+    "clips, biases and softcap": dict(
+        divergence="jsd", beta=0.3, entry_clip=1e-4, token_clip=3e-3, softcap=5.0, temperature=0.7,
+        mask=torch.tensor([True, False, True, True, True]),
+        student_bias=torch.linspace(-1, 1, 301), teacher_bias=torch.linspace(-0.98, 1, 301),
+    ),
+}  # fmt: skip
+
+
+def together(world, monkeypatch, tensors, options, function=linear_divergence):
+    """Loss, statistics and gradients of `function` over a head whose rows lie on several ranks, the last with 3 rows.
+    `tensors` begin with the student's hidden states and head."""
+    ranks = ThreadRanks(world, monkeypatch)
+    sizes = [298, 3] if world == 2 else [130, 168, 3]
+
+    tensors, options = [on_gpu(x) for x in tensors], {k: on_gpu(v) for k, v in options.items()}
+
+    def mine(rank):
+        def share(x):
+            return x.split(sizes)[rank].clone()
+
+        h, w = tensors[0].clone().requires_grad_(), share(tensors[1]).requires_grad_()
+        rest = [share(x) if x is not None and len(x) == 301 else x for x in tensors[2:]]
+        known = {k: share(v) if "bias" in k else v for k, v in options.items()}
+        loss, stats = function(h, w, *rest, backend="triton", group=ranks, return_stats=True, **known)
+        loss.backward()
+        return loss.detach(), stats, h.grad, w.grad
+
+    found = ranks.run(mine)
+    for loss, stats, grad, _ in found[1:]:
+        assert torch.equal(loss, found[0][0]) and torch.equal(grad, found[0][2])
+        assert all(a is None or torch.equal(a, b) for a, b in zip(stats, found[0][1], strict=True))
+    return *found[0][:3], torch.cat([grad for *_, grad in found])
+
+
+@pytest.mark.parametrize("world", (2, 3))
+@pytest.mark.parametrize("shared", (True, False), ids=("shared", "separate"))
+@pytest.mark.parametrize("options", SHARD_OPTIONS)
+def test_a_head_sharded_by_its_vocabulary(options, shared, world, monkeypatch):
+    """Three ranks' programs are filled up to a power of two; the last rank's are mostly empty."""
+    dtype = torch.bfloat16 if options == "plain" else torch.float32
+    tensors, options = pair(dtype, shared=shared), SHARD_OPTIONS[options]
+    targets = torch.tensor([0, 300, 5, 128, 299])
+    loss, stats, *grads = together(world, monkeypatch, tensors, dict(options, targets=targets))
+    h, w, t, w_t = map(in_float64, tensors)
+    true = reference.linear_divergence(h.requires_grad_(), w.requires_grad_(), t, w_t, **options)
+    true.backward()
+    assert relative(loss, true.detach()) <= LOSS_BOUND[dtype]
+    one_gpu = linear_divergence(*map(on_gpu, tensors), backend="triton", **{k: on_gpu(v) for k, v in options.items()})
+    assert relative(loss, one_gpu.cpu().double()) <= LOSS_BOUND[dtype]
+    assert all(relative(g, x.grad) <= BOUND[dtype] for g, x in zip(grads, (h, w), strict=True))
+    scaling = {k: v for k, v in options.items() if k in ("student_bias", "teacher_bias", "softcap", "temperature")}
+    s, t = reference.logit_pair(h.detach(), w.detach(), t, w_t, **scaling)
+    known = {k: v for k, v in options.items() if k in ("divergence", "beta")}
+    for value, expected in zip(stats, reference.token_stats(s, t, targets, **known), strict=True):
+        expected = expected if "mask" not in options else torch.where(options["mask"], expected, 0)
+        bound = 1e-4 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(value.cpu().double(), expected.double(), rtol=bound, atol=bound / 10)
+
+
+@pytest.mark.parametrize("world", (2, 3))
+def test_log_probabilities_of_a_sharded_head(world, monkeypatch):
+    hidden, weight, _, _ = pair(torch.float32)
+    targets, mask = torch.tensor([0, 300, 5, 128, 299]), torch.tensor([True, True, False, True, True])
+
+    def mean(*tensors, return_stats, **options):
+        value, stats = linear_logprobs(*tensors, return_stats=True, **options)
+        return value.sum(), stats
+
+    _, stats, *grads = together(world, monkeypatch, (hidden, weight, targets), dict(mask=mask), mean)
+    h, w = (in_float64(x).requires_grad_() for x in (hidden, weight))
+    true = reference.linear_logprobs(h, w, targets, mask=mask)
+    true.sum().backward()
+    assert relative(stats.student_logprob, true.detach()) <= 1e-6
+    assert all(relative(g, x.grad) <= 1e-5 for g, x in zip(grads, (h, w), strict=True))
+
+
+@pytest.mark.parametrize("world", (2, 3))
+def test_a_teacher_known_by_its_top_entries_against_a_sharded_head(world, monkeypatch):
+    hidden, weight, teacher, _ = pair(torch.float32, scale=0.2)
+    logprobs, ids = (teacher @ weight.T).log_softmax(-1).topk(140)
+    loss, _, *grads = together(
+        world, monkeypatch, (hidden, weight, ids, logprobs), dict(targets=ids[:, 0]), linear_topk_divergence
+    )
+    h, w = (in_float64(x).requires_grad_() for x in (hidden, weight))
+    true = reference.linear_topk_divergence(h, w, ids, logprobs)
+    true.backward()
+    assert relative(loss, true.detach()) <= 1e-5
+    assert all(relative(g, x.grad) <= 1e-5 for g, x in zip(grads, (h, w), strict=True))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)

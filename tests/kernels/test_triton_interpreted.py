@@ -16,12 +16,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atesd_kernels import divergence as logit_divergence
-from atesd_kernels import exposure_logprobs, linear_divergence, linear_logprobs, ops, planning
+from atesd_kernels import exposure_logprobs, linear_divergence, linear_logprobs, ops, planning, reference
 from atesd_kernels.backends import triton_chunked, tuning
 from atesd_kernels.divergences import _REGISTRY, get_divergence
 from atesd_kernels.topk import linear_topk_divergence
 
-from .cases import DEVICE, DIVERGENCES, compare, make_pair
+from .cases import DEVICE, DIVERGENCES, compare, make_pair, relative_l2
 
 BACKENDS = ("triton",)
 pytestmark = pytest.mark.skipif(
@@ -42,6 +42,20 @@ def test_rows_split_over_programs_give_the_same_loss_and_gradient(divergence, ba
     assert result.loss_error <= 1e-6
     assert result.hidden_error <= 1e-5
     assert result.weight_error <= 1e-5
+
+
+def test_programs_of_a_row_whose_differences_lie_apart_merge_to_rounding(splits):
+    """In the second block the student's mass lies at d = -9 and the teacher's at d = 19. The block's sum of
+    q expm1(d + 9) is thus 1e12 times q, of which e^-9 counts in the row, whose mean d is near 0."""
+    s, noise = torch.randn(2, 3, 2048, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    d = 0.1 * noise
+    s[:, 1024:] = -10.0
+    s[:, 1024], d[:, 1024] = 3.0, -9.0
+    s[:, 1025], d[:, 1025] = -8.0, 19.0
+    leaf, wide = s.clone().requires_grad_(), s.double().requires_grad_()
+    logit_divergence(leaf, s + d, reduction="none", backend="triton").sum().backward()
+    reference.token_divergence(wide, (s + d).double()).sum().backward()
+    assert relative_l2(leaf.grad, wide.grad) <= 3e-6
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))

@@ -22,7 +22,8 @@ from atesd.studies.trial import MEASURED, read_result
 from bench.machine import RESULTS
 
 FOLDER = "studies"
-EXPOSURE, CREDIT, CONTROLS = "lab-exposure", "lab-credit", "lab-controls"
+EXPOSURE, CREDIT, CONTROLS, MENDING = "lab-exposure", "lab-credit", "lab-controls", "lab-mending"
+SHOWN = (EXPOSURE, CREDIT, CONTROLS, MENDING)
 FIXED = ("fixed-0", "fixed-0.25", "fixed-0.5", "fixed-0.75")
 HOLDS, FAILS, OPEN = "holds", "does not hold", "open"
 

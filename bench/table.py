@@ -138,7 +138,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "grading_speed": of("grading_speed", grading_speed.table),
     **{f"step_vs_trl-{dtype}": of(f"step_vs_trl-{dtype}", step_vs_trl.table) for dtype in DTYPES},
     "learning_curves": learning,
-    **{name: partial(studies.table, name) for name in (studies.EXPOSURE, studies.CREDIT, studies.CONTROLS)},
+    **{name: partial(studies.table, name) for name in studies.SHOWN},
     "statements": studies.statements,
     policy_signal.NAME: of(policy_signal.NAME, policy_signal.table),
     "predicted_scaling": predicted_scaling,

@@ -26,6 +26,30 @@ def test_stages_are_named_by_numbers_and_ranges(text, expected):
 def test_a_stage_there_is_not_is_refused():
     with pytest.raises(argparse.ArgumentTypeError, match="numbered 1 to 8, got 9"):
         command.numbers("7-9")
+    with pytest.raises(argparse.ArgumentTypeError, match="3-1 names no stage"):
+        command.numbers("3-1")
+
+
+def test_a_stage_that_begins_again_forgets_what_it_had_left_out_and_keeps_dry_and_real_apart(tmp_path):
+    first, other = Stage("step", tmp_path, 10), Stage("card", tmp_path, 10)
+    first.keep(loss=1)
+    other.keep(copy=1)
+    for stage in (first, other):
+        stage.leave_out("a part", "no time")
+    Stage("step", tmp_path, 10).begin()
+    assert list(read(tmp_path)["stages"]) == ["card"]
+    assert list(read(tmp_path)["left_out"]) == ["card: a part"]
+    with pytest.raises(RuntimeError, match="holds results of a real run, and this is a dry run: give another --out"):
+        Stage("step", tmp_path, 10, dry=True).begin()
+
+
+def test_a_run_is_right_where_checks_passed_and_tests_ran_and_none_failed():
+    def result(passed, tests, failed):
+        tests = {"kernels": {"passed": tests, "failed": failed}}
+        return {"stages": {"correct": {"checks": {"graph": {"passed": passed}}, "tests": tests}}}
+
+    assert command.is_right({}) and command.is_right(result(True, 5, 0)) and command.is_right(result(None, 5, 0))
+    assert not any(map(command.is_right, (result(False, 5, 0), result(True, 5, 1), result(True, 0, 0))))
 
 
 def test_what_a_stage_keeps_is_on_the_disk_at_once_beside_what_others_kept(tmp_path, monkeypatch):

@@ -45,7 +45,10 @@ def numbers(text: str) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
-        found += range(int(first), int(last or first) + 1)
+        named = range(int(first), int(last or first) + 1)
+        if not named:
+            raise argparse.ArgumentTypeError(f"{part} names no stage: the smaller number comes first")
+        found += named
     unknown = sorted(set(found) - set(STAGES))
     if unknown:
         raise argparse.ArgumentTypeError(f"stages are numbered 1 to {max(STAGES)}, got {unknown[0]}")
@@ -79,7 +82,9 @@ def has_gpu() -> bool:
 def run_one(options: argparse.Namespace) -> int:
     name = STAGES[options.one][0]
     faulthandler.dump_traceback_later(max(1.0, options.seconds - 1))  # where a stage stood at its limit, in log.txt
-    importlib.import_module(f"bench.gpu.{name}").run(Stage(name, options.out, options.seconds, options.dry))
+    stage = Stage(name, options.out, options.seconds, options.dry)
+    stage.begin()
+    importlib.import_module(f"bench.gpu.{name}").run(stage)
     return 0
 
 
@@ -102,12 +107,23 @@ def run_all(options: argparse.Namespace) -> int:
             if warming is not None and name != "correct":
                 warming.wait()
                 seconds = min(seconds, end - time.monotonic())
+                if seconds < LEAST_SECONDS:
+                    leave_out(options.out, name, "compiling used up the minutes")
+                    continue
             status = run_stage(number, seconds, options, log)
             if status != "done":
                 failed.append(name)
                 leave_out(options.out, f"{name} (its later parts)", status)
         print_tables(options.out, log)
-    return 1 if failed else 0
+    return 1 if failed or not is_right(read(options.out)) else 0
+
+
+def is_right(result: dict) -> bool:
+    """False if a check or a test of stage 2 failed, or if no test ran."""
+    found = result["stages"].get("correct", {}) if "stages" in result else {}
+    checks = all(check["passed"] is not False for check in found.get("checks", {}).values())
+    tests = found.get("tests", {}).values()
+    return checks and all(group["failed"] == 0 for group in tests) and (not tests or any(g["passed"] for g in tests))
 
 
 def run_stage(number: int, seconds: float, options: argparse.Namespace, log) -> str:

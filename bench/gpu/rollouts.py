@@ -8,12 +8,14 @@ token reads set the floor that `atesd scaling` predicts for one H100.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -22,7 +24,7 @@ from atesd.planning.gpu_specs import H100
 from atesd.planning.memory_plan import Layout
 from atesd.planning.model_shape import model_shape
 from atesd.planning.time_plan import plan_time
-from atesd.rollout import Sampling
+from atesd.rollout import Sampling, hf
 from atesd.rollout.hf import HFEngine
 from bench import timing
 from bench.gpu.clock import extra_bytes, first_line
@@ -75,6 +77,24 @@ def run(stage: Stage) -> None:
         except Exception as error:  # what was measured before stays
             failed[kind] = first_line(error)
         stage.keep(rows=rows, failed=failed)
+    if stage.left > LEAST_LEFT:
+        stage.keep(attention=with_and_without_cudnn(stage, model, settings, sizes))
+
+
+def with_and_without_cudnn(stage: Stage, model: Any, settings: ATESDConfig, sizes: Sizes) -> dict:
+    """Milliseconds a decoding step of our engine, at lengths that nothing has decoded yet."""
+    new = sizes.warm_up * 2
+    longer = some_prompts(model.config.vocab_size, sizes._replace(prompt=sizes.prompt + sizes.new_tokens + 1))
+    job = partial(our_engine(model, longer, settings), new)
+
+    def step_ms() -> float:
+        return 1e3 * timing.timed(job)[0] / new
+
+    with mock.patch.object(hf, "attention_of_any_length", contextlib.nullcontext):
+        found = {"with_cudnn_new_lengths_ms": step_ms(), "with_cudnn_again_ms": step_ms()}
+    found |= {"new_tokens": new, "without_cudnn_again_ms": step_ms()}
+    stage.say(f"a decoding step: {found}")
+    return found
 
 
 def some_prompts(vocab: int, sizes: Sizes) -> list[list[int]]:
@@ -190,7 +210,9 @@ def table(result: dict) -> str:
     ]
     lines += [
         "",
-        markdown(["engine", "new tokens", "tokens/s, first", "tokens/s, fastest", "ms a token", "extra GiB"], cells),
+        markdown(
+            ["engine", "new tokens", "tokens/s, first", "tokens/s, fastest", "ms a decoding step", "extra GiB"], cells
+        ),
     ]
     if result["failed"]:
         lines += ["", *(f"- {name}: {why}" for name, why in result["failed"].items())]

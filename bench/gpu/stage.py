@@ -52,6 +52,26 @@ class Stage:
         kept.update(results)
         write_json(self.out / RESULT, whole)
 
+    def begin(self) -> None:
+        """Drop what an earlier run has left of this stage in the same folder.
+
+        Raises:
+            RuntimeError: the folder holds a dry run's results and this run is real, or the other way round.
+        """
+        whole = read(self.out)
+        if whole and whole.get("dry", False) != self.dry:
+            kinds = ("a real run", "a dry run")
+            raise RuntimeError(
+                f"{self.out / RESULT} holds results of {kinds[not self.dry]}, and this is {kinds[self.dry]}: "
+                "give another --out"
+            )
+        whole.get("stages", {}).pop(self.name, None)
+        left_out = whole.get("left_out", {})
+        whole["left_out"] = {
+            what: why for what, why in left_out.items() if what.split(":")[0].split(" (")[0] != self.name
+        }
+        write_json(self.out / RESULT, whole | ({"dry": True} if self.dry else {}))
+
     def leave_out(self, what: str, why: str) -> None:
         """Name what was not measured. It is listed in the last table."""
         leave_out(self.out, f"{self.name}: {what}", why)

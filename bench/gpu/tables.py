@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterator
 
 from bench import machine, timing
 from bench.entrants import DENSE, OURS, TRL_CHUNKED
-from bench.gpu import headline, step_table, training
+from bench.gpu import headline, rollouts, step_table, training
 from bench.gpu.step_variants import CHUNKED as CHUNKED_STEP
 from bench.gpu.step_variants import OURS as OUR_STEP
 from bench.machine import markdown
 
 NOT_MEASURED = "not yet measured on a GPU"
 HEADS = ("frozen", "trained")
+SWEEPS = ("normalise", "accumulate", "normalise_one", "finish_logprob")
+# bytes a logit pair of the profiled losses; log-probabilities read S twice and write its gradient
+PROFILED = {"forward_kl": 14, "jsd": 20, "entry_clip": 20, "logprobs": 10}
 FRONT = ("flash-linear-attention", OURS, "ORDA", DENSE, TRL_CHUNKED, "Liger fused JSD")
 # of bf16: what rounds both models' logits loses the direction of a small gradient
 EXACT = 0.005
@@ -138,7 +141,7 @@ def rollout_rows() -> str:
                 name, card(result), f"{row['first_tokens_per_second']:,.0f}", again,
                 f"{1e3 * row['min'] / row['new_tokens']:.1f} ms", f"{row['extra_bytes'] / 2**30:.1f}",
             ])  # fmt: skip
-    header = ["32 responses of 128 tokens", "GPU", "tokens/s, first", "tokens/s, again", "a token of all", "extra GiB"]
+    header = ["32 responses of 128 tokens", "GPU", "tokens/s, first", "tokens/s, again", "a decoding step", "extra GiB"]
     return markdown(header, cells)
 
 
@@ -162,6 +165,14 @@ def prediction_rows() -> str:
         for row in step.get("rows", {}).values():
             if row["variant"] == OUR_STEP and not row["spread"]:
                 cells += [[name, card(result), *rest] for name, *rest in step_table.prediction_cells(row, step)]
+        decoded = result["stages"].get("rollouts", {})
+        for name, row in decoded.get("rows", {}).items():
+            if name.startswith(rollouts.ENGINE):
+                seconds = decoded["predicted"] / decoded["sizes"]["new_tokens"], row["min"] / row["new_tokens"]
+                cells.append([
+                    f"{name}: a decoding step", card(result), *(f"{1e3 * s:.1f} ms" for s in seconds),
+                    f"{seconds[1] / seconds[0]:.0f}",
+                ])  # fmt: skip
     return markdown(["", "GPU", "predicted", "measured", "measured / predicted"], cells)
 
 
@@ -210,6 +221,18 @@ def gradient_errors() -> Iterator[Figure]:
                 yield 100 * found["rows"][OURS]["gradient_error"], f"{card(result)}, {head} head"
 
 
+def row_rates() -> Iterator[Figure]:
+    """Bytes a second of the sweeps over a copy's, by the profiler."""
+    for result in results():
+        found = result["stages"].get("kernels", {})
+        for name, width in PROFILED.items():
+            kernels = found.get("profiles", {}).get(name, {})
+            seconds = sum(row["ms"] for kernel, row in kernels.items() if kernel in SWEEPS) / 1e3
+            if seconds:
+                moved = width * found["tokens"] * found["shape"]["vocab"]
+                yield moved / seconds / result["stages"]["card"]["copy_bytes_per_second"], f"{card(result)}, {name}"
+
+
 def over_allowed() -> Iterator[Figure]:
     """Times over `headline.allowed_seconds`."""
     for gpu, head, name, seconds, allowed in divergences():
@@ -246,6 +269,7 @@ def step_gains() -> Iterator[Figure]:
 TARGETS: list[tuple[str, str, Callable[[], Iterator[Figure]], Callable, Callable[[float], bool]]] = [
     ("bf16 error of the hidden states' gradient, %", "at most 0.5", gradient_errors, max, (0.5).__ge__),
     ("time of a divergence over what its products and bytes allow", "at most 1", over_allowed, max, (1.0).__ge__),
+    ("rate of the row kernels, of a copy's", "at least 0.85", row_rates, min, (0.85).__le__),
     ("fastest peer as exact, over ours", "at least 1.15", lambda: peers(exact=True), min, (1.15).__le__),
     ("fastest peer of any error, over ours", "at least 1.15", lambda: peers(exact=False), min, (1.15).__le__),
     ("extra memory, GiB", "at most 1.5", extra_memory, max, (1.5).__ge__),
@@ -265,24 +289,38 @@ def target_rows() -> str:
     return markdown(["target", "limit", "worst measured", "where", "reached"], cells)
 
 
-def sources(stage: str) -> str:
-    """Of one stage: a card's stages may come from runs of several commits."""
+def commits(result: dict, stages: tuple[str, ...]) -> str:
+    """A card's stages, and parts of them, may come from runs of several commits."""
+    found: dict[str, list[str]] = {}
+    for name in stages:
+        stage = result["stages"].get(name, {})
+        if "commit" in stage:
+            found.setdefault(stage["commit"], []).append(name.replace("_", " "))
+        for part, tests in stage.get("tests", {}).items():
+            if "commit" in tests:
+                found.setdefault(tests["commit"], []).append(part)
+    if len(found) == 1:
+        return f"commit {next(iter(found))}"
+    return "; ".join(f"commit {commit} ({', '.join(parts)})" for commit, parts in found.items())
+
+
+def sources(stages: tuple[str, ...]) -> str:
     lines = []
     for result in results():
         found = result["stages"]["card"]
         software = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-        c, commit = found["card"], result["stages"].get(stage, found)["commit"]
+        c = found["card"]
         lines.append(
             f"\n<sub>{c['name']}, {c['memory_gib']} GiB, driver {c['driver']}, CUDA {c['cuda']}: copies "
             f"{found['copy_bytes_per_second'] / 1e12:.2f} TB/s, an {found['product_cube']}-cube bf16 product "
-            f"{found['product_flops_per_second'] / 1e12:.0f} TFLOP/s; {software}; commit {commit}</sub>"
+            f"{found['product_flops_per_second'] / 1e12:.0f} TFLOP/s; {software}; {commits(result, stages)}</sub>"
         )
     return "".join(lines)
 
 
-def of(rows: Callable[[], str], stage: str) -> Callable[[], str]:
+def of(rows: Callable[[], str], *stages: str) -> Callable[[], str]:
     """A table of `bench.table`: its rows with their source, or one line where there is no result."""
-    return lambda: f"{rows()}\n{sources(stage)}" if results() else f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}.\n"
+    return lambda: f"{rows()}\n{sources(stages)}" if results() else f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}.\n"
 
 
 TABLES = {
@@ -293,8 +331,8 @@ TABLES = {
     "gpu_shapes": of(shape_rows, "model_shapes"),
     "gpu_top_k": of(top_k_rows, "model_shapes"),
     "gpu_step": of(step_rows, "step"),
-    "gpu_predictions": of(prediction_rows, "step"),
+    "gpu_predictions": of(prediction_rows, "step", "rollouts"),
     "gpu_rollouts": of(rollout_rows, "rollouts"),
     "gpu_training": of(training_rows, "training"),
-    "gpu_targets": of(target_rows, "headline"),
+    "gpu_targets": of(target_rows, "headline", "kernels", "step"),
 }

@@ -356,7 +356,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_bad_views_are_refused_with_what_was_wrong(message):
-    if message.startswith(("got a sum", "keep it in float32")) and DEVICE.type != "cpu":
+    if ("got a sum" in message or "keep it in float32" in message) and DEVICE.type != "cpu":
         pytest.skip("on a GPU the sum is the caller's promise")
 
     def here(x):

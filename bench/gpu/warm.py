@@ -1,4 +1,5 @@
 """Compile what the stages will launch: `python -m bench.gpu.warm PART PARTS STAGES` does one part of it.
+`python -m bench.gpu.warm --compile-only 3` does it for sm_90 without a GPU, and fails where a kernel does not compile.
 
 Compilers take minutes on one processor core and seconds on many, and Triton keeps what they make.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 
+from atesd_kernels.tools.compile_only import compile_only
 from bench.gpu import headline, kernels, step
 from bench.gpu.clock import first_line
 
@@ -30,5 +32,15 @@ def main(part: int, parts: int, *stages: int) -> None:
     print(f"[warm] part {part + 1} of {parts}: {time.monotonic() - start:.0f} s", flush=True)
 
 
+def without_gpu(*stages: int) -> None:
+    compiled = compile_only("sm_90")
+    for call in calls(set(stages)):
+        call()
+    print(f"{len(compiled)} specialisations compiled for {compiled.arch}")
+
+
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    if sys.argv[1] == "--compile-only":
+        without_gpu(*map(int, sys.argv[2:]))
+    else:
+        main(*map(int, sys.argv[1:]))

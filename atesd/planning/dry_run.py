@@ -17,7 +17,7 @@ from atesd.data.run_data import RunData, load_run_data
 from atesd.models.loading import check_lora, context_length, load_model_config, load_tokenizer
 from atesd.models.other_teacher import checked_teacher_config
 from atesd.models.precision import settle_precision
-from atesd.planning.memory_plan import GIB, MemoryPlan, plan_memory, teacher_model_bytes
+from atesd.planning.memory_plan import GIB, MemoryPlan, plan_memory, references_in_batch, teacher_model_bytes
 from atesd.planning.model_shape import ModelShape, model_shape, teacher_shape
 from atesd.reports.printout import Printout, Table
 from atesd_kernels.planning import gpu_memory
@@ -44,7 +44,8 @@ def dry_run(config: ATESDConfig) -> Printout:
     shape, other = model_shape(model_config, config), teacher_shape(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     memory = gpu_memory(torch.device(device))
-    plan = plan_memory(shape, config, max(max(pair) for pair in lengths), device, memory=memory, teacher=other)
+    longest, references = max(max(pair) for pair in lengths), longest_reference(config, data)
+    plan = plan_memory(shape, config, longest, device, memory=memory, teacher=other, reference_tokens=references)
     student, teacher = (sorted(column) for column in zip(*lengths, strict=True))
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     notes = {
@@ -54,6 +55,8 @@ def dry_run(config: ATESDConfig) -> Printout:
         f"teacher at alpha = 1 {statistics.median(teacher):g}, at most {teacher[-1]} (of {len(lengths)} problems)",
         "planned for": f"{device}, responses of {config.max_completion_length} tokens, the longest of these prompts",
     }
+    if any(references):
+        notes["references"] = f"trained on, at most {sum(references)} tokens with the student's prompt"
     if other is not None:
         notes["teacher"] = (
             f"{config.teacher_model_name_or_path}, {other.parameters:,} parameters in {config.teacher_weights}, "
@@ -122,6 +125,15 @@ def prompt_lengths(data: RunData) -> list[tuple[int, int]]:
         (len(data.prompts.student(p)), len(data.teacher_prompt(p, data.alpha(p, 1.0))))
         for p in data.problems.train[:PROMPTS_MEASURED]
     ]
+
+
+def longest_reference(config: ATESDConfig, data: RunData) -> tuple[int, int]:
+    """Returns the tokens of the student's prompt and of the reference, of the training problem that has most of them;
+    (0, 0) if the objective does not train on references."""
+    if not references_in_batch(config):
+        return 0, 0
+    read = (data.imitated([problem]) for problem in data.problems.train)
+    return max(((len(prompt), len(reply)) for (prompt,), (reply,), _ in read), key=sum)
 
 
 def plan_rows(plan: MemoryPlan, shape: ModelShape, config: ATESDConfig) -> list[list[str]]:

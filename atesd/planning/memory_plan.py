@@ -84,6 +84,13 @@ def trained_bytes(shape: ModelShape, config: ATESDConfig) -> int:
     return shape.lora_parameters * FP32 if config.use_peft else shape.parameters * weight_bytes(config)
 
 
+def references_in_batch(config: ATESDConfig) -> int:
+    """Returns how many references a micro-batch trains on. `sft` takes them as responses; beside distillation each
+    problem's comes once."""
+    responses = {"sft": config.num_generations, "distill+sft": 1}
+    return config.per_device_train_batch_size * responses.get(config.objective, 0)
+
+
 def weight_bytes(config: ATESDConfig) -> int:
     return FP32 if config.torch_dtype == "float32" else BF16
 
@@ -147,20 +154,27 @@ def plan_memory(
     layout: Layout = Layout(),
     memory: float | None = None,
     teacher: ModelShape | None = None,
+    reference_tokens: tuple[int, int] = (0, 0),
 ) -> MemoryPlan:
     """Returns the memory plan of a run. It assumes that every response has `max_completion_length` tokens.
+
+    References beside the responses have a forward and backward of their own, after the responses' backward. So the
+    plan counts the larger of the two.
 
     Args:
         prompt_tokens: longest prompt of student or teacher.
         device: "cuda" or "cpu", for the loss's default chunk.
         memory: bytes of the GPU, which bound that chunk (default: an 80 GB H100's).
         teacher: `teacher_shape(config)`.
+        reference_tokens: of a student's prompt and of its reference, where the objective trains on references.
     """
     residual, low, shards = weight_bytes(config), low_bytes(config), layout.shards
     gradients = trained_bytes(shape, config)
     weights = shape.parameters * residual + shape.lora_parameters * FP32
     responses = config.per_device_train_batch_size * config.num_generations  # of a micro-batch
-    tokens = responses * (prompt_tokens + config.max_completion_length)
+    response_tokens = responses * (prompt_tokens + config.max_completion_length)
+    tokens = max(response_tokens, references_in_batch(config) * sum(reference_tokens))
+    rows = max(responses * config.max_completion_length, references_in_batch(config) * reference_tokens[1])
     kind = "fp32" if low == FP32 else "autocast over fp32 weights" if residual == FP32 else "bf16"
     a_layer = tokens * shape.elements * BYTES_PER_ACTIVATION[kind]
     if config.gradient_checkpointing:  # each layer's saved input, and all of the layer being recomputed
@@ -171,7 +185,7 @@ def plan_memory(
     else:
         activations = shape.layers * a_layer
     if teacher is not None and not config.teacher_device:  # its forward runs before the student's, a layer at a time
-        activations = max(activations, tokens * teacher.elements * BYTES_PER_ACTIVATION["bf16"])
+        activations = max(activations, response_tokens * teacher.elements * BYTES_PER_ACTIVATION["bf16"])
     # casts of the matrices, and of the adapter's, live as long as the forward's graph
     cast = shape.lora_parameters + (shape.matrices if residual == FP32 else 0) if config.bf16 and shards == 1 else 0
     # hidden states of the response tokens: student, its gradient, teacher, and their difference
@@ -179,12 +193,12 @@ def plan_memory(
     if config.teacher == "vllm_server":  # a float64 log-prob and an int64 id for each entry, two float32 each
         wide = 2 * shape.hidden + 4 * (config.teacher_top_k + 1)
     wide += (len(views_of(config)[0]) - 1) * (shape if teacher is None else teacher).hidden
-    hidden_states = responses * config.max_completion_length * wide * FP32
+    hidden_states = rows * wide * FP32
     # the process decodes all rollouts of a step at once
     in_step = responses * config.gradient_accumulation_steps
     cache = in_step * (min(prompt_tokens, config.max_prompt_length) + config.max_completion_length)
     head = shape.vocab * shape.hidden
-    rows, a_logit = responses * config.max_completion_length, logit_bytes(config)
+    a_logit = logit_bytes(config)
     loss_chunk = config.chunk_bytes or DEFAULT_CHUNK_BYTES[device]
     if device == "cuda" and not config.chunk_bytes:
         loss_chunk = gpu_chunk_bytes(rows, shape.vocab, a_logit, not config.use_peft, int(memory or H100.memory))

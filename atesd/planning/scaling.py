@@ -15,7 +15,7 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from atesd.config import ATESDConfig, load_config
 from atesd.planning.gpu_specs import H100, GPUSpec
-from atesd.planning.memory_plan import GIB, Layout, MemoryPlan, plan_memory
+from atesd.planning.memory_plan import GIB, Layout, MemoryPlan, plan_memory, references_in_batch
 from atesd.planning.model_shape import ModelShape, model_shape, teacher_shape
 from atesd.planning.time_plan import TimePlan, plan_time
 from atesd.reports.markup import markdown_table
@@ -75,7 +75,7 @@ def predict(
     Fewer shards are better because every micro-batch gathers sharded weights again.
     """
     shape = shape_of(model, config.use_peft, config.lora_r, config.lora_target_modules)
-    problems = PROBLEMS // gpus
+    problems, references = PROBLEMS // gpus, (PROMPT_TOKENS, config.max_completion_length)
     for shards in (n for n in GPUS if n <= gpus):
         for micro_batch in (n for n in (8, 4, 2, 1) if n <= problems):
             settings = replace(
@@ -83,9 +83,9 @@ def predict(
             )
             for decoding in (n for n in GPUS if n <= min(shards, gpu.node)):
                 layout = Layout(gpus, shards, decoding)
-                memory = plan_memory(shape, settings, PROMPT_TOKENS, "cuda", layout, gpu.memory, teacher)
+                memory = plan_memory(shape, settings, PROMPT_TOKENS, "cuda", layout, gpu.memory, teacher, references)
                 if memory.total <= gpu.of_memory * gpu.memory:
-                    time = plan_time(shape, settings, PROMPT_TOKENS, gpu, layout, teacher)
+                    time = plan_time(shape, settings, PROMPT_TOKENS, gpu, layout, teacher, references)
                     return Prediction(layout, micro_batch, memory, time)
     return None
 
@@ -151,10 +151,11 @@ SECONDS = "rollout teacher student loss communication total".split()
 
 
 def assumptions(config: ATESDConfig, gpu: GPUSpec = H100) -> str:
+    references = ", as long as the references that are trained on" if references_in_batch(config) else ""
     trained = f"LoRA of rank {config.lora_r}" if config.use_peft else "all weights trained"
     return (
         f"{PROBLEMS} problems a step, prompts of {PROMPT_TOKENS:,} tokens, responses of "
-        f"{config.max_completion_length:,}; {trained}, weights in {config.torch_dtype}; {gpu.name}: "
+        f"{config.max_completion_length:,}{references}; {trained}, weights in {config.torch_dtype}; {gpu.name}: "
         f"{gpu.flops / 1e12:.0f} TFLOP/s, {gpu.bandwidth / 1e12:.2f} TB/s, {gpu.link / 1e9:.0f} GB/s within a node of "
         f"{gpu.node} and {gpu.network / 1e9:.0f} GB/s between nodes by its data sheet, of which {gpu.of_flops:.0%}, "
         f"{gpu.of_bandwidth:.0%} and {gpu.of_link:.0%} are assumed to be reached; plans fill up to {gpu.of_memory:.0%} "

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from atesd.config import ATESDConfig
 from atesd.config.mixture import teacher_forwards
 from atesd.planning.gpu_specs import GPUSpec
-from atesd.planning.memory_plan import BF16, Layout, gathered_bytes, low_bytes, teacher_model_bytes, trained_bytes
+from atesd.planning.memory_plan import (
+    BF16,
+    Layout,
+    gathered_bytes,
+    low_bytes,
+    references_in_batch,
+    teacher_model_bytes,
+    trained_bytes,
+)
 from atesd.planning.model_shape import ModelShape, cached_numbers
 
 
@@ -31,17 +39,25 @@ class Traffic:
 
 
 def plan_traffic(shape: ModelShape, config: ATESDConfig, layout: Layout, teacher: ModelShape | None = None) -> Traffic:
-    """Returns a step's traffic. FSDP gathers weights for the teacher, and for the student's forward and backward."""
+    """Returns a step's traffic. FSDP gathers weights for the teacher, and for the student's forward and backward; for
+    references beside the responses once more."""
     gradients = trained_bytes(shape, config)
     weights = gathered_bytes(config, shape.parameters + shape.lora_parameters)
     of_teacher = weights if teacher is None else teacher_model_bytes(teacher, config)
     of_teacher *= config.teacher != "vllm_server"
     sharded = config.gradient_accumulation_steps * (layout.shards > 1)
+    backwards = 1 + (references_in_step(config) > 0)
     return Traffic(
-        gathered=sharded * (2 * weights + of_teacher),
-        scattered=sharded * gradients,
+        gathered=sharded * (2 * backwards * weights + of_teacher),
+        scattered=sharded * backwards * gradients,
         reduced=gradients // layout.shards if layout.processes > layout.shards else 0,
     )
+
+
+def references_in_step(config: ATESDConfig) -> int:
+    """Returns how many references a step trains on beside its responses. Those of `sft` are the responses."""
+    beside = config.objective != "sft"
+    return beside * references_in_batch(config) * config.gradient_accumulation_steps
 
 
 @dataclass(frozen=True)
@@ -60,21 +76,28 @@ class Products:
 
 
 def plan_products(
-    shape: ModelShape, config: ATESDConfig, prompt_tokens: int, teacher: ModelShape | None = None
+    shape: ModelShape,
+    config: ATESDConfig,
+    prompt_tokens: int,
+    teacher: ModelShape | None = None,
+    reference_tokens: tuple[int, int] = (0, 0),
 ) -> Products:
     """Returns a step's FLOPs for responses of `max_completion_length`. Omits the causally masked half of attention.
 
-    `teacher` is `teacher_shape(config)`.
+    `teacher` is `teacher_shape(config)`. `reference_tokens` are those of the student's prompt and of the reference,
+    which count where the objective trains on references beside the responses.
     """
     response = config.max_completion_length
     responses = config.per_device_train_batch_size * config.num_generations * config.gradient_accumulation_steps
     length, head = prompt_tokens + response, shape.vocab * shape.hidden
+    references, reference_length = references_in_step(config), sum(reference_tokens)
 
-    def without_adapter(model: ModelShape) -> int:
+    def without_adapter(model: ModelShape, sequences: int, length: int) -> int:
         attention = model.layers * 4 * model.query * length // 2  # per token: scores, and the weighted sum of values
-        return responses * length * (2 * model.matrices + attention)
+        return sequences * length * (2 * model.matrices + attention)
 
-    forward = without_adapter(shape) + responses * length * 2 * shape.lora_parameters
+    forward = without_adapter(shape, responses, length) + without_adapter(shape, references, reference_length)
+    forward += (responses * length + references * reference_length) * 2 * shape.lora_parameters
     # the teacher's part of the loss: the differences, the logits of its own head, or nothing of a server's
     other_head = head if teacher is None else shape.vocab * teacher.hidden * teacher_forwards(config)
     other_head *= config.teacher != "vllm_server"
@@ -84,10 +107,11 @@ def plan_products(
     return Products(
         prefill=responses * prompt_tokens * 2 * shape.matrices,
         decoding=responses * 2 * (shape.matrices + head),
-        teacher=teacher_forwards(config) * without_adapter(shape if teacher is None else teacher),
+        teacher=teacher_forwards(config) * without_adapter(shape if teacher is None else teacher, responses, length),
         student=passes * forward,
         # the student's logits, the hidden states' gradient, and a trained head's gradient; then the teacher's part
-        loss=((2 + (not config.use_peft)) * head + other_head) * 2 * responses * response,
+        loss=(2 + (not config.use_peft)) * head * 2 * (responses * response + references * reference_tokens[1])
+        + other_head * 2 * responses * response,
     )
 
 
@@ -108,9 +132,16 @@ class LayerTraffic:
 
 
 def layer_traffic(
-    shape: ModelShape, config: ATESDConfig, prompt_tokens: int, teacher: ModelShape | None = None
+    shape: ModelShape,
+    config: ATESDConfig,
+    prompt_tokens: int,
+    teacher: ModelShape | None = None,
+    reference_tokens: tuple[int, int] = (0, 0),
 ) -> LayerTraffic:
-    """Returns a step's traffic for layers like Qwen3's in bf16. Backward moves about twice the bytes of forward."""
+    """Returns a step's traffic for layers like Qwen3's in bf16. Backward moves about twice the bytes of forward.
+
+    Arguments are as in `plan_products`.
+    """
     hidden, heads, mlp = KERNEL_BYTES["liger" if config.use_liger_kernel else "transformers"]
 
     def forward(model: ModelShape) -> int:  # per token
@@ -121,10 +152,11 @@ def layer_traffic(
     adapter = ADAPTER_BYTES * outputs if config.use_peft else 0
     responses = config.per_device_train_batch_size * config.num_generations * config.gradient_accumulation_steps
     tokens = responses * (prompt_tokens + config.max_completion_length)
+    of_references = references_in_step(config) * sum(reference_tokens)
     passes = 3 + config.gradient_checkpointing
     return LayerTraffic(
         teacher=teacher_forwards(config) * tokens * forward(shape if teacher is None else teacher),
-        student=tokens * (forward(shape) + shape.layers * adapter) * passes,
+        student=(tokens + of_references) * (forward(shape) + shape.layers * adapter) * passes,
     )
 
 
@@ -150,13 +182,15 @@ def plan_time(
     gpu: GPUSpec,
     layout: Layout,
     teacher: ModelShape | None = None,
+    reference_tokens: tuple[int, int] = (0, 0),
 ) -> TimePlan:
     """Returns the time of a step that decodes all responses at once. Omits checkpoints, probes and evaluations.
 
-    `teacher` is `teacher_shape(config)`. Omits what 4-bit weights take to unpack.
+    `teacher` and `reference_tokens` are as in `plan_products`. Omits what 4-bit weights take to unpack.
     """
-    products, speed = plan_products(shape, config, prompt_tokens, teacher), gpu.flops * gpu.of_flops
-    between, moved = layer_traffic(shape, config, prompt_tokens, teacher), gpu.bandwidth * gpu.of_bandwidth
+    read = (prompt_tokens, teacher, reference_tokens)
+    products, speed = plan_products(shape, config, *read), gpu.flops * gpu.of_flops
+    between, moved = layer_traffic(shape, config, *read), gpu.bandwidth * gpu.of_bandwidth
     response = config.max_completion_length
     responses = config.per_device_train_batch_size * config.num_generations * config.gradient_accumulation_steps
     # per token, decoding reads all matrices and the cache, which has half of the response on average

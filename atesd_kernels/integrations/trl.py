@@ -73,7 +73,8 @@ def use_linear_divergence(
     coefficient, and logged without it as `aux_loss`; TRL's own distillation losses leave it out.
 
     Args:
-        trainer: an `SDFTTrainer`, `SDPOTrainer`, `GKDTrainer` or `DistillationTrainer`, or a subclass.
+        trainer: an `SDFTTrainer`, `SDPOTrainer`, `GKDTrainer` or `DistillationTrainer`, or a subclass; but not TRL's
+            `ServerDistillationTrainer`, which has a loss of its own.
         entry_clip, token_clip, backend, chunk_bytes: as for `linear_divergence`.
         strict: raise if the installed TRL (or the subclass) has other source than this adapter was written for. False
             warns instead and leaves the trainer unchanged, so that it trains with TRL's own loss.
@@ -100,6 +101,13 @@ def use_linear_divergence(
     }
     names = [c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.")]
     name = next((n for n in names if n in adapters), None)
+    if "ServerDistillationTrainer" in names:  # a DistillationTrainer, whose compute_loss it overrides
+        raise ValueError(
+            f"{type(trainer).__name__} is a ServerDistillationTrainer, whose loss of a server's top entries is not "
+            "replaced. Use an SDFTTrainer or SDPOTrainer with use_teacher_server=True and "
+            "distillation_mode='topk_logits', where the student's server teaches; for a server of another model call "
+            "linear_topk_divergence yourself, or train with `atesd` and teacher: vllm_server."
+        )
     if name is None:
         raise ValueError(f"{type(trainer).__name__} is none of TRL's {', '.join(adapters)}; pass one of these.")
     expected, patch = adapters[name]

@@ -259,6 +259,21 @@ def test_a_trl_it_was_not_written_for_is_named_and_left_alone(sharp_model_path, 
     assert vars(trainer) == before
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_trls_trainer_with_another_models_server_is_refused_with_what_to_use_instead(strict):
+    from trl.experimental.server_distillation import ServerDistillationTrainer
+
+    class Own(ServerDistillationTrainer):
+        pass
+
+    for kind in (ServerDistillationTrainer, Own):
+        trainer = kind.__new__(kind)  # its constructor waits for a server
+        told = rf"^{kind.__name__} is a ServerDistillationTrainer.*use_teacher_server=True.*'topk_logits'"
+        with pytest.raises(ValueError, match=told):
+            use_linear_divergence(trainer, strict=strict)
+        assert not vars(trainer)
+
+
 def test_what_it_cannot_serve_is_refused_by_name(sharp_model_path, tmp_path):
     with pytest.raises(ValueError, match="none of TRL's SDFTTrainer"):
         use_linear_divergence(object())

@@ -18,7 +18,7 @@ from atesd.data.run_data import load_run_data
 from atesd.models.batching import hidden_rows, pack
 from atesd.models.loading import ModelLoadError, context_length, load_tokenizer
 from atesd.models.recompute import is_kept
-from atesd.planning.dry_run import dry_run
+from atesd.planning.dry_run import dry_run, longest_reference, prompt_lengths
 from atesd.planning.memory_plan import GIB, Layout, plan_memory, teacher_model_bytes
 from atesd.planning.model_shape import model_shape, teacher_shape
 from atesd.planning.scaling import MODELS
@@ -245,6 +245,54 @@ def test_planned_activations_are_about_what_autograd_keeps(tiny_config, tiny_mod
     if mode == "selective":
         measured += sum(products.sizes.values())
     assert plan.activations == pytest.approx(measured, rel=0.3)
+
+
+@pytest.mark.filterwarnings("ignore:no signal")
+@pytest.mark.parametrize("objective", ["distill", "sft", "distill+sft"])
+def test_references_that_are_trained_on_are_planned_where_they_are_longer_than_responses(
+    tiny_config, tiny_model_path, sums, tmp_path, objective
+):
+    rows = [json.loads(line) for line in sums.read_text().splitlines()]
+    for row in rows:
+        row["solution"] = "Then she counts them again.\n\n" * 20 + row["solution"]
+    long = tmp_path / "long.jsonl"
+    long.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # a teacher's prompt that holds the reference would be as long
+    source = {} if objective == "sft" else {"reference_source": "none"}
+    settings = {"dataset_name": str(long), "num_generations": 2, "exposure_policy": "full"} | source
+    config = tiny_config(objective=objective, **settings)
+    shape = model_shape(AutoConfig.from_pretrained(tiny_model_path), config)
+    said = dry_run(config)
+    trainer, forwards = Trainer(Run.build(config)), []
+
+    def note(module, args, kwargs):
+        if torch.is_grad_enabled():
+            forwards.append((args[0] if args else kwargs["input_ids"]).numel())
+
+    trainer.run.student.model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+    trainer.train_step(0)
+    data = trainer.run.data
+    prompt, read = max(student for student, _ in prompt_lengths(data)), longest_reference(config, data)
+    assert ("references" in said.data["run"]) == any(read) == ("sft" in objective)
+    plan = plan_memory(shape, config, prompt, "cpu", reference_tokens=read)
+    a_token = plan_memory(shape, config, 0, "cpu").activations / (2 * 2 * config.max_completion_length)
+    assert plan.activations / a_token == pytest.approx(max(forwards), rel=0.05)
+    if objective == "distill+sft":
+        assert said.data["bytes"]["activations"] == plan.activations
+
+
+def test_the_rows_of_references_bound_the_planned_chunk_of_the_loss(tiny_config, tiny_model_path):
+    def planned(objective, reference, responses=1):
+        config = tiny_config(objective=objective, num_generations=responses, exposure_policy="full")
+        shape = model_shape(AutoConfig.from_pretrained(tiny_model_path), config)
+        return plan_memory(shape, config, 20, reference_tokens=(20, reference))
+
+    short, long = planned("distill+sft", 12), planned("distill+sft", 500)
+    assert short == planned("distill", 500) == planned("distill", 0), "no longer than the responses, or not trained on"
+    assert long.loss_chunk == 8 * short.loss_chunk  # 2 * 500 rows and 2 * 12, in tiles of 128
+    assert long.hidden_states == short.hidden_states // 12 * 500
+    # `sft` takes a reference as each response; `distill+sft` takes it once
+    assert planned("sft", 500, responses=4).hidden_states == 4 * planned("distill+sft", 500, responses=4).hidden_states
 
 
 def test_the_plan_adds_up_and_shards_what_is_always_there(tiny_config, tiny_model_path):

@@ -23,7 +23,7 @@ from atesd.planning.gpu_specs import H100, H200
 from atesd.planning.memory_plan import GIB, Layout, logit_bytes, plan_memory
 from atesd.planning.model_shape import model_shape
 from atesd.planning.time_plan import KERNEL_BYTES, layer_traffic, plan_products, plan_time, plan_traffic
-from atesd_kernels import linear_divergence, ops, planning
+from atesd_kernels import linear_divergence, linear_logprobs, ops, planning
 from bench import table
 
 PARAMETERS = {  # of the models' cards
@@ -66,9 +66,9 @@ def test_planned_products_are_those_torch_counts(config, shape, tiny_model_path)
     assert both == pytest.approx(planned.student + 3 * masked, abs=2 * rotary)
 
 
-def test_planned_products_of_the_loss_are_those_torch_counts(config, shape, monkeypatch):
-    # float64, whose products on a CPU are torch's own: the counter does not know oneDNN's
-    rows, head = (torch.randn(n, shape.hidden, dtype=torch.float64) for n in (2 * RESPONSE, shape.vocab))
+@pytest.fixture
+def flops_of_losses(monkeypatch):
+    """Counts the FLOPs of losses in float64, whose products on a CPU are torch's own: it does not know oneDNN's."""
     counter, backend = FlopCounterMode(display=False), ops._backend
 
     def counted(*names):
@@ -79,11 +79,51 @@ def test_planned_products_of_the_loss_are_those_torch_counts(config, shape, monk
         return run
 
     monkeypatch.setattr(ops, "_backend", counted)
+    return counter
+
+
+def test_planned_products_of_the_loss_are_those_torch_counts(config, shape, flops_of_losses):
+    rows, head = (torch.randn(n, shape.hidden, dtype=torch.float64) for n in (2 * RESPONSE, shape.vocab))
     for trained in (True, False):
         config.use_peft = not trained
         student, weight = rows.clone().requires_grad_(), head.clone().requires_grad_(trained)
         linear_divergence(student, weight, rows + 0.01, divergence="forward_kl", backend="torch").backward()
-        assert counter.get_total_flops() == plan_products(shape, config, PROMPT).loss
+        assert flops_of_losses.get_total_flops() == plan_products(shape, config, PROMPT).loss
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_references_beside_the_responses_add_a_forward_a_backward_and_a_loss(config, shape, flops_of_losses, trained):
+    config.use_peft, lengths = not trained, (PROMPT, RESPONSE)
+    plain = plan_products(shape, config, PROMPT, None, lengths)
+    assert plain == plan_products(shape, config, PROMPT), "objective distill reads no references"
+    moved, time = layer_traffic(shape, config, PROMPT), plan_time(shape, config, PROMPT, H100, Layout(4, 4))
+    traffic = plan_traffic(shape, config, Layout(4, 4))
+    config.objective = "sft"
+    assert plan_products(shape, config, PROMPT, None, lengths) == plain, "the references are the responses"
+
+    config.objective = "distill+sft"
+    both = plan_products(shape, config, PROMPT, None, lengths)
+    assert both.student == 2 * plain.student and both.teacher == plain.teacher and both.decoding == plain.decoding
+    assert layer_traffic(shape, config, PROMPT, None, lengths).student == 2 * moved.student
+    rows, head = (torch.randn(n, shape.hidden, dtype=torch.float64) for n in (2 * RESPONSE, shape.vocab))
+    targets = torch.zeros(2 * RESPONSE, dtype=torch.long)
+    linear_logprobs(rows.requires_grad_(), head.requires_grad_(trained), targets, backend="torch").sum().backward()
+    assert both.loss - plain.loss == flops_of_losses.get_total_flops()
+
+    again = plan_time(shape, config, PROMPT, H100, Layout(4, 4), None, lengths)
+    assert again.student == pytest.approx(2 * time.student) and again.loss > time.loss
+    assert again.teacher == time.teacher and again.rollout == time.rollout
+    again = plan_traffic(shape, config, Layout(4, 4))
+    assert again.scattered == 2 * traffic.scattered and 3 * again.gathered == 5 * traffic.gathered
+
+
+def test_scaling_assumes_references_as_long_as_responses(monkeypatch):
+    monkeypatch.setattr(scaling, "MODELS", {"Qwen3-1.7B": scaling.MODELS["Qwen3-1.7B"]})
+    both, plain = (scaling.main(flags).data for flags in (["--objective", "distill+sft"], []))
+    seconds = [each["models"]["Qwen3-1.7B"][1]["seconds"] for each in (both, plain)]
+    assert seconds[0]["student"] == pytest.approx(2 * seconds[1]["student"]) and seconds[0]["loss"] > seconds[1]["loss"]
+    said = "as long as the references that are trained on"
+    assert said in both["assumptions"] and said not in plain["assumptions"]
 
 
 def test_another_models_products_replace_the_teachers_own(config, shape):

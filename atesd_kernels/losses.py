@@ -131,10 +131,13 @@ def linear_divergence(
         logits_dtype: dtype of the student's logits, and of separate teacher logits. bf16 is faster and adds an error of
             2 to 3 % to the gradient.
         group: process group over which the heads' rows are sharded. Each rank passes its rows (`[V_rank, H]`, any
-            number, in rank order), its entries of the biases, and the same hidden states, options and (global) targets.
-            Every rank must call backward. Ranks exchange a few numbers per token and all-reduce the hidden states'
-            gradient. Every rank gets the full loss, the full gradient of the hidden states, and its shard of the head's
-            gradient. A `DTensor` head sharded by its rows supplies its own group.
+            number, in rank order), its entries of the biases, and the same hidden states, mask, options and (global)
+            targets. For backend "triton" the ranks' GPUs are of one kind: the number of multiprocessors decides how
+            rows are split. A call that differs is an error on every rank where a sample shows it (values of one row,
+            the number of unmasked tokens, a checksum of the options). Every rank must call backward. Ranks exchange a
+            few numbers per token and all-reduce the hidden states' gradient. Every rank gets the full loss, the full
+            gradient of the hidden states, and its shard of the head's gradient. A `DTensor` head sharded by its rows
+            supplies its own group.
         return_stats: also return `TokenStats`.
 
     Returns:

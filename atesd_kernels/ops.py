@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import checks, planning
-from .backends import elementwise
+from .backends import elementwise, tuning
 from .planning import TORCH
 from .shards import Shards
 from .spec import DivergenceSpec, LogprobSpec, LossSpec, RowResult, TopkSpec, accumulate_dtype, gradient_dtype
@@ -37,6 +37,14 @@ def _backend(name: str, function: str):
         of_torch = {"topk": "torch_topk", "logprob": "torch_logprobs", planning.VIEWS: "torch_views"}
         module = of_torch.get(kind, "torch_chunked")
     return getattr(importlib.import_module(f".backends.{module}", __package__), function)
+
+
+def _checked_vocab(spec: LossSpec, hidden: Tensor, weight: Tensor, mask: Tensor | None) -> int:
+    """Returns the number of entries of the whole vocabulary. With a group, all ranks then make the same call."""
+    shards = Shards(spec.group, weight.shape[0], hidden.device)
+    processors = tuning.num_processors(hidden.device) if spec.backend == "triton" else 0
+    shards.require_same(hidden, mask, spec.shared_by_ranks(), processors)
+    return shards.vocab
 
 
 def _outputs(spec: LossSpec, result: RowResult, row_weight: Tensor | None) -> Outputs:
@@ -73,8 +81,9 @@ def linear_divergence_op(
     spec: str,
 ) -> Outputs:
     options = DivergenceSpec.decode_for_forward(spec)
+    vocab = _checked_vocab(options, student_hidden, student_weight, mask)
     if targets is not None:
-        checks.check_targets(targets, mask, Shards(options.group, student_weight.shape[0], targets.device).vocab)
+        checks.check_targets(targets, mask, vocab)
     run = _backend(options.backend, "divergence_rows")
     result = run(
         options, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias, mask,
@@ -107,8 +116,9 @@ def linear_divergence_views_op(
 ) -> Outputs:
     """`linear_divergence_op` for a mixture of teachers, as `backends.MixingBackend` describes it."""
     options = DivergenceSpec.decode_for_forward(spec)
+    vocab = _checked_vocab(options, student_hidden, student_weight, mask)
     if targets is not None:
-        checks.check_targets(targets, mask, Shards(options.group, student_weight.shape[0], targets.device).vocab)
+        checks.check_targets(targets, mask, vocab)
     planning.require_views(options.backend)
     run = _backend(options.backend, planning.VIEWS)
     result = run(
@@ -137,7 +147,7 @@ def linear_logprobs_op(
     spec: str,
 ) -> Outputs:
     options = LogprobSpec.decode_for_forward(spec)
-    checks.check_targets(targets, mask, Shards(options.group, weight.shape[0], targets.device).vocab)
+    checks.check_targets(targets, mask, _checked_vocab(options, hidden, weight, mask))
     run = _backend(options.backend, "logprob_rows")
     return _outputs(options, run(options, hidden, weight, bias, targets, mask, row_weight), row_weight)
 
@@ -160,7 +170,7 @@ def linear_topk_divergence_op(
     spec: str,
 ) -> Outputs:
     options = TopkSpec.decode_for_forward(spec)
-    vocab = Shards(options.group, student_weight.shape[0], student_hidden.device).vocab
+    vocab = _checked_vocab(options, student_hidden, student_weight, mask)
     checks.check_topk(teacher_ids, teacher_logprobs, mask, vocab, normalised=options.tail != "renormalise")
     if targets is not None:
         checks.check_targets(targets, mask, vocab)

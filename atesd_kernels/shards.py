@@ -8,6 +8,7 @@ every method returns its input, so the sweeps need no second version. Backend "t
 
 from __future__ import annotations
 
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,35 +48,51 @@ class Shards:
                 raise ValueError(f"each rank needs at least one row of the head; the ranks of group= have {sizes}.")
             self.start, self.vocab, self.largest = sum(sizes[: self.group.rank()]), sum(sizes), max(sizes)
 
-    @staticmethod
-    def of(group: str | None, hidden: Tensor, weight: Tensor) -> Shards:
-        """Returns the shards of a head, `weight` `[V, H]` on this rank, after `require_same(hidden)`."""
-        shards = Shards(group, weight.shape[0], hidden.device)
-        shards.require_same(hidden)
-        return shards
-
-    def require_same(self, hidden: Tensor) -> None:
-        """Checks, by a sample, that all ranks have the same hidden states `[N, H]`.
+    def require_same(self, hidden: Tensor, mask: Tensor | None, options: str, processors: int) -> None:
+        """Checks, by samples, that all ranks make the same call. If they did not, their collectives would not match.
 
         This catches a head sharded by FSDP2, whose ranks process different data.
 
+        Args:
+            hidden: `[N, H]`; compared by N and some values of one row.
+            mask: `[N]`; compared by the number of tokens that count.
+            options: compared by checksum.
+            processors: a GPU's multiprocessors, over which backend "triton" splits rows; 0 for other backends.
+
         Raises:
-            ValueError: on every rank, if the number of rows or the sampled values differ.
+            ValueError: on every rank, if anything differs.
         """
         if self.group is None:
             return
         sample = hidden[len(hidden) // 2 :][:1, :SAMPLE].flatten().double()
-        mine = torch.nn.functional.pad(sample, (1, SAMPLE - len(sample)))
+        mine = torch.nn.functional.pad(sample, (4, SAMPLE - len(sample)))
         mine[0] = len(hidden)
-        ranks = torch.stack(self._gather(mine))
-        rows, values = ranks[:, 0], ranks[:, 1:]
+        mine[1] = len(hidden) if mask is None else mask.sum()
+        mine[2], mine[3] = zlib.crc32(options.encode()), processors
+        ranks = torch.stack(self._gather(mine)).cpu()
+        rows, counted, checksums, multiprocessors = ranks[:, :4].long().T.tolist()
+        values = ranks[:, 4:]
         # replicas of a model may differ by rounding; NaN counts as equal to NaN
         apart = (values - values[0]).abs() > 0.05 * values.abs().amax()
-        if bool((rows != rows[0]).any() | apart.any()):
+        needs = "a head sharded by its vocabulary needs"
+        if len(set(rows)) > 1 or bool(apart.any()):
             raise ValueError(
-                "a head sharded by its vocabulary needs the same hidden states on every rank, but those of the ranks "
-                f"of group= differ ({[int(n) for n in rows]} rows). If ranks process different data (FSDP2), pass the "
-                "full head: weight.full_tensor()."
+                f"{needs} the same hidden states on every rank, but those of the ranks of group= differ ({rows} rows). "
+                "If ranks process different data (FSDP2), pass the full head: weight.full_tensor()."
+            )
+        if len(set(counted)) > 1:
+            raise ValueError(
+                f"{needs} the same mask on every rank, but those of the ranks of group= count {counted} tokens."
+            )
+        if len(set(checksums)) > 1:
+            raise ValueError(
+                f"{needs} the same options on every rank (and hidden states that all require a gradient, or none), but "
+                f"those of the ranks of group= differ. This rank has {options}."
+            )
+        if len(set(multiprocessors)) > 1:
+            raise ValueError(
+                f"{needs} GPUs of one kind for backend 'triton', but those of the ranks of group= have "
+                f"{multiprocessors} multiprocessors. Use backend='torch'."
             )
 
     def _gather(self, value: Tensor) -> list[Tensor]:

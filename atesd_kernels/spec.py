@@ -58,6 +58,15 @@ class LossSpec:
     def encode(self) -> str:
         return "{" + ", ".join([f"{f.name!r}: {_literal(getattr(self, f.name))}" for f in fields(self)]) + "}"
 
+    def shared_by_ranks(self) -> str:
+        """Returns the options that must agree on all ranks of `group`, for people and for comparison.
+
+        Chunks may differ: ranks take the smallest. So may a divergence's key, which numbers objects of one name.
+        """
+        own = ("group", "chunk_bytes", "weight_grad", "bias_grad")
+        options = {f.name: str(getattr(self, f.name)).partition("#")[0] for f in fields(self) if f.name not in own}
+        return ", ".join(f"{name}={value}" for name, value in options.items())
+
     @classmethod
     @lru_cache(maxsize=1024)
     def decode(cls, text: str) -> Self:

@@ -1,7 +1,8 @@
 """Reads chats as data sets hold them: lists of turns, each with a role and a text.
 
-In a chat with one user turn that turn is the problem, whatever stands around it. In a chat with several, the last user
-turn is asked, and the turns before it are read as they are; an assistant's turn after it is the solution.
+In a chat with one user turn that turn is the problem, and the system turns before it are read too. Nothing else around
+it is. In a chat with several, the last user turn is asked, and all turns before it are read as they are; an assistant's
+turn after it is the solution.
 """
 
 from __future__ import annotations
@@ -39,18 +40,21 @@ def turns_for(chat: Sequence[Mapping[str, Any]], key: str, of_problem: bool) -> 
 
 
 def earlier_turns(chat: Sequence[Mapping[str, Any]], where: str) -> tuple[Turn, ...]:
-    """Returns the turns before the last user turn; none if there is one user turn.
+    """Returns the turns before the last user turn; only the system turns of them if there is one user turn.
 
     An assistant's text is read as a solution is, without its thinking.
 
     Args:
         where: row and column, for messages.
 
-    Raises DataError for a turn that a prompt cannot carry, and for more than a reply after the last user turn.
+    Raises DataError for a turn that a prompt cannot carry. For a chat of several user turns, also for any turn that is
+    not system, user or assistant, and for more than a reply after the last user turn.
     """
     asked = _last_asked(chat)
     if asked is None:
-        return ()
+        roles = [_role(turn) for turn in chat]
+        before = chat[: roles.index("user")] if "user" in roles else ()
+        return tuple(("system", _text(turn, where)) for turn in before if _role(turn) == "system")
     for turn in chat:
         if _role(turn) not in _CARRIED:
             raise DataError(

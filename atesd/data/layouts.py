@@ -137,7 +137,7 @@ def cell(record: dict[str, Any], key: str, column: str | None, where: str, of_pr
 
 
 def chat_before(record: dict[str, Any], column: str, where: str) -> tuple[Turn, ...]:
-    """Returns the turns of a record's chat before its last user turn; none for one user turn, and for a text.
+    """Returns the turns of a record's chat before its last user turn, as `earlier_turns` does; none for a text.
 
     Raises DataError, naming row and column, for turns that no prompt can carry.
     """

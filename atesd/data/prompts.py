@@ -270,18 +270,19 @@ class PromptBuilder:
         roles = tuple(role for role, _ in problem.earlier)
         if roles in self.carried:
             return
+        advice = "take the problem out, or use a model whose template writes them"
         marked = [(role, f"the-words-of-turn-{number}-end-here") for number, role in enumerate(roles)]
         for chat_kwargs in (self.student_chat_kwargs, self.teacher_chat_kwargs):
             try:
                 text = self._render(_SENTINEL, chat_kwargs, earlier=marked)
             except DataError as error:
-                raise DataError(f"problem {problem.id!r}: {error}") from error
+                raise DataError(f"problem {problem.id!r}: {error}. If the turns are why, {advice}") from error
             lost = list(dict.fromkeys(role for role, mark in (*marked, ("user", _SENTINEL)) if mark not in text))
             if lost:
                 names = " and ".join([", ".join(lost[:-1]), lost[-1]] if lost[1:] else lost)
                 raise DataError(
                     f"problem {problem.id!r}: the chat template leaves out its {names} turn{'s' * (len(lost) > 1)}: "
-                    "take the problem out, or use a model whose template writes them"
+                    f"{advice}"
                 )
         self.carried.add(roles)
 

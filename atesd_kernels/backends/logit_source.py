@@ -19,7 +19,7 @@ class LinearGradients:
     def __init__(self, spec: DivergenceSpec | LogprobSpec, hidden: Tensor, weight: Tensor, bias: Tensor | None):
         self.spec, self.hidden, self.weight, self.bias = spec, hidden, weight, bias
         self.num_rows, self.vocab, self.device = hidden.shape[0], weight.shape[0], hidden.device
-        self.shards = Shards.of(spec.group, hidden, weight)
+        self.shards = Shards(spec.group, self.vocab, self.device)
         self.dtype = accumulate_dtype(spec.compute_dtype)
         self.scaling = Scaling(spec)
         # dtype of the GEMMs that multiply the logits' gradient by head and hidden states

@@ -100,7 +100,7 @@ class Teacher:
     def __init__(self, spec: DivergenceSpec, h_s, w_s, h_t, w_t, bias_s, bias_t):
         shared = w_t is None
         self.spec, self.h_s, self.h_t, self.shared = spec, h_s, h_t, shared
-        self.shards = Shards.of(spec.group, h_s, w_s)
+        self.shards = Shards(spec.group, w_s.shape[0], h_s.device)
         self.w = w_s if shared else w_t.to(spec.compute_dtype)
         self.s_dtype, self.o_dtype = logit_dtypes(spec, shared)
         self.is_delta = delta_parts(spec, shared)
@@ -145,7 +145,7 @@ def logprob_rows(
     num_rows, vocab = hidden.shape[0], weight.shape[0]
     in_place = spec.logits_dtype == dtype
     bytes_per_logit = spec.logits_dtype.itemsize + (0 if in_place or not spec.any_grad else dtype.itemsize)
-    shards = Shards.of(spec.group, hidden, weight)
+    shards = Shards(spec.group, vocab, device)
     targets = shards.local(targets)
     chunks = row_chunks(num_rows, vocab, bytes_per_logit, spec, shards)
     gradients = Gradients(spec, hidden, weight, bias, mask, shards, len(chunks))

@@ -44,7 +44,7 @@ def topk_rows(
     in_place = s_dtype == dtype
     bytes_per_logit = s_dtype.itemsize + (0 if in_place or not spec.any_grad else dtype.itemsize)
     entries = -(-teacher_ids.shape[1] * BYTES_PER_ENTRY // bytes_per_logit)
-    shards = Shards.of(spec.group, student_hidden, student_weight)
+    shards = Shards(spec.group, vocab, device)
     chunks = row_chunks(num_rows, vocab + entries, bytes_per_logit, spec, shards)
     gradients = Gradients(spec, student_hidden, student_weight, student_bias, mask, shards, len(chunks))
     rows_of = Rows(spec, shards, num_rows, teacher_ids, teacher_logprobs, mask, row_weight, targets)

@@ -47,7 +47,7 @@ class Mixture:
 
     def __init__(self, spec: DivergenceSpec, h_s, w_s, h_t, w_t, bias_s, bias_t, mix: Tensor):
         self.spec, self.h_s, self.w_s, self.h_t, self.w_t = spec, h_s, w_s, h_t, w_t
-        self.shards = Shards.of(spec.group, h_s, w_s)
+        self.shards = Shards(spec.group, w_s.shape[0], h_s.device)
         self.mix = mix.float().contiguous()  # [M, N]
         bias = self.bias = Biases(bias_s, bias_t, len(h_t), torch.float32)
         self.biases = (None, None)

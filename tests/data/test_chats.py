@@ -1,4 +1,4 @@
-"""Chats of several turns as problems: the last user turn is asked, and both prompts begin with the earlier ones."""
+"""Chats as problems: the last user turn is asked, and both prompts begin with the earlier ones."""
 
 from __future__ import annotations
 
@@ -85,11 +85,22 @@ def test_chats_of_other_spellings_and_from_other_columns_are_read(load):
         assert (problem.solution, problem.answer) == (WORKED, "14")
 
 
-def test_a_chat_with_one_user_turn_is_that_turn_alone(load):
-    chats = [(("system", "Be brief."), ("user", THEN), ("assistant", WORKED)), (("user", THEN), ("assistant", WORKED))]
-    for chat in chats:
-        (problem,) = load({"messages": turns(*chat)})
-        assert problem == Problem("rows-0", THEN, WORKED, "14")
+def test_a_chat_with_one_user_turn_is_that_turn_with_its_system_turn(load):
+    one = turns(("user", THEN), ("assistant", WORKED))
+    system = turns(("system", " Be brief.\n"))
+    (alone,) = load({"messages": one})
+    assert alone == Problem("rows-0", THEN, WORKED, "14")
+    (problem,) = load({"messages": system + one})
+    assert problem == Problem("rows-0", THEN, WORKED, "14", earlier=(("system", "Be brief."),))
+    assert problem.key != alone.key
+    # tools' turns around it are not read
+    (tools,) = load({"messages": [TOOL, *system, one[0], TOOL, one[1]]})
+    assert tools == problem
+
+
+def test_a_system_turn_that_is_no_text_is_refused_by_row(load):
+    with pytest.raises(DataError, match="rows-0: column 'messages' holds a chat with a system turn that is no text"):
+        load({"messages": turns(("system", {"text": "x"}), ("user", THEN), ("assistant", WORKED))})
 
 
 def test_a_chat_that_no_reply_follows_has_no_solution(load):
@@ -191,10 +202,23 @@ def test_a_row_s_system_turn_takes_the_place_of_the_templates():
     builder = builder_of(tokenizer, PromptTemplates(system="Be careful."))
     texts = [
         tokenizer.decode(builder.student(asked(*earlier)))
-        for earlier in ([("system", "Be brief."), *ASKED[:2]], ASKED[:2], [])
+        for earlier in ([("system", "Be brief."), *ASKED[:2]], ASKED[:2], [], [("system", "Be brief.")])
     ]
-    assert ["Be careful." in text for text in texts] == [False, True, True]
-    assert "Be brief." in texts[0]
+    assert [text.count("Be careful.") for text in texts] == [0, 1, 1, 0]
+    assert [text.count("Be brief.") for text in texts] == [1, 0, 0, 1]
+
+
+def test_the_system_turn_of_a_one_turn_chat_stands_once_in_both_prompts(load):
+    tokenizer = make_tokenizer()
+    builder, templates = builder_of(tokenizer, PromptTemplates(system="Be careful.")), PromptTemplates()
+    (problem,) = load({"messages": turns(("system", "Be brief."), ("user", THEN), ("assistant", WORKED))})
+    before = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+    after = "<|im_end|>\n<|im_start|>assistant\n"
+    asks = templates.student.replace("{problem}", THEN)
+    assert tokenizer.decode(builder.student(problem)) == before + asks + after
+    for alpha in (0.0, 1.0):
+        teacher = tokenizer.decode(builder.teacher(problem, REFERENCE, alpha))
+        assert teacher.startswith(before) and teacher.count("<|im_start|>system") == teacher.count("Be brief.") == 1
 
 
 @pytest.mark.parametrize(
@@ -218,8 +242,16 @@ def test_a_row_s_system_turn_takes_the_place_of_the_templates():
 def test_a_chat_that_the_template_cannot_carry_is_refused_by_name(template, told):
     builder = builder_of(make_tokenizer(template))
     assert builder.student(asked())
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=f"{told}.*take the problem out, or use a model whose template"):
         builder.student(asked(("system", "Be brief."), *ASKED[:2]))
+
+
+def test_a_one_turn_chat_s_system_turn_is_refused_by_name_where_the_template_has_no_such_role():
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    builder = builder_of(make_tokenizer(refuses + CHATML))
+    told = "problem 'p': .*the turns system, user: System role not supported.*take the problem out, or use a model"
+    with pytest.raises(DataError, match=told):
+        builder.student(asked(("system", "Be brief.")))
 
 
 REAL = ["qwen3", "qwen2_5", "qwen3_instruct_2507", "llama3", "llama3_1", "phi3_5", "gptoss", "deepseek_r1_distill"]
@@ -238,6 +270,10 @@ def test_templates_of_real_models_carry_chats(name):
         text = tokenizer.decode(ids)
         places = [text.index(part) for part in ("Be brief.", FIRST, REPLY, f"{THEN} <|im_end|>")]
         assert places == sorted(places) and text.endswith(builder.student_suffix)
+    one = asked(("system", "Be brief."))
+    for ids in (builder.student(one), builder.teacher(one, REFERENCE, 1.0)):
+        text = tokenizer.decode(ids)
+        assert text.count("Be brief.") == text.count(THEN) == 1 and text.index("Be brief.") < text.index(THEN)
 
 
 def test_earlier_turns_count_for_every_limit():

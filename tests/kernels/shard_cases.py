@@ -14,6 +14,7 @@ from atesd_kernels import linear_divergence, linear_logprobs, planning, referenc
 from .cases import DIVERGENCES, clip_between_entries, make_pair
 
 BETA = 0.3
+OWN_PAIR = dict(n=5, scale=0.3)
 # of a batch whose rows lie on several ranks
 ROW_OPTIONS = {
     "mean over all ranks' tokens": {},
@@ -82,6 +83,10 @@ def all_cases() -> dict[str, Case]:
     found["absent entries, separate"] = Case(dict(shared=False), dict(absent, teacher_bias="absent"))
     found["small chunks"] = Case({}, dict(chunk_bytes=60 * 8 * 5, mask="mask"))
     found["several blocks"] = Case(dict(n=3, v=3 * planning.CPU_BLOCK_COLUMNS), stats)
+    half = dict(dtype=torch.float16)
+    found["fp16"] = Case(dict(half, n=67), dict(stats, divergence="jsd", beta=BETA))
+    found["fp16, separate"] = Case(dict(half, n=67, shared=False), dict(mask="mask"))
+    found["log-probabilities in fp16"] = Case(half, dict(targets="targets"), True, True, linear_logprobs)
     found["float64"] = Case(dict(dtype=torch.float64))
     found["float64, separate"] = Case(dict(dtype=torch.float64, shared=False), dict(divergence="jsd"))
     for name, views in (("views", (None, None)), ("views with heads", (20, None, 16))):
@@ -104,6 +109,7 @@ def all_cases() -> dict[str, Case]:
 
 
 FEW_ROWS = 5
+SIMPLE = ("forward_kl", "jsd")  # with a known sum of derivatives, and without
 
 
 def triton_cases() -> dict[str, Case]:
@@ -121,6 +127,19 @@ def triton_cases() -> dict[str, Case]:
         rows = 13 if "statistics" in name or "entry_clip" in name else 3 if "blocks" in name else FEW_ROWS
         found[name] = replace(case, pair={**case.pair, "n": rows})
     return found
+
+
+def computed(backend: str, name: str, world: int) -> bool:
+    """Whether `world` ranks compute the case. In the interpreter, two ranks take only two of the divergences: three
+    ranks, one of which has hardly any rows, take all of them."""
+    divergence = CASES[backend][name].options.get("divergence", "forward_kl")
+    return backend == "torch" or world > 2 or divergence in SIMPLE
+
+
+def squared(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """A divergence of one's own: the sum over the vocabulary of (p - q)^2."""
+    p, q = log_p.exp(), log_q.exp()
+    return (p - q) ** 2, 2 * (q - p) * q
 
 
 class Own:

@@ -22,9 +22,23 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from atesd_kernels import exposure_logprobs, linear_divergence, linear_logprobs, linear_topk_divergence
+from atesd_kernels import DivergenceTerm, exposure_logprobs, linear_divergence, linear_logprobs, linear_topk_divergence
+from atesd_kernels.backends import tuning
 
-from .shard_cases import CASES, ROW_OPTIONS, TOPK_OPTIONS, Case, Own, evaluate, shares, whole_call
+from .shard_cases import (
+    CASES,
+    FEW_ROWS,
+    OWN_PAIR,
+    ROW_OPTIONS,
+    TOPK_OPTIONS,
+    Case,
+    Own,
+    computed,
+    evaluate,
+    shares,
+    squared,
+    whole_call,
+)
 from .topk_cases import TAILS
 
 OWN = f"{Own.__module__}:{Own.__name__}"
@@ -85,11 +99,12 @@ class Rank:
 
     def of_topk(self, options: dict[str, Any], tail: str, backend: str) -> dict:
         """Against a teacher's top entries, some of which lie on each rank; without a group it is the whole head."""
-        call = whole_call(Case(dict(n=13, scale=0.2), options))
+        call = whole_call(Case(dict(n=13 if backend == "torch" else 7, scale=0.2), options))
         teacher, head = call.tensors["teacher_hidden"], call.tensors["student_weight"]
         call.options["tail"] = tail
         found = {}
-        for name, cut, group in (("shards", self.share, self.group), ("whole", lambda tensor: tensor, None)):
+        kinds = [("shards", self.share, self.group), ("whole", lambda tensor: tensor, None)]
+        for name, cut, group in kinds[: 2 if self.rank == 0 else 1]:
             logprobs, ids = (teacher @ head.T).log_softmax(-1).topk(7)
             ids[3, 4:] = -1
 
@@ -99,6 +114,29 @@ class Rank:
             student = {name: call.tensors[name] for name in ("student_hidden", "student_weight")}
             found[name] = evaluate(loss, replace(call, tensors=student), cut, True, group=group, backend=backend)
         return found
+
+    def of_no_rows(self, backend: str) -> list[dict]:
+        call = whole_call(Case(dict(n=0), dict(targets="targets", return_stats=True, student_bias="bias")))
+        student = {"hidden": call.tensors["student_hidden"], "weight": call.tensors["student_weight"]}
+        logprobs = replace(call, tensors=student, options={"targets": call.options["targets"]}, upstream=torch.ones(0))
+        calls = ((linear_divergence, call), (linear_logprobs, logprobs))
+        return [evaluate(loss, c, self.share, True, group=self.group, backend=backend) for loss, c in calls]
+
+    def alone(self, backend: str) -> list[dict]:
+        """In a group of this rank, and without a group."""
+        groups = [dist.new_group([rank]) for rank in range(self.world)]
+        call = whole_call(Case(dict(n=FEW_ROWS), dict(mask="mask", targets="targets", return_stats=True)))
+        return [
+            evaluate(linear_divergence, call, lambda tensor: tensor, True, group=group, backend=backend)
+            for group in (groups[self.rank], None)
+        ]
+
+    def of_own_term(self, backend: str) -> dict:
+        """A divergence of one's own. Each rank has made another number of objects with its name."""
+        for _ in range(1 + self.rank):
+            term = DivergenceTerm("squared", squared, triton="tests.kernels.own_term:squared")
+        call = whole_call(Case(OWN_PAIR, dict(divergence=term)))
+        return evaluate(linear_divergence, call, self.share, True, group=self.group, backend=backend)
 
     def of_exposure(self, backend: str) -> tuple[Tensor, Tensor]:
         """Over a DTensor head, and over the whole one."""
@@ -159,12 +197,28 @@ class Rank:
         }
         if self.rank > 0:
             attempts["not a member"] = lambda: linear_divergence(hidden, share, teacher, group=first)
+        mask = torch.arange(13) < 12 - self.rank
+        unlike = hidden.clone().requires_grad_(self.rank == 0)
+        attempts |= {
+            "other mask": lambda: linear_divergence(hidden, share, teacher, mask=mask, group=self.group),
+            "logprobs, other mask": lambda: linear_logprobs(hidden, share, outside - 9, mask=mask, group=self.group),
+            "other options": lambda: linear_divergence(
+                hidden, share, teacher, temperature=1.0 + self.rank, group=self.group
+            ),
+            "one gradient": lambda: linear_divergence(unlike, share, teacher, group=self.group),
+        }
+        if "triton" in CASES:
+            attempts["other GPUs"] = lambda: linear_divergence(
+                hidden, share, teacher, group=self.group, backend="triton"
+            )
         said = {}
+        processors, tuning.num_processors = tuning.num_processors, lambda device: 132 - self.rank
         for name, attempt in attempts.items():
             try:
                 attempt()
             except Exception as error:
                 said[name] = f"{type(error).__name__}: {error}"
+        tuning.num_processors = processors
         # whoever refused left nothing half done: the ranks still agree
         said["after"] = f"{linear_divergence(hidden, share, teacher, group=self.group).item():.6f}"
         return said
@@ -189,7 +243,7 @@ class Rank:
         everything = dict(targets="targets", return_stats=True, entry_clip=0.01)
         for v, backend in itertools.product((101, 1009), CASES):
             for trained, options in ((False, {}), (False, everything), (True, {})):
-                call = whole_call(Case(dict(v=v), options))
+                call = whole_call(Case(dict(v=v, n=FEW_ROWS), options))
                 hidden, head, teacher = (
                     call.tensors[k] for k in ("student_hidden", "student_weight", "teacher_hidden")
                 )
@@ -209,6 +263,7 @@ class Rank:
                 )
                 for backend, cases in CASES.items()
                 for name, case in cases.items()
+                if computed(backend, name, self.world)
             },
             "rows": {name: self.of_its_rows(options) for name, options in ROW_OPTIONS.items()},
             "topk": {
@@ -217,6 +272,9 @@ class Rank:
                 for name, o in TOPK_OPTIONS.items()
                 for tail in TAILS
             },
+            "no rows": {backend: self.of_no_rows(backend) for backend in CASES},
+            "alone": {backend: self.alone(backend) for backend in CASES},
+            "own term": {backend: self.of_own_term(backend) for backend in CASES},
             "dtensor": self.of_a_dtensor(linear_divergence),
             "dtensor, log-probabilities": self.of_a_dtensor(linear_logprobs),
             "dtensor, exposure": [self.of_exposure(backend) for backend in CASES],

@@ -42,8 +42,9 @@ def _backend(name: str, function: str):
 def _checked_vocab(spec: LossSpec, hidden: Tensor, weight: Tensor, mask: Tensor | None) -> int:
     """Returns the number of entries of the whole vocabulary. With a group, all ranks then make the same call."""
     shards = Shards(spec.group, weight.shape[0], hidden.device)
-    processors = tuning.num_processors(hidden.device) if spec.backend == "triton" else 0
-    shards.require_same(hidden, mask, spec.shared_by_ranks(), processors)
+    if spec.group is not None:
+        processors = tuning.num_processors(hidden.device) if spec.backend == "triton" else 0
+        shards.require_same(hidden, mask, spec.shared_by_ranks(), processors)
     return shards.vocab
 
 

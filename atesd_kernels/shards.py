@@ -62,8 +62,6 @@ class Shards:
         Raises:
             ValueError: on every rank, if anything differs.
         """
-        if self.group is None:
-            return
         sample = hidden[len(hidden) // 2 :][:1, :SAMPLE].flatten().double()
         mine = torch.nn.functional.pad(sample, (4, SAMPLE - len(sample)))
         mine[0] = len(hidden)

@@ -307,6 +307,7 @@ def test_a_teacher_known_by_its_top_entries(dtype, options, tail):
     assert all(relative(g, t) <= BOUND[dtype] for g, t in zip(grads, true_grads, strict=True))
 
 
+SCALING = ("student_bias", "teacher_bias", "teacher_mix", "softcap", "temperature")
 SHARD_OPTIONS = {
     "plain": {},
     "one sweep": dict(divergence="reverse_kl"),
@@ -315,6 +316,7 @@ SHARD_OPTIONS = {
         mask=torch.tensor([True, False, True, True, True]),
         student_bias=torch.linspace(-1, 1, 301), teacher_bias=torch.linspace(-0.98, 1, 301),
     ),
+    "views": dict(divergence="jsd", beta=0.3, temperature=0.7),
 }  # fmt: skip
 
 
@@ -328,10 +330,12 @@ def together(world, monkeypatch, tensors, options, function=linear_divergence):
 
     def mine(rank):
         def share(x):
-            return x.split(sizes)[rank].clone()
+            if isinstance(x, list):
+                return [share(y) for y in x]
+            return x.split(sizes)[rank].clone() if x is not None and len(x) == 301 else x
 
         h, w = tensors[0].clone().requires_grad_(), share(tensors[1]).requires_grad_()
-        rest = [share(x) if x is not None and len(x) == 301 else x for x in tensors[2:]]
+        rest = [share(x) for x in tensors[2:]]
         known = {k: share(v) if "bias" in k else v for k, v in options.items()}
         loss, stats = function(h, w, *rest, backend="triton", group=ranks, return_stats=True, **known)
         loss.backward()
@@ -350,7 +354,10 @@ def together(world, monkeypatch, tensors, options, function=linear_divergence):
 def test_a_head_sharded_by_its_vocabulary(options, shared, world, monkeypatch):
     """Three ranks' programs are filled up to a power of two; the last rank's are mostly empty."""
     dtype = torch.bfloat16 if options == "plain" else torch.float32
-    tensors, options = pair(dtype, shared=shared), SHARD_OPTIONS[options]
+    tensors, several, options = pair(dtype, shared=shared), options == "views", SHARD_OPTIONS[options]
+    if several:
+        tensors, mix = views(dtype, None if shared else 40)
+        options = dict(options, teacher_mix=mix)
     targets = torch.tensor([0, 300, 5, 128, 299])
     loss, stats, *grads = together(world, monkeypatch, tensors, dict(options, targets=targets))
     h, w, t, w_t = map(in_float64, tensors)
@@ -360,7 +367,7 @@ def test_a_head_sharded_by_its_vocabulary(options, shared, world, monkeypatch):
     one_gpu = linear_divergence(*map(on_gpu, tensors), backend="triton", **{k: on_gpu(v) for k, v in options.items()})
     assert relative(loss, one_gpu.cpu().double()) <= LOSS_BOUND[dtype]
     assert all(relative(g, x.grad) <= BOUND[dtype] for g, x in zip(grads, (h, w), strict=True))
-    scaling = {k: v for k, v in options.items() if k in ("student_bias", "teacher_bias", "softcap", "temperature")}
+    scaling = {k: v for k, v in options.items() if k in SCALING}
     s, t = reference.logit_pair(h.detach(), w.detach(), t, w_t, **scaling)
     known = {k: v for k, v in options.items() if k in ("divergence", "beta")}
     for value, expected in zip(stats, reference.token_stats(s, t, targets, **known), strict=True):

@@ -260,7 +260,8 @@ def test_a_study_that_ships_is_valid_for_every_seed_and_variant(name, tmp_path, 
     (tmp_path / "lab/tuning.jsonl").touch()
     (tmp_path / "lab/problems.jsonl").touch()
     spec = load_spec(name)
-    assert spec.about and len(spec.seeds) >= {"fixed-exposure": 3, "lab-tuning": 1, "lab-tuning-grpo": 1}.get(name, 5)
+    fewer = {"fixed-exposure": 3, "lab-tuning": 1, "lab-tuning-grpo": 1, "lab-mending": 3}
+    assert spec.about and len(spec.seeds) >= fewer.get(name, 5)
     for variant in spec.variants:
         config = spec.config(variant, 1, tmp_path / "run", [])
         assert (config.seed, config.num_eval_problems) == (1, spec.measure.problems)

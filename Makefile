@@ -61,7 +61,7 @@ OLDEST_TESTS := tests/test_trainer.py tests/models/test_varlen.py tests/kernels/
 test-oldest: $(OLDEST_VENV)/.installed
 	$(OLDEST) -m pytest $(OLDEST_TESTS) --numprocesses auto --dist worksteal $(ARGS)
 	$(OLDEST) -m pytest -p tests.kernels.compiled_only --noconftest tests/kernels/test_triton_gpu.py -q
-	$(OLDEST) -m bench.gpu.warm --compile-only 3
+	$(OLDEST) -m bench.gpu.warm --compile-only headline
 	$(OLDEST) -m bench.gpu --dry --out $(OLDEST_VENV)/gpu-results
 
 $(OLDEST_VENV)/.installed: requirements-oldest.txt | can-test-oldest

@@ -10,7 +10,7 @@ import pytest
 
 from bench import machine
 from bench.gpu import __main__ as command
-from bench.gpu import report, tables
+from bench.gpu import correct, report, tables, training
 from bench.gpu.stage import Stage, read
 
 
@@ -109,3 +109,27 @@ def test_a_target_is_judged_by_its_worst_figure(monkeypatch):
     what, limit, _, worst, within = tables.TARGETS[0]
     monkeypatch.setattr(tables, "TARGETS", [(what, limit, tables.gradient_errors, worst, within)])
     assert "| 0.7 | two | **no** |" in tables.target_rows()
+
+
+def test_outcomes_are_counted_by_file_also_of_tests_whose_names_hold_spaces(tmp_path):
+    output = (
+        "[gw0] [ 1%] PASSED tests/a.py::t[x] \n[gw1] FAILED tests/b.py::t[two words] \n[gw0] SKIPPED tests/b.py::u\n"
+    )
+    output += "= short test summary info =\nFAILED tests/a.py::t[x]\n"
+    report = tmp_path / "report.xml"
+    failure = '<testcase classname="tests.b" name="t[two words]"><failure message="too large"/></testcase>'
+    report.write_text(f"<testsuite>{failure}</testsuite>")
+    found = correct.counts(output, ("tests/b.py",), correct.failures(report))
+    assert found == {"passed": 0, "failed": 1, "skipped": 1, "failures": {"tests/b.py::t[two words]": "too large"}}
+    assert correct.outcome(correct.counts(output, ("tests/a.py",), {})) == "1 passed, 0 failed, 0 skipped"
+
+
+def test_two_runs_are_compared_row_by_row():
+    def rows(*losses):
+        names = dict.fromkeys(training.COMPARED_METRICS, 1.0)
+        return [{**names, "step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+
+    assert training.difference(rows(2.0, 4.0), rows(2.0, 4.0))["equal"]
+    found = training.difference(rows(2.0, 4.0), rows(2.0, 5.0))
+    assert (found["equal"], found["first"], found["largest"]["loss"]) == (False, 2, 0.25)
+    assert training.difference(rows(2.0), rows(2.0, 5.0))["first"] is None

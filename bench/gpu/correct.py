@@ -86,7 +86,7 @@ def run_tests(stage: Stage, groups: dict[str, tuple[str, ...]]) -> dict[str, dic
     output, why = log.read_text(errors="replace"), failures(report)
     found = {name: {"ended": ended, **counts(output, paths, why)} for name, paths in groups.items()}
     for name, tests in found.items():
-        stage.say(f"{name}: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped")
+        stage.say(f"{name}: {outcome(tests)}")
         for test, reason in tests["failures"].items():
             stage.say(f"FAILED {test}: {reason[:250]!r}")
     if not any(tests["passed"] for tests in found.values()):
@@ -118,6 +118,10 @@ def counts(output: str, paths: tuple[str, ...], why: dict[str, str]) -> dict:
         "skipped": outcomes["SKIPPED"],
         "failures": {test: why.get(test, "") for test in failed[:MOST_FAILURES]},
     }
+
+
+def outcome(tests: dict) -> str:
+    return ", ".join(f"{tests[kind]} {kind}" for kind in ("passed", "failed", "skipped"))
 
 
 def large_logits(stage: Stage) -> dict:
@@ -244,10 +248,9 @@ def table(result: dict) -> str:
         verdict = {True: "passed", False: "FAILED", None: "not run"}[found["passed"]]
         lines.append(f"- {name.replace('_', ' ')}: {verdict} {errors or found.get('why', '')}".rstrip())
     for name, tests in result.get("tests", {}).items():
-        counts = ", ".join(f"{tests[key]} {key}" for key in ("passed", "failed", "skipped") if key in tests)
         cut = "" if tests["ended"] else " (stopped by its time limit)"
-        lines.append(f"- tests, {name}: {counts or tests['why']}{cut}")
-        lines += [f"  - {test}: {why[:120]}" for test, why in list(tests.get("failures", {}).items())[:8]]
+        lines.append(f"- tests, {name}: {outcome(tests)}{cut}")
+        lines += [f"  - {test}: {why[:120]}" for test, why in list(tests["failures"].items())[:8]]
     if "sanitizer" in result:
         lines.append(f"- compute-sanitizer: {'no fault' if result['sanitizer']['passed'] else 'FAILED'}")
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from bench import machine, timing
 from bench.entrants import DENSE, OURS, TRL_CHUNKED
-from bench.gpu import headline, rollouts, step_table, training
+from bench.gpu import correct, headline, rollouts, step_table, training
 from bench.gpu.step_variants import CHUNKED as CHUNKED_STEP
 from bench.gpu.step_variants import OURS as OUR_STEP
 from bench.machine import markdown
@@ -200,8 +200,7 @@ def correct_rows() -> str:
     for result in results():
         found = result["stages"].get("correct", {})
         for name, tests in found.get("tests", {}).items():
-            counts = ", ".join(f"{tests[key]} {key}" for key in ("passed", "failed", "skipped") if key in tests)
-            cells.append([f"tests, {name}", card(result), counts or tests["why"]])
+            cells.append([f"tests, {name}", card(result), correct.outcome(tests)])
         for name, check in found.get("checks", {}).items():
             verdict = {True: "passed", False: "failed", None: "not run"}[check["passed"]]
             cells.append([name.replace("_", " "), card(result), verdict])

@@ -9,7 +9,6 @@ reported, not required.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import statistics
@@ -20,7 +19,7 @@ import time
 from pathlib import Path
 
 from atesd.reports.learned import headline, read_comparison
-from atesd.reports.metrics import METRICS, read_steps
+from atesd.reports.metrics import METRICS, read_jsonl
 from atesd.studies.lab.pretrain import make_lab
 from bench.gpu.clock import first_line
 from bench.gpu.stage import Stage
@@ -73,8 +72,8 @@ def finish(stage: Stage, lab: Path, process: subprocess.Popen, log: str) -> None
         raise RuntimeError(f"status {status}: {(lab / log).read_text(errors='replace')[-600:]}")
 
 
-def rows_of(run_dir: Path) -> list[dict]:
-    return [row for row in read_steps(run_dir / METRICS)[0] if "loss" in row]
+def steps_of(run_dir: Path) -> list[dict]:
+    return [row for row in read_jsonl(run_dir / METRICS) if "loss" in row]
 
 
 def learn(stage: Stage, lab: Path) -> dict:
@@ -86,7 +85,7 @@ def learn(stage: Stage, lab: Path) -> dict:
         time.sleep(WAIT)
     to_first_row = time.time() - began
     finish(stage, lab, process, "learns.txt")
-    seconds, rows, found = time.time() - began, rows_of(run_dir), read_comparison(run_dir)
+    seconds, rows, found = time.time() - began, steps_of(run_dir), read_comparison(run_dir)
     names = [name for name in rows[0] if name.startswith("seconds_")]  # the last row has an evaluation's as well
     phases = {name: statistics.median(row[name] for row in rows) for name in names}
     result = {
@@ -113,24 +112,17 @@ def kill_and_resume(stage: Stage, lab: Path) -> dict:
     whole = start(stage, lab, command(stage, "whole", steps, save), "whole.txt")
     killed = start(stage, lab, command(stage, "killed", steps, save), "killed.txt")
     run_dir = lab / "runs/killed"
-    while killed.poll() is None and len(logged(run_dir)) < steps // 2 + 1:
+    while killed.poll() is None and len(steps_of(run_dir)) < steps // 2 + 1:
         time.sleep(WAIT)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    at_kill = len(logged(run_dir))
+    at_kill = len(steps_of(run_dir))
     resumed = start(stage, lab, [sys.executable, "-m", "atesd", "train", "--resume", "runs/killed"], "resumed.txt")
     finish(stage, lab, resumed, "resumed.txt")
     finish(stage, lab, whole, "whole.txt")
-    result = {"steps": steps, "killed_after": at_kill, **difference(rows_of(lab / "runs/whole"), rows_of(run_dir))}
+    result = {"steps": steps, "killed_after": at_kill, **difference(steps_of(lab / "runs/whole"), steps_of(run_dir))}
     stage.say(f"killed after step {at_kill} of {steps} and resumed: {result}")
     return result
-
-
-def logged(run_dir: Path) -> list[dict]:
-    """Whole lines only: the last one may be half written."""
-    path = run_dir / METRICS
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [row for row in map(json.loads, lines) if "loss" in row]
 
 
 def difference(one: list[dict], other: list[dict]) -> dict:
@@ -160,15 +152,11 @@ def learned_cells(found: dict) -> list[tuple[str, str]]:
     before, after = found["seconds_to_first_row"], found["seconds_after_last_row"]
     whole = f"{found['seconds']:.0f} s, {before:.0f} of them before the first step and {after:.0f} after the last"
     return [
-        (f"full exposure, {found['steps']} steps", accuracy(found)),
+        (f"full exposure, {found['steps']} steps", headline(found["accuracy"])),
         ("a step, ms", f"{step:.0f} ({parts})"),
         ("the whole run", whole),
         ("peak memory", f"{found['peak_memory_bytes'] / 2**30:.2f} GiB"),
     ]
-
-
-def accuracy(found: dict) -> str:
-    return headline({"example": None, "step": found["steps"], **found["accuracy"]})
 
 
 def resumption(found: dict) -> str:

@@ -73,7 +73,10 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["atesd", "atesd.*", "atesd_kernels", "atesd_kernels.*"]),
     package_data={
-        "atesd": ["py.typed", "README.md", "recipes/*.yaml", "recipes/accelerate/*.yaml", "studies/shipped/*.yaml"],
+        "atesd": [
+            *("py.typed", "README.md", "studies/shipped/*.yaml"),
+            *("recipes/*.yaml", "recipes/quickstart/*", "recipes/accelerate/*.yaml"),
+        ],
         "atesd_kernels": ["py.typed", "README.md"],
     },
     zip_safe=False,

@@ -211,6 +211,7 @@ class Run(RunParts):
         totals: TokenTotals,
         stats: dict[str, float],
         rewards: dict[str, float],
+        problems: list[Problem],
         rollouts: list[Rollout],
         outcome: dict[str, float | None],
         learned: dict[str, float],
@@ -230,7 +231,7 @@ class Run(RunParts):
             **stats,
             **clip_fraction(self.config, totals.objective(loss), totals, stats.get("mismatch"), self.weighted),
             **self.processes.all_reduce_mean(
-                rewards | response_metrics(rollouts) | text_metrics(self.tokenizer, self.wording, rollouts)
+                rewards | response_metrics(rollouts) | text_metrics(self.tokenizer, self.wording, problems, rollouts)
             ),
             "num_tokens": num_tokens,
             **self.engine_mismatch.take(self.processes.gather),

@@ -26,16 +26,18 @@ def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     return {name: sum(column) / len(rollouts) for name, column in values.items()}
 
 
-def text_metrics(tokenizer: Any, wording: TeacherWording, rollouts: Sequence[Rollout]) -> dict[str, float]:
+def text_metrics(
+    tokenizer: Any, wording: TeacherWording, problems: Sequence[Problem], rollouts: Sequence[Rollout]
+) -> dict[str, float]:
     """Returns means over a step's responses: `end_of_turn_rate`, the share that ended by itself; `after_answer`, the
     share of their characters that follow the last answer; and `context_leakage`, the share that echoes the teacher's
-    templates."""
+    templates and not its problem's solution."""
     after, echoed = [], []
-    for rollout in rollouts:
+    for problem, rollout in zip(problems, rollouts, strict=True):
         written = rollout.counted(rollout.response_ids)
         prompt, response = (tokenizer.decode(ids) for ids in (rollout.prompt_ids, written))
         after.append(len(response[answer_end(response) :].strip()) / max(1, len(response)))
-        echoed.append(wording.echoed(response, prompt))
+        echoed.append(wording.echoed(response, prompt, problem.solution))
     ended = [rollout.finite and not rollout.truncated for rollout in rollouts]
     values = {"end_of_turn_rate": ended, "after_answer": after, "context_leakage": echoed}
     return {name: sum(column) / len(rollouts) for name, column in values.items()}

@@ -153,7 +153,7 @@ class Trainer:
         signals = policy_signals(totals.objective(loss), stats, run.objective.needs_reward, skipped)
         learned = run.exposure.observe(t, signals | outcome)
         metrics = run.step_metrics(
-            started, loss, grad_norm, num_tokens, totals, stats, rewards, rollouts, outcome, learned
+            started, loss, grad_norm, num_tokens, totals, stats, rewards, problems, rollouts, outcome, learned
         )
         run.student.scheduler.step()
         exposed = run.data.exposed(problems[0], local_alphas[0])

@@ -9,6 +9,7 @@ from itertools import accumulate
 import pytest
 import torch
 
+from atesd.data.problems import Problem
 from atesd.errors import ConfigError
 from atesd.evaluation.reward import VerifierReward
 from atesd.exposure.difficulty import Difficulty
@@ -269,7 +270,8 @@ def test_the_texts_of_a_step_tell_how_they_ended_and_what_they_spoke_of(tiny_con
     ]
     prompt = run.tokenizer("What is 3 + 4?").input_ids
     rollouts = [Rollout(prompt, reply, truncated=i == 1) for i, reply in enumerate(ids)]
-    found = text_metrics(run.tokenizer, run.wording, rollouts)
+    problems = [Problem(str(i), "What is 3 + 4?", "It is 7.", "7") for i in range(3)]
+    found = text_metrics(run.tokenizer, run.wording, problems, rollouts)
     assert found["end_of_turn_rate"] == pytest.approx(2 / 3)
     assert found["context_leakage"] == pytest.approx(1 / 3)
     assert found["after_answer"] == pytest.approx(len("and so on, 12345") / len("\\boxed{7} and so on, 12345") / 3)

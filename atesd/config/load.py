@@ -133,8 +133,11 @@ def settings_file(recipe_or_yaml: str | None, resume: str | None) -> Path | None
 
 def recipes() -> dict[str, Path]:
     """The recipes that ship with the package, by name."""
-    folder = Path(str(resources.files("atesd"))) / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(shipped_folder().glob("*.yaml"))}
+
+
+def shipped_folder() -> Path:
+    return Path(str(resources.files("atesd"))) / "recipes"
 
 
 def find_recipe(name: str) -> Path:
@@ -183,6 +186,9 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
             raise ConfigError(f"unknown key {name!r} in {path}{suggest(str(name), hints)}")
         if value is None and type(None) not in get_args(hints[name]):
             raise ConfigError(f"{name} is null in {path}; it must have a value, or leave the line out")
+    if path.parent == shipped_folder():  # a recipe's own files lie beside it; all other paths start from the shell
+        beside = {name: path.parent / str(settings[name]) for name in PATHS if settings.get(name)}
+        settings |= {name: str(file) for name, file in beside.items() if file.exists()}
     return inherited | settings
 
 

@@ -36,9 +36,12 @@ class TeacherWording:
         # Slots are borders: what stands on both sides of one was never written in a row. (A slot's name is one word.)
         self.grams = {gram for text in teacher for piece in SLOT.split(text) for gram in grams(piece)}
 
-    def echoed(self, response: str, student_prompt: str) -> bool:
-        """Whether `response` has words of the teacher's templates in a row that `student_prompt` lacks."""
-        return not (self.grams & grams(response)).issubset(grams(student_prompt))
+    def echoed(self, response: str, student_prompt: str, solution: str = "") -> bool:
+        """Whether `response` has words of the teacher's templates in a row that `student_prompt` and `solution` lack.
+
+        A student that writes as the problem's own solution does has learned the working, not the wrapper.
+        """
+        return not (self.grams & grams(response)).issubset(grams(student_prompt) | grams(solution))
 
 
 def grams(text: str) -> Set[tuple[str, ...]]:

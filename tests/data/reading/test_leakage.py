@@ -36,6 +36,13 @@ def test_what_the_student_was_told_itself_is_none():
     assert not TeacherWording(PromptTemplates()).echoed("I reason step by step, and put it in a box.", student)
 
 
+def test_the_words_of_the_problem_s_own_solution_are_none():
+    wording = TeacherWording(PromptTemplates(teacher_answer_only="{problem}\n\nThe answer is {answer}."))
+    assert wording.echoed("The answer is 7.", PROBLEM, "3 + 4 = 7")
+    assert not wording.echoed("The answer is 8.", PROBLEM, "3 + 4 = 7\nThe answer is 7.")
+    assert wording.echoed("I do not copy it. The answer is 7.", PROBLEM, "The answer is 7.")
+
+
 def test_texts_on_both_sides_of_a_slot_are_no_row():
     shown = "{problem} x {reference} y {answer}"
     templates = PromptTemplates(

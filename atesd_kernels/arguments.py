@@ -26,7 +26,7 @@ class Checked(NamedTuple):
 
 def checked_divergence(
     lead: torch.Size, device, dtype, *, divergence, beta, mask, token_weight, targets, reduction, num_tokens, backend,
-    **numbers: float | None,
+    vocab: int, **numbers: float | None,
 ) -> Checked:  # fmt: skip
     """Checks the options that `linear_divergence` and `divergence` share, and returns them resolved."""
     checks.check_scalars(reduction=reduction, **numbers)
@@ -35,7 +35,7 @@ def checked_divergence(
     options = plain_numbers(beta=beta, **numbers)
     if options["teacher_temperature"] is None:
         options["teacher_temperature"] = options["temperature"]
-    options["backend"] = choose_backend(backend, device, dtype, term.triton is not None)
+    options["backend"] = choose_backend(backend, device, dtype, term.triton is not None, lead.numel() * vocab)
     options["divergence"] = term.key
     row_weight = row_weight_of(token_weight, mask, lead.numel(), device, dtype, reduction, num_tokens)
     return Checked(flat_mask(mask), row_weight, None if targets is None else flat_targets(targets), options)
@@ -49,7 +49,7 @@ def checked_logprobs(
     checks.check_scalars(**numbers)
     checks.check_token_tensors(hidden.shape[:-1], hidden.device, mask=mask, targets=targets)
     dtype = checked_compute_dtype(hidden, logits_dtype, weight=weight)
-    backend = choose_backend(backend, hidden.device, dtype, True)
+    backend = choose_backend(backend, hidden.device, dtype, True, targets.numel() * len(weight))
     return {**plain_numbers(**numbers), "backend": backend, "logits_dtype": logits_dtype, "compute_dtype": dtype}
 
 

@@ -178,7 +178,7 @@ def linear_divergence(
         lead, student_hidden.device, compute_dtype, divergence=divergence, beta=beta, temperature=temperature,
         teacher_temperature=teacher_temperature, softcap=softcap, mask=mask, token_weight=token_weight, targets=targets,
         entry_clip=entry_clip, token_clip=token_clip, reduction=reduction, num_tokens=num_tokens,
-        backend=backend, chunk_bytes=chunk_bytes,
+        backend=backend, vocab=len(student_weight), chunk_bytes=chunk_bytes,
     )  # fmt: skip
     checks.check_group(group, call.options["backend"])
     states = [flat_states(view, lead.numel()) for view in views]
@@ -274,7 +274,7 @@ def divergence(
         lead, student_logits.device, student_logits.dtype, divergence=divergence, beta=beta, temperature=temperature,
         teacher_temperature=teacher_temperature, softcap=softcap, mask=mask, token_weight=token_weight, targets=targets,
         entry_clip=entry_clip, token_clip=token_clip, reduction=reduction, num_tokens=num_tokens, backend=backend,
-        chunk_bytes=chunk_bytes,
+        vocab=student_logits.shape[-1], chunk_bytes=chunk_bytes,
     )  # fmt: skip
     spec = DivergenceSpec(
         **call.options,

@@ -33,7 +33,7 @@ def _backend(name: str, function: str):
         return getattr(planning.own_backend(name), function)
     kind = planning.VIEWS if function == planning.VIEWS else function.partition("_")[0]
     module = {"topk": "triton_topk", planning.VIEWS: "triton_views"}.get(kind, "triton_chunked")
-    if name in TORCH:  # eager or compiled
+    if name in TORCH:  # eager, compiled or in C++
         of_torch = {"topk": "torch_topk", "logprob": "torch_logprobs", planning.VIEWS: "torch_views"}
         module = of_torch.get(kind, "torch_chunked")
     return getattr(importlib.import_module(f".backends.{module}", __package__), function)

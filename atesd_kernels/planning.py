@@ -17,8 +17,9 @@ import torch
 
 MIB = 1 << 20
 COMPILED = "torch_compiled"
-TORCH = ("torch", COMPILED)
-BACKENDS = ("torch", COMPILED, "triton")
+CPP = "cpp"
+TORCH = ("torch", COMPILED, CPP)  # one form of the losses, in three speeds
+BACKENDS = (*TORCH, "triton")
 
 # Evaluated once, at import: torch 2.11's Dynamo cannot trace find_spec, and users compile functions that need it.
 # find_spec does not import triton.
@@ -29,6 +30,10 @@ NO_TRITON = "triton is not installed (pip install triton)"
 # logits at N = 2048, V = 49,152. GPU: 1,024 rows of a 152k vocabulary in fp32 S and bf16 D take 0.9 GiB. Backend
 # "triton" has a budget in rows (gpu_chunk_bytes).
 DEFAULT_CHUNK_BYTES = {"cpu": 128 * MIB, "cuda": 1024 * MIB}
+
+# Our choice: from this many pairs of token and vocabulary entry on, "auto" takes "cpp" on a CPU. A step has some such
+# calls, and they soon pay for the seconds that its compiler takes once on a machine.
+CPP_PAIRS = 1 << 23
 
 # CPU only. One GEMM computes a block of the vocabulary. The elementwise passes process tiles: a few rows of a block,
 # which fit the processor's cache.
@@ -95,13 +100,15 @@ def aligned_rows(rows: int, most: int, num_rows: int) -> int:
     return rows
 
 
-def chunk_plan(spec, source, num_rows: int, buffers: int) -> ChunkPlan:
-    """Returns the torch backend's plan for `buffers` of the chunk's size and the temporaries of the block passes."""
+def chunk_plan(spec, source, num_rows: int, buffers: int, more: int = 0) -> ChunkPlan:
+    """Returns the torch backend's plan for `buffers` of the chunk's size, `more` bytes for each of its logits, and the
+    temporaries of the block passes."""
     itemsize = source.dtype.itemsize
     plan = ChunkPlan.make(
-        num_rows, source.vocab, buffers * itemsize, source.device, spec.chunk_bytes, 4 * itemsize + source.mixing_bytes,
-        spec.compiled,
-    )  # fmt: skip
+        *(num_rows, source.vocab, buffers * itemsize + more, source.device, spec.chunk_bytes),
+        block_bytes=4 * itemsize + source.mixing_bytes,
+        one_tile_per_block=spec.compiled,
+    )
     return replace(plan, rows=source.shards.all_reduce_min(plan.rows, source.device))
 
 
@@ -129,6 +136,13 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     """Returns why `backend` cannot run on `device`, or None if it can."""
     if backend == "torch":
         return None
+    if backend == CPP:
+        if device.type != "cpu":
+            return f"it runs on a CPU, got {device}"
+        from .cpp import library
+
+        # torch.compile cannot trace the search for a compiler, nor its run
+        return None if torch.compiler.is_compiling() else library.unavailable()
     if backend == COMPILED:
         if device.type != "cpu":
             return None if HAS_TRITON else NO_TRITON
@@ -190,13 +204,17 @@ def require_views(backend: str) -> None:
         )
 
 
-def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, has_triton_twin: bool) -> str:
-    """Returns the backend to use: resolves `"auto"`, or checks an explicit choice.
+def choose_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, has_triton_twin: bool, pairs: int = 0
+) -> str:
+    """Returns the backend to use: resolves `"auto"`, or checks an explicit choice. `pairs`: tokens times vocabulary.
 
     Raises:
         ValueError: if the backend is unknown or cannot run this call; the message gives the reason.
     """
     if backend == "auto":
+        if device.type == "cpu" and not torch.compiler.is_compiling() and pairs >= CPP_PAIRS:
+            return "torch" if dtype == torch.float64 or unavailable(CPP, device) else CPP
         fits = device.type == "cuda" and dtype != torch.float64 and has_triton_twin
         return "triton" if fits and unavailable("triton", device) is None else "torch"
     if ":" in backend:

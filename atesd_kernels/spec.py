@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .divergences import DivergenceTerm, term_of_key
-from .planning import COMPILED
+from .planning import COMPILED, CPP
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -49,6 +49,11 @@ class LossSpec:
     def compiled(self) -> bool:
         """Whether Inductor compiles the elementwise passes of backend "torch"."""
         return self.backend == COMPILED
+
+    @property
+    def in_cpp(self) -> bool:
+        """Whether C++ computes what stands beside the products of backend "torch"."""
+        return self.backend == CPP
 
     @property
     def runs_again(self) -> bool:

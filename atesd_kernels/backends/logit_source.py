@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..planning import ChunkPlan
 from ..shards import Shards
 from ..spec import DivergenceSpec, LogprobSpec, accumulate_dtype, gradient_dtype
 from . import matmul
@@ -24,7 +25,7 @@ class LinearGradients:
         self.scaling = Scaling(spec)
         # dtype of the GEMMs that multiply the logits' gradient by head and hidden states
         self.product_dtype = matmul.product_dtype(spec.compute_dtype, self.device)
-        self.work = matmul.Workspace(self.device)
+        self.work = matmul.Workspace(self.device, spec.in_cpp)
         self.grad_scale: Tensor | None = None  # factor in take_gradient's input; `unscaled` divides by it
         self.hidden_grad = torch.zeros_like(hidden, dtype=gradient_dtype(hidden.dtype)) if spec.hidden_grad else None
         self.weight_grad = torch.zeros(weight.shape, dtype=self.dtype, device=self.device) if spec.weight_grad else None
@@ -38,6 +39,20 @@ class LinearGradients:
 
     def unscaled(self, grad: Tensor) -> Tensor:
         return grad if self.grad_scale is None else grad.div_(self.grad_scale)
+
+    def product_blocks(self, plan: ChunkPlan) -> list[slice]:
+        """Returns the columns of a chunk's products for backend "cpp": all at once if no block is a temporary."""
+        bare = self.weight.dtype == self.spec.compute_dtype and self._logits_dtype() == torch.float32
+        wide = bare and (self.weight.dtype == torch.float32 or matmul.multiplies_bf16(self.hidden.shape[1]))
+        return [slice(0, self.vocab)] if wide else plan.blocks(self.vocab)
+
+    def gradient_blocks(self, plan: ChunkPlan) -> list[slice]:
+        """The same for the products with the logits' gradient."""
+        whole = self.weight.dtype == self.product_dtype and not self.spec.weight_grad
+        return [slice(0, self.vocab)] if whole else plan.blocks(self.vocab)
+
+    def _logits_dtype(self) -> torch.dtype:
+        return torch.float64 if self.spec.compute_dtype == torch.float64 else self.spec.logits_dtype
 
     def load(self, index: Tensor) -> None:
         """Selects the chunk's rows and casts them to the compute dtype."""
@@ -56,6 +71,13 @@ class LinearGradients:
         """Returns a tensor for a block's gradient, in the products' dtype: `block` itself if its dtype matches."""
         same = block.dtype == self.product_dtype
         return block if same else torch.empty_like(block, dtype=self.product_dtype)
+
+    def row_gradient(self, d: Tensor) -> Tensor:
+        """Returns a tensor for the gradient of whole rows, `[R, V]`, in the products' dtype: `d` itself if it is
+        fp32."""
+        if self.product_dtype == d.dtype:
+            return d
+        return self.work.empty("gradient of the rows", tuple(d.shape), self.product_dtype)
 
     def take_gradient(self, cols: slice, g: Tensor, factor: Tensor | None) -> None:
         """Adds a block's gradient `g` `[R, C]` to those of hidden states (times row `factor` `[R]`), head and bias."""
@@ -92,7 +114,7 @@ class LinearLogits(LinearGradients):
         self.h_t, self.w_t, self.bias_t = h_t, w_t, bias_t
         self.is_delta = w_t is None
         self.may_be_infinite = bias_s is not None or bias_t is not None
-        self.s_dtype = torch.float64 if spec.compute_dtype == torch.float64 else spec.logits_dtype
+        self.s_dtype = self._logits_dtype()
         self.other_dtype = self._delta_dtype() if self.is_delta else self.s_dtype
         if not self.is_delta and spec.compute_dtype == torch.float32 and spec.logits_dtype == torch.float32:
             self.s_dtype = self.other_dtype = torch.float64
@@ -111,6 +133,14 @@ class LinearLogits(LinearGradients):
     def keep_difference(self) -> None:
         """Stops rounding D."""
         self.other_dtype = self.dtype
+
+    def product_blocks(self, plan: ChunkPlan) -> list[slice]:
+        return super().product_blocks(plan) if self.is_delta else plan.blocks(self.vocab)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether one factor each scales the products to the student's logits and to the difference."""
+        return self.is_delta and not self.scaling.needs_logits
 
     def load(self, index: Tensor) -> None:
         super().load(index)
@@ -188,19 +218,21 @@ class StudentLogits(LinearGradients):
 
     def block(self, cols: slice) -> Tensor:
         """Returns the kept logits (see `Scaling`) of the vocabulary entries `cols`, `[R, C]`."""
-        out_dtype = torch.float64 if self.spec.compute_dtype == torch.float64 else self.spec.logits_dtype
         w = self.work.cast("head", self.weight[cols], self.spec.compute_dtype)
-        return self.scaling.keep(matmul.logits(self.rows, w, out_dtype, work=self.work), _cols(self.bias, cols))
+        return self.scaling.keep(
+            matmul.logits(self.rows, w, self._logits_dtype(), work=self.work), _cols(self.bias, cols)
+        )
 
 
 class GivenLogits:
     """The interface of `LinearLogits` over the caller's logits. The gradient is `[N, V]`, like the logits."""
 
-    is_delta = rounds_difference = False
+    is_delta = rounds_difference = is_plain = False
     mixing_bytes = 0
     may_be_infinite = scales_late = True
     grad_scale = None
     shards = Shards(None, 0, torch.device("cpu"))
+    work = matmul.Workspace(torch.device("cpu"))
 
     def __init__(self, spec: DivergenceSpec, student_logits: Tensor, teacher_logits: Tensor):
         self.spec, self.student_logits, self.teacher_logits = spec, student_logits, teacher_logits
@@ -227,8 +259,17 @@ class GivenLogits:
     def difference(self, cols: slice, kept: Tensor) -> Tensor:
         return _difference(self.scaling, kept, self.teacher_logits[self.index, cols].to(self.dtype), None)
 
+    def product_blocks(self, plan: ChunkPlan) -> list[slice]:
+        return plan.blocks(self.vocab)
+
+    def gradient_blocks(self, plan: ChunkPlan) -> list[slice]:
+        return [slice(0, self.vocab)]
+
     def gradient_storage(self, block: Tensor) -> Tensor:
         return block
+
+    def row_gradient(self, d: Tensor) -> Tensor:
+        return d
 
     def take_gradient(self, cols: slice, g: Tensor, factor: Tensor | None) -> None:
         self.grad[self.index, cols] = (g if factor is None else g * factor[:, None]).to(self.grad.dtype)

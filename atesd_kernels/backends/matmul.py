@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import planning
+from ..cpp import library
 from . import elementwise
 
 
@@ -24,18 +25,32 @@ class Workspace:
     does not clear, so there the workspace keeps no buffers.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, in_cpp: bool = False):
         self.buffers: dict[str, Tensor] | None = {} if device.type == "cpu" else None
+        self.in_cpp = in_cpp  # whether bf16 products may come from C++
+        self.lent: dict[str, Tensor] = {}  # by use: where the next result is wanted, for results of its shape and dtype
 
     def empty(self, use: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
         """Returns the buffer for `use`, valid until the next call for that use; on a GPU None: allocate it yourself."""
         if self.buffers is None:
             return None
+        lent = self.lent.get(use)
+        if lent is not None and lent.shape == shape and lent.dtype == dtype:
+            return lent
         numel = shape[0] * shape[1]
         buffer = self.buffers.get(use)
         if buffer is None or buffer.numel() < numel or buffer.dtype != dtype:
             buffer = self.buffers[use] = torch.empty(numel, dtype=dtype)
         return buffer[:numel].view(shape)
+
+    @contextmanager
+    def lending(self, **places: Tensor):
+        """Lets the next results for these uses be written where they are wanted."""
+        self.lent = places
+        try:
+            yield
+        finally:
+            self.lent = {}
 
     def cast(self, use: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns `x` in `dtype`; `x` itself if it already has that dtype."""
@@ -76,6 +91,8 @@ def _wide_logits(h: Tensor, w: Tensor, out_dtype: torch.dtype, work: Workspace, 
     if h.dtype != torch.float32 and h.is_cuda:
         return torch.mm(h, w.T, out_dtype=out_dtype)
     out, rounded = work.empty(use, (len(h), len(w)), torch.float32), h.dtype == torch.bfloat16
+    if rounded and work.in_cpp and out is not None and multiplies_bf16(h.shape[1]):
+        return library.product(h, w, out)
     h, w = h.float(), work.cast("widened head", w, torch.float32)
     if rounded and _BF16_TILES:
         with low_precision_products():
@@ -142,6 +159,11 @@ _ONEDNN_FP32 = _ONEDNN and "AVX512" in torch.backends.cpu.get_cpu_capability()
 _BF16_PRODUCTS = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 # Processors with a bf16 matrix unit: it multiplies fp32 operands that hold bf16 values many times faster than fp32.
 _BF16_TILES = _ONEDNN and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
+def multiplies_bf16(k: int) -> bool:
+    """Whether C++ multiplies bf16 matrices of `k` common entries to fp32 on this processor."""
+    return _BF16_PRODUCTS and k % 2 == 0 and library.product_library() is not None
 
 
 def onednn_packs(dtype: torch.dtype) -> bool:

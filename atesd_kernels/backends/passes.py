@@ -16,6 +16,10 @@ from torch import Tensor
 
 from ..divergences import DivergenceTerm
 
+# exp(2 * NEAR) does not overflow fp32. Where q underflows, p = q exp(x) is below exp(NEAR - 87), which is negligible.
+# Pairs with a mean KL of 0.1 have rare entries beyond 16.
+NEAR = 40.0
+
 
 def block_softmax(s: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """Writes the softmax within the block to `out`. Returns each row's largest logit and log-sum-exp, `[R]` each."""

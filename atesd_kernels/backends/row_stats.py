@@ -48,8 +48,11 @@ class RowStats:
         )
         _, argtop_t = shards.select_at_global_argmax(self.top_p, self.argtop_t + shards.start)
         logprob = self.s_target - lse_s
-        agree = (argtop_s == argtop_t).to(divergence.dtype)
-        confidence = (top_s - lse_s).exp()
-        return torch.stack(
-            [divergence, self.entropy_s, self.entropy_t, logprob, logprob + self.x_target, confidence, agree]
-        )
+        agree = argtop_s == argtop_t
+        return stacked(divergence, self.entropy_s, self.entropy_t, logprob, self.x_target, top_s - lse_s, agree)
+
+
+def stacked(divergence, entropy_s, entropy_t, logprob, x_target, top_logprob, agree) -> Tensor:
+    """Returns rows' statistics in the order of `TokenStats`, `[len(TokenStats), R]`."""
+    confidence, agree = top_logprob.exp(), agree.to(divergence.dtype)
+    return torch.stack([divergence, entropy_s, entropy_t, logprob, logprob + x_target, confidence, agree])

@@ -20,6 +20,7 @@ class Scaling:
         self.softcap, self.temperature = spec.softcap, spec.temperature
         self.teacher_temperature = getattr(spec, "teacher_temperature", spec.temperature)
         self.dtype = accumulate_dtype(spec.compute_dtype)
+        self.late = False  # whether the caller divides kept logits by T_s itself
 
     @property
     def needs_logits(self) -> bool:
@@ -29,7 +30,8 @@ class Scaling:
     def keep(self, z: Tensor, bias: Tensor | None) -> Tensor:
         """Returns kept logits from the head's product `z`, which may be overwritten, and its bias."""
         z = self.raw(z, bias)
-        return z if self.softcap is not None or self.temperature == 1 else z.div_(self.temperature)
+        done = self.softcap is not None or self.temperature == 1 or self.late
+        return z if done else z.div_(self.temperature)
 
     def raw(self, z: Tensor, bias: Tensor | None) -> Tensor:
         """Adds the bias in place. With a softcap, logits are at least fp32 from here on."""

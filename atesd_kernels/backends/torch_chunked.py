@@ -22,12 +22,11 @@ from ..planning import ChunkPlan, chunk_plan
 from ..spec import DivergenceSpec, RowResult
 from ..stats import TokenStats
 from . import passes
+from .cpp_chunk import CppChunk, cpp_fits
 from .logit_source import GivenLogits, LinearLogits
+from .passes import NEAR
 from .row_stats import RowStats
 
-# exp(2 * NEAR) does not overflow fp32. Where q underflows, p = q exp(x) is below exp(NEAR - 87), which is negligible.
-# Pairs with a mean KL of 0.1 have rare entries beyond 16.
-NEAR = 40.0
 # Rounding D to bf16 costs 0.2 % of each logit difference. That is 0.3 % of the gradient at the method's usual KLs and
 # 0.5 % at a mean KL of 1. Above this KL, D is fp32.
 ROUNDED_DELTA_KL = 0.25
@@ -68,7 +67,8 @@ def run(spec: DivergenceSpec, source, mask: Tensor | None, row_weight: Tensor | 
     stats = value.new_zeros(len(TokenStats._fields), source.num_rows) if spec.stats else None
     # chunks contain unmasked rows only, so a masked row costs nothing
     counted = torch.arange(source.num_rows, device=source.device) if mask is None else mask.nonzero().squeeze(1)
-    plan = chunk_plan(spec, source, len(counted), buffers=2)
+    in_cpp = cpp_fits(spec, source)
+    plan = chunk_plan(spec, source, len(counted), buffers=2, more=2 if in_cpp else 0)  # C++ may write a bf16 gradient
     buffers = [value.new_empty(min(plan.rows, len(counted)) * source.vocab) for _ in range(2)]
     source.scale_gradients(row_weight)
     near = spec.term.centred is not None
@@ -76,12 +76,17 @@ def run(spec: DivergenceSpec, source, mask: Tensor | None, row_weight: Tensor | 
         index = counted[rows]
         target = None if targets is None else targets[index].long() - source.shards.start
         source.load(index)
+        weight = None if row_weight is None else row_weight[index].to(source.dtype)
         # after one far chunk, assume that the models are far apart: skip the near form from then on
-        chunk = NearChunk(spec, source, len(index), plan, buffers, target) if near else None
-        if chunk is None or not chunk.normalise():
+        chunk, found = None, None
+        if near:
+            chunk = (CppChunk if in_cpp else NearChunk)(spec, source, len(index), plan, buffers, target)
+            found = chunk.divergence(weight) if chunk.normalise() else None
+        if found is None:
             near, chunk = False, FarChunk(spec, source, len(index), plan, buffers, target)
             chunk.normalise()
-        value[index] = chunk.divergence(None if row_weight is None else row_weight[index].to(source.dtype))
+            found = chunk.divergence(weight)
+        value[index] = found
         if stats is not None:
             stats[:, index] = chunk.stats()
     return RowResult(value, stats, *source.gradients())

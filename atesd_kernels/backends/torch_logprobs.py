@@ -9,6 +9,8 @@ from ..planning import ChunkPlan, chunk_plan
 from ..spec import LogprobSpec, RowResult
 from ..stats import TokenStats
 from . import passes
+from .cpp_chunk import rows_fit
+from .cpp_logprobs import CppLogprobChunk
 from .logit_source import StudentLogits
 
 
@@ -25,26 +27,37 @@ def logprob_rows(
     value = torch.zeros(source.num_rows, dtype=source.dtype, device=source.device)
     stats = value.new_zeros(len(TokenStats._fields), source.num_rows) if spec.stats else None
     counted = torch.arange(source.num_rows, device=source.device) if mask is None else mask.nonzero().squeeze(1)
-    plan = chunk_plan(spec, source, len(counted), buffers=1)
+    in_cpp = rows_fit(spec, source)
+    plan = chunk_plan(spec, source, len(counted), buffers=1, more=2 if in_cpp else 0)  # C++ may write a bf16 gradient
     buffer = value.new_empty(min(plan.rows, len(counted)) * source.vocab)
     source.scale_gradients(row_weight)
     for rows in plan.row_chunks(len(counted)):
         index = counted[rows]
         source.load(index)
-        chunk = LogprobChunk(spec, source, plan, buffer, targets[index].long() - source.shards.start)
+        weight = None if row_weight is None else row_weight[index].to(source.dtype)
+        target = targets[index].long() - source.shards.start
+        chunk = (CppLogprobChunk if in_cpp else LogprobChunk)(spec, source, plan, buffer, target, weight)
         value[index] = chunk.at_target - chunk.lse
         if stats is not None:
             stats[:, index] = chunk.stats(value[index])
         if spec.any_grad:
-            chunk.gradient(None if row_weight is None else row_weight[index].to(source.dtype))
+            chunk.gradient()
     return RowResult(value, stats, *source.gradients())
 
 
 class LogprobChunk:
     """Holds the kept logits (see `Scaling`) of some rows, block by block. `gradient` replaces them in place."""
 
-    def __init__(self, spec: LogprobSpec, source: StudentLogits, plan: ChunkPlan, buffer: Tensor, target: Tensor):
-        self.spec, self.source, self.target = spec, source, target
+    def __init__(
+        self,
+        spec: LogprobSpec,
+        source: StudentLogits,
+        plan: ChunkPlan,
+        buffer: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+    ):
+        self.spec, self.source, self.target, self.weight = spec, source, target, weight
         self.cols, self.tiles = plan.blocks(source.vocab), list(plan.tiles(len(target)))
         self.run = passes.compiled if spec.compiled else lambda function: function
         rows = len(target)
@@ -81,11 +94,11 @@ class LogprobChunk:
         (entropy,) = self.source.shards.sum(entropy)
         return torch.stack([zero, entropy, zero, value, zero, (self.top - self.lse).exp(), zero])
 
-    def gradient(self, weight: Tensor | None) -> None:
+    def gradient(self) -> None:
         """Passes d log q[target] / d z = (1[j = target] - q_j) / temperature, times the row's weight, to the source."""
         source, spec = self.source, self.spec
         factor = torch.full_like(self.lse, 1 / spec.temperature)
-        for f in (weight, source.grad_scale):
+        for f in (self.weight, source.grad_scale):
             factor = factor if f is None else factor * f
         late = source.scales_late and spec.softcap is None
         for b, cols in enumerate(self.cols):

@@ -26,7 +26,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = [b for b in planning.BACKENDS if b != planning.COMPILED and planning.unavailable(b, DEVICE) is None]
 INTERPRETED = DEVICE.type == "cpu"
 # Triton's interpreter multiplies the bit patterns of bf16 operands
-BF16_BACKENDS = [b for b in BACKENDS if b == "torch" or not INTERPRETED]
+BF16_BACKENDS = [b for b in BACKENDS if b != "triton" or not INTERPRETED]
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Pair:
 
 def size(backend: str) -> dict[str, int]:
     """Shape of a test's pair: an interpreted kernel takes a millisecond per operation of each of its programs."""
-    return dict(n=3, h=24, v=261) if INTERPRETED and backend != "torch" else dict(n=67, h=48, v=1009)
+    return dict(n=3, h=24, v=261) if INTERPRETED and backend == "triton" else dict(n=67, h=48, v=1009)
 
 
 def make_pair(

@@ -1,0 +1,87 @@
+// exp, expm1, log and log1p of floats, without branches, so that a compiler can make vectors of them. Relative errors are
+// below 3e-7 (tests/kernels/test_cpp.py).
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+// Loops over these become loops over vectors only where they are inlined.
+#define ATESD_INLINE inline __attribute__((always_inline))
+
+namespace atesd {
+
+constexpr float LOG2E = 1.44269504f, LN2_HIGH = 0.693145752f, LN2_LOW = 1.42860677e-6f, LN2 = 0.693147181f;
+
+ATESD_INLINE float smaller(float a, float b) { return a < b ? a : b; }  // std::min takes references, which no vector has
+ATESD_INLINE float larger(float a, float b) { return a > b ? a : b; }
+
+// 2^n for an integral n in [-126, 127].
+ATESD_INLINE float power_of_two(float n) {
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return power;
+}
+
+// x = n ln 2 + r: returns exp(r) - 1 for |r| <= ln(2) / 2, and 2^n. x lies in [-87, 88].
+ATESD_INLINE float reduced_expm1(float x, float& power) {
+  const float n = __builtin_rintf(x * LOG2E);
+  const float r = (x - n * LN2_HIGH) - n * LN2_LOW;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  power = power_of_two(n);
+  return p * r * r + r;
+}
+
+ATESD_INLINE float clamped(float x) { return larger(smaller(x, 88.0f), -87.0f); }
+
+// 0 below -87: such a probability is none.
+ATESD_INLINE float exp(float x) {
+  float power;
+  const float e = reduced_expm1(clamped(x), power);
+  return x < -87.0f ? 0.0f : e * power + power;
+}
+
+ATESD_INLINE float expm1(float x) {
+  float power;
+  const float e = reduced_expm1(clamped(x), power);
+  return e * power + (power - 1.0f);
+}
+
+// log(2^n (1 + f)) for sqrt(1/2) - 1 <= f <= sqrt(2) - 1.
+ATESD_INLINE float log_of(float f, float n) {
+  float p = 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const float square = f * f;
+  return (p * f * square + n * LN2_LOW - 0.5f * square) + f + n * LN2_HIGH;
+}
+
+// The n of log_of for a positive normal number.
+ATESD_INLINE float exponent(float u) {
+  int32_t bits;
+  std::memcpy(&bits, &u, sizeof bits);
+  return static_cast<float>((bits - 0x3f3504f3) >> 23);  // 0x3f3504f3 is sqrt(1/2)
+}
+
+ATESD_INLINE float log(float u) {
+  const float n = exponent(u);
+  return log_of(u * power_of_two(-n) - 1.0f, n);
+}
+
+// log(1 + z) for z > -1. f is formed without the rounding of 1 + z: for small z it is z.
+ATESD_INLINE float log1p(float z) {
+  const float n = exponent(1.0f + z), down = power_of_two(-n);
+  return log_of(z * down + (down - 1.0f), n);
+}
+
+}  // namespace atesd

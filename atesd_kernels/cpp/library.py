@@ -1,0 +1,162 @@
+"""Builds the C++ files with the machine's own compiler, once, and calls them.
+
+The libraries lie in the user's cache, under a name that depends on sources, compiler, processor and torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCES = Path(__file__).parent
+FLAGS = (
+    "-O3 -std=c++17 -march=native -mprefer-vector-width=512 -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC"
+).split()
+COMPILERS = ("g++", "clang++", "c++")
+# The order of the cases in rows.cpp.
+TERMS = (
+    *("forward_kl", "reverse_kl", "jeffreys", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha"),
+)  # fmt: skip
+VECTORS = ("value", "raw", "scale", "extreme", "c", "mean", "top", "lse", "entropy_s", "entropy_t")
+
+
+def compiler() -> str | None:
+    """Returns the path of the C++ compiler: `CXX`, or the first of COMPILERS that is there."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
+    return next((found for found in map(shutil.which, names) if found), None)
+
+
+@cache
+def unavailable() -> str | None:
+    """Returns why the C++ code cannot be built or loaded, or None if it can. Builds it at the first call."""
+    if compiler() is None:
+        return f"there is no C++ compiler among {', '.join(COMPILERS)} (install g++, or set CXX)"
+    try:
+        rows_library()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"its C++ code could not be built: {_message(error)}"
+    return None
+
+
+@cache
+def rows_library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(built("rows.cpp", ())))
+    pointer, count, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_bool
+    library.atesd_divergence.restype = flag
+    library.atesd_divergence.argtypes = [
+        *(count, flag, flag, flag, pointer, pointer, pointer, count, count, count),
+        *(number, number, number, number, pointer, pointer, pointer),
+    ]
+    library.atesd_logprobs.restype = None
+    library.atesd_logprobs.argtypes = [flag, pointer, pointer, count, count, count, number, pointer, pointer]
+    return library
+
+
+@cache
+def product_library() -> ctypes.CDLL | None:
+    """Returns the library of `product`; None if this torch does not export what it calls, or it cannot be built."""
+    folder = Path(torch.__file__).parent / "lib"
+    try:
+        library = ctypes.CDLL(str(built("product.cpp", (f"-L{folder}", "-ltorch_cpu", f"-Wl,-rpath,{folder}"))))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    library.atesd_product.restype = None
+    library.atesd_product.argtypes = [pointer, pointer, pointer, count, count, count, count]
+    return library
+
+
+def product(h: Tensor, w: Tensor, out: Tensor) -> Tensor:
+    """Writes `h @ w.T` of bf16 matrices to `out`, in fp32: `[R, K]`, `[V, K]`, `[R, V]`. K must be even."""
+    library, h, w = product_library(), h.contiguous(), w.contiguous()
+    library.atesd_product(h.data_ptr(), w.data_ptr(), out.data_ptr(), *out.shape, h.shape[1], out.stride(0))
+    return out
+
+
+def divergence(
+    term: str, beta: float, s: Tensor, d: Tensor, out: Tensor | None, scale_s: float, scale_d: float,
+    entry_clip: float | None, factor: Tensor | None, stats: bool,
+) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+    """Runs the rows of `s` and `d`, `[R, V]` fp32 with rows of one stride, which it overwrites.
+
+    Writes the gradient by the scaled logits, times `factor` `[R]`, to `out` (fp32, which may be `d`, or bf16). Without
+    `factor`, `scale` is still missing in it. Returns the VECTORS `[R]`, and both models' most likely tokens `[2, R]`.
+    Entropies and tokens are those of `stats` only.
+    """
+    rows, vocab = s.shape
+    vectors = torch.empty(len(VECTORS), rows)
+    tokens = torch.empty(2, rows, dtype=torch.long)
+    rows_library().atesd_divergence(
+        *(TERMS.index(term), entry_clip is not None, stats, out is not None and out.dtype == torch.bfloat16),
+        *(s.data_ptr(), d.data_ptr(), _pointer(out), rows, vocab, s.stride(0), scale_s, scale_d, beta),
+        *(0.0 if entry_clip is None else entry_clip, _pointer(factor), vectors.data_ptr(), tokens.data_ptr()),
+    )
+    return dict(zip(VECTORS, vectors, strict=True)), tokens
+
+
+def logprobs(z: Tensor, out: Tensor | None, scale: float, factor: Tensor | None) -> Tensor:
+    """Returns largest logit, log-sum-exp and entropy of each row of `z` `[R, V]` fp32: `[3, R]`.
+
+    Writes the gradient of -lse by the scaled logits, times `factor` `[R]`, to `out`, and overwrites `z` then.
+    """
+    vectors = torch.empty(3, len(z))
+    bf16 = out is not None and out.dtype == torch.bfloat16
+    rows_library().atesd_logprobs(
+        bf16, z.data_ptr(), _pointer(out), *z.shape, z.stride(0), scale, _pointer(factor), vectors.data_ptr()
+    )
+    return vectors
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def built(source: str, libraries: tuple[str, ...]) -> Path:
+    """Returns the shared library of `source`, which it compiles if the cache does not hold it."""
+    command = [str(compiler()), *FLAGS, str(SOURCES / source)]
+    path = _cache() / f"{Path(source).stem}-{_key(command[0], libraries)}.so"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            subprocess.run([*command, "-o", str(made), *libraries], check=True, capture_output=True, text=True)
+            os.replace(made, path)  # processes that build at the same time do not meet
+    return path
+
+
+def _key(compiler_path: str, libraries: tuple[str, ...]) -> str:
+    version = subprocess.run([compiler_path, "--version"], check=True, capture_output=True, text=True).stdout
+    flags = next((line for line in _processor().splitlines() if line.startswith("flags")), "")
+    texts = [file.read_text(encoding="utf-8") for file in sorted(SOURCES.glob("*.[hc]*"))]
+    parts = (*texts, version, flags, torch.__version__, *FLAGS, *libraries)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else sys.platform
+
+
+def _cache() -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atesd_kernels"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        writable = os.access(home, os.W_OK)
+    except OSError:
+        writable = False
+    return home if writable else Path(tempfile.gettempdir()) / f"atesd_kernels-{os.getuid()}"
+
+
+def _message(error: Exception) -> str:
+    text = (getattr(error, "stderr", None) or str(error)).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -77,7 +77,7 @@ setup(
             *("py.typed", "README.md", "studies/shipped/*.yaml"),
             *("recipes/*.yaml", "recipes/quickstart/*", "recipes/accelerate/*.yaml"),
         ],
-        "atesd_kernels": ["py.typed", "README.md"],
+        "atesd_kernels": ["py.typed", "README.md", "cpp/*.cpp", "cpp/*.h"],
     },
     zip_safe=False,
     install_requires=BASE,

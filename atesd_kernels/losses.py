@@ -123,8 +123,9 @@ def linear_divergence(
             Each rank passes its rows and the count over all ranks. The sum of the losses over ranks is then the loss of
             the global batch. A rank's hidden states get the gradient of its rows. Gradients of weights must be summed:
             if a wrapper averages them over P ranks (DDP, FSDP), multiply the loss by P.
-        backend: "auto", "torch", "torch_compiled" (Inductor compiles the elementwise passes: faster, once compiled),
-            "triton", or "module:object" for a `backends.Backend` of your own.
+        backend: "auto", "torch", "cpp" (on a CPU, with a C++ compiler: what "auto" takes for large calls),
+            "torch_compiled" (Inductor compiles the elementwise passes of "torch"), "triton", or "module:object" for a
+            `backends.Backend` of your own.
         chunk_bytes: budget for the chunk of logits, the only vocabulary-sized temporary. Our choice: 128 MiB on a CPU.
             On a GPU, "torch" takes 1 GiB. "triton" takes 1,024 to 2,047 rows, or 4,096 to 8,191 with a trained head,
             within an eighth of the GPU's memory.

@@ -20,7 +20,7 @@ import torch
 
 from bench import entrants, timing
 from bench.entrants import DTYPES, LOSSES, OURS, Inputs, value_and_grad
-from bench.machine import markdown, native_precision, percent, save
+from bench.machine import machine, markdown, native_precision, percent, processor_kind, save
 from bench.progress import say
 from bench.shapes import HERE, SHAPES, TOKENS, Shape, inputs
 
@@ -100,9 +100,9 @@ def jobs_of(present: dict[str, entrants.Loss], x: Inputs, loss: str, backward: b
         jobs = {name: (lambda f=f: forward_only(f, x)) for name, f in present.items()}
         for name in present.keys() & entrants.COMPILED:
             jobs[name]()  # without a gradient is another graph for the compilers
-    if loss != "logprobs":
-        jobs[timing.OWN_GEMMS] = lambda: timing.own_gemms(x, backward)
-        jobs[timing.MM_GEMMS] = lambda: timing.mm_gemms(x, backward)
+    models = 1 if loss == "logprobs" else 2
+    jobs[timing.OWN_GEMMS] = lambda: timing.own_gemms(x, backward, models)
+    jobs[timing.MM_GEMMS] = lambda: timing.mm_gemms(x, backward, models)
     if x.student.is_cuda:  # kernels are compiled, and workspaces made, at the first call
         for job in jobs.values():
             job()
@@ -110,7 +110,10 @@ def jobs_of(present: dict[str, entrants.Loss], x: Inputs, loss: str, backward: b
 
 
 def result_name(loss: str, dtype: str, tokens: int, shape: Shape) -> str:
-    return f"losses/{loss}-{dtype}-{tokens}{shape.suffix}"
+    """On a CPU one result for each kind of processor, so that all of them stay."""
+    info = machine()
+    kind = "" if "gpu" in info else "-" + processor_kind(info).lower().replace(" ", "-")
+    return f"losses/{loss}-{dtype}-{tokens}{shape.suffix}{kind}"
 
 
 def table(result: dict) -> str:

@@ -48,6 +48,7 @@ def machine() -> dict:
         "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "bf16_instructions": "avx512_bf16" in cpuinfo() or "amx_bf16" in cpuinfo(),
+        "amx": "amx_bf16" in cpuinfo(),
         "os": platform.system(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "load_average": round(os.getloadavg()[0], 1),  # others' work on a shared machine; ours alone is `cores`
@@ -55,6 +56,13 @@ def machine() -> dict:
     if torch.cuda.is_available():
         info["gpu"] = torch.cuda.get_device_name()
     return info
+
+
+def processor_kind(info: dict) -> str:
+    """What decides about speed on a CPU: AVX2, AVX512, AVX512 with bf16, or AMX. `info` is that of `machine`."""
+    if info.get("amx"):
+        return "AMX"
+    return f"{info['isa']} with bf16" if info["bf16_instructions"] else info["isa"]
 
 
 def native_precision() -> str:

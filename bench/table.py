@@ -75,7 +75,7 @@ def of(name: str, table: Callable[[dict], str]) -> Callable[[], str]:
 
 
 def loss_results(shape: Shape) -> list[dict]:
-    """Of each loss and precision the result with the most tokens.
+    """Of each loss, precision and kind of processor the result with the most tokens.
 
     Raises:
         FileNotFoundError: there is none.
@@ -83,9 +83,10 @@ def loss_results(shape: Shape) -> list[dict]:
     found = []
     for loss in LOSSES:
         for dtype in DTYPES:
-            names = machine.names_of(f"losses/{loss}-{dtype}-*{shape.suffix}")
-            results = [r for r in map(load, names) if r.get("shape", SMOLLM2._asdict())["name"] == shape.name]
-            found += sorted(results, key=lambda r: r["tokens"])[-1:]
+            results = map(load, machine.names_of(f"losses/{loss}-{dtype}-*"))
+            own = [r for r in results if r.get("shape", SMOLLM2._asdict())["name"] == shape.name]
+            largest = {machine.processor_kind(r["machine"]): r for r in sorted(own, key=lambda r: r["tokens"])}
+            found += [largest[kind] for kind in sorted(largest)]
     if not found:
         raise FileNotFoundError(f"losses/{LOSSES[0]}-*{shape.suffix}.json")
     return found
@@ -98,15 +99,16 @@ def losses(shape: Shape) -> str:
     by_result = [{r["entrant"]: r for r in result["rows"] if r["phase"] == both} for result in results]
     others = [name for name in dict.fromkeys(name for found in by_result for name in found) if name != OURS]
     others.sort(key=lambda name: name in (OWN_GEMMS, MM_GEMMS))
-    several = len({result["machine"]["isa"] for result in results}) > 1
     for result, found in zip(results, by_result, strict=True):
         own = found[OURS]
         ratios = [
             f"{found[n]['median'] / own['median']:.2f}x ({found[n]['cpu'] / own['cpu']:.2f}x)" if n in found else "-"
             for n in others
         ]
-        where = f" ({result['machine']['isa']})" if several else ""
-        rows.append([f"{result['loss']} {result['dtype']}, N = {result['tokens']:,}{where}", with_spread(own), *ratios])
+        kind = machine.processor_kind(result["machine"])
+        rows.append(
+            [f"{result['loss']} {result['dtype']}, N = {result['tokens']:,} ({kind})", with_spread(own), *ratios]
+        )
     note = f"H = {shape.hidden:,}, V = {shape.vocab:,}; median and range, others as multiples of it (of its CPU time)."
     missing = [item for result in results for item in result["missing"].items()]
     absent = {name: why for name, why in missing if name not in others and why != NEEDS_GPU}

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from atesd_kernels.backends import matmul
-from atesd_kernels.planning import ChunkPlan, gpu_chunk_bytes, gpu_memory
+from atesd_kernels.planning import CPP, ChunkPlan, choose_backend, gpu_chunk_bytes, gpu_memory
 from bench.entrants import Inputs
 
 T = TypeVar("T")
@@ -94,33 +94,61 @@ def gpu_plan(x: Inputs, trained: bool) -> ChunkPlan:
     )
 
 
-def own_gemms(x: Inputs, backward: bool) -> None:
-    """The products of `linear_divergence` with a shared head, in the shapes and on the road it takes for them."""
+def own_gemms(x: Inputs, backward: bool, models: int = 2) -> None:
+    """The products of `linear_divergence` with a shared head, or with `models=1` those of `linear_logprobs`, in the
+    shapes and on the road this library takes for them."""
     with torch.no_grad():
         device, vocab = x.student.device, len(x.weight)
         if device.type == "cpu":
-            plan = ChunkPlan.make(len(x.student), vocab, 8, device, None, block_bytes=16)
-        else:
-            plan = gpu_plan(x, trained=False)
-        dtype = matmul.product_dtype(x.student.dtype, device)
+            backend = choose_backend("auto", device, x.student.dtype, True, len(x.student) * vocab)
+            return cpu_gemms(x, backward, models, in_cpp=backend == CPP)
+        plan, dtype = gpu_plan(x, trained=False), x.student.dtype
         difference = (x.teacher.float() - x.student.float()).to(dtype)
         for rows in plan.row_chunks(len(x.student)):
             total = torch.zeros(x.student[rows].shape, device=device)
             for cols in plan.blocks(vocab):
                 weight = x.weight[cols]
-                matmul.logits(x.student[rows], weight, torch.float32)
-                g = matmul.logits(difference[rows], weight.to(dtype), dtype)
+                g = matmul.logits(x.student[rows], weight, torch.float32)
+                if models == 2:
+                    g = matmul.logits(difference[rows], weight, dtype)
                 if backward:
-                    total += matmul.hidden_grad(g, weight)
+                    total += matmul.hidden_grad(g.to(dtype), weight)
 
 
-def mm_gemms(x: Inputs, backward: bool, rows: int = 512) -> None:
-    """Two products `[N, H] x [H, V]` and, for the gradient, one `[N, V] x [V, H]`, in the inputs' dtype."""
+def cpu_gemms(x: Inputs, backward: bool, models: int, in_cpp: bool) -> None:
+    """With `in_cpp` as `backends/cpp_chunk.py` multiplies: whole rows, and fp32 results also of bf16 products."""
+    device, vocab = x.student.device, len(x.weight)
+    dtype = matmul.product_dtype(x.student.dtype, device)
+    width = 4 * models + (2 if in_cpp else 0)
+    plan = ChunkPlan.make(len(x.student), vocab, width, device, None, block_bytes=16)
+    whole = in_cpp and (x.weight.dtype == torch.float32 or matmul.multiplies_bf16(x.student.shape[1]))
+    work = matmul.Workspace(device, in_cpp)
+    difference = (x.teacher.float() - x.student.float()).to(dtype)
+    gradient = torch.full((plan.rows, vocab), 1e-3, dtype=dtype)
+    for rows in plan.row_chunks(len(x.student)):
+        total, h = torch.zeros(x.student[rows].shape), x.student[rows]
+        g = gradient[: len(h)]
+        for cols in [slice(0, vocab)] if whole else plan.blocks(vocab):
+            weight = x.weight[cols]
+            matmul.logits(h, weight, torch.float32, work=work, use="student")
+            if models == 2:
+                out = torch.float32 if in_cpp else dtype
+                matmul.logits(difference[rows], work.cast("head", weight, dtype), out, work=work, use="difference")
+            if backward:
+                total += matmul.hidden_grad(g[:, cols], work.cast("head", weight, dtype))
+
+
+def mm_gemms(x: Inputs, backward: bool, models: int = 2, rows: int = 512) -> None:
+    """Two products `[N, H] x [H, V]` (one with `models=1`) and, for the gradient, one `[N, V] x [V, H]`.
+
+    In the inputs' dtype.
+    """
     with torch.no_grad():
         rows = rows if x.student.device.type == "cpu" else len(x.student)
         out = torch.empty(rows, len(x.weight), dtype=x.student.dtype, device=x.student.device)
         for s, t in zip(x.student.split(rows), x.teacher.split(rows), strict=True):
             torch.mm(s, x.weight.T, out=out[: len(s)])
-            torch.mm(t, x.weight.T, out=out[: len(s)])
+            if models == 2:
+                torch.mm(t, x.weight.T, out=out[: len(s)])
             if backward:
                 torch.mm(out[: len(s)], x.weight)

@@ -95,7 +95,7 @@ def test_a_loss_measured_small_names_everyone_and_survives_an_interruption(resul
     monkeypatch.setattr(timing, "interleave", interrupted_in_the_second_phase(timing.interleave))
     with pytest.raises(KeyboardInterrupt):
         loss_speed.measure("forward_kl", "fp32", 32, rounds=2, compiled=False, shape=tiny)
-    saved = machine.load("losses/forward_kl-fp32-32-tiny")
+    saved = machine.load(loss_speed.result_name("forward_kl", "fp32", 32, tiny))
     named = {row["entrant"] for row in saved["rows"]} | set(saved["missing"]) | set(saved["failed"])
     assert named >= set(entrants.names("forward_kl"))
     assert saved["missing"]["flash-linear-attention"] == entrants.NEEDS_GPU or torch.cuda.is_available()
@@ -132,18 +132,28 @@ def test_an_entrant_has_other_neighbours_in_other_rounds():
 
 
 def test_targets_say_what_is_reached_what_is_not_and_what_nobody_measured(results):
-    def loss(dtype, ours, dense):
-        rows = [{"entrant": n, "phase": loss_speed.PHASES[0], "median": t} for n, t in ((OURS, ours), (DENSE, dense))]
-        machine.save(f"losses/jsd-{dtype}-64", {"loss": "jsd", "dtype": dtype, "tokens": 64, "rows": rows})
+    def loss(name, dtype, **seconds):
+        rows = [{"entrant": n, "phase": loss_speed.PHASES[0], "median": t} for n, t in seconds.items()]
+        machine.save(f"losses/{name}-{dtype}-64", {"loss": name, "dtype": dtype, "tokens": 64, "rows": rows})
 
-    loss("fp32", 1.0, 2.5)
-    loss("bf16", 1.0, 1.5)
+    loss("jsd", "fp32", **{OURS: 1.0, DENSE: 2.5, timing.OWN_GEMMS: 0.75})
+    loss("jsd", "bf16", **{OURS: 1.0, DENSE: 0.9})
+    loss("logprobs", "fp32", **{OURS: 1.0, DENSE: 3.0, timing.OWN_GEMMS: 0.9})
+    kind = machine.processor_kind(machine.machine())
     sizes = [(OURS, 1024, 90), (DENSE, 1024, 200), (OURS, 4096, 100), (DENSE, 4096, 4000)]
     rows = [{"entrant": e, "dtype": "fp32", "tokens": n, "extra_bytes": b} for e, n, b in sizes]
     machine.save("memory", {"rows": rows})
     text = targets.table()
-    assert "fp32 | at least 2x faster | 2.5 | dense torch (TRL), jsd, N = 64 | yes |" in text
-    assert "bf16 | at least 2x faster | 1.5 | dense torch (TRL), jsd, N = 64 | **no** |" in text
+    assert f"fp32, {kind} | over 1 | 2.5 | dense torch (TRL), jsd, N = 64 | yes |" in text
+    assert f"bf16, {kind} | over 1 | 0.9 | dense torch (TRL), jsd, N = 64 | **no** |" in text
+    assert (
+        f"divergences, time over that of our products, fp32, {kind} | at most 1.25 | 1.33 | jsd, N = 64 | **no** |"
+        in text
+    )
+    assert (
+        f"log-probs, time over that of our products, fp32, {kind} | at most 1.15 | 1.11 | logprobs, N = 64 | yes |"
+        in text
+    )
     assert "| at most 0.1 | 0.025 | fp32, N = 4,096 | yes |" in text
     assert text.count("not measured") == 11
 

@@ -68,11 +68,21 @@ def cpu_capability(torch) -> str:
 
 def loss_backends(torch) -> dict[str, str]:
     """Returns, for each atesd_kernels backend, "available" or the reason why not."""
-    from atesd_kernels.planning import BACKENDS, unavailable
+    from atesd_kernels.backends.matmul import multiplies_bf16
+    from atesd_kernels.planning import BACKENDS, CPP, unavailable
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reasons = {name: unavailable(name, device) for name in BACKENDS}
-    return {name: f"not available: {reason}" if reason else "available" for name, reason in reasons.items()}
+    found = {name: f"not available: {reason}" if reason else "available" for name, reason in reasons.items()}
+    if reasons[CPP] is None:
+        found[CPP] += ", what auto takes for large calls; " + (
+            "bf16 products with fp32 results"
+            if multiplies_bf16(2)
+            else "bf16 products in fp32: no instructions for them"
+        )
+    elif device.type == "cpu":
+        found[CPP] += ". So auto takes torch"
+    return found
 
 
 def available(package: str, extra: str) -> str:

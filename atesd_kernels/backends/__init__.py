@@ -4,6 +4,7 @@
 |------------------|------------------------------------|------------------|
 | "torch"          | `torch_chunked`, views `torch_views` | `torch_logprobs` |
 | "torch_compiled" | the same, elementwise passes through Inductor | the same |
+| "cpp"            | the same, with chunks of `cpp_chunk`  | the same, with chunks of `cpp_logprobs` |
 | "triton"         | `triton_chunked`, views `triton_views` | `triton_chunked` |
 | "module:object"  | functions of the caller's object   | the same         |
 

@@ -134,7 +134,7 @@ def no_search(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
 
 
-@pytest.mark.parametrize("backend", ("auto", *planning.BACKENDS))
+@pytest.mark.parametrize("backend", ("auto", *(b for b in planning.BACKENDS if b != planning.CPP)))
 def test_torch_compile_traces_a_caller_on_a_gpu_without_a_graph_break(backend, no_search):
     calls, indexed = [], torch.backends.cuda.is_built()
 

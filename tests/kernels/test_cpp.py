@@ -1,0 +1,172 @@
+"""Backend "cpp": its functions, its rows and its products beside float64, and who gets it when."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+
+import pytest
+import torch
+
+from atesd_kernels import linear_divergence, linear_logprobs, planning
+from atesd_kernels.backends import matmul
+from atesd_kernels.cpp import library
+from atesd_kernels.divergences import get_divergence
+
+from .cases import make_pair, relative_l2
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(library.compiler() is None, reason="needs a C++ compiler")
+
+
+def vectors(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def test_it_can_be_built_here():
+    assert library.unavailable() is None
+
+
+APPLY = """
+#include "functions.h"
+extern "C" void apply(const float* x, float* y, long n, int which) {
+  using namespace atesd;
+  for (long j = 0; j < n; ++j) {
+    const float of[] = {exp(x[j]), expm1(x[j]), log(x[j]), log1p(x[j])};
+    y[j] = of[which];
+  }
+}
+"""
+
+
+def test_its_functions_keep_the_digits_of_a_float(tmp_path):
+    source = tmp_path / "apply.cpp"
+    source.write_text(APPLY)
+    command = [
+        library.compiler(),
+        *library.FLAGS,
+        f"-I{library.SOURCES}",
+        str(source),
+        "-o",
+        str(tmp_path / "apply.so"),
+    ]
+    subprocess.run(command, check=True)
+    apply = ctypes.CDLL(str(tmp_path / "apply.so")).apply
+    tiny = torch.logspace(-30, 0, 20_001)
+    signed = torch.cat([torch.linspace(-80, 80, 200_001), tiny, -tiny])
+    positive = torch.cat([torch.logspace(-37, 30, 200_001), 1 + tiny, 1 - tiny[tiny < 0.999]])
+    above = torch.cat([torch.logspace(-30, 30, 200_001), -tiny[tiny < 0.999]])
+    functions = [(torch.exp, signed), (torch.expm1, signed), (torch.log, positive), (torch.log1p, above)]
+    for which, (function, x) in enumerate(functions):
+        x, y = x.contiguous(), torch.empty_like(x)
+        apply(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_long(len(x)), which)
+        exact = function(x.double())
+        error = ((y.double() - exact) / exact)[exact != 0].abs().max()
+        assert error < 3e-7, (function, error)
+    x, y = torch.tensor([-87.5, -1000.0]), torch.ones(2)
+    apply(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_long(2), 0)
+    assert y.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 1024, 1025, 5003])  # below, at and beyond a block of the sums
+@pytest.mark.parametrize("name", library.TERMS)
+def test_rows_of_any_width_agree_with_float64(name, vocab):
+    s, d = vectors(5, vocab) * 3, vectors(5, vocab, 1) * 0.1
+    log_q, log_p = (z.double().div(1.1).log_softmax(1) for z in (s, s.double() + d))
+    l, u = get_divergence(name, 0.3).term(log_p, log_q, 0.3)
+    gradient = u - log_q.exp() * u.sum(1, keepdim=True)
+    out = torch.empty_like(s)
+    found, tokens = library.divergence(name, 0.3, s.clone(), d.clone(), out, 1 / 1.1, 1 / 1.1, None, None, True)
+    if vocab > 1:
+        assert relative_l2(found["value"], l.sum(1)) < 2e-6
+        assert relative_l2(out.double() * found["scale"][:, None].double(), gradient) < 2e-6
+    torch.testing.assert_close(
+        found["entropy_s"].double(), torch.special.entr(log_q.exp()).sum(1), rtol=1e-6, atol=1e-6
+    )
+    torch.testing.assert_close(
+        found["entropy_t"].double(), torch.special.entr(log_p.exp()).sum(1), rtol=1e-6, atol=1e-6
+    )
+    assert torch.equal(tokens, torch.stack([log_q.argmax(1), log_p.argmax(1)]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["student", "difference"])
+def test_a_row_with_a_number_that_is_not_finite_is_never_near(bad, where):
+    s, d = vectors(3, 100), vectors(3, 100, 1)
+    (s if where == "student" else d)[1, 40] = bad
+    found, _ = library.divergence("forward_kl", 0.5, s, d, None, 1.0, 1.0, None, None, False)
+    near = found["extreme"] <= 40
+    assert near.tolist() == [True, False, True]
+
+
+@pytest.mark.skipif(not matmul.multiplies_bf16(64), reason="needs bf16 instructions")
+@pytest.mark.parametrize("shape", [(1, 64, 64), (67, 1009, 48), (130, 5, 2)])
+def test_products_of_bf16_matrices_are_rounded_to_fp32_only(shape):
+    rows, vocab, k = shape
+    h, w = vectors(rows, k).bfloat16(), vectors(vocab, k, 1).bfloat16()
+    out = torch.zeros(rows, vocab + 3)
+    library.product(h, w, out[:, :vocab])
+    assert relative_l2(out[:, :vocab], h.double() @ w.double().T) < 1e-6
+    assert (out[:, vocab:] == 0).all()
+
+
+def test_one_thread_and_two_give_the_same_bits():
+    pair = make_pair(n=40, v=1009)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            hidden = pair.student_hidden.clone().requires_grad_()
+            linear_divergence(hidden, pair.student_weight, pair.teacher_hidden, backend="cpp").backward()
+            found.append(hidden.grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
+def test_large_calls_on_a_cpu_take_it(monkeypatch):
+    large = planning.CPP_PAIRS
+    for dtype in (torch.float32, torch.bfloat16):
+        assert planning.choose_backend("auto", CPU, dtype, True, large) == "cpp"
+        assert planning.choose_backend("auto", CPU, dtype, True, large - 1) == "torch"
+    assert planning.choose_backend("auto", CPU, torch.float64, True, large) == "torch"
+    used = []
+    monkeypatch.setattr(planning, "CPP_PAIRS", 40 * 1009)
+    monkeypatch.setattr(library, "divergence", lambda *a, call=library.divergence: used.append(1) or call(*a))
+    monkeypatch.setattr(library, "logprobs", lambda *a, call=library.logprobs: used.append(2) or call(*a))
+    for n in (39, 40):
+        pair = make_pair(n=n, v=1009)
+        linear_divergence(pair.student_hidden, pair.student_weight, pair.teacher_hidden)
+        linear_logprobs(pair.student_hidden, pair.student_weight, torch.zeros(n, dtype=torch.long))
+    assert used == [1, 2]
+
+
+def test_without_a_compiler_auto_does_without_and_the_name_says_why(monkeypatch):
+    monkeypatch.setattr(library, "unavailable", lambda: "there is no C++ compiler")
+    assert planning.choose_backend("auto", CPU, torch.float32, True, planning.CPP_PAIRS) == "torch"
+    with pytest.raises(ValueError, match="'cpp' is not available: there is no C\\+\\+ compiler"):
+        planning.choose_backend("cpp", CPU, torch.float32, True)
+    with pytest.raises(ValueError, match="runs on a CPU, got cuda"):
+        planning.choose_backend("cpp", torch.device("cuda"), torch.float32, True)
+
+
+def test_a_library_is_built_once_and_again_when_its_flags_change(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = library.built("rows.cpp", ())
+    assert first.is_relative_to(tmp_path)
+    made = os.stat(first).st_mtime_ns
+    assert library.built("rows.cpp", ()) == first and os.stat(first).st_mtime_ns == made
+    monkeypatch.setattr(library, "FLAGS", [flag.replace("-O3", "-O1") for flag in library.FLAGS])
+    assert library.built("rows.cpp", ()) != first
+    assert len(list(first.parent.iterdir())) == 2  # nothing else is left
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(library, "FLAGS", ["-no-such-flag"])
+    library.rows_library.cache_clear()
+    try:
+        assert "no-such-flag" in library.unavailable.__wrapped__()
+    finally:
+        library.rows_library.cache_clear()

@@ -15,6 +15,7 @@ from atesd.config import ATESDConfig
 from atesd.errors import ModelError
 from atesd.files import share_with_readers
 from atesd.models.adapters import adapter_layers, inputs_cast_by_autocast
+from atesd.models.embedding import accumulate_in_place
 from atesd.models.loading import bars_of_long_loads
 from atesd.models.packed_attention import check_packing, use_packed_attention
 from atesd.models.precision import fast_fp32_products
@@ -52,6 +53,8 @@ class Student:
                 hidden_states_and_head(self.model)
             check_packing(self.model)
         reshard(self.model)
+        if type(parallelism) is Parallelism:  # sharded weights and DeepSpeed see to their gradients themselves
+            accumulate_in_place(unwrap(self.model))
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.trained.values(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor
 
 SOURCES = Path(__file__).parent
-FLAGS = (
-    "-O3 -std=c++17 -march=native -mprefer-vector-width=512 -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC"
-).split()
+FLAGS = "-O3 -std=c++17 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC".split()
+if platform.machine() == "x86_64":
+    FLAGS.append("-mprefer-vector-width=512")  # compilers prefer half of it on processors with AVX-512
 COMPILERS = ("g++", "clang++", "c++")
 # The order of the cases in rows.cpp.
 TERMS = (

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# What every command needs without a GPU: reasoning-gym writes the quickstart's problems, gguf reads its model,
-# math-verify grades answers.
+# What every command needs without a GPU: gguf reads the quickstart's model, math-verify grades answers, reasoning-gym
+# writes the problems of gsm-symbolic.
 BASE = [
     "torch>=2.11",
     "transformers>=5.17,<6",

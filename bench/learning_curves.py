@@ -4,8 +4,8 @@
     python -m bench.learning_curves --all              all that are left
     python -m bench.learning_curves --only atesd-1     this one
 
-Each run is the quickstart recipe, with `exposure_policy` as it is (ATESD) or `full` (OPSD). Before the first and after
-the last step the student is measured on 24 held-out problems that no run trains on: mean token KL of the teacher that
+Each run is the recipe gsm-symbolic, with `exposure_policy` as it is (ATESD) or `full` (OPSD). Before the first step and
+after the last the student is measured on 24 held-out problems that no run trains on: mean token KL of the teacher that
 reads the whole solution (alpha = 1, for both methods) on rollouts of fixed seeds, the NLL of the reference solutions,
 and right answers. A run that was stopped goes on where it stopped. Results: bench/results/learning_curves/.
 """
@@ -53,7 +53,7 @@ def run_one(run: str, flags: list[str], work: Path) -> Path:
         config = load_config(None, ["--resume", str(run_dir)])
     else:
         (run_dir / METRICS).unlink(missing_ok=True)
-        config = load_config("quickstart", [*METHODS[method], *own, *flags])
+        config = load_config("gsm-symbolic", [*METHODS[method], *own, *flags])
     start_file = work / f"start-{seed}.json"  # no method has done anything yet: both start from the same numbers
     with closing(Run.build(config)) as built:
         if not start_file.exists():

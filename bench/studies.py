@@ -1,9 +1,9 @@
-"""The studies in the lab: their tables, and which of the paper's statements hold there.
+"""The studies with results: their tables, and which of the paper's statements hold in the lab.
 
-    atesd study lab-exposure --output_dir bench/results/studies/lab-exposure --jobs 2
+    atesd study quickstart --output_dir bench/results/studies/quickstart --jobs 2
 
-makes the runs that are missing, where `atesd lab` has made the lab with the committed model. Only what each run has
-measured is committed, problem by problem; the tables are computed from it.
+makes the runs that are missing. The lab's studies go on where `atesd lab` has made the lab with the committed model.
+Only what each run has measured is committed, problem by problem; the tables are computed from it.
 """
 
 from __future__ import annotations
@@ -14,39 +14,55 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
+from atesd.evaluation.statistics import estimate
 from atesd.reports.learned import interval as with_interval
 from atesd.reports.markup import markdown_table
 from atesd.studies.comparison import interval, mean, paired
 from atesd.studies.reading import load_spec
 from atesd.studies.trial import MEASURED, read_result
-from bench.machine import RESULTS
+from bench import machine
 
 FOLDER = "studies"
 EXPOSURE, CREDIT, CONTROLS, MENDING = "lab-exposure", "lab-credit", "lab-controls", "lab-mending"
 SHOWN = (EXPOSURE, CREDIT, CONTROLS, MENDING)
+QUICKSTART = "quickstart"
 FIXED = ("fixed-0", "fixed-0.25", "fixed-0.5", "fixed-0.75")
 HOLDS, FAILS, OPEN = "holds", "does not hold", "open"
 
+read_once = cache(read_result)
 Runs = dict[str, dict[int, dict[str, Any]]]  # variant -> seed -> what was measured
 
 
-@cache
+def finished(study: str) -> Runs:
+    """Returns the runs of a study that have results, without the variants that have none.
+
+    Raises:
+        FileNotFoundError: no run has results.
+    """
+    spec, folder = load_spec(study), machine.RESULTS / FOLDER / study
+    found: Runs = {}
+    for name in spec.variants:
+        files = {seed: folder / name / f"seed-{seed}" / MEASURED for seed in spec.seeds}
+        if of_seed := {seed: read_once(file) for seed, file in files.items() if file.is_file()}:
+            found[name] = of_seed
+    if not found:
+        raise FileNotFoundError(f"{FOLDER}/{study}")
+    return found
+
+
 def runs_of(study: str) -> Runs:
-    """Returns the runs of a study at the seeds that all of its variants have. Reads them once a process.
+    """Returns the runs of a study at the seeds that all of its variants have.
 
     Raises:
         FileNotFoundError: there is no such seed.
     """
-    spec, folder = load_spec(study), RESULTS / FOLDER / study
-    found: Runs = {name: {} for name in spec.variants}
-    for seed in spec.seeds:
-        files = {name: folder / name / f"seed-{seed}" / MEASURED for name in spec.variants}
-        if all(file.is_file() for file in files.values()):
-            for name, file in files.items():
-                found[name][seed] = read_result(file)
-    if not all(found.values()):
-        raise FileNotFoundError(f"{folder} has no seed with all variants")
-    return found
+    found, spec = finished(study), load_spec(study)
+    seeds = [seed for seed in spec.seeds if all(seed in found.get(name, {}) for name in spec.variants)]
+    if not seeds:
+        raise FileNotFoundError(f"{FOLDER}/{study}")
+    return {name: {seed: found[name][seed] for seed in seeds} for name in spec.variants}
 
 
 def table(study: str) -> str:
@@ -68,13 +84,47 @@ def table(study: str) -> str:
     return f"{markdown_table([*header, 'reference NLL'], rows)}\n\n<sub>{note}</sub>"
 
 
+def before_and_after(study: str) -> str:
+    """What training changed, for each variant that has results, over the seeds that it has."""
+    runs, spec = finished(study), load_spec(study)
+    rows = []
+    for name, of_seed in runs.items():
+        changes = [change_of(run) for run in of_seed.values()]
+        above = sum((low := estimate(change)[0].low) is not None and low > 0 for change in changes)
+        less = differences(runs, name, spec.baseline) if name != spec.baseline else []
+        rows.append(
+            [name, before_to_after(of_seed, "average", ".2f")]
+            + [with_interval(interval([float(change.mean()) for change in changes]), "+"), f"{above} of {len(changes)}"]
+            + [with_interval(interval(less), "+") if less else ""]
+            + [before_to_after(of_seed, "response_length", ".1f"), before_to_after(of_seed, "no_answer", ".2f")]
+        )
+    header = ["variant", "held-out accuracy", "change", "seeds that learn", f"less {spec.baseline}"]
+    note = (
+        f"{spec.measure.problems} held-out problems, k = {spec.measure.k}, temperature {spec.measure.temperature:g}. "
+        "Intervals are of 95 %, over seeds, paired by seed and problem. A seed learns if the bootstrap interval of its "
+        "change, over its own problems, is above 0."
+    )
+    return f"{markdown_table([*header, 'tokens of a response', 'without an answer'], rows)}\n\n<sub>{note}</sub>"
+
+
+def change_of(run: dict[str, Any]) -> np.ndarray:
+    """Right after training less right before, of each problem: `(problems,)`."""
+    before, after = run["before"], run["after"]
+    return np.array([after[name]["average"] - before[name]["average"] for name in before])
+
+
+def before_to_after(of_seed: dict[int, dict[str, Any]], metric: str, form: str) -> str:
+    return " → ".join(f"{statistics.fmean(averages(of_seed, when, metric)):{form}}" for when in ("before", "after"))
+
+
 def averages(of_seed: dict[int, dict[str, Any]], when: str, metric: str = "average") -> list[float]:
     return [mean(result[when], metric) for result in of_seed.values()]
 
 
 def differences(runs: Runs, name: str, other: str) -> list[float]:
-    """One for each seed: the mean over problems of Average@k of `name` less that of `other`."""
-    return [paired(runs[name][seed], runs[other][seed], "average") for seed in runs[name]]
+    """One for each seed of both: the mean over problems of Average@k of `name` less that of `other`."""
+    both = [seed for seed in runs[name] if seed in runs.get(other, {})]
+    return [paired(runs[name][seed], runs[other][seed], "average") for seed in both]
 
 
 def best(runs: Runs, names: Sequence[str]) -> str:

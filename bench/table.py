@@ -141,6 +141,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"step_vs_trl-{dtype}": of(f"step_vs_trl-{dtype}", step_vs_trl.table) for dtype in DTYPES},
     "learning_curves": learning,
     **{name: partial(studies.table, name) for name in studies.SHOWN},
+    studies.QUICKSTART: partial(studies.before_and_after, studies.QUICKSTART),
     "statements": studies.statements,
     policy_signal.NAME: of(policy_signal.NAME, policy_signal.table),
     "predicted_scaling": predicted_scaling,

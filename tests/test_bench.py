@@ -8,13 +8,16 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
+from atesd.studies.trial import MEASURED, write_result
 from bench import (
     entrants,
     loss_speed,
     machine,
     memory,
     plots,
+    quickstart,
     scaling,
     shapes,
     step_vs_trl,
@@ -59,6 +62,43 @@ def test_the_check_fails_on_a_plot_of_an_earlier_result(results, tmp_path, capsy
     assert table.main(["--check", "--page", str(readme)]) == 1
     assert "memory.png was not drawn from memory.json" in capsys.readouterr().out
     assert table.main(["--page", str(readme)]) == 0 and table.main(["--check", "--page", str(readme)]) == 0
+
+
+def test_a_study_of_which_some_runs_have_results_has_a_table_of_them(results):
+    """Eight problems, all wrong before. Seed 0 learns them all; seed 1 learns one, which resamples may lack."""
+    assert table.render("quickstart") == "(not measured yet: no quickstart in bench/results)"
+    right = {("learned", 0): 8, ("learned", 1): 1, ("full", 1): 8}
+    for (variant, seed), n in right.items():
+        folder = results / "studies" / "quickstart" / variant / f"seed-{seed}"
+        folder.mkdir(parents=True)
+        after, before = (
+            {f"p{i}": {"average": float(i < count), "response_length": length, "no_answer": 0.5} for i in range(8)}
+            for count, length in ((n, 8.0), (0, 20.0))
+        )
+        content = {"variant": variant, "seed": seed, "digest": "d", "before": before, "after": after}
+        write_result(folder / MEASURED, content)
+    rows = [line for line in table.render("quickstart").splitlines() if line.startswith("|")][2:]
+    assert rows == [
+        "| learned | 0.00 → 0.56 | +0.56 [-5.00, +6.12] | 1 of 2 |  | 20.0 → 8.0 | 0.50 → 0.50 |",
+        "| full | 0.00 → 1.00 | +1.00 | 1 of 1 | +0.88 | 20.0 → 8.0 | 0.50 → 0.50 |",
+    ]
+    shutil.rmtree(results / "studies" / "quickstart" / "learned")
+    assert "| full | 0.00 → 1.00 | +1.00 | 1 of 1 |  |" in table.render("quickstart")
+
+
+def test_the_front_page_s_picture_begins_with_the_accuracies_where_a_run_has_them(tmp_path):
+    rows = [
+        {"step": step, "alpha": 0.5, "beta_a": 2.0, "beta_b": 2.0, "mismatch": 0.1, "probe_nll": 1.5}
+        for step in range(1, 4)
+    ]
+    measured = {"eval_average": 0.25, "eval_average_low": 0.125, "eval_average_high": 0.5}
+    start = {"step": 0, **measured}
+    for name, content in (("without", rows), ("with", [start, *rows[:2], {**rows[2], **measured}])):
+        quickstart.plot({"rows": content}, tmp_path / f"{name}.png", "a digest")
+        assert plots.stamp_of(tmp_path / f"{name}.png") == "a digest"
+    heights = {name: Image.open(tmp_path / f"{name}.png").height for name in ("without", "with")}
+    assert quickstart.accuracy_plot([start, *rows]) is None, "a run that was not measured at its end"
+    assert heights["with"] == heights["without"] + 216 + quickstart.GAP, "a strip of 1.5 inches at 144 dots"
 
 
 def test_the_top_k_losses_are_measured_beside_their_peers(results, monkeypatch):

@@ -87,7 +87,9 @@ for package in (atesd, atesd_kernels):
     assert all(resources.files(package).joinpath(name).is_file() for name in ("py.typed", "README.md"))
 (found,) = metadata.distributions(name="atesd", path=[sys.argv[1]])
 assert found.version == atesd.__version__
-assert load_config("quickstart", []).max_steps > 0 and len(recipes()) == int(sys.argv[2])
+assert len(recipes()) == int(sys.argv[2])
+config = load_config("quickstart", [])
+assert all(file.startswith(sys.argv[1]) for file in (config.dataset_name, config.prompt_templates)), config
 from atesd_kernels import linear_divergence
 import torch
 assert linear_divergence(torch.randn(3, 4), torch.randn(9, 4), torch.randn(3, 4)) > 0

@@ -9,7 +9,7 @@ from atesd.config.load import recipes
 TRAIN = """\
 atesd train: a model learns from its own answers, taught by itself reading part of the solutions.
 
-  atesd train quickstart                    SmolLM2-135M on generated problems, two CPU cores
+  atesd train quickstart                    SmolLM2-135M learns to compare numbers, two CPU cores
   atesd train my_run.yaml --max_steps 500   your file; `extends: quickstart` takes over a recipe
   atesd train --resume runs/my_run          go on with a run
 

@@ -17,7 +17,7 @@ from atesd.errors import ConfigError
 from atesd.files import write_json
 from atesd.reports.printout import Printout, Table
 from atesd.studies.reading import load_spec
-from atesd.studies.spec import StudySpec
+from atesd.studies.spec import Measure, StudySpec
 from atesd.studies.study import run_study
 from atesd.studies.study_report import STUDY, WRITTEN, load_study, write_study_report
 from atesd.studies.study_report import printout as study_printout
@@ -40,7 +40,8 @@ def sweep(
     """Runs the study. Returns its folder: that of `run_study`, with `sweep.png`, and `by_difficulty` in `study.json`.
 
     Args:
-        recipe, flags: as for `atesd train`. The sweep sets exposure policy, alpha, seed and output directory.
+        recipe, flags: as for `atesd train`. The sweep sets exposure policy, alpha, seed and output directory; its
+            answers are sampled at the recipe's `eval_temperature`.
         output_dir: the folder of the study. It has one folder per run, e.g. `alpha-0.25/seed-1`.
         num_problems: held-out problems; None: the recipe's, or else the study's.
 
@@ -49,8 +50,8 @@ def sweep(
     """
     if not alphas or not seeds:
         raise ConfigError("a sweep needs at least an alpha and a seed")
-    num_problems = num_problems or load_config(recipe, flags).num_eval_problems or None
-    spec = spec_of(recipe, alphas, seeds, num_problems)
+    config = load_config(recipe, flags)
+    spec = spec_of(recipe, alphas, seeds, num_problems or config.num_eval_problems, config.eval_temperature)
     return run_study(spec, flags, output_dir, written=(*WRITTEN, FIGURE), report=write_sweep_report)
 
 
@@ -66,12 +67,16 @@ def write_sweep_report(folder: Path) -> Path:
 
 
 def spec_of(
-    recipe: str | None, alphas: Sequence[float], seeds: Sequence[int], num_problems: int | None = None
+    recipe: str | None,
+    alphas: Sequence[float],
+    seeds: Sequence[int],
+    num_problems: int = 0,
+    temperature: float = Measure.temperature,
 ) -> StudySpec:
     shipped = load_spec("fixed-exposure")
     fixed = {"exposure_policy": "fixed", "exposure_kwargs": "{}"}  # whatever the recipe's policy takes
     variants = {f"alpha-{alpha:g}": {**fixed, "fixed_alpha": alpha} for alpha in alphas}
-    measure = shipped.measure if num_problems is None else replace(shipped.measure, problems=num_problems)
+    measure = replace(shipped.measure, problems=num_problems or shipped.measure.problems, temperature=temperature)
     return replace(
         shipped,
         recipe=recipe,

@@ -42,11 +42,12 @@ def test_every_recipe_that_ships_is_valid_and_its_run_directory_carries_its_name
     assert load_config(name, []).output_dir.startswith(f"runs/{name}-")
 
 
-def test_the_quickstart_updates_its_policy_several_times():
-    config = load_config("quickstart", [])
+@pytest.mark.parametrize(("name", "responses", "tokens"), [("quickstart", 16, 30), ("gsm-symbolic", 8, 96)])
+def test_a_recipe_for_two_cores_updates_its_policy_several_times(name, responses, tokens):
+    config = load_config(name, [])
     assert config.max_steps >= 12
-    assert config.per_device_train_batch_size * config.gradient_accumulation_steps * config.num_generations == 8
-    assert config.max_completion_length <= 96
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps * config.num_generations == responses
+    assert config.max_completion_length <= tokens
     # a decision of step t, one every hold_window, is paid when step t + lookahead is measured
     paid_decisions = (config.max_steps - 1 - config.lookahead) // config.hold_window + 1
     assert paid_decisions // config.policy_batch_size >= 3
@@ -246,7 +247,7 @@ def test_bfloat16_master_weights_are_refused_and_allowed_under_an_adapter():
         ("lora_r", "8", "lora_r is 8, but the run in .* was started with 64"),
         ("use_peft", "false", "use_peft is False, .* was started with True"),
         ("model_name_or_path", "other/model", "model_name_or_path is 'other/model'"),
-        ("max_completion_length", "64", "max_completion_length is 64, .* with 96"),
+        ("max_completion_length", "64", "max_completion_length is 64, .* with 30"),
         ("teacher", "ema", "teacher is 'ema', .* with 'frozen'"),
         ("teacher_weights", "float32", "teacher_weights is 'float32', .* with 'bfloat16'"),
         ("teacher_top_k", "8", "teacher_top_k is 8, .* with 64"),
@@ -388,7 +389,7 @@ def test_an_evaluation_refuses_an_engine_that_is_not_known():
 def test_a_file_may_extend_a_recipe_or_a_file_beside_it(tmp_path):
     write_yaml(tmp_path / "base.yaml", extends="quickstart", max_steps=5, seed=3)
     config = load_config(write_yaml(tmp_path / "mine.yaml", extends="base.yaml", seed=4), [])
-    assert (config.max_steps, config.seed, config.num_train_problems) == (5, 4, 400)
+    assert (config.max_steps, config.seed, config.num_train_problems) == (5, 4, 640)
     with pytest.raises(ConfigError, match="leads back to itself"):
         write_yaml(tmp_path / "base.yaml", extends="mine.yaml")
         load_config(str(tmp_path / "mine.yaml"), [])
@@ -404,7 +405,8 @@ def test_a_count_of_problems_is_meant_where_it_was_chosen_for_the_data_set(tmp_p
     assert load_config(mine, []).up_to == every - {"num_eval_problems"}
     assert load_config(mine, ["--num-probe-problems=3"]).up_to == {"num_train_problems"}
     assert load_config("quickstart", ["--dataset_name", str(six)]).up_to == every
-    assert load_config("quickstart", []).up_to == {"num_eval_problems"}
+    assert load_config("quickstart", []).up_to == frozenset(), "its own data set: every count is meant"
+    assert load_config("gsm-symbolic", []).up_to == {"num_eval_problems"}
     run = load_config(mine, ["--output_dir", str(tmp_path / "run")])
     (tmp_path / "run").mkdir()
     run.save(tmp_path / "run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
@@ -38,4 +39,13 @@ def test_the_quickstart_s_references_compare_twice_and_end_in_the_largest_number
         for comparison in comparisons:
             larger, smaller = map(int, re.findall(r"\d+", comparison))
             assert larger > smaller and {larger, smaller} < numbers
-    PromptTemplates.from_file(config.prompt_templates)
+
+
+def test_the_quickstart_s_templates_say_nothing_of_its_own_problems():
+    """`--dataset_name mine.jsonl` takes them over."""
+    config = load_config("quickstart", [])
+    templates = PromptTemplates.from_file(config.prompt_templates)
+    said = set(re.findall(r"\w+", " ".join(filter(None, asdict(templates).values())).lower()))
+    first = json.loads(Path(config.dataset_name).read_text().splitlines()[0])
+    asked = set(re.findall(r"\w+", f"{first['problem']} {first['solution']}".lower()))
+    assert templates.student == "{problem}" and said & asked <= {"the", "is", "answer"}

@@ -92,7 +92,7 @@ def test_generated_problems_are_not_those_a_run_trains_on():
 
 def test_problems_a_run_was_trained_on_are_told_apart_from_those_it_held_out(tmp_path):
     settings = ["--num_train_problems", "10", "--num_probe_problems", "3", "--num_eval_problems", "5"]
-    run = load_config("quickstart", [*settings, "--output_dir", str(tmp_path)])
+    run = load_config("gsm-symbolic", [*settings, "--output_dir", str(tmp_path)])
     run.save(tmp_path)
     splits = load_problems("gsm_symbolic", num_train=10, num_probe=3, num_eval=5, seed=0)
     mixed = [*splits.eval, splits.train[4], splits.probe[1]]

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from atesd import cli
+from atesd.config import load_config
 from atesd.config.doors import POLICY_FIELDS
 from atesd.evaluation.statistics import t_quantile
 from atesd.exposure.policies import make_policy
@@ -278,14 +279,25 @@ def test_every_variant_of_the_credit_is_paid_for_something_else():
     assert len({one[1], short[1], full[1]}) == 1
 
 
-def test_the_controls_have_the_same_budget_of_responses():
-    spec = load_spec("controls")
-    budgets = set()
+@pytest.mark.parametrize("name", ["controls", "quickstart"])
+def test_every_variant_has_the_same_budget_of_responses(name):
+    spec = load_spec(name)
+    budgets, lengths = set(), set()
     for variant in spec.variants:
         config = spec.config(variant, 0, "unused", [])
         rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.num_generations
-        budgets.add((rollouts, config.max_steps, config.max_completion_length))
-    assert len(budgets) == 1
+        budgets.add((rollouts, config.max_steps))
+        if config.objective == "sft":  # samples no response in training, and must have room for what it has learned
+            assert config.eval_completion_length >= 40, "tokens of a reference of the quickstart with its box"
+        else:
+            lengths.add((config.max_completion_length, config.eval_completion_length))
+    assert len(budgets) == len(lengths) == 1
+
+
+@pytest.mark.parametrize("name", sorted(name for name in shipped() if load_spec(name).recipe == "quickstart"))
+def test_a_study_of_the_quickstart_samples_answers_as_its_recipe_does(name):
+    spec, recipe = load_spec(name), load_config("quickstart", [])
+    assert (spec.measure.k, spec.measure.temperature) == (recipe.eval_k, recipe.eval_temperature)
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,15 @@ def test_a_sweep_replaces_the_policy_of_a_recipe_and_what_it_takes(recipe, tmp_p
     assert (config.exposure_policy, config.exposure_kwargs, config.fixed_alpha) == ("fixed", "{}", 0.5)
 
 
+def test_a_sweep_measures_as_its_recipe_evaluates(recipe, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sweep, "run_study", lambda spec, *_, **options: seen.append(spec.measure) or tmp_path)
+    sweep.sweep(recipe, ["--eval_temperature", "0.7"], str(tmp_path / "s"))
+    sweep.sweep(recipe, ["--num_eval_problems", "0"], str(tmp_path / "s"))
+    sweep.sweep("gsm-symbolic", [], str(tmp_path / "s"), num_problems=5)
+    assert [(m.problems, m.temperature) for m in seen] == [(6, 0.7), (64, 1.0), (5, 1.0)]
+
+
 def test_a_sweep_that_cannot_run_is_refused_before_its_first_run(recipe, tmp_path, capsys):
     assert cli.main(["sweep", recipe, "--alphas", "0,2", "--output_dir", str(tmp_path / "s")]) == 2
     assert "fixed_alpha is 2.0" in capsys.readouterr().err

@@ -33,7 +33,7 @@ DEFAULT_CHUNK_BYTES = {"cpu": 128 * MIB, "cuda": 1024 * MIB}
 
 # Our choice: from this many pairs of token and vocabulary entry on, "auto" takes "cpp" on a CPU. A step has some such
 # calls, and they soon pay for the seconds that its compiler takes once on a machine.
-CPP_PAIRS = 1 << 23
+CPP_PAIRS = 1 << 22
 
 # CPU only. One GEMM computes a block of the vocabulary. The elementwise passes process tiles: a few rows of a block,
 # which fit the processor's cache.

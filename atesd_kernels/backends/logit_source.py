@@ -42,9 +42,10 @@ class LinearGradients:
 
     def product_blocks(self, plan: ChunkPlan) -> list[slice]:
         """Returns the columns of a chunk's products for backend "cpp": all at once if no block is a temporary."""
-        bare = self.weight.dtype == self.spec.compute_dtype and self._logits_dtype() == torch.float32
-        wide = bare and (self.weight.dtype == torch.float32 or matmul.multiplies_bf16(self.hidden.shape[1]))
-        return [slice(0, self.vocab)] if wide else plan.blocks(self.vocab)
+        dtype = self.weight.dtype
+        bare = dtype == self.spec.compute_dtype and self._logits_dtype() == torch.float32
+        wide = dtype == torch.bfloat16 and matmul.multiplies_bf16(self.hidden.shape[1])
+        return [slice(0, self.vocab)] if bare and (dtype == torch.float32 or wide) else plan.blocks(self.vocab)
 
     def gradient_blocks(self, plan: ChunkPlan) -> list[slice]:
         """The same for the products with the logits' gradient."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+LOG = logging.getLogger("atesd_kernels")
 SOURCES = Path(__file__).parent
 FLAGS = "-O3 -std=c++17 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC".split()
 if platform.machine() == "x86_64":
@@ -128,6 +130,7 @@ def built(source: str, libraries: tuple[str, ...]) -> Path:
     path = _cache() / f"{Path(source).stem}-{_key(command[0], libraries)}.so"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
+        LOG.warning("building %s once for this machine, which takes some seconds: %s", source, path)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
             subprocess.run([*command, "-o", str(made), *libraries], check=True, capture_output=True, text=True)

@@ -186,7 +186,9 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
             raise ConfigError(f"unknown key {name!r} in {path}{suggest(str(name), hints)}")
         if value is None and type(None) not in get_args(hints[name]):
             raise ConfigError(f"{name} is null in {path}; it must have a value, or leave the line out")
-    if path.parent == shipped_folder():  # a recipe's own files lie beside it; all other paths start from the shell
+    if (
+        path.resolve().parent == shipped_folder().resolve()
+    ):  # a recipe's own files lie beside it; all other paths start from the shell
         beside = {name: path.parent / str(settings[name]) for name in PATHS if settings.get(name)}
         settings |= {name: str(file) for name, file in beside.items() if file.exists()}
     return inherited | settings

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 __all__ = ["accumulate_in_place"]
 
@@ -25,6 +26,7 @@ class InPlace(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
         (ids,), weight = ctx.saved_tensors, ctx.weight
         if weight.grad is None:
@@ -36,16 +38,26 @@ class InPlace(torch.autograd.Function):
         return None, None, None
 
 
+class InPlaceEmbedding(nn.Embedding):
+    """An embedding as `InPlace`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return InPlace.apply(input, self.weight, self.padding_idx)
+
+
 def accumulate_in_place(model: nn.Module) -> bool:
     """Lets a plain, trained input embedding on a CPU add its gradient in place. Returns whether it does now.
 
     On a GPU the order of `index_add_` is not fixed, and a resumed run would differ in the last bits.
     """
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    plain = type(embedding) is nn.Embedding and not (
-        embedding.sparse or embedding.scale_grad_by_freq or embedding.max_norm is not None
-    )
-    if not plain or not embedding.weight.requires_grad or embedding.weight.device.type != "cpu":
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
         return False
-    embedding.forward = lambda ids: InPlace.apply(ids, embedding.weight, embedding.padding_idx)
+    if type(embedding) is not nn.Embedding or "forward" in vars(embedding):
+        return False
+    special = embedding.sparse or embedding.scale_grad_by_freq or embedding.max_norm is not None
+    if special or not embedding.weight.requires_grad or embedding.weight.device.type != "cpu":
+        return False
+    embedding.__class__ = InPlaceEmbedding
     return True

@@ -52,7 +52,7 @@ class CppChunk:
             if not source.is_delta:
                 # differences must be small before they are rounded; a constant changes no softmax
                 first = d[:, :1].clone() if first is None else first
-                d = d - first
+                d.sub_(first)
             for buffer, block in ((self.s, s), (self.d, d)):
                 if block.data_ptr() != buffer[:, cols].data_ptr():
                     buffer[:, cols] = block
@@ -67,7 +67,7 @@ class CppChunk:
         spec, source = self.spec, self.source
         scale_s, scale_d = (1 / spec.temperature, source.scale) if source.is_plain else (1.0, 1.0)
         at_target = self.gather() if spec.stats else None
-        factor = torch.full((len(self.s),), 1 / spec.temperature)
+        factor = torch.full((len(self.s),), 1 / spec.temperature, dtype=torch.float32)
         for f in (weight, source.grad_scale):
             factor = factor if f is None else factor * f
         late = source.scales_late
@@ -103,7 +103,7 @@ class CppChunk:
     def gather(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns logit and difference at the targets, and where there is a target."""
         if self.target is None:
-            nowhere = torch.zeros(len(self.s))
+            nowhere = torch.zeros(len(self.s), dtype=torch.float32)
             return nowhere, nowhere, nowhere.bool()
         here = (self.target >= 0) & (self.target < self.source.vocab)
         column = self.target.clamp(0, self.source.vocab - 1)[:, None]

@@ -42,7 +42,7 @@ class CppLogprobChunk:
         self.top, self.lse, self.entropy = library.logprobs(z, self.out, scale, factor)
         if self.out is not None:  # 1 - q is rounded once
             at_target = -torch.expm1(self.at_target - self.lse) * factor
-            self.out.scatter_(1, target[:, None], at_target[:, None].to(self.out.dtype))
+            self.out[torch.arange(len(target)), target] = at_target.to(self.out.dtype)  # scatter_ copies all of bf16
 
     def stats(self, value: Tensor) -> Tensor:
         zero = torch.zeros_like(self.lse)

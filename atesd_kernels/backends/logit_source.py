@@ -44,8 +44,8 @@ class LinearGradients:
         """Returns the columns of a chunk's products for backend "cpp": all at once if no block is a temporary."""
         dtype = self.weight.dtype
         bare = dtype == self.spec.compute_dtype and self._logits_dtype() == torch.float32
-        wide = dtype == torch.bfloat16 and matmul.multiplies_bf16(self.hidden.shape[1])
-        return [slice(0, self.vocab)] if bare and (dtype == torch.float32 or wide) else plan.blocks(self.vocab)
+        in_place = matmul.writes_in_place(dtype, self.hidden.shape[1])
+        return [slice(0, self.vocab)] if bare and in_place else plan.blocks(self.vocab)
 
     def gradient_blocks(self, plan: ChunkPlan) -> list[slice]:
         """The same for the products with the logits' gradient."""
@@ -136,7 +136,8 @@ class LinearLogits(LinearGradients):
         self.other_dtype = self.dtype
 
     def product_blocks(self, plan: ChunkPlan) -> list[slice]:
-        return super().product_blocks(plan) if self.is_delta else plan.blocks(self.vocab)
+        narrow = self.spec.compute_dtype == torch.float32 or self.spec.term.smooth  # else the head is widened for D
+        return super().product_blocks(plan) if self.is_delta and narrow else plan.blocks(self.vocab)
 
     @property
     def is_plain(self) -> bool:
@@ -264,7 +265,7 @@ class GivenLogits:
         return plan.blocks(self.vocab)
 
     def gradient_blocks(self, plan: ChunkPlan) -> list[slice]:
-        return [slice(0, self.vocab)]
+        return plan.blocks(self.vocab)
 
     def gradient_storage(self, block: Tensor) -> Tensor:
         return block

@@ -161,9 +161,17 @@ _BF16_PRODUCTS = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 _BF16_TILES = _ONEDNN and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
+def writes_in_place(dtype: torch.dtype, k: int) -> bool:
+    """Whether a product of matrices of `dtype` writes fp32 logits where they are wanted, without a temporary."""
+    if dtype == torch.float32:
+        return onednn_keeps_fp32() or not _ONEDNN_FP32
+    return dtype == torch.bfloat16 and multiplies_bf16(k)
+
+
 def multiplies_bf16(k: int) -> bool:
     """Whether C++ multiplies bf16 matrices of `k` common entries to fp32 on this processor."""
-    return _BF16_PRODUCTS and k % 2 == 0 and library.product_library() is not None
+    enabled = torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+    return _BF16_PRODUCTS and enabled and k % 2 == 0 and library.product_library() is not None
 
 
 def onednn_packs(dtype: torch.dtype) -> bool:

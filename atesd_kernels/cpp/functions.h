@@ -32,11 +32,15 @@ ATESD_INLINE float reduced_expm1(float x, float& power) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  power = power_of_two(n);
+  power = power_of_two(larger(smaller(n, 127.0f), -126.0f));  // NaN becomes a number: no integer is NaN
   return p * r * r + r;
 }
 
-ATESD_INLINE float clamped(float x) { return larger(smaller(x, 88.0f), -87.0f); }
+// NaN stays NaN.
+ATESD_INLINE float clamped(float x) {
+  const float high = x > 88.0f ? 88.0f : x;
+  return high < -87.0f ? -87.0f : high;
+}
 
 // 0 below -87: such a probability is none.
 ATESD_INLINE float exp(float x) {

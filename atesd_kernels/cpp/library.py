@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,20 +34,22 @@ TERMS = (
 VECTORS = ("value", "raw", "scale", "extreme", "c", "mean", "top", "lse", "entropy_s", "entropy_t")
 
 
-def compiler() -> str | None:
-    """Returns the path of the C++ compiler: `CXX`, or the first of COMPILERS that is there."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
-    return next((found for found in map(shutil.which, names) if found), None)
+def compiler() -> list[str] | None:
+    """Returns the command of the C++ compiler: `CXX`, which may have arguments, or the first of COMPILERS here."""
+    if own := shlex.split(os.environ.get("CXX", "")):
+        return own if shutil.which(own[0]) else None
+    return next(([found] for found in map(shutil.which, COMPILERS) if found), None)
 
 
 @cache
 def unavailable() -> str | None:
     """Returns why the C++ code cannot be built or loaded, or None if it can. Builds it at the first call."""
     if compiler() is None:
-        return f"there is no C++ compiler among {', '.join(COMPILERS)} (install g++, or set CXX)"
+        wanted = os.environ.get("CXX") or f"among {', '.join(COMPILERS)}"
+        return f"there is no C++ compiler {wanted} (install g++, or set CXX to one)"
     try:
         rows_library()
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return f"its C++ code could not be built: {_message(error)}"
     return None
 
@@ -67,22 +70,30 @@ def rows_library() -> ctypes.CDLL:
 
 @cache
 def product_library() -> ctypes.CDLL | None:
-    """Returns the library of `product`; None if this torch does not export what it calls, or it cannot be built."""
+    """Returns the library of `product`. None if it cannot be built, if this torch does not export what it calls, or if
+    the processor has no kernel for it."""
     folder = Path(torch.__file__).parent / "lib"
     try:
         library = ctypes.CDLL(str(built("product.cpp", (f"-L{folder}", "-ltorch_cpu", f"-Wl,-rpath,{folder}"))))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, subprocess.SubprocessError):
         return None
     pointer, count = ctypes.c_void_p, ctypes.c_int64
-    library.atesd_product.restype = None
+    library.atesd_product.restype = ctypes.c_bool
     library.atesd_product.argtypes = [pointer, pointer, pointer, count, count, count, count]
-    return library
+    h, w, out = (
+        torch.ones(3, 2, dtype=torch.bfloat16),
+        torch.ones(2, 2, dtype=torch.bfloat16),
+        torch.zeros(3, 2).float(),
+    )
+    can = library.atesd_product(h.data_ptr(), w.data_ptr(), out.data_ptr(), 3, 2, 2, 2)
+    return library if can and bool((out == 2).all()) else None
 
 
 def product(h: Tensor, w: Tensor, out: Tensor) -> Tensor:
     """Writes `h @ w.T` of bf16 matrices to `out`, in fp32: `[R, K]`, `[V, K]`, `[R, V]`. K must be even."""
     library, h, w = product_library(), h.contiguous(), w.contiguous()
-    library.atesd_product(h.data_ptr(), w.data_ptr(), out.data_ptr(), *out.shape, h.shape[1], out.stride(0))
+    if not library.atesd_product(h.data_ptr(), w.data_ptr(), out.data_ptr(), *out.shape, h.shape[1], out.stride(0)):
+        raise RuntimeError(f"oneDNN has no kernel for the product of {tuple(h.shape)} and {tuple(w.shape)} in bf16")
     return out
 
 
@@ -97,7 +108,7 @@ def divergence(
     Entropies and tokens are those of `stats` only.
     """
     rows, vocab = s.shape
-    vectors = torch.empty(len(VECTORS), rows)
+    vectors = torch.empty(len(VECTORS), rows, dtype=torch.float32)
     tokens = torch.empty(2, rows, dtype=torch.long)
     rows_library().atesd_divergence(
         *(TERMS.index(term), entry_clip is not None, stats, out is not None and out.dtype == torch.bfloat16),
@@ -112,7 +123,7 @@ def logprobs(z: Tensor, out: Tensor | None, scale: float, factor: Tensor | None)
 
     Writes the gradient of -lse by the scaled logits, times `factor` `[R]`, to `out`, and overwrites `z` then.
     """
-    vectors = torch.empty(3, len(z))
+    vectors = torch.empty(3, len(z), dtype=torch.float32)
     bf16 = out is not None and out.dtype == torch.bfloat16
     rows_library().atesd_logprobs(
         bf16, z.data_ptr(), _pointer(out), *z.shape, z.stride(0), scale, _pointer(factor), vectors.data_ptr()
@@ -126,8 +137,9 @@ def _pointer(x: Tensor | None) -> int | None:
 
 def built(source: str, libraries: tuple[str, ...]) -> Path:
     """Returns the shared library of `source`, which it compiles if the cache does not hold it."""
-    command = [str(compiler()), *FLAGS, str(SOURCES / source)]
-    path = _cache() / f"{Path(source).stem}-{_key(command[0], libraries)}.so"
+    own = compiler() or []
+    command = [*own, *FLAGS, str(SOURCES / source)]
+    path = _cache() / f"{Path(source).stem}-{_key(own, libraries)}.so"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         LOG.warning("building %s once for this machine, which takes some seconds: %s", source, path)
@@ -138,9 +150,10 @@ def built(source: str, libraries: tuple[str, ...]) -> Path:
     return path
 
 
-def _key(compiler_path: str, libraries: tuple[str, ...]) -> str:
-    version = subprocess.run([compiler_path, "--version"], check=True, capture_output=True, text=True).stdout
-    flags = next((line for line in _processor().splitlines() if line.startswith("flags")), "")
+def _key(own: list[str], libraries: tuple[str, ...]) -> str:
+    version = subprocess.run([*own, "--version"], check=True, capture_output=True, text=True).stdout
+    lines = _processor().splitlines()  # "flags" on x86, "Features" on ARM
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
     texts = [file.read_text(encoding="utf-8") for file in sorted(SOURCES.glob("*.[hc]*"))]
     parts = (*texts, version, flags, torch.__version__, *FLAGS, *libraries)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
@@ -151,14 +164,17 @@ def _processor() -> str:
     return cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else sys.platform
 
 
+@cache
 def _cache() -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atesd_kernels"
+    """The user's cache, or for a user without one a folder of this process that nobody else can write to."""
     try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atesd_kernels"
         home.mkdir(parents=True, exist_ok=True)
-        writable = os.access(home, os.W_OK)
-    except OSError:
-        writable = False
-    return home if writable else Path(tempfile.gettempdir()) / f"atesd_kernels-{os.getuid()}"
+        if os.access(home, os.W_OK):
+            return home
+    except (OSError, RuntimeError):  # a read-only home, or none
+        pass
+    return Path(tempfile.mkdtemp(prefix="atesd_kernels-"))
 
 
 def _message(error: Exception) -> str:

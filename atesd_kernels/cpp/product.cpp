@@ -1,6 +1,7 @@
 // bf16 times bf16 to fp32, which torch.mm has on a GPU only. The multiplication is oneDNN's, through the function that
 // libtorch exports for it; its declaration is repeated here so that no header of torch has to be compiled.
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -14,12 +15,16 @@ void brgemm_release(bool is_vnni);
 }  // namespace at::native::cpublas
 
 constexpr int64_t COLUMNS = 64;  // of a block: 64 to 256 are equally fast (AMD, AVX-512), fewer are slower
+constexpr int64_t ROWS = 64;     // oneDNN keeps a kernel for each number of rows: few numbers, however long a chunk
 
-// out [R, V], whose rows are `stride` apart, = h [R, K] @ w [V, K].T, both contiguous; K is even.
-extern "C" void atesd_product(const void* h, const void* w, float* out, int64_t rows, int64_t vocab, int64_t k,
+// out [R, V], whose rows are `stride` apart, = h [R, K] @ w [V, K].T, both contiguous; K is even. Returns whether this
+// processor can: oneDNN throws where it has no kernel.
+extern "C" bool atesd_product(const void* h, const void* w, float* out, int64_t rows, int64_t vocab, int64_t k,
                               int64_t stride) {
   const int64_t pairs = k / 2, blocks = (vocab + COLUMNS - 1) / COLUMNS;
   const auto* entries = static_cast<const uint32_t*>(w);  // two bf16 numbers each
+  const auto* states = static_cast<const uint16_t*>(h);
+  std::atomic<bool> can{true};
 #pragma omp parallel
   {
     std::vector<uint32_t> packed(pairs * COLUMNS);
@@ -33,9 +38,18 @@ extern "C" void atesd_product(const void* h, const void* w, float* out, int64_t 
           for (int64_t j = j0; j < j1; ++j) packed[i * n + j] = entries[(first + j) * pairs + i];
         }
       }
-      at::native::cpublas::brgemm(rows, n, k, k, n, stride, false, static_cast<const c10::BFloat16*>(h),
-                                  reinterpret_cast<const c10::BFloat16*>(packed.data()), out + first, true);
+      try {  // an exception must not leave a thread
+        for (int64_t row = 0; row < rows && can; row += ROWS) {
+          at::native::cpublas::brgemm(std::min(ROWS, rows - row), n, k, k, n, stride, false,
+                                      reinterpret_cast<const c10::BFloat16*>(states + row * k),
+                                      reinterpret_cast<const c10::BFloat16*>(packed.data()),
+                                      out + row * stride + first, true);
+        }
+      } catch (...) {
+        can = false;
+      }
     }
-    at::native::cpublas::brgemm_release(true);
+    if (can) at::native::cpublas::brgemm_release(true);
   }
+  return can;
 }

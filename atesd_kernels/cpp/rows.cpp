@@ -37,15 +37,18 @@ ATESD_INLINE void over_blocks(int64_t n, const Body& body) {
   for (int64_t j = 0; j < n; j += BLOCK) body(j, std::min(n, j + BLOCK));
 }
 
+// Returns the largest number, NaN if one of them is NaN.
 float largest(const float* x, int64_t n, float& smallest) {
   float high = -INFINITY, low = INFINITY;
-#pragma omp simd reduction(max : high) reduction(min : low)
+  int32_t nans = 0;
+#pragma omp simd reduction(max : high) reduction(min : low) reduction(+ : nans)
   for (int64_t j = 0; j < n; ++j) {
     high = larger(high, x[j]);
     low = smaller(low, x[j]);
+    nans += x[j] != x[j];
   }
   smallest = low;
-  return high;
+  return nans > 0 ? NAN : high;
 }
 
 // s becomes exp((s - top) scale). Returns its sum; `entropy` gets the sum of it times its logarithm.
@@ -241,8 +244,8 @@ void divergence_row(int64_t row, float* s, float* d, Out* out, int64_t n, float 
   } else {
     centred_row<Term, CLIPS>(row, s, d, out, n, mass, scale_d, beta, entry_clip, factor, to);
   }
-  const bool finite = std::isfinite(lowest) && std::isfinite(mass) && std::isfinite(to.mean[row]);
-  if (!finite) to.extreme[row] = NAN;  // min and max may have missed a NaN
+  const bool finite = std::isfinite(lowest) && std::isfinite(top) && std::isfinite(mass) && std::isfinite(to.mean[row]);
+  if (!finite) to.extreme[row] = NAN;  // min and max miss a NaN
 }
 
 struct Call {
@@ -284,7 +287,8 @@ void logprob_rows(float* z, Out* out, int64_t rows, int64_t n, int64_t stride, f
     float lowest;
     const float high = largest(s, n, lowest);
     double sum = 0;
-    const double mass = weights<true>(s, n, high, scale, sum);
+    double mass = weights<true>(s, n, high, scale, sum);
+    if (!std::isfinite(high)) mass = NAN;  // NaN or an infinite logit; -inf alone excludes an entry
     top[row] = high * scale;
     lse[row] = static_cast<float>(static_cast<double>(high) * scale + std::log(mass));
     entropy[row] = static_cast<float>(std::log(mass) - sum / mass);

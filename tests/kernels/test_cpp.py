@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_its_functions_keep_the_digits_of_a_float(tmp_path):
     source = tmp_path / "apply.cpp"
     source.write_text(APPLY)
     command = [
-        library.compiler(),
+        *library.compiler(),
         *library.FLAGS,
         f"-I{library.SOURCES}",
         str(source),
@@ -92,12 +93,54 @@ def test_rows_of_any_width_agree_with_float64(name, vocab):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["student", "difference"])
-def test_a_row_with_a_number_that_is_not_finite_is_never_near(bad, where):
-    s, d = vectors(3, 100), vectors(3, 100, 1)
-    (s if where == "student" else d)[1, 40] = bad
-    found, _ = library.divergence("forward_kl", 0.5, s, d, None, 1.0, 1.0, None, None, False)
-    near = found["extreme"] <= 40
-    assert near.tolist() == [True, False, True]
+@pytest.mark.parametrize("column", [0, 1, 15, 16, 40, 1023, 1024, 1098, 1099])
+def test_a_row_with_a_number_that_is_not_finite_is_never_near(bad, where, column):
+    for name in ("forward_kl", "jsd"):
+        s, d = vectors(3, 1100), vectors(3, 1100, 1)
+        (s if where == "student" else d)[1, column] = bad
+        found, _ = library.divergence(name, 0.5, s, d, None, 1.0, 1.0, None, None, False)
+        near = found["extreme"] <= 40
+        assert near.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("column", [0, 1, 40, 1023, 1099])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_log_probs_beside_a_logit_that_is_not_finite_are_nan(bad, column):
+    z = vectors(3, 1100)
+    z[1, column] = bad
+    assert library.logprobs(z, None, 1.0, None)[1].isnan().tolist() == [False, True, False]
+    z = vectors(2, 1100)
+    z[1, column] = -float("inf")  # an entry excluded from the vocabulary
+    expected = z.double().logsumexp(1)
+    torch.testing.assert_close(library.logprobs(z, None, 1.0, None)[1].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_head_with_nan_gives_nan_as_backend_torch_does():
+    pair = make_pair(n=5, v=1009)
+    pair.student_weight[700] = float("nan")
+    for backend in ("torch", "cpp"):
+        loss = linear_divergence(pair.student_hidden, pair.student_weight, pair.teacher_hidden, backend=backend)
+        values = linear_logprobs(pair.student_hidden, pair.student_weight, torch.zeros(5).long(), backend=backend)
+        assert loss.isnan() and values.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype_changes_nothing(dtype):
+    pair = make_pair(n=40, v=1009)
+
+    def losses():
+        arguments = pair.student_hidden, pair.student_weight, pair.teacher_hidden
+        loss, stats = linear_divergence(*arguments, backend="cpp", return_stats=True)
+        return [loss, *stats, linear_logprobs(*arguments[:2], torch.zeros(40).long(), backend="cpp")]
+
+    before, default = losses(), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        after = losses()
+    finally:
+        torch.set_default_dtype(default)
+    for a, b in zip(before, after, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.skipif(not matmul.multiplies_bf16(64), reason="needs bf16 instructions")
@@ -152,7 +195,7 @@ def test_without_a_compiler_auto_does_without_and_the_name_says_why(monkeypatch)
 
 
 def test_a_library_is_built_once_and_again_when_its_flags_change(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(library, "_cache", lambda: tmp_path)
     first = library.built("rows.cpp", ())
     assert first.is_relative_to(tmp_path)
     made = os.stat(first).st_mtime_ns
@@ -163,10 +206,28 @@ def test_a_library_is_built_once_and_again_when_its_flags_change(monkeypatch, tm
 
 
 def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(library, "_cache", lambda: tmp_path)
     monkeypatch.setattr(library, "FLAGS", ["-no-such-flag"])
     library.rows_library.cache_clear()
     try:
         assert "no-such-flag" in library.unavailable.__wrapped__()
     finally:
         library.rows_library.cache_clear()
+
+
+def test_a_processor_without_a_kernel_for_the_product_does_without():
+    code = (
+        "import torch; from atesd_kernels import linear_divergence as d; x = torch.randn(70, 8).bfloat16();"
+        "w = torch.randn(100, 8).bfloat16(); y = x + 0.1; print(d(x, w, y, backend='cpp').isfinite().item())"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (found.returncode, found.stdout.strip()) == (0, "True"), found.stderr
+
+
+def test_a_compiler_may_come_with_arguments(monkeypatch):
+    (own,) = library.compiler()
+    monkeypatch.setenv("CXX", f"{own} -g0")
+    assert library.compiler() == [own, "-g0"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no C++ compiler no-such-compiler" in library.unavailable.__wrapped__()

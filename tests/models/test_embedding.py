@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -43,4 +45,16 @@ def test_other_kinds_of_embeddings_stay_torch_s(options):
 def test_a_frozen_embedding_stays_as_it_is():
     model = Model()
     model.embedding.weight.requires_grad_(False)
-    assert not accumulate_in_place(model) and "forward" not in vars(model.embedding)
+    assert not accumulate_in_place(model) and type(model.embedding) is nn.Embedding
+
+
+def test_a_model_without_an_input_embedding_stays_as_it_is():
+    assert not accumulate_in_place(nn.Linear(2, 2))
+
+
+def test_a_copy_has_a_weight_of_its_own():
+    model = Model()
+    assert accumulate_in_place(model)
+    copy = deepcopy(model)
+    copy.embedding(torch.tensor([1])).sum().backward()
+    assert model.embedding.weight.grad is None and copy.embedding.weight.grad[1].eq(1).all()

@@ -15,12 +15,12 @@ from atesd.config import ATESDConfig
 from atesd.errors import ModelError
 from atesd.files import share_with_readers
 from atesd.models.adapters import adapter_layers, inputs_cast_by_autocast
-from atesd.models.embedding import accumulate_in_place
 from atesd.models.loading import bars_of_long_loads
 from atesd.models.packed_attention import check_packing, use_packed_attention
 from atesd.models.precision import fast_fp32_products
 from atesd.parallel.parallelism import Parallelism
 from atesd.parallel.sharding import is_sharded, reshard, writer
+from atesd_kernels.integrations.embedding import accumulate_in_place
 from atesd_kernels.integrations.head import HeadError, hidden_states_and_head, unwrap
 
 

@@ -98,7 +98,7 @@ def test_a_divergence_of_ones_own_takes_two_lines():
         p, q = log_p.exp(), log_q.exp()
         return (p - q) ** 2, 2 * q * (q - p)
 
-    term = ak.DivergenceTerm("squared_distance", squared)
+    term = ak.DivergenceTerm("squared_of_this_test", squared)
     pair = make_pair(scale=0.3)
     hidden = pair.student_hidden.clone().requires_grad_()
     loss = linear_divergence(hidden, pair.student_weight, pair.teacher_hidden, divergence=term, entry_clip=1e-4)
@@ -111,7 +111,7 @@ def test_a_divergence_of_ones_own_takes_two_lines():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert relative_l2(hidden.grad, true.grad) <= 1e-4
     assert ak.register_divergence(term) is term
-    by_name = linear_divergence(*pair.tensors, divergence="squared_distance", entry_clip=1e-4)
+    by_name = linear_divergence(*pair.tensors, divergence="squared_of_this_test", entry_clip=1e-4)
     assert by_name.equal(loss.detach())
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from atesd.models.embedding import accumulate_in_place
+from atesd_kernels.integrations.embedding import accumulate_in_place
 
 
 class Model(nn.Module):

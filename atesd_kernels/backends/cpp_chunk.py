@@ -28,6 +28,12 @@ def rows_fit(spec: LossSpec, source) -> bool:
     return spec.in_cpp and spec.softcap is None and spec.group is None and source.dtype == torch.float32
 
 
+def put(block: Tensor, place: Tensor) -> None:
+    """Copies a block of logits to its place in the rows, if its product was not written there (`Workspace.lending`)."""
+    if block.data_ptr() != place.data_ptr():
+        place.copy_(block)
+
+
 class CppChunk:
     """Some rows over the whole vocabulary. `normalise` forms the logits, `divergence` the rest.
     Row vectors are `[R]`."""
@@ -53,9 +59,8 @@ class CppChunk:
                 # differences must be small before they are rounded; a constant changes no softmax
                 first = d[:, :1].clone() if first is None else first
                 d.sub_(first)
-            for buffer, block in ((self.s, s), (self.d, d)):
-                if block.data_ptr() != buffer[:, cols].data_ptr():
-                    buffer[:, cols] = block
+            put(s, self.s[:, cols])
+            put(d, self.d[:, cols])
         source.scaling.late = False
         return True
 

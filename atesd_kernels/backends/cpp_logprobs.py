@@ -8,6 +8,7 @@ from torch import Tensor
 from ..cpp import library
 from ..planning import ChunkPlan
 from ..spec import LogprobSpec
+from .cpp_chunk import put
 from .logit_source import StudentLogits
 
 
@@ -29,8 +30,7 @@ class CppLogprobChunk:
         for cols in source.product_blocks(plan):
             with source.work.lending(logits=z[:, cols]):
                 block = source.block(cols)
-            if block.data_ptr() != z[:, cols].data_ptr():
-                z[:, cols] = block
+            put(block, z[:, cols])
         scale = 1 / spec.temperature
         self.at_target = z.gather(1, target[:, None])[:, 0] * scale
         self.factor = torch.full_like(self.at_target, scale)

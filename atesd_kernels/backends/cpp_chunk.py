@@ -39,10 +39,11 @@ class CppChunk:
     Row vectors are `[R]`."""
 
     def __init__(
-        self, spec: DivergenceSpec, source, rows: int, plan: ChunkPlan, buffers: list[Tensor], target: Tensor | None
+        self, spec: DivergenceSpec, source, rows: int, plan: ChunkPlan, buffers: Tensor, target: Tensor | None
     ):
         self.spec, self.source, self.plan, self.target = spec, source, plan, target
-        self.s, self.d = (buffer[: rows * source.vocab].view(rows, -1) for buffer in buffers)
+        self.both = buffers[: 2 * rows * source.vocab].view(2 * rows, -1)
+        self.s, self.d = self.both.chunk(2)
 
     def normalise(self) -> bool:
         """Forms student logits and differences. Always returns True: `divergence` finds out whether they are near."""
@@ -52,9 +53,13 @@ class CppChunk:
         source.scaling.late = source.is_plain
         first = None
         for cols in source.product_blocks(self.plan):
-            with source.work.lending(student=self.s[:, cols], difference=self.d[:, cols]):
-                s = source.student(cols)
-                d = source.difference(cols, s)
+            places = {"both": self.both[:, cols], "student": self.s[:, cols], "difference": self.d[:, cols]}
+            with source.work.lending(**places):
+                if source.joins:
+                    s, d = source.student_and_difference(cols)
+                else:
+                    s = source.student(cols)
+                    d = source.difference(cols, s)
             if not source.is_delta:
                 # differences must be small before they are rounded; a constant changes no softmax
                 first = d[:, :1].clone() if first is None else first
@@ -100,7 +105,7 @@ class CppChunk:
                 factor = factor * found["scale"] if kept is None else factor * found["scale"] * kept
             elif kept is not None:
                 out *= kept[:, None].to(out.dtype)
-            for cols in source.gradient_blocks(self.plan):
+            for cols in self.plan.blocks(source.vocab):  # oneDNN multiplies blocks faster than the whole
                 source.take_gradient(cols, out[:, cols], factor if late else None)
             source.finish_rows()
         return value if spec.token_clip is None else value.clamp_max(spec.token_clip)

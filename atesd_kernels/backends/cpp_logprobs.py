@@ -50,6 +50,6 @@ class CppLogprobChunk:
 
     def gradient(self) -> None:
         """Passes d log q[target] / d z = (1[j = target] - q_j) / temperature, times the row's weight, to the source."""
-        for cols in self.source.gradient_blocks(self.plan):
+        for cols in self.plan.blocks(self.source.vocab):
             self.source.take_gradient(cols, self.out[:, cols], self.factor if self.late else None)
         self.source.finish_rows()

@@ -28,7 +28,8 @@ class LinearGradients:
         self.work = matmul.Workspace(self.device, spec.in_cpp)
         self.grad_scale: Tensor | None = None  # factor in take_gradient's input; `unscaled` divides by it
         self.hidden_grad = torch.zeros_like(hidden, dtype=gradient_dtype(hidden.dtype)) if spec.hidden_grad else None
-        self.weight_grad = torch.zeros(weight.shape, dtype=self.dtype, device=self.device) if spec.weight_grad else None
+        self.weight_grad = torch.empty(weight.shape, dtype=self.dtype, device=self.device) if spec.weight_grad else None
+        self.begun = False  # whether a chunk is in weight_grad: the first one overwrites it
         self.bias_grad = torch.zeros(self.vocab, dtype=self.dtype, device=self.device) if spec.bias_grad else None
 
     def scale_gradients(self, row_weight: Tensor | None) -> None:
@@ -46,11 +47,6 @@ class LinearGradients:
         bare = dtype == self.spec.compute_dtype and self._logits_dtype() == torch.float32
         in_place = matmul.writes_in_place(dtype, self.hidden.shape[1])
         return [slice(0, self.vocab)] if bare and in_place else plan.blocks(self.vocab)
-
-    def gradient_blocks(self, plan: ChunkPlan) -> list[slice]:
-        """The same for the products with the logits' gradient."""
-        whole = self.weight.dtype == self.product_dtype and not self.spec.weight_grad
-        return [slice(0, self.vocab)] if whole else plan.blocks(self.vocab)
 
     def _logits_dtype(self) -> torch.dtype:
         return torch.float64 if self.spec.compute_dtype == torch.float64 else self.spec.logits_dtype
@@ -86,11 +82,13 @@ class LinearGradients:
             product = matmul.hidden_grad(g, self.work.cast("head", self.weight[cols], g.dtype))
             self.rows_grad += product if factor is None else product * factor[:, None]
         if self.weight_grad is not None:
-            matmul.add_weight_grad(self.weight_grad[cols], g, self.rows)
+            matmul.add_weight_grad(self.weight_grad[cols], g, self.rows, overwrite=not self.begun)
         if self.bias_grad is not None:
             self.bias_grad[cols] += g.sum(0, dtype=self.dtype)
 
     def finish_rows(self) -> None:
+        """Ends a chunk, all blocks of which were taken."""
+        self.begun = True
         if self.rows_grad is not None:
             (grad,) = self.shards.sum(self.rows_grad)
             self.hidden_grad[self.index] = self.unscaled(grad).to(self.hidden_grad.dtype)
@@ -99,6 +97,8 @@ class LinearGradients:
         def finished(grad, like):
             return None if grad is None else self.unscaled(grad).to(gradient_dtype(like.dtype))
 
+        if self.weight_grad is not None and not self.begun:
+            self.weight_grad.zero_()
         return self.hidden_grad, finished(self.weight_grad, self.weight), finished(self.bias_grad, self.bias)
 
 
@@ -143,6 +143,11 @@ class LinearLogits(LinearGradients):
     def is_plain(self) -> bool:
         """Whether one factor each scales the products to the student's logits and to the difference."""
         return self.is_delta and not self.scaling.needs_logits
+
+    @property
+    def joins(self) -> bool:
+        """Whether student logits and an unrounded difference come from products of one kind with the same head."""
+        return self.is_plain and self.rows.dtype == self.rows_t.dtype and self.s_dtype == self.dtype
 
     def load(self, index: Tensor) -> None:
         super().load(index)
@@ -199,15 +204,24 @@ class LinearLogits(LinearGradients):
         """Factor still to be applied to `difference()`. The sweep applies it when the difference is a bare matmul."""
         return 1 / self.spec.temperature if self.is_delta and not self.scaling.needs_logits else 1.0
 
+    def student_and_difference(self, cols: slice) -> tuple[Tensor, Tensor]:
+        """Returns `student` and `difference` if `joins`, from one product, which packs the head once."""
+        w = self.work.cast("head", self.weight[cols], self.spec.compute_dtype)
+        both = torch.cat([self.rows, self.rows_t])
+        s, d = matmul.logits(both, w, self.s_dtype, work=self.work, use="both").chunk(2)
+        return self.scaling.keep(s, _cols(self.bias, cols)), self._shifted(d, cols)
+
     def difference(self, cols: slice, kept: Tensor) -> Tensor:
         """Returns the logit difference divided by `scale`, `[R, C]`, beside the student's `kept` logits."""
         if not self.is_delta:
             return _difference(self.scaling, kept, self._teacher_product(cols), self._teacher_bias(cols))
         d = self._difference_product(self.rows_t, cols, self.offset if self.rounds_difference else None)
-        shift = self._bias_shift(cols)
-        if shift is not None:
-            d.add_(shift)
+        d = self._shifted(d, cols)
         return self.scaling.difference(kept, d) if self.scaling.needs_logits else d
+
+    def _shifted(self, d: Tensor, cols: slice) -> Tensor:
+        shift = self._bias_shift(cols)
+        return d if shift is None else d.add_(shift)
 
     def _difference_product(self, rows: Tensor, cols: slice, offset: Tensor | None) -> Tensor:
         w = self.work.cast("head", self.weight[cols], self.spec.compute_dtype)
@@ -229,7 +243,7 @@ class StudentLogits(LinearGradients):
 class GivenLogits:
     """The interface of `LinearLogits` over the caller's logits. The gradient is `[N, V]`, like the logits."""
 
-    is_delta = rounds_difference = is_plain = False
+    is_delta = rounds_difference = is_plain = joins = False
     mixing_bytes = 0
     may_be_infinite = scales_late = True
     grad_scale = None
@@ -262,9 +276,6 @@ class GivenLogits:
         return _difference(self.scaling, kept, self.teacher_logits[self.index, cols].to(self.dtype), None)
 
     def product_blocks(self, plan: ChunkPlan) -> list[slice]:
-        return plan.blocks(self.vocab)
-
-    def gradient_blocks(self, plan: ChunkPlan) -> list[slice]:
         return plan.blocks(self.vocab)
 
     def gradient_storage(self, block: Tensor) -> Tensor:

@@ -123,6 +123,10 @@ def add_weight_grad(acc: Tensor, g: Tensor, h: Tensor, overwrite: bool = False) 
     if overwrite and g.dtype == acc.dtype != torch.float32:
         torch.mm(g.T, h, out=acc)
         return
+    if g.dtype == acc.dtype == torch.float32 and g.device.type == "cpu" and onednn_keeps_fp32():
+        with low_precision_products():
+            torch.addmm(acc, g.T, h, beta=0 if overwrite else 1, out=acc)  # beta 0 ignores what is there, NaN too
+        return
     product = _linear_fp32(g.T, h.T) if g.dtype == torch.float32 else torch.mm(g.T, h)
     if overwrite:
         acc.copy_(product)

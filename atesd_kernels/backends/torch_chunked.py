@@ -69,7 +69,7 @@ def run(spec: DivergenceSpec, source, mask: Tensor | None, row_weight: Tensor | 
     counted = torch.arange(source.num_rows, device=source.device) if mask is None else mask.nonzero().squeeze(1)
     in_cpp = cpp_fits(spec, source)
     plan = chunk_plan(spec, source, len(counted), buffers=2, more=2 if in_cpp else 0)  # C++ may write a bf16 gradient
-    buffers = [value.new_empty(min(plan.rows, len(counted)) * source.vocab) for _ in range(2)]
+    buffers = value.new_empty(2 * min(plan.rows, len(counted)) * source.vocab)
     source.scale_gradients(row_weight)
     near = spec.term.centred is not None
     for rows in plan.row_chunks(len(counted)):
@@ -103,7 +103,7 @@ class Chunk:
     keeps_logits: bool
 
     def __init__(
-        self, spec: DivergenceSpec, source, rows: int, plan: ChunkPlan, buffers: list[Tensor], target: Tensor | None
+        self, spec: DivergenceSpec, source, rows: int, plan: ChunkPlan, buffers: Tensor, target: Tensor | None
     ):
         self.spec, self.source, self.target, self.term = spec, source, target, spec.term
         self.shards, self.scaling = source.shards, source.scaling
@@ -112,7 +112,7 @@ class Chunk:
         self.row = torch.zeros(rows, dtype=source.dtype, device=source.device)
         self.run = passes.compiled if spec.compiled else lambda function: function
         self.s, self.other = (
-            [buffer[rows * c.start : rows * c.stop].view(rows, -1) for c in self.cols] for buffer in buffers
+            [buffer[rows * c.start : rows * c.stop].view(rows, -1) for c in self.cols] for buffer in buffers.chunk(2)
         )
 
     def over_tiles(self):

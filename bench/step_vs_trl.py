@@ -176,7 +176,7 @@ def run_trl(args: argparse.Namespace) -> dict:
 
     time_calls(trainer, "_generate", "rollout")
     time_calls(trainer, "compute_loss", "loss_forward")  # teacher, student and loss
-    time_calls(trainer.run.accelerator, "backward", "backward")
+    time_calls(trainer.accelerator, "backward", "backward")
     trainer.train()
     wall, cpu = zip(
         *((b[0] - a[0], b[1] - a[1]) for a, b in zip(clock.ends, clock.ends[1:], strict=False)), strict=True

@@ -100,13 +100,16 @@ def aligned_rows(rows: int, most: int, num_rows: int) -> int:
     return rows
 
 
-def chunk_plan(spec, source, num_rows: int, buffers: int, more: int = 0) -> ChunkPlan:
-    """Returns the torch backend's plan for `buffers` of the chunk's size, `more` bytes for each of its logits, and the
-    temporaries of the block passes."""
+def chunk_plan(spec, source, num_rows: int, buffers: int, in_cpp: bool) -> ChunkPlan:
+    """Returns the torch backend's plan for `buffers` of the chunk's size, and the temporaries of a block: those of the
+    passes, or with `in_cpp` both models' products."""
     itemsize = source.dtype.itemsize
+    rows_bytes, block_bytes = buffers * itemsize, 4 * itemsize
+    if in_cpp:
+        rows_bytes, block_bytes = rows_bytes + source.gradient_bytes, 2 * source.s_dtype.itemsize
     plan = ChunkPlan.make(
-        *(num_rows, source.vocab, buffers * itemsize + more, source.device, spec.chunk_bytes),
-        block_bytes=4 * itemsize + source.mixing_bytes,
+        *(num_rows, source.vocab, rows_bytes, source.device, spec.chunk_bytes),
+        block_bytes=block_bytes + source.mixing_bytes,
         one_tile_per_block=spec.compiled,
     )
     return replace(plan, rows=source.shards.all_reduce_min(plan.rows, source.device))

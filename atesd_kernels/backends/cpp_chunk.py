@@ -55,11 +55,7 @@ class CppChunk:
         for cols in source.product_blocks(self.plan):
             places = {"both": self.both[:, cols], "student": self.s[:, cols], "difference": self.d[:, cols]}
             with source.work.lending(**places):
-                if source.joins:
-                    s, d = source.student_and_difference(cols)
-                else:
-                    s = source.student(cols)
-                    d = source.difference(cols, s)
+                s, d = source.student_and_difference(cols)
             if not source.is_delta:
                 # differences must be small before they are rounded; a constant changes no softmax
                 first = d[:, :1].clone() if first is None else first

@@ -11,6 +11,10 @@ from ..spec import DivergenceSpec, LogprobSpec, accumulate_dtype, gradient_dtype
 from . import matmul
 from .scaling import Scaling
 
+# Our choice: a teacher's head is near the student's if the norm of what they differ by is at most this share. Then
+# rounding in fp32 the difference that this gives costs 1e-5 of a logit difference of 0.01 at most.
+NEAR_HEAD = 2.0**-8
+
 
 class LinearGradients:
     """Accumulates the gradients of a linear head's inputs, chunk by chunk and block by block."""
@@ -23,6 +27,7 @@ class LinearGradients:
         self.shards = Shards(spec.group, self.vocab, self.device)
         self.dtype = accumulate_dtype(spec.compute_dtype)
         self.scaling = Scaling(spec)
+        self.s_dtype = self._logits_dtype()
         # dtype of the GEMMs that multiply the logits' gradient by head and hidden states
         self.product_dtype = matmul.product_dtype(spec.compute_dtype, self.device)
         self.work = matmul.Workspace(self.device, spec.in_cpp)
@@ -63,6 +68,12 @@ class LinearGradients:
     def scales_late(self) -> bool:
         """Whether row factors may be applied to the `[R, H]` product: no head mixes rows, and nothing underflows."""
         return not (self.spec.weight_grad or self.spec.bias_grad) and self.product_dtype != torch.float16
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes an entry of `row_gradient` beside the buffers."""
+        own = self.spec.any_grad and self.product_dtype != self.dtype
+        return self.product_dtype.itemsize if own else 0
 
     def gradient_storage(self, block: Tensor) -> Tensor:
         """Returns a tensor for a block's gradient, in the products' dtype: `block` itself if its dtype matches."""
@@ -107,18 +118,27 @@ class LinearLogits(LinearGradients):
 
     A shared head gives the logit differences directly, as `D = (H_t - H_s) W^T`. The difference of two nearly equal
     hidden states is rounded once, before the product; two rounded logits are not subtracted. Separate heads give both
-    models' logits. For fp32 inputs these are fp64, because the loss depends on their difference.
+    models' logits. For fp32 inputs these are fp64, because the loss depends on their difference, unless the heads are
+    near (a student that trains its own beside the one that it began with): then D = (H_t - H_s) W^T + H_t (W_t - W)^T.
     """
+
+    compares_heads = True
 
     def __init__(self, spec: DivergenceSpec, h_s, w_s, h_t, w_t, bias_s, bias_t):
         super().__init__(spec, h_s, w_s, bias_s)
         self.h_t, self.w_t, self.bias_t = h_t, w_t, bias_t
         self.is_delta = w_t is None
         self.may_be_infinite = bias_s is not None or bias_t is not None
-        self.s_dtype = self._logits_dtype()
         self.other_dtype = self._delta_dtype() if self.is_delta else self.s_dtype
         if not self.is_delta and spec.compute_dtype == torch.float32 and spec.logits_dtype == torch.float32:
             self.s_dtype = self.other_dtype = torch.float64
+        self.heads_near = self._heads_may_be_near()  # until a block is found in which they are not
+
+    def _heads_may_be_near(self) -> bool:
+        wide = self.s_dtype == torch.float64 and not self.is_delta and not self.may_be_infinite
+        if not (self.compares_heads and wide) or self.weight.shape != self.w_t.shape:
+            return False
+        return self.weight.dtype == self.w_t.dtype == self.h_t.dtype == torch.float32
 
     def _delta_dtype(self) -> torch.dtype:
         """Dtype of D: the products' if D is a bare matmul and its term smooth; else fp32, where rounding costs more."""
@@ -147,7 +167,8 @@ class LinearLogits(LinearGradients):
     @property
     def joins(self) -> bool:
         """Whether student logits and an unrounded difference come from products of one kind with the same head."""
-        return self.is_plain and self.rows.dtype == self.rows_t.dtype and self.s_dtype == self.dtype
+        alike = self.is_plain and self.rows.dtype == self.rows_t.dtype and self.s_dtype == self.dtype
+        return alike or self.heads_near
 
     def load(self, index: Tensor) -> None:
         super().load(index)
@@ -156,7 +177,7 @@ class LinearLogits(LinearGradients):
 
     def load_teacher(self, index: Tensor) -> None:
         """Forms the operand of the difference, if the head is shared."""
-        if self.is_delta:
+        if self.is_delta or self.heads_near:
             self.rows_t = self.rounded(self.h_t[index].to(self.dtype) - self.hidden[index].to(self.dtype))
 
     def rounded(self, difference: Tensor) -> Tensor:
@@ -205,11 +226,26 @@ class LinearLogits(LinearGradients):
         return 1 / self.spec.temperature if self.is_delta and not self.scaling.needs_logits else 1.0
 
     def student_and_difference(self, cols: slice) -> tuple[Tensor, Tensor]:
-        """Returns `student` and `difference` if `joins`, from one product, which packs the head once."""
+        """Returns `student` and `difference`. If `joins`, one product gives both, which packs the head once."""
+        change = self._head_change(cols) if self.heads_near else None
+        if not self.joins:
+            kept = self.student(cols)
+            return kept, self.difference(cols, kept)
         w = self.work.cast("head", self.weight[cols], self.spec.compute_dtype)
         both = torch.cat([self.rows, self.rows_t])
-        s, d = matmul.logits(both, w, self.s_dtype, work=self.work, use="both").chunk(2)
-        return self.scaling.keep(s, _cols(self.bias, cols)), self._shifted(d, cols)
+        s, d = matmul.logits(both, w, self.dtype, work=self.work, use="both").chunk(2)
+        kept = self.scaling.keep(s, _cols(self.bias, cols))
+        if change is None:
+            return kept, self._shifted(d, cols)
+        matmul.add_fp32(d, self.h_t[self.index], change)
+        return kept, self.scaling.difference(kept, d)
+
+    def _head_change(self, cols: slice) -> Tensor | None:
+        """Returns the teacher's head minus the student's, `[C, H]`. Ends `heads_near` if it is large."""
+        w = self.weight[cols]
+        change = torch.sub(self.w_t[cols], w, out=self.work.empty("change of the head", tuple(w.shape), w.dtype))
+        self.heads_near = bool(change.norm() <= NEAR_HEAD * w.norm())  # False for NaN
+        return change if self.heads_near else None
 
     def difference(self, cols: slice, kept: Tensor) -> Tensor:
         """Returns the logit difference divided by `scale`, `[R, C]`, beside the student's `kept` logits."""
@@ -235,16 +271,14 @@ class StudentLogits(LinearGradients):
     def block(self, cols: slice) -> Tensor:
         """Returns the kept logits (see `Scaling`) of the vocabulary entries `cols`, `[R, C]`."""
         w = self.work.cast("head", self.weight[cols], self.spec.compute_dtype)
-        return self.scaling.keep(
-            matmul.logits(self.rows, w, self._logits_dtype(), work=self.work), _cols(self.bias, cols)
-        )
+        return self.scaling.keep(matmul.logits(self.rows, w, self.s_dtype, work=self.work), _cols(self.bias, cols))
 
 
 class GivenLogits:
     """The interface of `LinearLogits` over the caller's logits. The gradient is `[N, V]`, like the logits."""
 
-    is_delta = rounds_difference = is_plain = joins = False
-    mixing_bytes = 0
+    is_delta = rounds_difference = is_plain = False
+    mixing_bytes = gradient_bytes = 0
     may_be_infinite = scales_late = True
     grad_scale = None
     shards = Shards(None, 0, torch.device("cpu"))
@@ -268,6 +302,10 @@ class GivenLogits:
 
     def student(self, cols: slice) -> Tensor:
         return self.scaling.keep(self.student_logits[self.index, cols].to(self.dtype), None)
+
+    def student_and_difference(self, cols: slice) -> tuple[Tensor, Tensor]:
+        kept = self.student(cols)
+        return kept, self.difference(cols, kept)
 
     def teacher(self, cols: slice) -> Tensor:
         return self.scaling.teacher(self.teacher_logits[self.index, cols].to(self.dtype), None)

@@ -123,15 +123,25 @@ def add_weight_grad(acc: Tensor, g: Tensor, h: Tensor, overwrite: bool = False) 
     if overwrite and g.dtype == acc.dtype != torch.float32:
         torch.mm(g.T, h, out=acc)
         return
-    if g.dtype == acc.dtype == torch.float32 and g.device.type == "cpu" and onednn_keeps_fp32():
-        with low_precision_products():
-            torch.addmm(acc, g.T, h, beta=0 if overwrite else 1, out=acc)  # beta 0 ignores what is there, NaN too
+    if g.dtype == acc.dtype == torch.float32:
+        add_fp32(acc, g.T, h.T, overwrite)
         return
     product = _linear_fp32(g.T, h.T) if g.dtype == torch.float32 else torch.mm(g.T, h)
     if overwrite:
         acc.copy_(product)
     else:
         acc.add_(product)
+
+
+def add_fp32(acc: Tensor, x: Tensor, w: Tensor, overwrite: bool = False) -> None:
+    """Adds `x @ w.T` to `acc` in place, all in full fp32; with `overwrite`, stores it there."""
+    if x.device.type == "cpu" and onednn_keeps_fp32():
+        with low_precision_products():
+            torch.addmm(acc, x, w.T, beta=0 if overwrite else 1, out=acc)  # beta 0 ignores what is there, NaN too
+    elif overwrite:
+        acc.copy_(_linear_fp32(x, w))
+    else:
+        acc.add_(_linear_fp32(x, w))
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

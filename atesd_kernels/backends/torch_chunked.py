@@ -68,7 +68,7 @@ def run(spec: DivergenceSpec, source, mask: Tensor | None, row_weight: Tensor | 
     # chunks contain unmasked rows only, so a masked row costs nothing
     counted = torch.arange(source.num_rows, device=source.device) if mask is None else mask.nonzero().squeeze(1)
     in_cpp = cpp_fits(spec, source)
-    plan = chunk_plan(spec, source, len(counted), buffers=2, more=2 if in_cpp else 0)  # C++ may write a bf16 gradient
+    plan = chunk_plan(spec, source, len(counted), buffers=2, in_cpp=in_cpp)
     buffers = value.new_empty(2 * min(plan.rows, len(counted)) * source.vocab)
     source.scale_gradients(row_weight)
     near = spec.term.centred is not None
@@ -250,8 +250,10 @@ class NearChunk(Chunk):
         self.start()
         mean_b = torch.zeros_like(self.lse_b)
         for b, cols in enumerate(self.cols):
-            s = self.source.student(cols)
-            d = None if self.source.is_delta else self.source.difference(cols, s)
+            if self.source.is_delta:
+                s, d = self.source.student(cols), None
+            else:
+                s, d = self.source.student_and_difference(cols)
             if b == 0 and d is not None:
                 # differences must be small before they are rounded; a constant changes no softmax
                 first = self.shards.broadcast_from_first(d[:, 0].clone())[:, None]

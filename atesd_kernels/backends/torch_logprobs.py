@@ -28,7 +28,7 @@ def logprob_rows(
     stats = value.new_zeros(len(TokenStats._fields), source.num_rows) if spec.stats else None
     counted = torch.arange(source.num_rows, device=source.device) if mask is None else mask.nonzero().squeeze(1)
     in_cpp = rows_fit(spec, source)
-    plan = chunk_plan(spec, source, len(counted), buffers=1, more=2 if in_cpp else 0)  # C++ may write a bf16 gradient
+    plan = chunk_plan(spec, source, len(counted), buffers=1, in_cpp=in_cpp)
     buffer = value.new_empty(min(plan.rows, len(counted)) * source.vocab)
     source.scale_gradients(row_weight)
     for rows in plan.row_chunks(len(counted)):

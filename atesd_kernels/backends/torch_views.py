@@ -43,6 +43,8 @@ class MixedLogits(LinearLogits):
     A softcap applies to each view before the mixture.
     """
 
+    compares_heads = False
+
     def __init__(self, spec: DivergenceSpec, h_s, w_s, h_t, w_t, bias_s, bias_t, mix: Tensor):
         own = next((weight for weight in w_t if weight is not None), None)  # tells the base class of separate heads
         super().__init__(spec, h_s, w_s, None, own, bias_s, bias_t)

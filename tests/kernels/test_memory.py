@@ -20,7 +20,7 @@ def forward_and_backward(tokens: int, dtype, loss: str, views=None, **options):
     def run():
         hidden.grad = None
         if loss == "logprobs":
-            value = linear_logprobs(hidden, pair.student_weight, targets, chunk_bytes=CHUNK)
+            value = linear_logprobs(hidden, pair.student_weight, targets, chunk_bytes=CHUNK, **options)
         else:
             value = linear_divergence(
                 *pair.tensors, teacher_mix=pair.teacher_mix, divergence=loss, chunk_bytes=CHUNK, **options
@@ -30,6 +30,7 @@ def forward_and_backward(tokens: int, dtype, loss: str, views=None, **options):
     return run
 
 
+@pytest.mark.parametrize("backend", ("torch", "cpp"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize(
     "loss, options",
@@ -39,13 +40,17 @@ def forward_and_backward(tokens: int, dtype, loss: str, views=None, **options):
         ("forward_kl", {"views": (20, None, 16)}), ("jsd", {"views": (20, None, 16), "softcap": 8.0}),
     ),
 )  # fmt: skip
-def test_peak_memory_is_the_chunk_and_the_results_whatever_the_tokens(loss, options, dtype, monkeypatch, peak_bytes):
+def test_peak_memory_is_the_chunk_and_the_results_whatever_the_tokens(
+    loss, options, dtype, backend, monkeypatch, peak_bytes
+):
+    if planning.unavailable(backend, DEVICE):
+        pytest.skip(planning.unavailable(backend, DEVICE))
     monkeypatch.setattr(planning, "CPU_BLOCK_COLUMNS", 500)  # blocks and tiles to a small chunk's measure
     monkeypatch.setattr(planning, "CPU_TILE_ROWS", 25)
     per_row = 200  # bytes: values, weights, indices; a row's hidden states in fp32 are 64, its logits 12,000
     for tokens in TOKENS:
         gradient = tokens * HIDDEN * dtype.itemsize
-        peak = peak_bytes(forward_and_backward(tokens, dtype, loss, **options))
+        peak = peak_bytes(forward_and_backward(tokens, dtype, loss, backend=backend, **options))
         # beside the chunk: one block's product, and the passes' tiles over it
         assert 0.5 * CHUNK < peak - gradient - per_row * tokens < 1.2 * CHUNK, (tokens, peak, gradient)
 

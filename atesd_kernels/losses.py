@@ -92,9 +92,10 @@ def linear_divergence(
             teacher: the target's logits are then `sum_m w_m z_m / teacher_temperature`, each view's logits `z_m` with
             its softcap, and `TokenStats` describe this mixture. The sizes `H_t` may differ.
         teacher_weight: `[V, H_t]`. None, or the student's own tensor, means a shared head. Logit differences then come
-            from differences of hidden states; this keeps bf16 gradients accurate. Separate heads use fp32 logits. For
-            fp32 inputs these are fp64, or on backend "torch" and its faster forms fp32 products with the differences of
-            states and of heads, where the heads differ by 1/256 of their norm at most. For views: one for all, or a
+            from differences of hidden states; this keeps bf16 gradients accurate. Separate heads use fp32 logits, for
+            fp32 inputs fp64 ones. Exception: backend "torch" and its faster forms take fp32 products with the
+            differences of states and of heads, where one teacher's head, without biases or `group`, differs from the
+            student's by at most 1/256 of the usual norm in each row. For views: one for all, or a
             list of M heads or None. Without softcap, views that all share the student's head cost one product, as one
             teacher does; otherwise each view costs a product.
         divergence: "forward_kl" KL(p||q), "reverse_kl" KL(q||p), "jsd", "jeffreys", "skew_kl", "skew_reverse_kl",

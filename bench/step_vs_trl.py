@@ -42,7 +42,7 @@ SIDES = {
     "sdft": "TRL SDFTTrainer",
     "distillation": "TRL DistillationTrainer (its teacher reads the problem only)",
 }
-# What the project set itself, of TRL's.
+# Our aims: the most time and memory of a step, as shares of TRL's.
 LIMITS = {"fp32": {"seconds": 0.5, "peak": 0.5}, "bf16": {"seconds": 0.55, "peak": 0.5}}
 PHASES = ("rollout", "teacher", "student", "loss_backward", "optimizer")
 

@@ -120,7 +120,7 @@ def cpu_gemms(x: Inputs, backward: bool, models: int, in_cpp: bool) -> None:
     results also of bf16 products."""
     device, vocab = x.student.device, len(x.weight)
     dtype = matmul.product_dtype(x.student.dtype, device)
-    width = 4 * models + (2 if in_cpp and dtype == torch.bfloat16 else 0)
+    width = 4 * models + (2 if in_cpp and backward and dtype == torch.bfloat16 else 0)
     plan = ChunkPlan.make(len(x.student), vocab, width, device, None, block_bytes=8 if in_cpp else 16)
     whole = in_cpp and matmul.writes_in_place(x.weight.dtype, x.student.shape[1])
     work = matmul.Workspace(device, in_cpp)

@@ -117,7 +117,7 @@ def usable_answers(
         RolloutError: the tries are used up, or `stopped` is set.
     """
     done: dict[int, Any] = {}
-    problem, tries = "", 0
+    problem, first, tries = "", "", 0
     for wait in waits:
         left = [i for i in range(count) if i not in done]
         if tries:
@@ -125,6 +125,7 @@ def usable_answers(
         if stopped.wait(wait):
             raise RolloutError(STOPPED)
         tries += 1
+        first = first or problem
         for i, answer in zip(left, ask(left), strict=True):
             if (found := wrong(i, answer)) is None:
                 done[i] = answer
@@ -132,7 +133,8 @@ def usable_answers(
                 problem = found
         if len(done) == count:
             return [done[i] for i in range(count)]
-    raise RolloutError(f"{count - len(done)} of {count} {what} failed {tries} times. The last: {problem}")
+    before = f"The first: {first}. " if first and first != problem else ""  # a server that died only refuses later
+    raise RolloutError(f"{count - len(done)} of {count} {what} failed {tries} times. {before}The last: {problem}")
 
 
 def what_is_wrong(answer: Completion | Exception, asked: Asked) -> str | None:

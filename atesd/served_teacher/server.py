@@ -124,11 +124,11 @@ class TeacherServer(ServerClient):
         if not isinstance(answer, Exception):
             return None
         # vLLM 0.32 gives the LM head's part of adapters one row for each request, and a prompt's scores need more.
-        lora = "EngineCore" in str(answer)
+        died = "EngineCore" in str(answer)
         advice = (
             ". If it runs with --enable-lora, start it without: vLLM's CPU build then cannot score two prompts at once"
         )
-        return f"the server at {self.url}: {reason(answer)}{advice if lora else ''}"
+        return f"the server at {self.url}: {reason(answer)}{advice if died else ''}"
 
     def score_one(self, passage: Passage) -> TopEntries | Exception:
         if self.stopped.is_set():  # set while this request waited in the pool

@@ -62,6 +62,7 @@ class CppChunk:
                 d.sub_(first)
             put(s, self.s[:, cols])
             put(d, self.d[:, cols])
+            s = d = None  # before the next block takes as much
         source.scaling.late = False
         return True
 

@@ -11,8 +11,7 @@ from ..spec import DivergenceSpec, LogprobSpec, accumulate_dtype, gradient_dtype
 from . import matmul
 from .scaling import Scaling
 
-# Our choice: a teacher's head is near the student's if the norm of what they differ by is at most this share. Then
-# rounding in fp32 the difference that this gives costs 1e-5 of a logit difference of 0.01 at most.
+# Our choice: a teacher's head is near the student's if no row differs by more than this share of the median row's norm.
 NEAR_HEAD = 2.0**-8
 
 
@@ -135,10 +134,10 @@ class LinearLogits(LinearGradients):
         self.heads_near = self._heads_may_be_near()  # until a block is found in which they are not
 
     def _heads_may_be_near(self) -> bool:
-        wide = self.s_dtype == torch.float64 and not self.is_delta and not self.may_be_infinite
-        if not (self.compares_heads and wide) or self.weight.shape != self.w_t.shape:
+        plain = self.spec.group is None and self.spec.logits_dtype == torch.float32 and not self.may_be_infinite
+        if not (self.compares_heads and plain) or self.is_delta or self.weight.shape != self.w_t.shape:
             return False
-        return self.weight.dtype == self.w_t.dtype == self.h_t.dtype == torch.float32
+        return self.spec.compute_dtype == self.weight.dtype == self.w_t.dtype == self.h_t.dtype == torch.float32
 
     def _delta_dtype(self) -> torch.dtype:
         """Dtype of D: the products' if D is a bare matmul and its term smooth; else fp32, where rounding costs more."""
@@ -242,10 +241,13 @@ class LinearLogits(LinearGradients):
 
     def _head_change(self, cols: slice) -> Tensor | None:
         """Returns the teacher's head minus the student's, `[C, H]`. Ends `heads_near` if it is large."""
-        w = self.weight[cols]
-        change = torch.sub(self.w_t[cols], w, out=self.work.empty("change of the head", tuple(w.shape), w.dtype))
-        self.heads_near = bool(change.norm() <= NEAR_HEAD * w.norm())  # False for NaN
-        return change if self.heads_near else None
+        w, use = self.weight[cols], "change of the head"
+        change = torch.sub(self.w_t[cols], w, out=self.work.empty(use, tuple(w.shape), w.dtype))
+        self.heads_near = bool(change.norm(dim=1).amax() <= NEAR_HEAD * w.norm(dim=1).median())  # False for NaN
+        if self.heads_near:
+            return change
+        self.work.forget(use)
+        return None
 
     def difference(self, cols: slice, kept: Tensor) -> Tensor:
         """Returns the logit difference divided by `scale`, `[R, C]`, beside the student's `kept` logits."""

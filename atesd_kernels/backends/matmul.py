@@ -43,6 +43,11 @@ class Workspace:
             buffer = self.buffers[use] = torch.empty(numel, dtype=dtype)
         return buffer[:numel].view(shape)
 
+    def forget(self, *uses: str) -> None:
+        """Frees the buffers for `uses`, or all."""
+        for use in uses or tuple(self.buffers or ()):
+            (self.buffers or {}).pop(use, None)
+
     @contextmanager
     def lending(self, **places: Tensor):
         """Lets the next results for these uses be written where they are wanted."""

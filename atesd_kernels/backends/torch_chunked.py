@@ -15,6 +15,8 @@ exceeds NEAR, or a logit is -inf, the buffers hold both models' logits and terms
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -83,6 +85,9 @@ def run(spec: DivergenceSpec, source, mask: Tensor | None, row_weight: Tensor | 
             chunk = (CppChunk if in_cpp else NearChunk)(spec, source, len(index), plan, buffers, target)
             found = chunk.divergence(weight) if chunk.normalise() else None
         if found is None:
+            if near and source.device.type == "cpu":  # FarChunk has more temporaries of a block
+                source.work.forget()
+                plan = replace(plan, columns=max(1, plan.columns // 2))
             near, chunk = False, FarChunk(spec, source, len(index), plan, buffers, target)
             chunk.normalise()
             found = chunk.divergence(weight)
@@ -262,6 +267,7 @@ class NearChunk(Chunk):
                 if d is not None:
                     d[tile] -= first[tile]
                     mean_b[b, tile] = self.run(passes.difference)(d[tile], 1.0, q_b, self.other[b][tile])
+            s = d = None  # before the next block takes as much
         return mean_b
 
     def _differences_of_a_shared_head(self) -> Tensor:

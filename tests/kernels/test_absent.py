@@ -161,11 +161,12 @@ def new_memory_is_nan():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("n", (9, 0))
-def test_nothing_to_learn_from_is_a_zero_loss_with_zero_gradients(n, backend, new_memory_is_nan):
+@pytest.mark.parametrize("n, masked", ((9, True), (0, True), (0, False)))
+def test_nothing_to_learn_from_is_a_zero_loss_with_zero_gradients(n, masked, backend, new_memory_is_nan):
     pair = make_pair(**{**size(backend), "n": n})
     hidden, weight = pair.student_hidden.clone().requires_grad_(), pair.student_weight.clone().requires_grad_()
-    loss = linear_divergence(hidden, weight, pair.teacher_hidden, mask=torch.zeros(n, device=DEVICE), backend=backend)
+    mask = torch.zeros(n, device=DEVICE) if masked else None
+    loss = linear_divergence(hidden, weight, pair.teacher_hidden, mask=mask, backend=backend)
     loss.backward()
     assert loss.item() == 0 and (hidden.grad == 0).all() and (weight.grad == 0).all()
 

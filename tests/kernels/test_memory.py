@@ -12,8 +12,8 @@ VOCAB, HIDDEN, CHUNK = 3000, 16, 8 * 3000 * 50
 TOKENS = (100, 1000)
 
 
-def forward_and_backward(tokens: int, dtype, loss: str, views=None, **options):
-    pair = make_pair(tokens, HIDDEN, VOCAB, dtype=dtype, views=views)
+def forward_and_backward(tokens: int, dtype, loss: str, views=None, scale=0.05, **options):
+    pair = make_pair(tokens, HIDDEN, VOCAB, scale=scale, dtype=dtype, views=views)
     hidden = pair.student_hidden.requires_grad_()
     targets = torch.zeros(tokens, dtype=torch.long)
 
@@ -36,6 +36,7 @@ def forward_and_backward(tokens: int, dtype, loss: str, views=None, **options):
     "loss, options",
     (
         ("forward_kl", {}), ("forward_kl", {"reduction": "none"}), ("jsd", {"entry_clip": 1e-3}), ("logprobs", {}),
+        ("forward_kl", {"scale": 12.0}), ("jsd", {"scale": 12.0}),
         ("forward_kl", {"views": (None, None)}), ("forward_kl", {"views": (None, None), "softcap": 8.0}),
         ("forward_kl", {"views": (20, None, 16)}), ("jsd", {"views": (20, None, 16), "softcap": 8.0}),
     ),

@@ -118,9 +118,15 @@ def test_no_answer_hangs_the_run_or_is_believed(teacher, server, answer):
     assert time.monotonic() - started < SOON
 
 
-def test_a_server_that_stops_as_it_does_with_lora_is_named(teacher, server):
-    died = {"error": {"message": "EngineCore encountered an issue.", "code": 500}}
-    server.instead = {"/v1/completions": lambda handler: send(handler, died, 500)}
+def test_a_server_that_stops_as_it_does_with_lora_is_named_though_it_only_refuses_later(teacher, server):
+    died, asked = {"error": {"message": "EngineCore encountered an issue.", "code": 500}}, []
+    teacher.retries = 1
+
+    def answer(handler):
+        asked.append(True)
+        send(handler, died if len(asked) == 1 else {"error": "gone"}, 500 if len(asked) == 1 else 503)
+
+    server.instead = {"/v1/completions": answer}
     with pytest.raises(RolloutError, match=r"EngineCore.*start it without: vLLM's CPU build"):
         teacher.score([PASSAGE])
 

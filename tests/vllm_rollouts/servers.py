@@ -46,6 +46,14 @@ class Server:
         except OSError:
             return False
 
+    def alive(self) -> bool:
+        """Whether it answers within a minute: a busy machine is slow."""
+        for _ in range(60):
+            if self.process.poll() is not None or self.healthy():
+                break
+            time.sleep(1)
+        return self.process.poll() is None and self.healthy()
+
     def wait(self) -> None:
         for _ in range(START_SECONDS):
             if self.healthy():
@@ -74,12 +82,13 @@ class Servers:
 
     def lend(self) -> Iterator[Server]:
         """For one test. If the server dies by itself, the test fails with its log."""
-        if not self.started or not self.started[-1].healthy():
+        if not self.started or not self.started[-1].alive():
+            self.kill()
             self.started.append(Server(self.model, self.folder / f"log-{len(self.started)}", self.options))
             self.started[-1].wait()
         server = self.started[-1]
         yield server
-        if not server.killed and not server.healthy():
+        if not server.killed and not server.alive():
             pytest.fail(f"the server died: {server.last_lines()}")
 
     def kill(self) -> None:

@@ -142,7 +142,10 @@ def add_fp32(acc: Tensor, x: Tensor, w: Tensor, overwrite: bool = False) -> None
     """Adds `x @ w.T` to `acc` in place, all in full fp32; with `overwrite`, stores it there."""
     if x.device.type == "cpu" and onednn_keeps_fp32():
         with low_precision_products():
-            torch.addmm(acc, x, w.T, beta=0 if overwrite else 1, out=acc)  # beta 0 ignores what is there, NaN too
+            if overwrite:
+                torch.mm(x, w.T, out=acc)
+            else:
+                torch.addmm(acc, x, w.T, out=acc)
     elif overwrite:
         acc.copy_(_linear_fp32(x, w))
     else:

@@ -92,12 +92,12 @@ def linear_divergence(
             teacher: the target's logits are then `sum_m w_m z_m / teacher_temperature`, each view's logits `z_m` with
             its softcap, and `TokenStats` describe this mixture. The sizes `H_t` may differ.
         teacher_weight: `[V, H_t]`. None, or the student's own tensor, means a shared head. Logit differences then come
-            from differences of hidden states; this keeps bf16 gradients accurate. Separate heads use fp32 logits, for
-            fp32 inputs fp64 ones. Exception: backend "torch" and its faster forms take fp32 products with the
-            differences of states and of heads, where one teacher's head, without biases or `group`, differs from the
-            student's by at most 1/256 of the usual norm in each row. For views: one for all, or a
-            list of M heads or None. Without softcap, views that all share the student's head cost one product, as one
-            teacher does; otherwise each view costs a product.
+            from differences of hidden states; this keeps bf16 gradients accurate. Separate heads use fp32 logits (fp64
+            for fp32 inputs). Backend "torch" and its faster forms make an exception of fp32 heads that are near: no row
+            differs by more than 1/256 of the median row's norm. They multiply the differences of states and of heads
+            instead, in fp32. This is for one teacher without biases or `group`. For views: one for all, or a list of M
+            heads or None. Without softcap, views that all share the student's head cost one product, as one teacher
+            does; otherwise each view costs a product.
         divergence: "forward_kl" KL(p||q), "reverse_kl" KL(q||p), "jsd", "jeffreys", "skew_kl", "skew_reverse_kl",
             "total_variation", "alpha", or a `DivergenceTerm`. See `divergences.py` for the formulas.
         beta: shape of "jsd", "skew_*" and "alpha", in [0, 1]. For "jsd" as in TRL and Liger: 0 is forward KL, 1 is

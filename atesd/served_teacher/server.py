@@ -124,11 +124,13 @@ class TeacherServer(ServerClient):
         if not isinstance(answer, Exception):
             return None
         # vLLM 0.32 gives the LM head's part of adapters one row for each request, and a prompt's scores need more.
-        died = "EngineCore" in str(answer)
-        advice = (
-            ". If it runs with --enable-lora, start it without: vLLM's CPU build then cannot score two prompts at once"
-        )
-        return f"the server at {self.url}: {reason(answer)}{advice if died else ''}"
+        advice = ""
+        if "EngineCore" in str(answer):
+            advice = (
+                ". If it runs with --enable-lora, start it without: with it vLLM's CPU build cannot score two prompts "
+            )
+            advice += "at once"
+        return f"the server at {self.url}: {reason(answer)}{advice}"
 
     def score_one(self, passage: Passage) -> TopEntries | Exception:
         if self.stopped.is_set():  # set while this request waited in the pool

@@ -26,7 +26,7 @@ class LinearGradients:
         self.shards = Shards(spec.group, self.vocab, self.device)
         self.dtype = accumulate_dtype(spec.compute_dtype)
         self.scaling = Scaling(spec)
-        self.s_dtype = self._logits_dtype()
+        self.s_dtype = torch.float64 if spec.compute_dtype == torch.float64 else spec.logits_dtype
         # dtype of the GEMMs that multiply the logits' gradient by head and hidden states
         self.product_dtype = matmul.product_dtype(spec.compute_dtype, self.device)
         self.work = matmul.Workspace(self.device, spec.in_cpp)
@@ -48,12 +48,9 @@ class LinearGradients:
     def product_blocks(self, plan: ChunkPlan) -> list[slice]:
         """Returns the columns of a chunk's products for backend "cpp": all at once if no block is a temporary."""
         dtype = self.weight.dtype
-        bare = dtype == self.spec.compute_dtype and self._logits_dtype() == torch.float32
+        bare = dtype == self.spec.compute_dtype and self.s_dtype == torch.float32
         in_place = matmul.writes_in_place(dtype, self.hidden.shape[1])
         return [slice(0, self.vocab)] if bare and in_place else plan.blocks(self.vocab)
-
-    def _logits_dtype(self) -> torch.dtype:
-        return torch.float64 if self.spec.compute_dtype == torch.float64 else self.spec.logits_dtype
 
     def load(self, index: Tensor) -> None:
         """Selects the chunk's rows and casts them to the compute dtype."""
@@ -129,15 +126,16 @@ class LinearLogits(LinearGradients):
         self.is_delta = w_t is None
         self.may_be_infinite = bias_s is not None or bias_t is not None
         self.other_dtype = self._delta_dtype() if self.is_delta else self.s_dtype
-        if not self.is_delta and spec.compute_dtype == torch.float32 and spec.logits_dtype == torch.float32:
+        wide = not self.is_delta and spec.compute_dtype == spec.logits_dtype == torch.float32
+        if wide:
             self.s_dtype = self.other_dtype = torch.float64
-        self.heads_near = self._heads_may_be_near()  # until a block is found in which they are not
+        self.heads_near = wide and self._can_compare_heads()  # until a block is found in which they are not
 
-    def _heads_may_be_near(self) -> bool:
-        plain = self.spec.group is None and self.spec.logits_dtype == torch.float32 and not self.may_be_infinite
-        if not (self.compares_heads and plain) or self.is_delta or self.weight.shape != self.w_t.shape:
+    def _can_compare_heads(self) -> bool:
+        if not self.compares_heads or self.spec.group is not None or self.may_be_infinite:
             return False
-        return self.spec.compute_dtype == self.weight.dtype == self.w_t.dtype == self.h_t.dtype == torch.float32
+        same_size = self.weight.shape == self.w_t.shape
+        return same_size and self.weight.dtype == self.w_t.dtype == self.h_t.dtype == torch.float32
 
     def _delta_dtype(self) -> torch.dtype:
         """Dtype of D: the products' if D is a bare matmul and its term smooth; else fp32, where rounding costs more."""

@@ -127,7 +127,7 @@ def test_a_server_that_stops_as_it_does_with_lora_is_named_though_it_only_refuse
         send(handler, died if len(asked) == 1 else {"error": "gone"}, 500 if len(asked) == 1 else 503)
 
     server.instead = {"/v1/completions": answer}
-    with pytest.raises(RolloutError, match=r"EngineCore.*start it without: vLLM's CPU build"):
+    with pytest.raises(RolloutError, match=r"EngineCore.*start it without: with it vLLM's CPU build"):
         teacher.score([PASSAGE])
 
 

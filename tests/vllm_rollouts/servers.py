@@ -17,7 +17,7 @@ import pytest
 
 from .cases import BF16
 
-START_SECONDS = 480  # a busy machine takes minutes
+START_TRIES, TRIES = 480, 60  # a busy machine takes minutes to start, and is slow to answer
 
 
 class Server:
@@ -46,21 +46,15 @@ class Server:
         except OSError:
             return False
 
-    def alive(self) -> bool:
-        """Whether it answers within a minute: a busy machine is slow."""
-        for _ in range(60):
-            if self.process.poll() is not None or self.healthy():
-                break
-            time.sleep(1)
-        return self.process.poll() is None and self.healthy()
-
-    def wait(self) -> None:
-        for _ in range(START_SECONDS):
+    def answers(self, tries: int) -> bool:
+        """Whether it does, asked about once a second, before it ends."""
+        for _ in range(tries):
+            if self.process.poll() is not None:
+                return False
             if self.healthy():
-                return
-            assert self.process.poll() is None, self.last_lines()
+                return True
             time.sleep(1)
-        pytest.fail(f"no server after {START_SECONDS} s: {self.last_lines()}")
+        return False
 
     def kill(self) -> None:
         """The server and the processes it has started."""
@@ -82,13 +76,14 @@ class Servers:
 
     def lend(self) -> Iterator[Server]:
         """For one test. If the server dies by itself, the test fails with its log."""
-        if not self.started or not self.started[-1].alive():
+        if not self.started or not self.started[-1].answers(TRIES):
             self.kill()
             self.started.append(Server(self.model, self.folder / f"log-{len(self.started)}", self.options))
-            self.started[-1].wait()
+            if not self.started[-1].answers(START_TRIES):
+                pytest.fail(f"no server: {self.started[-1].last_lines()}")
         server = self.started[-1]
         yield server
-        if not server.killed and not server.alive():
+        if not server.killed and not server.answers(TRIES):
             pytest.fail(f"the server died: {server.last_lines()}")
 
     def kill(self) -> None:

@@ -1,6 +1,7 @@
 """Packs the student's linear layers for fast decoding on a CPU: once per call, with adapters merged, then freed.
 
-Decoding a small batch is bound by reading weights, and oneDNN reads them fastest in its own layout. A layer is packed
+Decoding a small batch is bound by reading weights, and oneDNN reads them fastest in its own layout. Layers that read
+the same input are packed as one matrix, because few long products are faster than many short ones. A layer is packed
 if it is a plain linear layer, or if peft's merge of its adapter gives such a layer with the same output. Every other
 layer keeps its own forward.
 """
@@ -10,35 +11,75 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Container, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from atesd.models.merging import adapted_modules, merge
+from atesd.models.packed_attention import use_packed_attention
 from atesd.parallel.sharding import is_sharded
 from atesd_kernels.backends.matmul import onednn_packs
 from atesd_kernels.integrations.head import unwrap
 
+# Children of one module that read the same input, by their names in transformers.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-class PackedLinear(nn.Module):
-    """A linear layer, with its adapter merged, as one matrix in oneDNN's own layout, for fast decoding.
+
+class PackedProduct:
+    """Linear layers with the same input as one matrix in oneDNN's own layout, with their adapters merged.
 
     Args:
-        source: a plain or an adapted linear layer; an adapted one is a copy that shares its tensors.
+        sources: plain or adapted linear layers; an adapted one is a copy that shares its tensors.
     """
 
-    def __init__(self, source: nn.Module):
-        super().__init__()
-        self.source = [source]  # in a list, so that it is not registered as a child module
-        self.weight = self.bias = None
+    def __init__(self, sources: list[nn.Module]):
+        self.sources = sources
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        self.read: tuple[Tensor, int] | None = None  # the input of `outputs`, and its version
+        self.outputs: dict[int, Tensor] = {}  # of layers that have not asked for theirs
 
     def pack(self, dtype: torch.dtype) -> None:
-        linear = merge(self.source.pop())
-        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype), None)
+        weights, biases = [], []
+        while self.sources:
+            linear: Any = merge(self.sources.pop(0))
+            weights.append(linear.weight.detach().to(dtype))
+            biases.append(None if linear.bias is None else linear.bias.detach().to(dtype))
+        self.rows = [len(weight) for weight in weights]
+        if any(bias is not None for bias in biases):
+            of_each = zip(weights, biases, strict=True)
+            self.bias = torch.cat([w.new_zeros(len(w)) if bias is None else bias for w, bias in of_each])
+        joint = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(joint, None)
+
+    def free(self) -> None:
+        self.weight = self.bias = self.read = None
+        self.outputs = {}
+
+    def output(self, layer: int, x: Tensor) -> Tensor:
+        """Returns the output of one layer. The first layer that reads `x` computes those of all."""
+        known = self.read is not None and self.read[0] is x and self.read[1] == x._version
+        if not known or layer not in self.outputs:
+            assert self.weight is not None
+            low = x.to(self.weight.dtype)
+            product = torch.ops.mkldnn._linear_pointwise(low, self.weight, self.bias, "none", [], "")
+            self.read, self.outputs = (x, x._version), dict(enumerate(product.split(self.rows, -1)))
+        output = self.outputs.pop(layer)
+        if not self.outputs:
+            self.read = None
+        return output
+
+
+class PackedLinear(nn.Module):
+    """One of the layers of a `PackedProduct`."""
+
+    def __init__(self, product: PackedProduct, layer: int):
+        super().__init__()
+        self.product, self.layer = product, layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias, "none", [], "")
+        return self.product.output(self.layer, x)
 
 
 def packable_layers(model: nn.Module, problems: Container[str]) -> frozenset[str]:
@@ -56,14 +97,32 @@ def packable_layers(model: nn.Module, problems: Container[str]) -> frozenset[str
     return frozenset(names)
 
 
-def packed_twin(model: nn.Module, names: frozenset[str]) -> nn.Module:
-    """Returns a copy of `model` that shares every parameter, with the layers in `names` replaced by `PackedLinear`."""
+def packed_twin(model: nn.Module, names: frozenset[str]) -> tuple[nn.Module, list[PackedProduct]]:
+    """Returns a copy of `model` that shares every parameter, with the layers in `names` replaced by `PackedLinear`, and
+    the products of these."""
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        owner = twin.get_submodule(parent)
-        setattr(owner, child, PackedLinear(getattr(owner, child)))
-    return twin
+    if getattr(twin.config, "_attn_implementation", None) == "sdpa":
+        use_packed_attention(twin)  # faster than transformers' own for one new token
+    products = []
+    for group in groups_of(names):
+        product = PackedProduct([twin.get_submodule(name) for name in group])
+        for layer, name in enumerate(group):
+            parent, _, child = name.rpartition(".")
+            setattr(twin.get_submodule(parent), child, PackedLinear(product, layer))
+        products.append(product)
+    return twin, products
+
+
+def groups_of(names: frozenset[str]) -> list[list[str]]:
+    """Returns `names` in groups of `SIBLINGS`; each of the others by itself."""
+    left, groups = set(names), []
+    for parent in {name.rpartition(".")[0] for name in names}:
+        for siblings in SIBLINGS:
+            group = [f"{parent}.{child}" for child in siblings]
+            if left.issuperset(group):
+                groups.append(group)
+                left.difference_update(group)
+    return groups + [[name] for name in left]
 
 
 @contextlib.contextmanager
@@ -71,16 +130,15 @@ def decoding_model(model: nn.Module, dtype: torch.dtype, names: frozenset[str]) 
     """Yields the model for decoding: a copy with the layers in `names` (`packable_layers`) packed, whose matrices are
     freed afterwards; without any, or if oneDNN has no layout for `dtype`, `model` itself."""
     training = model.training
-    packed = []
+    products: list[PackedProduct] = []
     if names and onednn_packs(dtype):
-        model = packed_twin(unwrap(model), names)
-        packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
-        for module in packed:
-            module.pack(dtype)
+        model, products = packed_twin(unwrap(model), names)
+        for product in products:
+            product.pack(dtype)
     model.eval()
     try:
         yield model
     finally:
         model.train(training)
-        for module in packed:  # free them now, not at the next garbage collection
-            module.weight = module.bias = None
+        for product in products:  # free them now, not at the next garbage collection
+            product.free()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from bench import (
     accuracy_vs_kl,
+    attention_speed,
     chunk_size,
     gemm_share,
     grading_speed,
@@ -137,6 +138,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scaling": of("scaling", scaling.table),
     "chunk_size": of("chunk_size", chunk_size.table),
     "topk_speed": of("topk_speed", topk_speed.table),
+    "attention_speed": of("attention_speed", attention_speed.table),
     "grading_speed": of("grading_speed", grading_speed.table),
     **{f"step_vs_trl-{dtype}": of(f"step_vs_trl-{dtype}", step_vs_trl.table) for dtype in DTYPES},
     "learning_curves": learning,

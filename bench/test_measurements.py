@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from atesd_kernels.planning import DEFAULT_CHUNK_BYTES
-from bench import accuracy_vs_kl, gemm_share, memory, scaling, step_vs_trl, topk_speed
+from bench import accuracy_vs_kl, attention_speed, gemm_share, memory, scaling, step_vs_trl, topk_speed
 from bench.entrants import DEVICE, DTYPES, OURS
 from bench.machine import native_precision
 from bench.shapes import HERE
@@ -51,6 +51,11 @@ def test_top_k_of_a_teacher(full):
     result = topk_speed.main(**({} if full else {"tokens": 256, "rounds": 1, "dtypes": (native_precision(),)}))
     for row in (r for r in result["rows"] if r["entrant"] == OURS):
         assert row["error"] < (1e-4 if row["dtype"] == "fp32" else 1e-2)
+
+
+def test_attention_of_a_sequence(full):
+    result = attention_speed.main(**({} if full else {"lengths": (64, 256), "rounds": 3}))
+    assert {row["phase"] for row in result["rows"]} == set(attention_speed.PHASES)
 
 
 def test_scaling(full):

@@ -32,7 +32,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from atesd.errors import ModelError
+from atesd.models import causal_attention
 from atesd.models.batching import hidden_rows, pack, to_device
+from atesd.models.causal_attention import CausalAttention
 from atesd_kernels.integrations.head import hidden_states_and_head, unwrap
 
 PACKED_SDPA, PACKED_EAGER = "sdpa_packed", "eager_packed"
@@ -207,8 +209,12 @@ def packed_sdpa_forward(
             )
         part = slice(start, end)
         with precise:
-            states = (x[:, :, part] for x in (query, key, value))
-            outputs.append(sdpa_attention_forward(module, *states, None, **kwargs)[0])
+            states = [x[:, :, part] for x in (query, key, value)]
+            if causal_attention.serves(states[0], kwargs):
+                scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+                outputs.append(CausalAttention.apply(*states, scaling).transpose(1, 2))
+            else:
+                outputs.append(sdpa_attention_forward(module, *states, None, **kwargs)[0])
         start = end
     return torch.cat(outputs, dim=1), None
 

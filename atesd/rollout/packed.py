@@ -37,7 +37,7 @@ class PackedProduct:
         self.sources = sources
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-        self.read: tuple[Tensor, int] | None = None  # the input of `outputs`, and its version
+        self.read: Tensor | None = None  # the input of `outputs`
         self.outputs: dict[int, Tensor] = {}  # of layers that have not asked for theirs
 
     def pack(self, dtype: torch.dtype) -> None:
@@ -58,13 +58,15 @@ class PackedProduct:
         self.outputs = {}
 
     def output(self, layer: int, x: Tensor) -> Tensor:
-        """Returns the output of one layer. The first layer that reads `x` computes those of all."""
-        known = self.read is not None and self.read[0] is x and self.read[1] == x._version
-        if not known or layer not in self.outputs:
+        """Returns the output of one layer. The first layer that reads `x` computes those of all.
+
+        No layer changes `x` before the next one reads it: such a model could not be trained.
+        """
+        if self.read is not x or layer not in self.outputs:
             assert self.weight is not None
             low = x.to(self.weight.dtype)
             product = torch.ops.mkldnn._linear_pointwise(low, self.weight, self.bias, "none", [], "")
-            self.read, self.outputs = (x, x._version), dict(enumerate(product.split(self.rows, -1)))
+            self.read, self.outputs = x, dict(enumerate(product.split(self.rows, -1)))
         output = self.outputs.pop(layer)
         if not self.outputs:
             self.read = None
@@ -128,7 +130,11 @@ def groups_of(names: frozenset[str]) -> list[list[str]]:
 @contextlib.contextmanager
 def decoding_model(model: nn.Module, dtype: torch.dtype, names: frozenset[str]) -> Iterator[nn.Module]:
     """Yields the model for decoding: a copy with the layers in `names` (`packable_layers`) packed, whose matrices are
-    freed afterwards; without any, or if oneDNN has no layout for `dtype`, `model` itself."""
+    freed afterwards; without any, or if oneDNN has no layout for `dtype`, `model` itself.
+
+    A copy decodes in inference mode, which saves time at each of many small operations. `model` does not: it might
+    keep a tensor of that mode, which training cannot use.
+    """
     training = model.training
     products: list[PackedProduct] = []
     if names and onednn_packs(dtype):
@@ -137,7 +143,8 @@ def decoding_model(model: nn.Module, dtype: torch.dtype, names: frozenset[str]) 
             product.pack(dtype)
     model.eval()
     try:
-        yield model
+        with torch.inference_mode() if products else contextlib.nullcontext():
+            yield model
     finally:
         model.train(training)
         for product in products:  # free them now, not at the next garbage collection

@@ -47,8 +47,6 @@ def test_layers_that_read_other_inputs_after_all_are_not_given_those_of_the_firs
     assert_same(packed[2], layers[2], memory)
     for _ in range(2):  # one layer twice, the others never
         assert_same(packed[0], layers[0], x)
-    x.mul_(2)  # the same tensor with other values
-    assert_same(packed[2], layers[2], x)
 
 
 @torch.no_grad()
@@ -89,5 +87,6 @@ def test_a_family_s_logits_are_those_of_its_own_layers(family):
     expected = model(input_ids=ids).logits
     with decoding_model(model, torch.float32, packable_layers(model, {})) as twin:
         torch.testing.assert_close(twin(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+        assert twin(input_ids=ids).logits.is_inference()
         joint = {id(m.product) for m in twin.modules() if isinstance(m, PackedLinear) and len(m.product.rows) > 1}
     assert len(joint) == {"phi3": 0, "gpt_neox": 0}.get(family, 4)

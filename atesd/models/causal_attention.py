@@ -1,0 +1,95 @@
+"""Causal attention of one short sequence in float32, for CPUs on which oneDNN multiplies faster than torch's kernel.
+
+torch's fused kernel works in small blocks and skips the masked half of the scores, but multiplies slowly on processors
+such as AMD's with AVX-512 (`bench/attention_speed.py`). Up to `LONGEST` tokens whole products are faster, though they
+compute the masked half. Nothing of the scores' size is kept for backward, which computes them again.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from atesd_kernels.backends import matmul
+
+LONGEST = 512  # tokens of a sequence; our choice
+SCORE_BYTES = 8 << 20  # of the key heads that are computed together
+
+
+class CausalAttention(torch.autograd.Function):
+    """`softmax(query key^T scaling + causal mask) value` for each head, in full float32.
+
+    Shapes: `query` `(1, heads, T, head_dim)`; `key` and `value` `(1, groups, T, head_dim)`, where `groups` divides
+    `heads` and the head dimension of `value` may be another. Returns `(1, heads, T, head_dim of value)`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        rows, keys, values = rows_of(query, key).mul(scaling), rows_of(key, key), rows_of(value, key)
+        out = rows.new_empty(*rows.shape[:2], value.shape[-1])
+        with matmul.low_precision_products():
+            for part in parts(rows, keys.shape[1]):
+                torch.bmm(probabilities(rows[part], keys[part]), values[part], out=out[part])
+        out = out.view(*query.shape[:3], -1)
+        ctx.save_for_backward(query, key, value, out)
+        ctx.scaling = scaling
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, out = ctx.saved_tensors
+        rows, keys, values = rows_of(query, key).mul(ctx.scaling), rows_of(key, key), rows_of(value, key)
+        of_out = rows_of(gradients[0], key)
+        mean = (of_out * rows_of(out, key)).sum(-1, keepdim=True)  # of the gradient of the probabilities
+        of_rows, of_keys, of_values = (torch.empty_like(x) for x in (rows, keys, values))
+        with matmul.low_precision_products():
+            for part in parts(rows, keys.shape[1]):
+                p = probabilities(rows[part], keys[part])
+                torch.bmm(p.mT, of_out[part], out=of_values[part])
+                of_scores = torch.bmm(of_out[part], values[part].mT).sub_(mean[part]).mul_(p)
+                torch.bmm(of_scores, keys[part], out=of_rows[part])
+                torch.bmm(of_scores.mT, rows[part], out=of_keys[part])
+        return of_rows.mul_(ctx.scaling).view(query.shape), of_keys[None], of_values[None], None
+
+
+def rows_of(heads: Tensor, key: Tensor) -> Tensor:
+    """Returns `heads`, `(1, heads, T, dim)`, contiguous and by their key head: `(groups, heads of each * T, dim)`."""
+    return heads.contiguous().view(key.shape[1], -1, heads.shape[-1])
+
+
+def parts(rows: Tensor, length: int) -> list[slice]:
+    """Returns slices of key heads whose scores fit in `SCORE_BYTES`, of at least one head each."""
+    groups, count, _ = rows.shape
+    together = max(1, SCORE_BYTES // (count * length * rows.element_size()))
+    return [slice(start, start + together) for start in range(0, groups, together)]
+
+
+def probabilities(rows: Tensor, key: Tensor) -> Tensor:
+    """Returns `(groups, heads of each * T, T)` for rows and keys of some groups."""
+    length = key.shape[1]
+    scores = torch.bmm(rows, key.mT)
+    scores.view(-1, length, length).add_(causal_mask()[:length, :length])
+    return scores.softmax(-1)
+
+
+@cache
+def causal_mask() -> Tensor:
+    """Returns 0 up to the diagonal and -inf above it, `(LONGEST, LONGEST)`."""
+    return torch.full((LONGEST, LONGEST), -torch.inf).triu_(1)
+
+
+def serves(query: Tensor, options: dict[str, Any]) -> bool:
+    """Whether `CausalAttention` takes these states with the sdpa `options`, and is the faster one."""
+    return (
+        query.dtype == torch.float32
+        and query.device.type == "cpu"
+        and query.shape[2] <= LONGEST
+        and not options.get("dropout")
+        and options.get("position_bias") is None
+        and matmul.onednn_keeps_fp32()
+    )

@@ -1,0 +1,107 @@
+"""Attention of short sequences through oneDNN's products: sdpa's result and gradients, in full float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from atesd.models import causal_attention
+from atesd.models.causal_attention import LONGEST, CausalAttention, serves
+from atesd.models.packed_attention import packed_sdpa_forward
+from atesd_kernels.backends.matmul import onednn_keeps_fp32
+
+pytestmark = pytest.mark.skipif(not onednn_keeps_fp32(), reason="torch's own kernel is used on this processor")
+
+
+def states(length, heads=6, groups=2, value_dim=16, before=5):
+    """Query, key and value of a sequence inside a packed row, as a model's projections lay them out; and a gradient."""
+    torch.manual_seed(0)
+    sizes = ((heads, 16), (groups, 16), (groups, value_dim))
+    rows = [torch.randn(1, before + length + 4, *size).transpose(1, 2) for size in sizes]
+    return [row[:, :, before : before + length] for row in rows], torch.randn(1, heads, length, value_dim)
+
+
+def oracle(query, key, value, scaling):
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+
+
+def leaves(tensors, dtype):
+    return [x.to(dtype).detach().requires_grad_() for x in tensors]
+
+
+def assert_exact(inputs, of_out, scaling):
+    ours, exact = leaves(inputs, torch.float32), leaves(inputs, torch.float64)
+    out, expected = CausalAttention.apply(*ours, scaling), oracle(*exact, scaling)
+    assert torch.dist(out.double(), expected) < 1e-6 * expected.norm()
+    gradients = torch.autograd.grad(out, ours, of_out)
+    for name, got, want in zip(
+        ("query", "key", "value"), gradients, torch.autograd.grad(expected, exact, of_out.double()), strict=True
+    ):
+        assert got.shape == want.shape
+        assert torch.dist(got.double(), want) < 2e-6 * want.norm(), name
+
+
+@pytest.mark.parametrize("length", [2, 37, 256, LONGEST])
+@pytest.mark.parametrize(("heads", "groups", "value_dim"), [(6, 2, 16), (4, 4, 16), (5, 1, 24)])
+def test_output_and_gradients_are_those_of_float64(length, heads, groups, value_dim):
+    inputs, of_out = states(length, heads, groups, value_dim)
+    assert_exact(inputs, of_out, 0.25)
+
+
+def test_one_token_attends_to_itself():
+    (query, key, value), _ = states(1)
+    out = CausalAttention.apply(query, key, value, 0.25)
+    torch.testing.assert_close(out, value.repeat_interleave(3, 1))
+
+
+def test_heads_in_parts_are_the_same(monkeypatch):
+    inputs, of_out = states(50, heads=10, groups=5)
+    for together in (0, 3):  # a key head at least, and a last part that is smaller
+        monkeypatch.setattr(causal_attention, "SCORE_BYTES", together * 2 * 50 * 50 * 4)
+        sizes = [part.stop - part.start for part in causal_attention.parts(torch.empty(5, 2 * 50, 16), 50)]
+        assert sizes[0] == max(1, together)
+        assert_exact(inputs, of_out, 0.25)
+
+
+def test_nothing_of_the_scores_size_is_kept_for_backward():
+    inputs, _ = states(LONGEST)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        CausalAttention.apply(*leaves(inputs, torch.float32), 0.25)
+    assert kept and max(x.numel() for x in kept) < LONGEST * LONGEST
+
+
+class Attention(nn.Module):
+    num_key_value_groups = 3
+
+
+@pytest.mark.parametrize("scaling", [None, 0.1])
+def test_a_packed_row_takes_it_for_its_short_sequences_and_sdpa_for_the_others(monkeypatch, scaling):
+    lengths = []
+    real = CausalAttention.apply
+    monkeypatch.setattr(CausalAttention, "apply", lambda *args: lengths.append(args[0].shape[2]) or real(*args))
+    monkeypatch.setattr(causal_attention, "LONGEST", 20)
+    causal_attention.causal_mask.cache_clear()
+    (query, key, value), _ = states(60, before=0)
+    ends = torch.tensor([20, 41, 60], dtype=torch.int32).view(1, 1, 1, 3)
+    with torch.autocast("cpu", torch.bfloat16):  # computes in float32 nevertheless
+        out, _ = packed_sdpa_forward(Attention(), query, key, value, ends, scaling=scaling)
+    causal_attention.causal_mask.cache_clear()
+    assert lengths == [20, 19]
+    for part in (slice(0, 20), slice(20, 41), slice(41, 60)):
+        exact = oracle(*(x[:, :, part].double() for x in (query, key, value)), scaling).transpose(1, 2)
+        assert torch.dist(out[:, part].double(), exact) < 1e-6 * exact.norm()
+
+
+def test_whatever_it_cannot_do_stays_with_sdpa():
+    query = torch.empty(1, 6, LONGEST, 16)
+    assert serves(query, {})
+    assert not serves(torch.empty(1, 6, LONGEST + 1, 16), {}), "sdpa skips the masked half"
+    assert not serves(query.double(), {})
+    assert not serves(query.to("meta"), {})
+    assert not serves(query, {"dropout": 0.1})
+    assert not serves(query, {"position_bias": torch.zeros(1, 6, LONGEST, LONGEST)})

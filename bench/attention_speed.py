@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from atesd.models.causal_attention import CausalAttention, serves
+from atesd.models.attention.causal import causal_attention, serves
 from atesd.models.memory import FreedMemory
 from atesd.models.precision import fast_fp32_products
 from bench import timing
@@ -36,7 +36,7 @@ def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return CausalAttention.apply(query, key, value, HEAD_DIM**-0.5)
+    return causal_attention(query, key, value, HEAD_DIM**-0.5)
 
 
 def attend(function: Callable, in_step: bool, states: list[Tensor], of_out: Tensor | None) -> None:
@@ -79,11 +79,12 @@ def run(lengths: tuple[int, ...] = LENGTHS, rounds: int = 11) -> dict:
 def table(result: dict) -> str:
     found = {(r["length"], r["phase"], r["entrant"]): r for r in result["rows"]}
     names = list(dict.fromkeys(r["entrant"] for r in result["rows"]))
-    rows = [
-        [f"{length} tokens, {phase}", *(timing.with_spread(found[length, phase, n]) if (length, phase, n) in found else "-"
-                                 for n in names)]
-        for length, phase in dict.fromkeys((r["length"], r["phase"]) for r in result["rows"])
-    ]  # fmt: skip
+    rows = []
+    for length, phase in dict.fromkeys((r["length"], r["phase"]) for r in result["rows"]):
+        cells = [found.get((length, phase, name)) for name in names]
+        rows.append(
+            [f"{length} tokens, {phase}", *("-" if cell is None else timing.with_spread(cell) for cell in cells)]
+        )
     note = f"{HEADS} heads of {HEAD_DIM}, {GROUPS} of keys; fp32, causal; median (range) of {result['rounds']}."
     return f"{note}\n\n{markdown(['sequence', *names], rows)}"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from atesd.models.causal_attention import LONGEST
+from atesd.models.attention.causal import LONGEST
 from atesd.studies.trial import MEASURED, write_result
 from atesd_kernels.backends.matmul import onednn_keeps_fp32
 from bench import (

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from atesd.evaluation.reward import group_advantages
+from atesd.models.attention.packed import use_packed_attention
 from atesd.models.batching import hidden_rows, pack
-from atesd.models.packed_attention import use_packed_attention
 from atesd.models.scoring import token_logprobs
 from atesd.objectives import (
     Distillation,

@@ -10,7 +10,7 @@ atesd's own code. On a CPU neither copies anything, so the calls stand in for th
 where the copies do happen and every look at a value fails.
 
 Not counted: the inside of `atesd_kernels`, whose torch backend and checks read values on a CPU only, and
-`packed_attention`'s reading of `PackedBatch.ends`, which is on the CPU everywhere. test_waits_gpu.py covers both.
+`attention.packed`'s reading of `PackedBatch.ends`, which is on the CPU everywhere. test_waits_gpu.py covers both.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from atesd.models.attention.packed import use_packed_attention
 from atesd.models.batching import assert_same_responses, pack
-from atesd.models.packed_attention import use_packed_attention
 from atesd.objectives import Distillation, Mixed, PolicyGradient
 from atesd.reports.metrics import PhaseTimer
 from atesd.rollout import hf
@@ -80,7 +80,7 @@ class Waits:
 
     def wait(self):
         where = caller()
-        if not where.startswith(("atesd_kernels.", "atesd.models.packed_attention:")):
+        if not where.startswith(("atesd_kernels.", "atesd.models.attention.packed:")):
             self.waits[where] += 1
 
     def copy(self):

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from atesd.models.attention.packed import use_packed_attention
 from atesd.models.batching import assert_same_responses, hidden_rows, pack
-from atesd.models.packed_attention import use_packed_attention
 from atesd.objectives import Distillation, Mixed, PolicyGradient, ResponseTokens, TokenTotals
 from atesd.reports.metrics import PhaseTimer
 from atesd.rollout import hf

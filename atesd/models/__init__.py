@@ -1,1 +1,1 @@
-"""Model loading, adapters, teachers, packed batches, packed attention, precision and memory."""
+"""Model loading, adapters, teachers, packed batches, attention, precision and memory."""

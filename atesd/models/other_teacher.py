@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from atesd.config import ATESDConfig
 from atesd.errors import ConfigError, ModelError
+from atesd.models.attention.packed import check_packing, use_packed_attention
 from atesd.models.batching import PackedBatch, hidden_rows
 from atesd.models.loading import (
     ModelLoadError,
@@ -24,7 +25,6 @@ from atesd.models.loading import (
     load_tokenizer,
     use_liger_kernels,
 )
-from atesd.models.packed_attention import check_packing, use_packed_attention
 from atesd.models.scoring import token_logprobs
 from atesd.models.teachers import FixedTeacher
 from atesd.models.vocabulary import check_same_vocabulary, num_entries, with_entries

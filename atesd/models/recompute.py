@@ -13,11 +13,12 @@ from typing import Any
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 # Operators by name, since not every build of torch has all of them. LEFT maps each matmul to the index of its left
-# operand. ATTENTION includes the operator of torch.nn.attention.varlen.
+# operand. ATTENTION includes the operator of torch.nn.attention.varlen and our own.
 LEFT = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
 ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
-    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention torch_attn::_varlen_attn"
+    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention torch_attn::_varlen_attn "
+    "atesd::causal_attention"
 ).split()
 # Recompute a matmul whose inner dimension is over LOW_RANK times smaller than its output width, e.g. LoRA's second:
 # it costs little time, and its output takes much memory (our choice).

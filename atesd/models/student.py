@@ -15,8 +15,8 @@ from atesd.config import ATESDConfig
 from atesd.errors import ModelError
 from atesd.files import share_with_readers
 from atesd.models.adapters import adapter_layers, inputs_cast_by_autocast
+from atesd.models.attention.packed import check_packing, use_packed_attention
 from atesd.models.loading import bars_of_long_loads
-from atesd.models.packed_attention import check_packing, use_packed_attention
 from atesd.models.precision import fast_fp32_products
 from atesd.parallel.parallelism import Parallelism
 from atesd.parallel.sharding import is_sharded, reshard, writer

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atesd.models.attention.packed import use_packed_attention
 from atesd.models.merging import adapted_modules, merge
-from atesd.models.packed_attention import use_packed_attention
 from atesd.parallel.sharding import is_sharded
 from atesd_kernels.backends.matmul import onednn_packs
 from atesd_kernels.integrations.head import unwrap

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from atesd.config import ATESDConfig, load_config
-from atesd.models import packed_attention
+from atesd.models.attention import packed
 from atesd.models.loading import add_lora
 from atesd.planning import scaling
 from atesd.planning.gpu_specs import H100, H200
@@ -170,9 +170,9 @@ def settle(stage: Stage, step: Step) -> None:
 def packing(step: Step) -> str:
     """Whether packed sequences stay apart on this GPU."""
     try:
-        packed_attention.use_packed_attention(unwrap(step.model))
+        packed.use_packed_attention(unwrap(step.model))
         with step.autocast():
-            packed_attention.check_packing(step.model)
+            packed.check_packing(step.model)
     except Exception as error:
         return first_line(error)
     return "kept apart"

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from atesd.config import ATESDConfig
-from atesd.models import packed_attention
 from atesd.models.adapters import adapter_layers, inputs_cast_by_autocast
+from atesd.models.attention import packed
 from atesd.models.batching import assert_same_responses, chunks, hidden_rows, pack
 from atesd.models.loading import use_liger_kernels
 from atesd.models.recompute import recompute_activations
@@ -279,14 +279,14 @@ def attention_of(step: Step, name: str) -> Iterator[None]:
         base.set_attn_implementation("sdpa")
         yield
         return
-    packed_attention.use_packed_attention(base)
-    chosen = packed_attention.varlen_serves
+    packed.use_packed_attention(base)
+    chosen = packed.varlen_serves
     if name == ONE_BY_ONE:
-        packed_attention.varlen_serves = lambda *_, **__: False
+        packed.varlen_serves = lambda *_, **__: False
     try:
         yield
     finally:
-        packed_attention.varlen_serves = chosen
+        packed.varlen_serves = chosen
 
 
 VARIANTS: dict[str, Callable[[Step, int, Phases], Tensor]] = {

@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from atesd.models import packed_attention
 from atesd.models.adapters import adapter_layers, adapter_off, has_plain_switch, inputs_cast_by_autocast
+from atesd.models.attention import packed as packed_attention
+from atesd.models.attention.packed import use_packed_attention
 from atesd.models.batching import hidden_rows, pack
-from atesd.models.packed_attention import use_packed_attention
 from atesd.models.teachers import Teacher
 from atesd_kernels.integrations.head import unwrap
 

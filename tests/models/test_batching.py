@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from atesd.models.attention.packed import packed_sdpa_forward, use_packed_attention
 from atesd.models.batching import (
     ProblemSampler,
     assert_same_responses,
@@ -13,7 +14,6 @@ from atesd.models.batching import (
     hidden_rows,
     pack,
 )
-from atesd.models.packed_attention import packed_sdpa_forward, use_packed_attention
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14]]
 RESPONSES = [[20, 21], [22, 23, 24, 25], [26]]

@@ -24,9 +24,9 @@ from transformers.integrations import flash_attention
 
 from atesd.errors import ConfigError
 from atesd.models import loading as models
+from atesd.models.attention.packed import check_packing, use_packed_attention
 from atesd.models.batching import hidden_rows, pack
 from atesd.models.loading import ModelLoadError
-from atesd.models.packed_attention import check_packing, use_packed_attention
 from atesd.rollout import RolloutError
 from atesd.run import Run
 from atesd.trainer import Trainer

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from atesd.models import packed_attention
-from atesd.models.packed_attention import folds, one_token_forward, packed_sdpa_forward
+from atesd.models.attention import packed
+from atesd.models.attention.packed import folds, one_token_forward, packed_sdpa_forward
 
 
 def states(heads, groups, dtype=torch.bfloat16, new=1, value_dim=16):
@@ -46,8 +46,8 @@ class Attention(nn.Module):
 @pytest.mark.parametrize("autocast", [True, False])
 def test_decoding_takes_it_with_and_without_padding(monkeypatch, autocast):
     taken = []
-    real = packed_attention.one_token_forward
-    monkeypatch.setattr(packed_attention, "one_token_forward", lambda *args: taken.append(args) or real(*args))
+    real = packed.one_token_forward
+    monkeypatch.setattr(packed, "one_token_forward", lambda *args: taken.append(args) or real(*args))
     query, key, value = states(6, 2)
     query = query.float() if autocast else query  # after the rotary embedding
     for mask in (None, torch.ones(3, 1, 1, 30, dtype=torch.bool)):

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from atesd.models.attention.packed import use_packed_attention
 from atesd.models.batching import hidden_rows, pack
-from atesd.models.packed_attention import use_packed_attention
 from atesd.models.teachers import Teacher
 
 BATCH = pack([[5, 6, 7], [8, 9]], [[20, 21], [22, 23, 24]], "cpu")

@@ -18,10 +18,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 from transformers.integrations import flash_attention
 
-from atesd.models import packed_attention
-from atesd.models.batching import hidden_rows, pack
-from atesd.models.loading import load_model
-from atesd.models.packed_attention import (
+from atesd.models.attention import packed
+from atesd.models.attention.packed import (
     half_precision,
     packed_eager_forward,
     packed_flash_forward,
@@ -29,6 +27,8 @@ from atesd.models.packed_attention import (
     use_packed_attention,
     varlen_serves,
 )
+from atesd.models.batching import hidden_rows, pack
+from atesd.models.loading import load_model
 from atesd.models.recompute import selective_policy
 from atesd.run import Run
 from atesd.trainer import Trainer
@@ -85,8 +85,8 @@ class StandIn:
 @pytest.fixture(params=["torch_2_11", "torch_2_13"])
 def kernel(request, monkeypatch):
     stand_in = StandIn()
-    monkeypatch.setattr(packed_attention, "varlen_attn", getattr(stand_in, request.param)())
-    monkeypatch.setattr(packed_attention, "has_varlen_kernel", lambda device: True)
+    monkeypatch.setattr(packed, "varlen_attn", getattr(stand_in, request.param)())
+    monkeypatch.setattr(packed, "has_varlen_kernel", lambda device: True)
     return stand_in
 
 
@@ -106,7 +106,7 @@ class Grouped(nn.Module):
 
 
 def one_call_a_sequence(monkeypatch):
-    monkeypatch.setattr(packed_attention, "has_varlen_kernel", lambda device: False)
+    monkeypatch.setattr(packed, "has_varlen_kernel", lambda device: False)
 
 
 @pytest.mark.parametrize("scaling", [None, 0.3])
@@ -211,7 +211,7 @@ def test_a_models_sliding_window_is_its_own(kernel):
 def test_the_layout_of_a_row_is_copied_once_for_all_layers_and_their_recomputation(kernel):
     model = random_model(Qwen3Config(**SIZES)).train()
     use_packed_attention(model)
-    packed_attention.LAYOUTS.clear()  # of rows that another test's traceback may still hold
+    packed.LAYOUTS.clear()  # of rows that another test's traceback may still hold
 
     def gradient():
         model.zero_grad()
@@ -227,7 +227,7 @@ def test_the_layout_of_a_row_is_copied_once_for_all_layers_and_their_recomputati
     assert len({id(cumulative) for cumulative, _, _ in kernel.calls}) == 1
     kernel.calls.clear()
     gc.collect()  # a checkpoint's graph is a cycle
-    assert not packed_attention.LAYOUTS, "a layout goes with its row"
+    assert not packed.LAYOUTS, "a layout goes with its row"
 
 
 def test_two_rows_do_not_share_a_layout(kernel):
@@ -241,8 +241,8 @@ def test_two_rows_do_not_share_a_layout(kernel):
 @pytest.mark.parametrize("window", [None, 3])
 def test_torchs_own_kernel_takes_the_arguments_forward_and_backward(monkeypatch, window):
     """Through its shape functions, which check the call; they compute nothing."""
-    monkeypatch.setattr(packed_attention, "has_varlen_kernel", lambda device: True)
-    monkeypatch.setattr(packed_attention, "half_precision", lambda *states: torch.bfloat16)
+    monkeypatch.setattr(packed, "has_varlen_kernel", lambda device: True)
+    monkeypatch.setattr(packed, "half_precision", lambda *states: torch.bfloat16)
     meta = [x.detach().to("meta").requires_grad_() for x in states()]
     out = packed_sdpa_forward(Grouped(), *meta, ends_of(LENGTHS), scaling=0.2, sliding_window=window)[0]
     assert out.shape == (1, sum(LENGTHS), 4, 16) and out.is_meta
@@ -251,8 +251,8 @@ def test_torchs_own_kernel_takes_the_arguments_forward_and_backward(monkeypatch,
 
 
 def test_a_cpu_has_no_variable_length_kernel():
-    assert not packed_attention.has_varlen_kernel(torch.device("cpu"))
-    assert packed_attention.takes(inspect.signature, "obj") and not packed_attention.takes(inspect.signature, "window")
+    assert not packed.has_varlen_kernel(torch.device("cpu"))
+    assert packed.takes(inspect.signature, "obj") and not packed.takes(inspect.signature, "window")
 
 
 @pytest.mark.parametrize("kind", ["flash_attention_2", "flash_attention_3"])

@@ -14,15 +14,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from atesd.models import packed_attention
-from atesd.models.batching import hidden_rows, pack
-from atesd.models.packed_attention import (
+from atesd.models.attention import packed as packed_attention
+from atesd.models.attention.packed import (
     check_packing,
     has_varlen_kernel,
     packed_eager_forward,
     packed_sdpa_forward,
     use_packed_attention,
 )
+from atesd.models.batching import hidden_rows, pack
 
 GPU = torch.cuda.is_available()
 pytestmark = [

@@ -24,8 +24,8 @@ from transformers import (
 
 from atesd.errors import ModelError
 from atesd.models import merging
+from atesd.models.attention.packed import use_packed_attention
 from atesd.models.merging import merge_problems
-from atesd.models.packed_attention import use_packed_attention
 from atesd.rollout import packed
 from atesd.rollout.hf import HFEngine
 from atesd.rollout.packed import PackedLinear, decoding_model, packable_layers

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from atesd.models.attention.packed import use_packed_attention
 from atesd.models.batching import hidden_rows, pack
-from atesd.models.packed_attention import use_packed_attention
 from atesd.rollout import Rollout, RolloutError
 from atesd.rollout.hf import HFEngine
 from atesd.rollout.mismatch import EngineMismatch

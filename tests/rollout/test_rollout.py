@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from atesd.models.packed_attention import use_packed_attention
+from atesd.models.attention.packed import use_packed_attention
 from atesd.rollout import Sampling, hf
 from atesd.rollout.hf import HFEngine, candidates, sample
 from atesd.rollout.seeds import ResponseSeeds

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from atesd.models.attention.packed import use_packed_attention
 from atesd.models.batching import pack
-from atesd.models.packed_attention import use_packed_attention
 from atesd.models.precision import has_fast_bf16
 from atesd.models.scoring import token_logprobs
 from atesd_kernels.integrations.head import hidden_states_and_head, unwrap

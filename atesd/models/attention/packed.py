@@ -2,12 +2,12 @@
 
 batching.py lays rows out; this file runs each kernel on them, and checks that a model's attention does not mix their
 sequences. `PackedBatch.ends` arrives here as the attention mask: int32 and 4-D, which transformers forwards unchanged.
-Any other mask comes from generation, and the original kernel handles it.
+Any other mask comes from generation. The original kernel handles it, or `one_token.py`.
 
 | attn_implementation  | packed rows                                                                            |
 |----------------------|----------------------------------------------------------------------------------------|
 | sdpa, half precision | one call of torch's variable-length kernel, on a GPU from Ampere on; sliding windows   |
-| sdpa, otherwise      | one causal call of torch's fused kernel per sequence                                   |
+| sdpa, otherwise      | one causal call per sequence: of torch's fused kernel, or of `causal.py`               |
 | flash_attention_2, 3 | one call of flash-attn's variable-length kernel; needs a GPU and the package           |
 | eager                | unfused, for models with attention softcapping (Gemma 2)                               |
 
@@ -32,14 +32,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from atesd.errors import ModelError
-from atesd.models import causal_attention
+from atesd.models.attention import causal
+from atesd.models.attention.one_token import folds, half_precision, one_token_forward
 from atesd.models.batching import hidden_rows, pack, to_device
-from atesd.models.causal_attention import CausalAttention
 from atesd_kernels.integrations.head import hidden_states_and_head, unwrap
 
 PACKED_SDPA, PACKED_EAGER = "sdpa_packed", "eager_packed"
 FLASH = ("flash_attention_2", "flash_attention_3")
-HALF = (torch.bfloat16, torch.float16)
 
 
 def is_packed(attention_mask: Tensor | None) -> bool:
@@ -102,14 +101,6 @@ def has_varlen_kernel(device: torch.device) -> bool:
     )
 
 
-def half_precision(query: Tensor, key: Tensor, value: Tensor) -> torch.dtype | None:
-    """Returns the dtype that sdpa would use (autocast's, or that of the inputs) if it is bf16 or fp16, else None."""
-    dtypes, device = {query.dtype, key.dtype, value.dtype}, query.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in dtypes:
-        dtypes = {torch.get_autocast_dtype(device)}
-    return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(HALF) else None
-
-
 def varlen_serves(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
     """Whether torch's variable-length kernel supports these inputs and the sdpa `options`."""
     head_dim = query.shape[-1]
@@ -151,33 +142,6 @@ def varlen_forward(
     return out.unsqueeze(0)
 
 
-def folds(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
-    """Whether `one_token_forward` computes what sdpa computes with these `options`, and faster."""
-    return (
-        query.device.type == "cpu"
-        and query.shape[2] == 1
-        and half_precision(query, key, value) is not None
-        and (mask is None or mask.shape[1] == 1)
-        and not options.get("dropout")
-        and options.get("position_bias") is None
-    )
-
-
-def one_token_forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """Runs sdpa for one new token, with all heads of a group as rows of one query. Shapes as in `packed_sdpa_forward`.
-
-    In half precision the CPU kernel takes longer for a query of one row than for one of two or three.
-    transformers folds the heads itself, but only if there is a mask.
-    """
-    batch, heads, _, head_dim = query.shape
-    group = heads // key.shape[1]
-    rows = query.reshape(batch, key.shape[1], group, head_dim)
-    if group == 1:
-        rows = rows.expand(-1, -1, 2, -1)
-    out = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
-    return out[:, :, :group].reshape(batch, 1, heads, -1)
-
-
 def packed_sdpa_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
@@ -210,9 +174,9 @@ def packed_sdpa_forward(
         part = slice(start, end)
         with precise:
             states = [x[:, :, part] for x in (query, key, value)]
-            if causal_attention.serves(states[0], kwargs):
+            if causal.serves(states[0], kwargs):
                 scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-                outputs.append(CausalAttention.apply(*states, scaling).transpose(1, 2))
+                outputs.append(causal.causal_attention(*states, scaling).transpose(1, 2))
             else:
                 outputs.append(sdpa_attention_forward(module, *states, None, **kwargs)[0])
         start = end

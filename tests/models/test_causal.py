@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from atesd.models import causal_attention
-from atesd.models.causal_attention import LONGEST, CausalAttention, serves
-from atesd.models.packed_attention import packed_sdpa_forward
+from atesd.models.attention import causal
+from atesd.models.attention.causal import LONGEST, causal_attention, serves
+from atesd.models.attention.packed import packed_sdpa_forward
+from atesd.models.recompute import selective_policy
 from atesd_kernels.backends.matmul import onednn_keeps_fp32
 
 pytestmark = pytest.mark.skipif(not onednn_keeps_fp32(), reason="torch's own kernel is used on this processor")
@@ -35,7 +40,7 @@ def leaves(tensors, dtype):
 
 def assert_exact(inputs, of_out, scaling):
     ours, exact = leaves(inputs, torch.float32), leaves(inputs, torch.float64)
-    out, expected = CausalAttention.apply(*ours, scaling), oracle(*exact, scaling)
+    out, expected = causal_attention(*ours, scaling), oracle(*exact, scaling)
     assert torch.dist(out.double(), expected) < 1e-6 * expected.norm()
     gradients = torch.autograd.grad(out, ours, of_out)
     for name, got, want in zip(
@@ -54,15 +59,15 @@ def test_output_and_gradients_are_those_of_float64(length, heads, groups, value_
 
 def test_one_token_attends_to_itself():
     (query, key, value), _ = states(1)
-    out = CausalAttention.apply(query, key, value, 0.25)
+    out = causal_attention(query, key, value, 0.25)
     torch.testing.assert_close(out, value.repeat_interleave(3, 1))
 
 
 def test_heads_in_parts_are_the_same(monkeypatch):
     inputs, of_out = states(50, heads=10, groups=5)
     for together in (0, 3):  # a key head at least, and a last part that is smaller
-        monkeypatch.setattr(causal_attention, "SCORE_BYTES", together * 2 * 50 * 50 * 4)
-        sizes = [part.stop - part.start for part in causal_attention.parts(torch.empty(5, 2 * 50, 16), 50)]
+        monkeypatch.setattr(causal, "SCORE_BYTES", together * 2 * 50 * 50 * 4)
+        sizes = [part.stop - part.start for part in causal.parts(torch.empty(5, 2 * 50, 16), 50)]
         assert sizes[0] == max(1, together)
         assert_exact(inputs, of_out, 0.25)
 
@@ -71,8 +76,32 @@ def test_nothing_of_the_scores_size_is_kept_for_backward():
     inputs, _ = states(LONGEST)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        CausalAttention.apply(*leaves(inputs, torch.float32), 0.25)
+        causal_attention(*leaves(inputs, torch.float32), 0.25)
     assert kept and max(x.numel() for x in kept) < LONGEST * LONGEST
+
+
+class Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_selective_recomputation_runs_it_once():
+    ours, of_out = leaves(states(50)[0], torch.float32), states(50)[1]
+    contexts = partial(create_selective_checkpoint_contexts, selective_policy)
+    with Names() as names:
+        out = checkpoint(
+            lambda *x: causal_attention(*x, 0.25).sin().square(), *ours, use_reentrant=False, context_fn=contexts
+        )
+        gradients = torch.autograd.grad(out, ours, of_out)
+    assert names.seen.count("atesd::causal_attention") == 1
+    assert names.seen.count("aten::sin") == 2, "what is cheap runs again"
+    plain = torch.autograd.grad(causal_attention(*ours, 0.25).sin().square(), ours, of_out)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, plain, strict=True))
 
 
 class Attention(nn.Module):
@@ -82,15 +111,16 @@ class Attention(nn.Module):
 @pytest.mark.parametrize("scaling", [None, 0.1])
 def test_a_packed_row_takes_it_for_its_short_sequences_and_sdpa_for_the_others(monkeypatch, scaling):
     lengths = []
-    real = CausalAttention.apply
-    monkeypatch.setattr(CausalAttention, "apply", lambda *args: lengths.append(args[0].shape[2]) or real(*args))
-    monkeypatch.setattr(causal_attention, "LONGEST", 20)
-    causal_attention.causal_mask.cache_clear()
+    monkeypatch.setattr(
+        causal, "causal_attention", lambda *args: lengths.append(args[0].shape[2]) or causal_attention(*args)
+    )
+    monkeypatch.setattr(causal, "LONGEST", 20)
+    causal.causal_mask.cache_clear()
     (query, key, value), _ = states(60, before=0)
     ends = torch.tensor([20, 41, 60], dtype=torch.int32).view(1, 1, 1, 3)
     with torch.autocast("cpu", torch.bfloat16):  # computes in float32 nevertheless
         out, _ = packed_sdpa_forward(Attention(), query, key, value, ends, scaling=scaling)
-    causal_attention.causal_mask.cache_clear()
+    causal.causal_mask.cache_clear()
     assert lengths == [20, 19]
     for part in (slice(0, 20), slice(20, 41), slice(41, 60)):
         exact = oracle(*(x[:, :, part].double() for x in (query, key, value)), scaling).transpose(1, 2)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from atesd_kernels.backends import matmul
 
@@ -20,41 +19,50 @@ LONGEST = 512  # tokens of a sequence; our choice
 SCORE_BYTES = 8 << 20  # of the key heads that are computed together
 
 
-class CausalAttention(torch.autograd.Function):
+@torch.library.custom_op("atesd::causal_attention", mutates_args=(), device_types="cpu")
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """`softmax(query key^T scaling + causal mask) value` for each head, in full float32.
+
+    An operator, so that selective recomputation (`recompute.py`) keeps its output as it keeps that of torch's kernels.
 
     Shapes: `query` `(1, heads, T, head_dim)`; `key` and `value` `(1, groups, T, head_dim)`, where `groups` divides
     `heads` and the head dimension of `value` may be another. Returns `(1, heads, T, head_dim of value)`.
     """
+    rows, keys, values = rows_of(query, key).mul(scaling), rows_of(key, key), rows_of(value, key)
+    out = rows.new_empty(*rows.shape[:2], value.shape[-1])
+    with matmul.low_precision_products():
+        for part in parts(rows, keys.shape[1]):
+            torch.bmm(probabilities(rows[part], keys[part]), values[part], out=out[part])
+    return out.view(*query.shape[:3], -1)
 
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        rows, keys, values = rows_of(query, key).mul(scaling), rows_of(key, key), rows_of(value, key)
-        out = rows.new_empty(*rows.shape[:2], value.shape[-1])
-        with matmul.low_precision_products():
-            for part in parts(rows, keys.shape[1]):
-                torch.bmm(probabilities(rows[part], keys[part]), values[part], out=out[part])
-        out = out.view(*query.shape[:3], -1)
-        ctx.save_for_backward(query, key, value, out)
-        ctx.scaling = scaling
-        return out
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, out = ctx.saved_tensors
-        rows, keys, values = rows_of(query, key).mul(ctx.scaling), rows_of(key, key), rows_of(value, key)
-        of_out = rows_of(gradients[0], key)
-        mean = (of_out * rows_of(out, key)).sum(-1, keepdim=True)  # of the gradient of the probabilities
-        of_rows, of_keys, of_values = (torch.empty_like(x) for x in (rows, keys, values))
-        with matmul.low_precision_products():
-            for part in parts(rows, keys.shape[1]):
-                p = probabilities(rows[part], keys[part])
-                torch.bmm(p.mT, of_out[part], out=of_values[part])
-                of_scores = torch.bmm(of_out[part], values[part].mT).sub_(mean[part]).mul_(p)
-                torch.bmm(of_scores, keys[part], out=of_rows[part])
-                torch.bmm(of_scores.mT, rows[part], out=of_keys[part])
-        return of_rows.mul_(ctx.scaling).view(query.shape), of_keys[None], of_values[None], None
+@causal_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[-1])
+
+
+def keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3], output)
+    ctx.scaling = inputs[3]
+
+
+def gradients(ctx: Any, of_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    query, key, value, out = ctx.saved_tensors
+    rows, keys, values = rows_of(query, key).mul(ctx.scaling), rows_of(key, key), rows_of(value, key)
+    of_out = rows_of(of_out, key)
+    mean = (of_out * rows_of(out, key)).sum(-1, keepdim=True)  # of the gradient of the probabilities
+    of_rows, of_keys, of_values = (torch.empty_like(x) for x in (rows, keys, values))
+    with matmul.low_precision_products():
+        for part in parts(rows, keys.shape[1]):
+            p = probabilities(rows[part], keys[part])
+            torch.bmm(p.mT, of_out[part], out=of_values[part])
+            of_scores = torch.bmm(of_out[part], values[part].mT).sub_(mean[part]).mul_(p)
+            torch.bmm(of_scores, keys[part], out=of_rows[part])
+            torch.bmm(of_scores.mT, rows[part], out=of_keys[part])
+    return of_rows.mul_(ctx.scaling).view(query.shape), of_keys[None], of_values[None], None
+
+
+causal_attention.register_autograd(gradients, setup_context=keep)
 
 
 def rows_of(heads: Tensor, key: Tensor) -> Tensor:
@@ -84,7 +92,7 @@ def causal_mask() -> Tensor:
 
 
 def serves(query: Tensor, options: dict[str, Any]) -> bool:
-    """Whether `CausalAttention` takes these states with the sdpa `options`, and is the faster one."""
+    """Whether `causal_attention` takes these states with the sdpa `options`, and is the faster one."""
     return (
         query.dtype == torch.float32
         and query.device.type == "cpu"

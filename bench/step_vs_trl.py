@@ -1,15 +1,18 @@
 """A whole training step, ours and TRL's, on the same work: seconds by phase, tokens/s and peak memory.
 
-    python -m bench.step_vs_trl [--precision fp32] [--steps 2] [--prompts 8] [--max_completion_length 128] [--only TEXT]
+    python -m bench.step_vs_trl [--precision fp32] [--steps 2] [--rounds 3] [--prompts 8] [--only TEXT]
 
 Every row comes from a process of its own: the same model with all its parameters trained, the same chat prompts for
 student and teacher (which reads the whole solution), responses of exactly `max_completion_length` tokens, the same
 precision, forward KL over the full vocabulary without clips, AdamW. The first step warms up and is not counted; the
-figure is the median of the others. TRL's `SDFTTrainer` runs with all prompts in one micro-batch and in ours, and ours
-in micro-batches of `--micro_batch` prompts and of one, each with gradient checkpointing on (TRL's default) and off; our
-loop keeps freed memory. Time and memory are compared in one setting of each side: TRL's is its natural one, all prompts
-in one micro-batch and nothing computed twice, and ours the one that is furthest below both limits. Beside that our best
-row is compared with the best of TRL's, each for itself: its fastest setting and its smallest are not the same one.
+figure is the median of the others. With `--rounds` each row has that many processes, in turn with those of the other
+rows, since a machine may be slower for some minutes. The row is that of the median process, with the largest peak.
+
+TRL's `SDFTTrainer` runs with all prompts in one micro-batch and in ours, and ours in micro-batches of `--micro_batch`
+prompts and of one, each with gradient checkpointing on (TRL's default) and off; our loop keeps freed memory. Time and
+memory are compared in one setting of each side: TRL's is its natural one, all prompts in one micro-batch and nothing
+computed twice, and ours the one that is furthest below both limits. Beside that our best row is compared with the best
+of TRL's, each for itself: its fastest setting and its smallest are not the same one.
 
 `DistillationTrainer` is TRL's other on-policy distillation, with a loss that never holds whole logits. It shows the
 teacher the student's own prompt and has no place for another, so it cannot do this work: its rows, marked, have the
@@ -18,7 +21,7 @@ teacher read the problem alone, which is fewer tokens and a loss of zero at the 
 `DistillationTrainer`.
 
 Each precision has its result, bench/results/step_vs_trl-<precision>.json, saved after every row. `--only TEXT` measures
-the rows whose name holds TEXT and keeps the others, if this machine and these versions made them.
+the rows whose name holds TEXT, may be given again, and keeps the others, if this machine and these versions made them.
 """
 
 from __future__ import annotations
@@ -228,6 +231,12 @@ def median_of_steps(seconds: list[float], steps: int) -> float:
     return statistics.median(sums[1:])
 
 
+def of_rounds(rows: list[dict]) -> dict:
+    """The row with the median time (of two, the faster), the largest peak of all, and the times of all."""
+    middle = sorted(rows, key=lambda row: row["seconds"])[(len(rows) - 1) // 2]
+    return {**middle, "peak": max(row["peak"] for row in rows), "rounds": [row["seconds"] for row in rows]}
+
+
 def in_fresh_process(name: str, side: str, micro_batch: int, checkpointing: bool, flags: list[str]) -> dict:
     say(f"{name}, {' '.join(flags)}")
     command = [sys.executable, "-m", "bench.step_vs_trl", *flags, "--side", side]
@@ -262,7 +271,7 @@ def table(result: dict) -> str:
     rows = [
         [
             row["name"],
-            f"{row['seconds']:.1f}",
+            f"{row['seconds']:.1f}" + spread(row),
             f"{without_rollouts(row):.1f}",
             f"{row['cpu_seconds']:.1f}",
             f"{result['tokens'] / row['seconds']:.0f}",
@@ -273,6 +282,12 @@ def table(result: dict) -> str:
     ]
     header = ["whole step", "seconds", "without rollouts", "CPU seconds", "tokens/s", "peak GB", "of it, seconds"]
     return markdown(header, rows)
+
+
+def spread(row: dict) -> str:
+    """Of a row that was measured in several rounds; older results know none."""
+    rounds = row.get("rounds", [])
+    return f" ({min(rounds):.1f} - {max(rounds):.1f})" if len(rounds) > 1 else ""
 
 
 def row_name(side: str, micro_batch: int, checkpointing: bool) -> str:
@@ -318,12 +333,13 @@ def main(flags: list[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--precision", choices=DTYPES, default=native_precision(), help="default: what trains fastest")
     parser.add_argument("--steps", type=int, default=2, help="counted steps")
+    parser.add_argument("--rounds", type=int, default=1, help="processes of each row, in turn with those of the others")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--micro_batch", type=int, default=2, help="prompts in a micro-batch of ours")
     parser.add_argument("--max_completion_length", type=int, default=128)
     parser.add_argument("--top_p", type=float, default=1.0, help="of both; TRL sorts the whole vocabulary below 1")
     parser.add_argument("--top_k", type=int, default=0)
-    parser.add_argument("--only", default="", metavar="TEXT", help="only the rows whose name holds this")
+    parser.add_argument("--only", action="append", metavar="TEXT", help="only rows whose name holds this, or another")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help=argparse.SUPPRESS)
     args = parser.parse_args(flags)
@@ -339,10 +355,12 @@ def main(flags: list[str] | None = None) -> None:
     shape = [args.prompts, args.max_completion_length, args.top_p, args.top_k, args.model]
     result = {"tokens": args.prompts * args.max_completion_length, "shape": shape, "rows": []}
     rows = kept_rows(result_name, shape)
-    for side, size, checkpointing in how:
+    measured: dict[str, list[dict]] = {}
+    for side, size, checkpointing in how * args.rounds:
         name = row_name(side, size, checkpointing)
-        if args.only in name:
-            rows[name] = in_fresh_process(name, side, size, checkpointing, flags)
+        if not args.only or any(text in name for text in args.only):
+            measured.setdefault(name, []).append(in_fresh_process(name, side, size, checkpointing, flags))
+            rows[name] = of_rounds(measured[name])
             order = [*SIDES.values()]
             result["rows"] = sorted(
                 rows.values(), key=lambda row: (order.index(row["name"].split(", ")[0]), row["seconds"])

@@ -229,6 +229,15 @@ def test_a_step_is_told_in_one_setting_of_each_side_and_against_trl_s_best_rows(
     assert "| atesd, micro-batches of 2 | 10.0 | 6.0 |" in step_vs_trl.table(result)
 
 
+def test_a_row_of_several_rounds_is_that_of_the_median_process():
+    rounds = [{"name": "a", "seconds": s, "peak": p, "phases": {"rollout": s / 2}} for s, p in ((3, 1), (9, 4), (2, 2))]
+    row = step_vs_trl.of_rounds(rounds)
+    assert row == {**rounds[0], "peak": 4, "rounds": [3, 9, 2]}
+    assert step_vs_trl.of_rounds(rounds[:2])["seconds"] == 3
+    table = step_vs_trl.table({"tokens": 6, "rows": [{**row, "cpu_seconds": 1}]})
+    assert "| a | 3.0 (2.0 - 9.0) | 1.5 |" in table
+
+
 @pytest.mark.parametrize(
     ("name", "module", "loss"),
     [

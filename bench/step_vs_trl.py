@@ -8,11 +8,11 @@ precision, forward KL over the full vocabulary without clips, AdamW. The first s
 figure is the median of the others. With `--rounds` each row has that many processes, in turn with those of the other
 rows, since a machine may be slower for some minutes. The row is that of the median process, with the largest peak.
 
-TRL's `SDFTTrainer` runs with all prompts in one micro-batch and in ours, and ours in micro-batches of `--micro_batch`
-prompts and of one, each with gradient checkpointing on (TRL's default) and off; our loop keeps freed memory. Time and
-memory are compared in one setting of each side: TRL's is its natural one, all prompts in one micro-batch and nothing
-computed twice, and ours the one that is furthest below both limits. Beside that our best row is compared with the best
-of TRL's, each for itself: its fastest setting and its smallest are not the same one.
+Both sides run with all prompts in one micro-batch and in micro-batches of `--micro_batch` prompts, and ours in those of
+one too, each with gradient checkpointing on (TRL's default) and off; our loop keeps freed memory. Time and memory are
+compared in one setting of each side: TRL's is its natural one, all prompts in one micro-batch and nothing computed
+twice, and ours the one that is furthest below both limits. Beside that our best row is compared with the best of TRL's,
+each for itself: its fastest setting and its smallest are not the same one.
 
 `DistillationTrainer` is TRL's other on-policy distillation, with a loss that never holds whole logits. It shows the
 teacher the student's own prompt and has no place for another, so it cannot do this work: its rows, marked, have the
@@ -335,7 +335,7 @@ def main(flags: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2, help="counted steps")
     parser.add_argument("--rounds", type=int, default=1, help="processes of each row, in turn with those of the others")
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--micro_batch", type=int, default=2, help="prompts in a micro-batch of ours")
+    parser.add_argument("--micro_batch", type=int, default=2, help="prompts in the smaller micro-batches of both")
     parser.add_argument("--max_completion_length", type=int, default=128)
     parser.add_argument("--top_p", type=float, default=1.0, help="of both; TRL sorts the whole vocabulary below 1")
     parser.add_argument("--top_k", type=int, default=0)
@@ -347,9 +347,8 @@ def main(flags: list[str] | None = None) -> None:
         result = (run_atesd if args.side == "atesd" else run_trl)(args)
         print(json.dumps({**result, "peak": peak_bytes()}))
         return
-    how = [("atesd", size, ckpt) for size in dict.fromkeys((args.micro_batch, 1)) for ckpt in (True, False)]
-    sizes = dict.fromkeys((args.prompts, args.micro_batch))
-    how += [("sdft", size, checkpointing) for size in sizes for checkpointing in (True, False)]
+    sizes = {"atesd": (args.prompts, args.micro_batch, 1), "sdft": (args.prompts, args.micro_batch)}
+    how = [(s, size, ckpt) for s in sizes for size in dict.fromkeys(sizes[s]) for ckpt in (True, False)]
     how += [("distillation", args.prompts, checkpointing) for checkpointing in (True, False)]
     result_name = f"step_vs_trl-{args.precision}"
     shape = [args.prompts, args.max_completion_length, args.top_p, args.top_k, args.model]

@@ -1,9 +1,9 @@
-"""Attention of one training sequence in float32 on a CPU: ours through oneDNN, beside torch's fused kernel.
+"""Attention on a CPU beside torch's kernel: of one training sequence in float32, and of one decoded token in bf16.
 
     python -m bench.attention_speed [--rounds 11]
 
-With SmolLM2-135M's heads. torch's kernel is measured twice: as it comes, and in the context of a training step, which
-lets oneDNN multiply for it too.
+With SmolLM2-135M's heads. torch's kernel is measured twice in training: as it comes, and in the context of a training
+step, which lets oneDNN multiply for it too. Ours is measured above the length up to which it is used, too.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from atesd.models.attention.causal import causal_attention, serves
+from atesd.models.attention.causal import causal_attention
+from atesd.models.attention.one_token import one_token_forward
 from atesd.models.memory import FreedMemory
 from atesd.models.precision import fast_fp32_products
+from atesd_kernels.backends import matmul
 from bench import timing
 from bench.machine import markdown, save
 from bench.progress import say
@@ -27,8 +29,9 @@ from bench.progress import say
 HEADS, GROUPS, HEAD_DIM = 9, 3, 64
 LENGTHS = (64, 128, 256, 384, 512, 768)
 PHASES = ("forward", "forward + backward")
+DECODED, BATCH = "a token after them, bf16, 8 responses", 8
 CPU = torch.device("cpu")
-OURS = "atesd"
+OURS, FUSED = "atesd", "torch, fused"
 
 
 def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -54,25 +57,39 @@ def states_of(length: int) -> tuple[list[Tensor], Tensor]:
     return [x.requires_grad_() for x in states], of_out
 
 
+def decoding(length: int) -> dict[str, Callable[[], Tensor]]:
+    heads = ((HEADS, 1), (GROUPS, length), (GROUPS, length))
+    states = [torch.randn(BATCH, n, count, HEAD_DIM, dtype=torch.bfloat16) for n, count in heads]
+    return {
+        FUSED: partial(scaled_dot_product_attention, *states, enable_gqa=True),
+        OURS: partial(one_token_forward, *states, None, None),
+    }
+
+
+def measured(jobs: dict[str, Callable[[], object]], rounds: int, length: int, phase: str) -> list[dict]:
+    for job in jobs.values():
+        job()
+    return [
+        {"entrant": name, "length": length, "phase": phase, **timing.summary(seconds)}
+        for name, seconds in timing.interleave(jobs, rounds).items()
+    ]
+
+
 def run(lengths: tuple[int, ...] = LENGTHS, rounds: int = 11) -> dict:
-    functions = {"torch, fused": partial(attend, fused, False), "torch, fused, in a step": partial(attend, fused, True)}
+    functions = {FUSED: partial(attend, fused, False), f"{FUSED}, in a step": partial(attend, fused, True)}
+    if matmul.onednn_keeps_fp32():
+        functions[OURS] = partial(attend, ours, True)
     rows = []
     for length in lengths:
         states, of_out = states_of(length)
-        if serves(states[0], {}):
-            functions[OURS] = partial(attend, ours, True)
-        else:
-            functions.pop(OURS, None)
         for phase in PHASES:
             say(f"attention of {length} tokens, {phase}")
             jobs = {
                 name: partial(function, states, None if phase == PHASES[0] else of_out)
                 for name, function in functions.items()
             }
-            for job in jobs.values():
-                job()
-            for name, seconds in timing.interleave(jobs, rounds).items():
-                rows.append({"entrant": name, "length": length, "phase": phase, **timing.summary(seconds)})
+            rows += measured(jobs, rounds, length, phase)
+        rows += measured(decoding(length), rounds, length, DECODED)
     return {"lengths": list(lengths), "rounds": rounds, "rows": rows}
 
 
@@ -85,7 +102,9 @@ def table(result: dict) -> str:
         rows.append(
             [f"{length} tokens, {phase}", *("-" if cell is None else timing.with_spread(cell) for cell in cells)]
         )
-    note = f"{HEADS} heads of {HEAD_DIM}, {GROUPS} of keys; fp32, causal; median (range) of {result['rounds']}."
+    note = (
+        f"{HEADS} heads of {HEAD_DIM}, {GROUPS} of keys; training: fp32, causal; median (range) of {result['rounds']}."
+    )
     return f"{note}\n\n{markdown(['sequence', *names], rows)}"
 
 

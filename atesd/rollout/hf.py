@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from atesd.errors import ModelError
+from atesd.models.attention.one_token import folded_heads
 from atesd.models.batching import to_device
 from atesd.models.merging import check_decodable, merge_problems
 from atesd.parallel.sharding import is_sharded, unsharded
@@ -111,8 +112,8 @@ class HFEngine:
         )
         dtype = torch.bfloat16 if self.bf16 else next(self.model.parameters()).dtype
         autocast = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
-        masks = masks_built_unread(unwrap(self.model).config) if self.runs_ahead else contextlib.nullcontext()
-        with decoding_model(self.model, dtype, self.packed) as model, autocast, masks, attention_of_any_length():
+        attention = masks_built_unread(unwrap(self.model).config) if self.runs_ahead else folded_heads()
+        with decoding_model(self.model, dtype, self.packed) as model, autocast, attention, attention_of_any_length():
             cache = buffered_cache(unwrap(model).config, dtype, min(self.config.max_new_tokens, ROOM))
             responses = model.generate(
                 input_ids=input_ids,

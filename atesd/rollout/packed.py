@@ -1,9 +1,9 @@
 """Packs the student's linear layers for fast decoding on a CPU: once per call, with adapters merged, then freed.
 
 Decoding a small batch is bound by reading weights, and oneDNN reads them fastest in its own layout. Layers that read
-the same input are packed as one matrix, because few long products are faster than many short ones. A layer is packed
-if it is a plain linear layer, or if peft's merge of its adapter gives such a layer with the same output. Every other
-layer keeps its own forward.
+the same input are packed as one matrix: one cast and one product instead of two or three. A layer is packed if it is a
+plain linear layer, or if peft's merge of its adapter gives such a layer with the same output. Every other layer keeps
+its own forward.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atesd.models.attention.packed import use_packed_attention
 from atesd.models.merging import adapted_modules, merge
 from atesd.parallel.sharding import is_sharded
 from atesd_kernels.backends.matmul import onednn_packs
@@ -60,12 +59,14 @@ class PackedProduct:
     def output(self, layer: int, x: Tensor) -> Tensor:
         """Returns the output of one layer. The first layer that reads `x` computes those of all.
 
-        No layer changes `x` before the next one reads it: such a model could not be trained.
+        No layer may change `x` before the next one reads it. Autograd refuses that in training.
         """
         if self.read is not x or layer not in self.outputs:
             assert self.weight is not None
             low = x.to(self.weight.dtype)
             product = torch.ops.mkldnn._linear_pointwise(low, self.weight, self.bias, "none", [], "")
+            if len(self.rows) == 1:
+                return product
             self.read, self.outputs = x, dict(enumerate(product.split(self.rows, -1)))
         output = self.outputs.pop(layer)
         if not self.outputs:
@@ -74,11 +75,19 @@ class PackedProduct:
 
 
 class PackedLinear(nn.Module):
-    """One of the layers of a `PackedProduct`."""
+    """One of the layers of a `PackedProduct`. `weight` and `bias`, which some models look at, are the product's."""
 
     def __init__(self, product: PackedProduct, layer: int):
         super().__init__()
         self.product, self.layer = product, layer
+
+    @property
+    def weight(self) -> Tensor | None:
+        return self.product.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.product.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product.output(self.layer, x)
@@ -103,10 +112,8 @@ def packed_twin(model: nn.Module, names: frozenset[str]) -> tuple[nn.Module, lis
     """Returns a copy of `model` that shares every parameter, with the layers in `names` replaced by `PackedLinear`, and
     the products of these."""
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
-    if getattr(twin.config, "_attn_implementation", None) == "sdpa":
-        use_packed_attention(twin)  # faster than transformers' own for one new token
     products = []
-    for group in groups_of(names):
+    for group in groups_of(twin, names):
         product = PackedProduct([twin.get_submodule(name) for name in group])
         for layer, name in enumerate(group):
             parent, _, child = name.rpartition(".")
@@ -115,13 +122,13 @@ def packed_twin(model: nn.Module, names: frozenset[str]) -> tuple[nn.Module, lis
     return twin, products
 
 
-def groups_of(names: frozenset[str]) -> list[list[str]]:
-    """Returns `names` in groups of `SIBLINGS`; each of the others by itself."""
+def groups_of(model: nn.Module, names: frozenset[str]) -> list[list[str]]:
+    """Returns `names` in groups of `SIBLINGS` with inputs of one size; each of the others by itself."""
     left, groups = set(names), []
     for parent in {name.rpartition(".")[0] for name in names}:
         for siblings in SIBLINGS:
             group = [f"{parent}.{child}" for child in siblings]
-            if left.issuperset(group):
+            if left.issuperset(group) and len({model.get_submodule(name).in_features for name in group}) == 1:
                 groups.append(group)
                 left.difference_update(group)
     return groups + [[name] for name in left]
@@ -132,8 +139,8 @@ def decoding_model(model: nn.Module, dtype: torch.dtype, names: frozenset[str]) 
     """Yields the model for decoding: a copy with the layers in `names` (`packable_layers`) packed, whose matrices are
     freed afterwards; without any, or if oneDNN has no layout for `dtype`, `model` itself.
 
-    A copy decodes in inference mode, which saves time at each of many small operations. `model` does not: it might
-    keep a tensor of that mode, which training cannot use.
+    A copy decodes in inference mode, without autograd's bookkeeping at each of many small operations. `model` does not:
+    it might keep a tensor of that mode, which training cannot use.
     """
     training = model.training
     products: list[PackedProduct] = []

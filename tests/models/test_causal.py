@@ -72,6 +72,16 @@ def test_heads_in_parts_are_the_same(monkeypatch):
         assert_exact(inputs, of_out, 0.25)
 
 
+def test_gradients_stay_in_float32_where_backward_is_called_inside_autocast():
+    inputs, of_out = states(50)
+    ours = leaves(inputs, torch.float32)
+    outside = torch.autograd.grad(causal_attention(*ours, 0.25), ours, of_out)
+    out = causal_attention(*ours, 0.25)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(out, ours, of_out)
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
 def test_nothing_of_the_scores_size_is_kept_for_backward():
     inputs, _ = states(LONGEST)
     kept = []
@@ -115,12 +125,10 @@ def test_a_packed_row_takes_it_for_its_short_sequences_and_sdpa_for_the_others(m
         causal, "causal_attention", lambda *args: lengths.append(args[0].shape[2]) or causal_attention(*args)
     )
     monkeypatch.setattr(causal, "LONGEST", 20)
-    causal.causal_mask.cache_clear()
     (query, key, value), _ = states(60, before=0)
     ends = torch.tensor([20, 41, 60], dtype=torch.int32).view(1, 1, 1, 3)
     with torch.autocast("cpu", torch.bfloat16):  # computes in float32 nevertheless
         out, _ = packed_sdpa_forward(Attention(), query, key, value, ends, scaling=scaling)
-    causal.causal_mask.cache_clear()
     assert lengths == [20, 19]
     for part in (slice(0, 20), slice(20, 41), slice(41, 60)):
         exact = oracle(*(x[:, :, part].double() for x in (query, key, value)), scaling).transpose(1, 2)

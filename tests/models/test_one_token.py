@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from atesd.models.attention import packed
-from atesd.models.attention.packed import folds, one_token_forward, packed_sdpa_forward
+from atesd.models.attention import one_token
+from atesd.models.attention.one_token import folded_heads, folds, one_token_forward
+from atesd.models.attention.packed import packed_sdpa_forward
 
 
 def states(heads, groups, dtype=torch.bfloat16, new=1, value_dim=16):
@@ -43,16 +45,23 @@ class Attention(nn.Module):
     num_key_value_groups = 3
 
 
+def own(*args, **options):
+    """transformers' "sdpa", as a model that is only evaluated finds it."""
+    with folded_heads():
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **options)
+
+
+@pytest.mark.parametrize("attend", [packed_sdpa_forward, own])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_decoding_takes_it_with_and_without_padding(monkeypatch, autocast):
+def test_decoding_takes_it_with_and_without_padding(monkeypatch, autocast, attend):
     taken = []
-    real = packed.one_token_forward
-    monkeypatch.setattr(packed, "one_token_forward", lambda *args: taken.append(args) or real(*args))
+    real = one_token.one_token_forward
+    monkeypatch.setattr(one_token, "one_token_forward", lambda *args: taken.append(args) or real(*args))
     query, key, value = states(6, 2)
     query = query.float() if autocast else query  # after the rotary embedding
     for mask in (None, torch.ones(3, 1, 1, 30, dtype=torch.bool)):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            out, weights = packed_sdpa_forward(Attention(), query, key, value, mask, scaling=0.25)
+            out, weights = attend(Attention(), query, key, value, mask, scaling=0.25)
         expected = oracle(query, key, value, mask, 0.25)
         assert torch.dist(out.double(), expected) < 2**-7 * expected.norm() and weights is None
     assert len(taken) == 2
@@ -66,4 +75,21 @@ def test_whatever_it_cannot_do_stays_with_sdpa():
     assert not folds(*states(6, 2, torch.float32), None, {}), "the kernel takes a row as well as several"
     assert not folds(query, key, value, torch.ones(3, 6, 1, 30, dtype=torch.bool), {}), "a mask for each head"
     assert not folds(query, key, value, None, {"dropout": 0.1})
+    assert not folds(query, key, value, None, {"softcap": 30.0}), "sdpa refuses it"
+    assert not folds(query, key, value, None, {"s_aux": torch.zeros(6)})
     assert not folds(query, key, value, None, {"position_bias": torch.zeros(1, 6, 1, 30)})
+
+
+def test_the_name_sdpa_is_transformers_own_again_afterwards_and_a_user_s_stays():
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with pytest.raises(KeyError), folded_heads():
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not own
+        raise KeyError
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = of_user = lambda *args, **options: None
+    try:
+        with folded_heads():
+            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is of_user
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is of_user
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]

@@ -1,13 +1,12 @@
 """Causal attention of one short sequence in float32, for CPUs on which oneDNN multiplies faster than torch's kernel.
 
-torch's fused kernel works in small blocks and skips the masked half of the scores, but multiplies slowly on processors
-such as AMD's with AVX-512 (`bench/attention_speed.py`). Up to `LONGEST` tokens whole products are faster, though they
-compute the masked half. Nothing of the scores' size is kept for backward, which computes them again.
+torch's fused kernel works in small blocks and skips the masked half of the scores. Whole products compute that half
+too. Yet in a training step on AMD with AVX-512 they are faster up to `LONGEST` tokens (`bench/attention_speed.py`).
+Nothing of the scores' size is kept for backward, which computes them again.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -29,10 +28,10 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     `heads` and the head dimension of `value` may be another. Returns `(1, heads, T, head_dim of value)`.
     """
     rows, keys, values = rows_of(query, key).mul(scaling), rows_of(key, key), rows_of(value, key)
-    out = rows.new_empty(*rows.shape[:2], value.shape[-1])
+    out, mask = rows.new_empty(*rows.shape[:2], value.shape[-1]), causal_mask(keys.shape[1])
     with matmul.low_precision_products():
         for part in parts(rows, keys.shape[1]):
-            torch.bmm(probabilities(rows[part], keys[part]), values[part], out=out[part])
+            torch.bmm(probabilities(rows[part], keys[part], mask), values[part], out=out[part])
     return out.view(*query.shape[:3], -1)
 
 
@@ -51,10 +50,12 @@ def gradients(ctx: Any, of_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
     rows, keys, values = rows_of(query, key).mul(ctx.scaling), rows_of(key, key), rows_of(value, key)
     of_out = rows_of(of_out, key)
     mean = (of_out * rows_of(out, key)).sum(-1, keepdim=True)  # of the gradient of the probabilities
+    mask = causal_mask(keys.shape[1])
     of_rows, of_keys, of_values = (torch.empty_like(x) for x in (rows, keys, values))
-    with matmul.low_precision_products():
+    # a backward may be called inside autocast
+    with matmul.low_precision_products(), torch.autocast("cpu", enabled=False):
         for part in parts(rows, keys.shape[1]):
-            p = probabilities(rows[part], keys[part])
+            p = probabilities(rows[part], keys[part], mask)
             torch.bmm(p.mT, of_out[part], out=of_values[part])
             of_scores = torch.bmm(of_out[part], values[part].mT).sub_(mean[part]).mul_(p)
             torch.bmm(of_scores, keys[part], out=of_rows[part])
@@ -77,22 +78,20 @@ def parts(rows: Tensor, length: int) -> list[slice]:
     return [slice(start, start + together) for start in range(0, groups, together)]
 
 
-def probabilities(rows: Tensor, key: Tensor) -> Tensor:
+def probabilities(rows: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
     """Returns `(groups, heads of each * T, T)` for rows and keys of some groups."""
-    length = key.shape[1]
-    scores = torch.bmm(rows, key.mT)
-    scores.view(-1, length, length).add_(causal_mask()[:length, :length])
+    scores = torch.bmm(rows, keys.mT)
+    scores.view(-1, *mask.shape).add_(mask)
     return scores.softmax(-1)
 
 
-@cache
-def causal_mask() -> Tensor:
-    """Returns 0 up to the diagonal and -inf above it, `(LONGEST, LONGEST)`."""
-    return torch.full((LONGEST, LONGEST), -torch.inf).triu_(1)
+def causal_mask(length: int) -> Tensor:
+    """Returns 0 up to the diagonal and -inf above it, `(length, length)`."""
+    return torch.full((length, length), -torch.inf).triu_(1)
 
 
 def serves(query: Tensor, options: dict[str, Any]) -> bool:
-    """Whether `causal_attention` takes these states with the sdpa `options`, and is the faster one."""
+    """Whether `causal_attention` takes these states with the sdpa `options`, and they are short."""
     return (
         query.dtype == torch.float32
         and query.device.type == "cpu"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -20,22 +24,22 @@ def half_precision(query: Tensor, key: Tensor, value: Tensor) -> torch.dtype | N
 
 
 def folds(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
-    """Whether `one_token_forward` computes what sdpa computes with these `options`, and faster."""
+    """Whether `one_token_forward` computes what sdpa computes with these `options`."""
     return (
         query.device.type == "cpu"
         and query.shape[2] == 1
         and half_precision(query, key, value) is not None
         and (mask is None or mask.shape[1] == 1)
         and not options.get("dropout")
-        and options.get("position_bias") is None
+        and all(options.get(name) is None for name in ("position_bias", "softcap", "s_aux"))
     )
 
 
 def one_token_forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
     """Runs sdpa for one new token, with all heads of a group as rows of one query. Shapes as in `packed_sdpa_forward`.
 
-    In half precision the CPU kernel takes longer for a query of one row than for one of two or three.
-    transformers folds the heads itself, but only if there is a mask.
+    In half precision the CPU kernel takes longer for a query of one row than for one of two or three, by
+    `bench/attention_speed.py`. transformers folds the heads itself, but only if there is a mask.
     """
     batch, heads, _, head_dim = query.shape
     group = heads // key.shape[1]
@@ -44,3 +48,26 @@ def one_token_forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
         rows = rows.expand(-1, -1, 2, -1)
     out = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
     return out[:, :, :group].reshape(batch, 1, heads, -1)
+
+
+def folding_sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' sdpa, with `one_token_forward` where that serves."""
+    if folds(query, key, value, attention_mask, options):
+        return one_token_forward(query, key, value, attention_mask, options.get("scaling")), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+@contextlib.contextmanager
+def folded_heads() -> Iterator[None]:
+    """Context in which "sdpa" is `folding_sdpa`. A model keeps that name, which some read to choose their mask."""
+    local = ALL_ATTENTION_FUNCTIONS._local_mapping.get("sdpa")
+    if local is not None:  # the user's own
+        yield
+        return
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = folding_sdpa
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]

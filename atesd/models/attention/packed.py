@@ -33,7 +33,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from atesd.errors import ModelError
 from atesd.models.attention import causal
-from atesd.models.attention.one_token import folds, half_precision, one_token_forward
+from atesd.models.attention.one_token import folding_sdpa, half_precision
 from atesd.models.batching import hidden_rows, pack, to_device
 from atesd_kernels.integrations.head import hidden_states_and_head, unwrap
 
@@ -145,16 +145,14 @@ def varlen_forward(
 def packed_sdpa_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sequence of a packed row; plain sdpa for every other mask (generation).
+    """Causal attention within each sequence of a packed row. For every other mask (generation) it is sdpa.
 
     Maps query `(1, heads, L, head_dim)` to `(1, L, heads, head_dim)`. Calls torch's variable-length kernel once if it
-    supports the inputs. Otherwise calls the fused causal kernel per sequence: a mask would have `L * L` entries.
+    supports the inputs. Otherwise calls a causal kernel per sequence: a mask would have `L * L` entries.
     """
     refuse_caps_and_sinks(module, kwargs.get("softcap"), kwargs.get("s_aux"))
     if not is_packed(attention_mask):
-        if folds(query, key, value, attention_mask, kwargs):
-            return one_token_forward(query, key, value, attention_mask, kwargs.get("scaling")), None
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return folding_sdpa(module, query, key, value, attention_mask, **kwargs)
     window, kwargs = kwargs.get("sliding_window"), {**kwargs, "is_causal": True}
     if varlen_serves(query, key, value, kwargs):
         return varlen_forward(query, key, value, attention_mask, kwargs.get("scaling"), window), None

@@ -143,3 +143,13 @@ def test_whatever_it_cannot_do_stays_with_sdpa():
     assert not serves(query.to("meta"), {})
     assert not serves(query, {"dropout": 0.1})
     assert not serves(query, {"position_bias": torch.zeros(1, 6, LONGEST, LONGEST)})
+
+
+def test_a_compiled_step_has_the_same_gradients_and_leaves_nothing_behind():
+    causal.longest_mask.cache_clear()
+    inputs, of_out = states(40)
+    ours = leaves(inputs, torch.float32)
+    compiled = torch.compile(lambda *x: causal_attention(*x, 0.25), backend="aot_eager")
+    found = torch.autograd.grad(compiled(*ours), ours, of_out)
+    for got, want in zip(found, torch.autograd.grad(causal_attention(*ours, 0.25), ours, of_out), strict=True):
+        torch.testing.assert_close(got, want)

@@ -7,6 +7,7 @@ Nothing of the scores' size is kept for backward, which computes them again.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     """`softmax(query key^T scaling + causal mask) value` for each head, in full float32.
 
     An operator, so that selective recomputation (`recompute.py`) keeps its output as it keeps that of torch's kernels.
+    So is its backward: what is traced holds no tensor that `longest_mask` would keep.
 
     Shapes: `query` `(1, heads, T, head_dim)`; `key` and `value` `(1, groups, T, head_dim)`, where `groups` divides
     `heads` and the head dimension of `value` may be another. Returns `(1, heads, T, head_dim of value)`.
@@ -40,17 +42,14 @@ def _(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     return query.new_empty(*query.shape[:3], value.shape[-1])
 
 
-def keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3], output)
-    ctx.scaling = inputs[3]
-
-
-def gradients(ctx: Any, of_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    query, key, value, out = ctx.saved_tensors
-    rows, keys, values = rows_of(query, key).mul(ctx.scaling), rows_of(key, key), rows_of(value, key)
-    of_out = rows_of(of_out, key)
+@torch.library.custom_op("atesd::causal_attention_backward", mutates_args=(), device_types="cpu")
+def causal_attention_backward(
+    of_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of `query`, `key` and `value` from that of the output `out`."""
+    rows, keys, values = rows_of(query, key).mul(scaling), rows_of(key, key), rows_of(value, key)
+    of_out, mask = rows_of(of_out, key), causal_mask(keys.shape[1])
     mean = (of_out * rows_of(out, key)).sum(-1, keepdim=True)  # of the gradient of the probabilities
-    mask = causal_mask(keys.shape[1])
     of_rows, of_keys, of_values = (torch.empty_like(x) for x in (rows, keys, values))
     # a backward may be called inside autocast
     with matmul.low_precision_products(), torch.autocast("cpu", enabled=False):
@@ -60,7 +59,23 @@ def gradients(ctx: Any, of_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
             of_scores = torch.bmm(of_out[part], values[part].mT).sub_(mean[part]).mul_(p)
             torch.bmm(of_scores, keys[part], out=of_rows[part])
             torch.bmm(of_scores.mT, rows[part], out=of_keys[part])
-    return of_rows.mul_(ctx.scaling).view(query.shape), of_keys[None], of_values[None], None
+    return of_rows.mul_(scaling).view(query.shape), of_keys[None], of_values[None]
+
+
+@causal_attention_backward.register_fake
+def _(
+    of_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3], output)
+    ctx.scaling = inputs[3]
+
+
+def gradients(ctx: Any, of_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *causal_attention_backward(of_out, *ctx.saved_tensors, ctx.scaling), None
 
 
 causal_attention.register_autograd(gradients, setup_context=keep)
@@ -87,6 +102,11 @@ def probabilities(rows: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
 
 def causal_mask(length: int) -> Tensor:
     """Returns 0 up to the diagonal and -inf above it, `(length, length)`."""
+    return longest_mask(max(length, LONGEST))[:length, :length]
+
+
+@cache
+def longest_mask(length: int) -> Tensor:
     return torch.full((length, length), -torch.inf).triu_(1)
 
 

@@ -45,6 +45,11 @@ def is_packed(attention_mask: Tensor | None) -> bool:
     return attention_mask is not None and attention_mask.dtype == torch.int32 and attention_mask.dim() == 4
 
 
+def lengths_of(ends: Tensor) -> list[int]:
+    """Returns the tokens of each sequence of a packed row."""
+    return ends.flatten().diff(prepend=ends.new_zeros(1)).tolist()
+
+
 @dataclass(frozen=True)
 class RowLayout:
     """Sequence boundaries of a packed row, in the form that variable-length kernels take.
@@ -156,28 +161,27 @@ def packed_sdpa_forward(
     window, kwargs = kwargs.get("sliding_window"), {**kwargs, "is_causal": True}
     if varlen_serves(query, key, value, kwargs):
         return varlen_forward(query, key, value, attention_mask, kwargs.get("scaling"), window), None
-    outputs, start = [], 0
+    lengths = lengths_of(attention_mask)
+    if window is not None and max(lengths) > window:
+        raise ModelError(
+            f"a sequence of {max(lengths)} tokens exceeds the model's sliding window of {window}, which packed "
+            "batches support with sdpa only in half precision on a GPU. Use a GPU with bf16 set to true, or lower "
+            "max_prompt_length or max_completion_length."
+        )
+    outputs = []
     precise = contextlib.nullcontext()
     if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         # the CPU kernel is faster in float32 than in bfloat16
         query, key, value = query.float(), key.float(), value.float()
         precise = torch.autocast("cpu", enabled=False)
-    for end in attention_mask.flatten().tolist():
-        if window is not None and end - start > window:
-            raise ModelError(
-                f"a sequence of {end - start} tokens exceeds the model's sliding window of {window}, which packed "
-                "batches support with sdpa only in half precision on a GPU. Use a GPU with bf16 set to true, or lower "
-                "max_prompt_length or max_completion_length."
-            )
-        part = slice(start, end)
+    # split, not slices: backward of each slice would fill and add a tensor of the row's size
+    for states in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
         with precise:
-            states = [x[:, :, part] for x in (query, key, value)]
             if causal.serves(states[0], kwargs):
                 scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
                 outputs.append(causal.causal_attention(*states, scaling).transpose(1, 2))
             else:
                 outputs.append(sdpa_attention_forward(module, *states, None, **kwargs)[0])
-        start = end
     return torch.cat(outputs, dim=1), None
 
 
@@ -229,16 +233,15 @@ def packed_eager_forward(
 
     if not is_packed(attention_mask):
         return attend(query, key, value, attention_mask).contiguous(), None
-    outputs, start = [], 0
-    for end in attention_mask.flatten().tolist():
-        part = slice(start, end)
-        position = torch.arange(end - start, device=query.device)
+    outputs = []
+    lengths = lengths_of(attention_mask)
+    for states in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+        position = torch.arange(states[0].shape[2], device=query.device)
         back = position[:, None] - position
         seen = (back >= 0) if sliding_window is None else (back >= 0) & (back < sliding_window)
         mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
         mask.masked_fill_(~seen, torch.finfo(query.dtype).min)
-        outputs.append(attend(query[:, :, part], key[:, :, part], value[:, :, part], mask))
-        start = end
+        outputs.append(attend(*states, mask))
     return torch.cat(outputs, dim=1), None
 
 

@@ -59,7 +59,7 @@ class PackedProduct:
     def output(self, layer: int, x: Tensor) -> Tensor:
         """Returns the output of one layer. The first layer that reads `x` computes those of all.
 
-        No layer may change `x` before the next one reads it. Autograd refuses that in training.
+        It assumes that no layer changes `x` before the next one reads it.
         """
         if self.read is not x or layer not in self.outputs:
             assert self.weight is not None

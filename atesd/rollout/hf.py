@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from atesd.errors import ModelError
-from atesd.models.attention.one_token import folded_heads
+from atesd.models.attention.one_token import folded_heads, replaced
 from atesd.models.batching import to_device
 from atesd.models.merging import check_decodable, merge_problems
 from atesd.parallel.sharding import is_sharded, unsharded
@@ -220,29 +220,20 @@ class HFEngine:
         self.seeds.load_state_dict(state)
 
 
-@contextlib.contextmanager
-def masks_built_unread(config: Any) -> Iterator[None]:
+def masks_built_unread(config: Any) -> contextlib.AbstractContextManager[None]:
     """Context in which transformers builds the mask of a padded batch without reading from the GPU if it is all ones.
 
     `decode` passes no mask for a batch without padding, so the answer would always be no. flash-attn still reads.
     """
     name = config._attn_implementation
     build = ALL_MASK_ATTENTION_FUNCTIONS[name]
-    local = ALL_MASK_ATTENTION_FUNCTIONS._local_mapping.get(name)
 
     def build_unread(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if attention_mask is not None:
             kwargs["allow_is_causal_skip"] = False
         return build(*args, attention_mask=attention_mask, **kwargs)
 
-    ALL_MASK_ATTENTION_FUNCTIONS[name] = build_unread
-    try:
-        yield
-    finally:
-        if local is None:
-            del ALL_MASK_ATTENTION_FUNCTIONS[name]
-        else:
-            ALL_MASK_ATTENTION_FUNCTIONS[name] = local
+    return replaced(ALL_MASK_ATTENTION_FUNCTIONS, name, build_unread)
 
 
 @contextlib.contextmanager

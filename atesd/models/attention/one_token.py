@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -59,15 +59,21 @@ def folding_sdpa(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
-@contextlib.contextmanager
-def folded_heads() -> Iterator[None]:
+def folded_heads() -> contextlib.AbstractContextManager[None]:
     """Context in which "sdpa" is `folding_sdpa`. A model keeps that name, which some read to choose their mask."""
-    local = ALL_ATTENTION_FUNCTIONS._local_mapping.get("sdpa")
-    if local is not None:  # the user's own
-        yield
-        return
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = folding_sdpa
+    of_user = "sdpa" in ALL_ATTENTION_FUNCTIONS._local_mapping
+    return contextlib.nullcontext() if of_user else replaced(ALL_ATTENTION_FUNCTIONS, "sdpa", folding_sdpa)
+
+
+@contextlib.contextmanager
+def replaced(functions: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Context in which transformers finds `function` by `name` in `functions`, its attention or its mask functions."""
+    local = functions._local_mapping.get(name)
+    functions[name] = function
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+        if local is None:
+            del functions[name]
+        else:
+            functions[name] = local

@@ -27,7 +27,7 @@ from bench.machine import markdown, save
 from bench.progress import say
 
 HEADS, GROUPS, HEAD_DIM = 9, 3, 64
-LENGTHS = (64, 128, 256, 384, 512, 768)
+LENGTHS = (64, 128, 256, 384, 512, 768, 1024, 1536)
 PHASES = ("forward", "forward + backward")
 DECODED, BATCH = "a token after them, bf16, 8 responses", 8
 CPU = torch.device("cpu")

@@ -142,7 +142,7 @@ def model(tiny_model_path):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """The engine a GPU has: its loop runs ahead, and no weights are packed for a processor."""
-    monkeypatch.setattr("atesd.rollout.packed.onednn_packs", lambda dtype: False)
+    monkeypatch.setattr("atesd.rollout.decoding.layers.onednn_packs", lambda dtype: False)
 
     def engine(*args, **kwargs):
         made = HFEngine(*args, **kwargs)

@@ -2,7 +2,8 @@
 
 `generate` prepares prompts, masks and cache. The decoding loop is ours (`custom_generate`), because the built-in one
 sorts the full vocabulary for top-p and copies the cache at every token. On a CPU, decoding is bound by reading weights,
-so each call packs them once for the processor's matrix units, with adapters merged.
+so each call packs them once for the processor's matrix units, with adapters merged. It reads the prompts as one row
+without padding, as training does.
 
 On a GPU the loop runs ahead of the device. It reads the decoded tokens only every `CHECK_INTERVAL` tokens, because each
 read synchronises with the GPU.
@@ -18,8 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig
-from transformers.cache_utils import DynamicLayer
+from transformers import GenerationConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from atesd.errors import ModelError
@@ -27,8 +27,9 @@ from atesd.models.attention.one_token import folded_heads, replaced
 from atesd.models.batching import to_device
 from atesd.models.merging import check_decodable, merge_problems
 from atesd.parallel.sharding import is_sharded, unsharded
+from atesd.rollout.decoding.cache import additive_mask, buffered_cache, read_prompts, takes_packed_prompts
+from atesd.rollout.decoding.layers import decoding_model, packable_layers
 from atesd.rollout.engine import Rollout, Sampling
-from atesd.rollout.packed import decoding_model, packable_layers
 from atesd.rollout.seeds import ResponseSeeds
 from atesd.terminal import advance
 from atesd_kernels.integrations.backbone import wants_aux_loss
@@ -36,7 +37,6 @@ from atesd_kernels.integrations.head import unwrap
 
 # Tokens a GPU decodes between two checks for ended responses (our choice). At most this many minus one are wasted.
 CHECK_INTERVAL = 8
-ROOM = 1024  # tokens a cache grows by: an evaluation may allow 38,912, but few responses need them
 
 
 class HFEngine:
@@ -114,7 +114,7 @@ class HFEngine:
         autocast = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
         attention = masks_built_unread(unwrap(self.model).config) if self.runs_ahead else folded_heads()
         with decoding_model(self.model, dtype, self.packed) as model, autocast, attention, attention_of_any_length():
-            cache = buffered_cache(unwrap(model).config, dtype, min(self.config.max_new_tokens, ROOM))
+            cache = buffered_cache(unwrap(model).config, dtype, self.config.max_new_tokens)
             responses = model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,
@@ -164,18 +164,23 @@ class HFEngine:
         responses = input_ids.new_full((len(input_ids), limit), self.pad_id)
         lengths = torch.full_like(running, limit)
         finite, counted = torch.ones_like(ended), len(input_ids)
+        packs_prompts = takes_packed_prompts(base, cache)
+        mask_of_layers = additive_mask if packs_prompts else (lambda mask, cache: mask)
         for step in range(limit):
-            out = model(
-                input_ids=tokens,
-                attention_mask=mask if any(padding) else None,
-                position_ids=position,
-                use_cache=True,
-                logits_to_keep=1,
-                **{name: cache},
-                **no_aux_loss,
-            )
+            if step == 0 and packs_prompts:
+                logits = read_prompts(model, input_ids, padding, name, cache, **no_aux_loss)
+            else:
+                logits = model(
+                    input_ids=tokens,
+                    attention_mask=mask_of_layers(mask, cache) if any(padding) else None,
+                    position_ids=position,
+                    use_cache=True,
+                    logits_to_keep=1,
+                    **{name: cache},
+                    **no_aux_loss,
+                ).logits[:, -1]
             u = self.uniforms[running, step]  # (batch,)
-            sampled, drawn = sample(out.logits[:, -1, : self.entries], self.temperature, self.top_p, self.top_k, u)
+            sampled, drawn = sample(logits[:, : self.entries], self.temperature, self.top_p, self.top_k, u)
             sampled = torch.where(ended | ~drawn, self.pad_id, sampled)
             responses[running, step] = sampled
             finite[running] &= drawn | ended
@@ -292,38 +297,3 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, uniform
     choice = torch.searchsorted(mass, u, right=True)  # right: an entry of weight 0 is never the first to exceed u
     choice = choice.clamp(max=mass.shape[1] - 1)  # no comparison with NaN is true
     return tokens.expand(len(probs), -1).gather(1, choice).flatten(), total.flatten().isfinite()
-
-
-class BufferedLayer(DynamicLayer):
-    """A growing cache layer in `dtype` that writes to a buffer; it does not concatenate at every token."""
-
-    def __init__(self, dtype: torch.dtype, room: int):
-        super().__init__()
-        self.wanted, self.room = dtype, room
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends keys and values `(batch, heads, new, head_dim)`. Returns all of them, `(batch, heads, length,
-        head_dim)` each."""
-        start, new = self.get_seq_length(), key_states.shape[-2]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.buffers = [self.allocate(states, new + self.room) for states in (key_states, value_states)]
-        elif start + new > self.buffers[0].shape[-2] or self.keys.shape[0] != self.buffers[0].shape[0]:
-            old = (self.keys, self.values)
-            self.buffers = [self.allocate(states, start + new + self.room) for states in old]
-            for buffer, states in zip(self.buffers, old, strict=True):
-                buffer[:, :, :start] = states
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start : start + new] = states
-        self.keys, self.values = (buffer[:, :, : start + new] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def allocate(self, states: Tensor, room: int) -> Tensor:
-        return states.new_empty((*states.shape[:2], room, states.shape[-1]), dtype=self.wanted)
-
-
-def buffered_cache(config: Any, dtype: torch.dtype, room: int) -> DynamicCache:
-    """Returns transformers' cache for `config`, with its plain growing layers replaced by buffered ones."""
-    cache = DynamicCache(config=config)
-    cache.layers = [BufferedLayer(dtype, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache

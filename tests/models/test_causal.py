@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from atesd.models.attention import causal
-from atesd.models.attention.causal import LONGEST, causal_attention, serves
+from atesd.models.attention.causal import BLOCK, LONGEST, causal_attention, serves
 from atesd.models.attention.packed import packed_sdpa_forward
 from atesd.models.recompute import selective_policy
 from atesd_kernels.backends.matmul import onednn_keeps_fp32
@@ -67,9 +67,20 @@ def test_heads_in_parts_are_the_same(monkeypatch):
     inputs, of_out = states(50, heads=10, groups=5)
     for together in (0, 3):  # a key head at least, and a last part that is smaller
         monkeypatch.setattr(causal, "SCORE_BYTES", together * 2 * 50 * 50 * 4)
-        sizes = [part.stop - part.start for part in causal.parts(torch.empty(5, 2 * 50, 16), 50)]
+        sizes = [heads.stop - heads.start for heads, _, _ in causal.blocks(torch.empty(5, 2, 50, 16))]
         assert sizes[0] == max(1, together)
         assert_exact(inputs, of_out, 0.25)
+
+
+@pytest.mark.parametrize("length", [BLOCK, BLOCK + BLOCK // 2, BLOCK + BLOCK // 2 + 1, 2 * BLOCK, 3 * BLOCK - 1])
+def test_blocks_meet_and_the_last_one_takes_a_small_remainder(length):
+    found = causal.blocks(torch.empty(1, 3, length, 16))
+    positions = [i for _, queries, _ in found for i in range(queries.start, queries.stop)]
+    assert positions == list(range(length))
+    assert all(seen == queries.stop for _, queries, seen in found), "a position sees itself and those before it"
+    sizes = [queries.stop - queries.start for _, queries, _ in found]
+    assert all(size == BLOCK for size in sizes[:-1]) and BLOCK // 2 < sizes[-1] <= BLOCK + BLOCK // 2
+    assert_exact(*states(length), 0.25)
 
 
 def test_gradients_stay_in_float32_where_backward_is_called_inside_autocast():
@@ -146,7 +157,7 @@ def test_whatever_it_cannot_do_stays_with_sdpa():
 
 
 def test_a_compiled_step_has_the_same_gradients_and_leaves_nothing_behind():
-    causal.longest_mask.cache_clear()
+    causal.largest_mask.cache_clear()
     inputs, of_out = states(40)
     ours = leaves(inputs, torch.float32)
     compiled = torch.compile(lambda *x: causal_attention(*x, 0.25), backend="aot_eager")

@@ -26,9 +26,9 @@ from atesd.errors import ModelError
 from atesd.models import merging
 from atesd.models.attention.packed import use_packed_attention
 from atesd.models.merging import merge_problems
-from atesd.rollout import packed
+from atesd.rollout.decoding import layers
+from atesd.rollout.decoding.layers import PackedLinear, decoding_model, packable_layers
 from atesd.rollout.hf import HFEngine
-from atesd.rollout.packed import PackedLinear, decoding_model, packable_layers
 from atesd.rollout.weights import check_merged, check_plain_lora, merged_weights
 from atesd_kernels.integrations.head import unwrap
 
@@ -105,7 +105,7 @@ def logprobs(model, ids=IDS):
 
 def assert_decodes_as_it_computes(model):
     with decoding_model(model, torch.float32, packable_layers(model, merge_problems(model))) as twin:
-        assert any(isinstance(module, PackedLinear) for module in twin.modules()) or not packed.onednn_packs(
+        assert any(isinstance(module, PackedLinear) for module in twin.modules()) or not layers.onednn_packs(
             torch.float32
         )
         torch.testing.assert_close(logprobs(twin), logprobs(model), rtol=1e-3, atol=1e-3)

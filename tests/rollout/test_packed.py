@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from atesd.rollout.packed import PackedLinear, PackedProduct, decoding_model, groups_of, packable_layers
+from atesd.rollout.decoding.layers import PackedLinear, PackedProduct, decoding_model, groups_of, packable_layers
 from atesd_kernels.backends.matmul import onednn_packs
 
 pytestmark = pytest.mark.skipif(not onednn_packs(torch.float32), reason="oneDNN has no layout of its own here")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, MistralConfig
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from atesd.models.attention.packed import use_packed_attention
-from atesd.rollout import Sampling, hf
-from atesd.rollout.hf import HFEngine, candidates, sample
+from atesd.rollout import Sampling
+from atesd.rollout.decoding import cache
+from atesd.rollout.decoding.cache import additive_mask, buffered_cache, read_prompts, takes_packed_prompts
+from atesd.rollout.hf import HFEngine, cache_argument, candidates, sample
 from atesd.rollout.seeds import ResponseSeeds
 
 PROMPTS = [[5, 6, 7], [8, 40, 41, 42, 43, 44, 45, 46], [9, 10], [11, 12, 13, 14], [100, 101, 102]]
@@ -202,9 +204,51 @@ def test_a_seeded_response_is_the_same_in_any_batch_and_the_beginning_of_a_longe
     assert responses([PROMPTS[0]] * 2, (1, 2))[0] != responses([PROMPTS[0]] * 2, (1, 2))[1]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompts_read_as_one_row_leave_what_a_padded_batch_leaves(model, dtype):
+    model.eval().to(dtype)
+    name, width = cache_argument(model), max(map(len, PROMPTS))
+    padding = [width - len(p) for p in PROMPTS]
+    ids = torch.tensor([[0] * n + p for n, p in zip(padding, PROMPTS, strict=True)])
+    mask = torch.tensor([[0] * n + [1] * len(p) for n, p in zip(padding, PROMPTS, strict=True)])
+    position = mask.cumsum(1).sub(1).clamp(min=0)
+    ours, theirs = (buffered_cache(model.config, dtype, 4) for _ in range(2))
+    close = {"rtol": 0.0, "atol": 1e-4 if dtype == torch.float32 else 0.1}
+    assert takes_packed_prompts(model, ours)
+    logits = read_prompts(model, ids, padding, name, ours)
+    expected = model(ids, attention_mask=mask, position_ids=position, **{name: theirs}).logits[:, -1]
+    torch.testing.assert_close(logits, expected, **close)
+    seen = mask[:, None, :, None].bool()
+    for a, b in zip(ours.layers, theirs.layers, strict=True):
+        for got, want in ((a.keys, b.keys), (a.values, b.values)):
+            torch.testing.assert_close(got, torch.where(seen, want, 0), **close)
+    token, mask = logits.argmax(-1, keepdim=True), torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], 1)
+    for _ in range(6):  # more than there is room for
+        masks, at = (additive_mask(mask, ours), mask), mask.sum(1, keepdim=True) - 1
+        got, want = (
+            model(token, attention_mask=m, position_ids=at, **{name: c}).logits[:, -1]
+            for m, c in zip(masks, (ours, theirs), strict=True)
+        )
+        torch.testing.assert_close(got, want, **close)
+        token, mask = want.argmax(-1, keepdim=True), torch.cat([mask, mask[:, -1:]], 1)
+
+
+def test_a_model_that_forgets_or_was_not_made_for_packed_rows_reads_a_padded_batch(model, tiny_model_path):
+    sliding = MistralConfig(
+        vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, sliding_window=4
+    )
+    other = AutoModelForCausalLM.from_config(sliding)
+    use_packed_attention(other)
+    assert not takes_packed_prompts(other, buffered_cache(sliding, torch.float32, 4))
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    assert not takes_packed_prompts(plain, buffered_cache(plain.config, torch.float32, 4))
+    assert takes_packed_prompts(model, buffered_cache(model.config, torch.float32, 4))
+
+
 def test_a_cache_that_grows_on_the_way_changes_nothing(model, tokenizer, monkeypatch):
     engine = HFEngine(model, tokenizer, max_completion_length=24, top_k=1)
     engine.stop_ids = [-1]
     expected = engine.generate(PROMPTS)
-    monkeypatch.setattr(hf, "ROOM", 5)
+    monkeypatch.setattr(cache, "ROOM", 5)
     assert engine.generate(PROMPTS) == expected

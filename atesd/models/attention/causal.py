@@ -1,8 +1,8 @@
 """Causal attention of one short sequence in float32, for CPUs on which oneDNN multiplies faster than torch's kernel.
 
-torch's fused kernel works in small blocks and skips the masked half of the scores. Whole products compute that half
-too. Yet in a training step on AMD with AVX-512 they are faster up to `LONGEST` tokens (`bench/attention_speed.py`).
-Nothing of the scores' size is kept for backward, which computes them again.
+Each block of positions is one product with all the keys that its last position sees. It is larger than the blocks of
+torch's kernel, and computes some masked scores. Yet in a training step on AMD with AVX-512 it is faster up to `LONGEST`
+tokens (`bench/attention_speed.py`). Nothing of the scores' size is kept for backward, which computes them again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from atesd_kernels.backends import matmul
 
-LONGEST = 512  # tokens of a sequence; our choice
+LONGEST = 1024  # tokens of a sequence; our choice
+BLOCK = 128  # positions; the last block has half of them more at most; our choice
 SCORE_BYTES = 8 << 20  # of the key heads that are computed together
 
 
@@ -24,16 +25,17 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     """`softmax(query key^T scaling + causal mask) value` for each head, in full float32.
 
     An operator, so that selective recomputation (`recompute.py`) keeps its output as it keeps that of torch's kernels.
-    So is its backward: what is traced holds no tensor that `longest_mask` would keep.
+    So is its backward: what is traced holds no tensor that `largest_mask` would keep.
 
     Shapes: `query` `(1, heads, T, head_dim)`; `key` and `value` `(1, groups, T, head_dim)`, where `groups` divides
     `heads` and the head dimension of `value` may be another. Returns `(1, heads, T, head_dim of value)`.
     """
-    rows, keys, values = rows_of(query, key).mul(scaling), rows_of(key, key), rows_of(value, key)
-    out, mask = rows.new_empty(*rows.shape[:2], value.shape[-1]), causal_mask(keys.shape[1])
+    rows, keys, values = by_group(query, key).mul(scaling), key[0], value[0]
+    out = rows.new_empty(*rows.shape[:3], value.shape[-1])
     with matmul.low_precision_products():
-        for part in parts(rows, keys.shape[1]):
-            torch.bmm(probabilities(rows[part], keys[part], mask), values[part], out=out[part])
+        for heads, queries, seen in blocks(rows):
+            p = probabilities(flat(rows[heads, :, queries]), keys[heads, :seen], queries)
+            out[heads, :, queries] = torch.bmm(p, values[heads, :seen]).view_as(out[heads, :, queries])
     return out.view(*query.shape[:3], -1)
 
 
@@ -47,18 +49,19 @@ def causal_attention_backward(
     of_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of `query`, `key` and `value` from that of the output `out`."""
-    rows, keys, values = rows_of(query, key).mul(scaling), rows_of(key, key), rows_of(value, key)
-    of_out, mask = rows_of(of_out, key), causal_mask(keys.shape[1])
-    mean = (of_out * rows_of(out, key)).sum(-1, keepdim=True)  # of the gradient of the probabilities
-    of_rows, of_keys, of_values = (torch.empty_like(x) for x in (rows, keys, values))
+    rows, keys, values, of_out = by_group(query, key).mul(scaling), key[0], value[0], by_group(of_out, key)
+    mean = (of_out * by_group(out, key)).sum(-1, keepdim=True)  # of the gradient of the probabilities
+    of_rows, of_keys, of_values = torch.empty_like(rows), torch.zeros_like(keys), torch.zeros_like(values)
     # a backward may be called inside autocast
     with matmul.low_precision_products(), torch.autocast("cpu", enabled=False):
-        for part in parts(rows, keys.shape[1]):
-            p = probabilities(rows[part], keys[part], mask)
-            torch.bmm(p.mT, of_out[part], out=of_values[part])
-            of_scores = torch.bmm(of_out[part], values[part].mT).sub_(mean[part]).mul_(p)
-            torch.bmm(of_scores, keys[part], out=of_rows[part])
-            torch.bmm(of_scores.mT, rows[part], out=of_keys[part])
+        for heads, queries, seen in blocks(rows):
+            q, g = flat(rows[heads, :, queries]), flat(of_out[heads, :, queries])
+            k, v = keys[heads, :seen], values[heads, :seen]
+            p = probabilities(q, k, queries)
+            of_values[heads, :seen].baddbmm_(p.mT, g)
+            of_scores = torch.bmm(g, v.mT).sub_(flat(mean[heads, :, queries])).mul_(p)
+            of_rows[heads, :, queries] = torch.bmm(of_scores, k).view_as(of_rows[heads, :, queries])
+            of_keys[heads, :seen].baddbmm_(of_scores.mT, q)
     return of_rows.mul_(scaling).view(query.shape), of_keys[None], of_values[None]
 
 
@@ -81,33 +84,40 @@ def gradients(ctx: Any, of_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
 causal_attention.register_autograd(gradients, setup_context=keep)
 
 
-def rows_of(heads: Tensor, key: Tensor) -> Tensor:
-    """Returns `heads`, `(1, heads, T, dim)`, contiguous and by their key head: `(groups, heads of each * T, dim)`."""
-    return heads.contiguous().view(key.shape[1], -1, heads.shape[-1])
+def by_group(heads: Tensor, key: Tensor) -> Tensor:
+    """Returns `heads`, `(1, heads, T, dim)`, by their key head: `(groups, heads of each, T, dim)`."""
+    return heads.view(key.shape[1], -1, *heads.shape[2:])
 
 
-def parts(rows: Tensor, length: int) -> list[slice]:
-    """Returns slices of key heads whose scores fit in `SCORE_BYTES`, of at least one head each."""
-    groups, count, _ = rows.shape
-    together = max(1, SCORE_BYTES // (count * length * rows.element_size()))
-    return [slice(start, start + together) for start in range(0, groups, together)]
+def flat(heads: Tensor) -> Tensor:
+    """Returns `(groups, heads of each, rows, dim)` as one matrix a group, `(groups, heads of each * rows, dim)`."""
+    return heads.reshape(len(heads), -1, heads.shape[-1])
 
 
-def probabilities(rows: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-    """Returns `(groups, heads of each * T, T)` for rows and keys of some groups."""
+def blocks(rows: Tensor) -> list[tuple[slice, slice, int]]:
+    """Returns key heads, query positions, and the number of keys these see, for each block of scores."""
+    groups, count, length, _ = rows.shape
+    starts = list(range(0, max(1, length - BLOCK // 2), BLOCK))  # the last block takes a small remainder
+    found = []
+    for start, end in zip(starts, [*starts[1:], length], strict=True):
+        together = max(1, SCORE_BYTES // (count * (end - start) * end * rows.element_size()))
+        found += [(slice(g, g + together), slice(start, end), end) for g in range(0, groups, together)]
+    return found
+
+
+def probabilities(rows: Tensor, keys: Tensor, queries: slice) -> Tensor:
+    """Returns those of the keys for the rows of positions `queries`, `(groups, heads of each * queries, keys)`."""
     scores = torch.bmm(rows, keys.mT)
-    scores.view(-1, *mask.shape).add_(mask)
+    count = queries.stop - queries.start
+    scores.view(-1, count, queries.stop)[:, :, queries].add_(largest_mask()[:count, :count])
     return scores.softmax(-1)
 
 
-def causal_mask(length: int) -> Tensor:
-    """Returns 0 up to the diagonal and -inf above it, `(length, length)`."""
-    return longest_mask(max(length, LONGEST))[:length, :length]
-
-
 @cache
-def longest_mask(length: int) -> Tensor:
-    return torch.full((length, length), -torch.inf).triu_(1)
+def largest_mask() -> Tensor:
+    """Returns 0 up to the diagonal and -inf above it, for the positions of the largest block."""
+    size = BLOCK + BLOCK // 2
+    return torch.full((size, size), -torch.inf).triu_(1)
 
 
 def serves(query: Tensor, options: dict[str, Any]) -> bool:

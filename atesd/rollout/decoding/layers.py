@@ -89,7 +89,8 @@ class PackedLinear(nn.Module):
     def bias(self) -> Tensor | None:
         return self.product.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
+        """Without the hooks that `nn.Module` looks for: a decoded token calls hundreds of layers."""
         return self.product.output(self.layer, x)
 
 

@@ -49,6 +49,7 @@ def machine() -> dict:
         "isa": torch.backends.cpu.get_cpu_capability(),
         "bf16_instructions": "avx512_bf16" in cpuinfo() or "amx_bf16" in cpuinfo(),
         "amx": "amx_bf16" in cpuinfo(),
+        "limited": torch.backends.cpu.get_cpu_capability() == "AVX2" and "avx512f" in cpuinfo(),
         "os": platform.system(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "load_average": round(os.getloadavg()[0], 1),  # others' work on a shared machine; ours alone is `cores`
@@ -59,7 +60,12 @@ def machine() -> dict:
 
 
 def processor_kind(info: dict) -> str:
-    """What decides about speed on a CPU: AVX2, AVX512, AVX512 with bf16, or AMX. `info` is that of `machine`."""
+    """What decides about speed on a CPU: AVX2, AVX512, AVX512 with bf16, or AMX. `info` is that of `machine`.
+
+    "by limit": ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA kept torch from instructions that the processor has.
+    """
+    if info.get("limited"):
+        return f"{info['isa']} by limit"
     if info.get("amx"):
         return "AMX"
     return f"{info['isa']} with bf16" if info["bf16_instructions"] else info["isa"]

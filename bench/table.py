@@ -53,6 +53,7 @@ def source(*results: dict) -> str:
     for result in results:
         m = result["machine"]
         hardware = f"{m['cpu']}, {m['cores']} cores, {m['ram_gib']} GiB, {m['isa']}"
+        hardware += " by limit" if m.get("limited") else ""
         hardware += (", bf16 instructions" if m["bf16_instructions"] else "") + (f", {m['gpu']}" if "gpu" in m else "")
         if m["omp_wait_policy"] != "default":
             hardware += f", OMP_WAIT_POLICY={m['omp_wait_policy']}"

@@ -225,6 +225,19 @@ def test_a_processor_without_a_kernel_for_the_product_does_without():
     assert (found.returncode, found.stdout.strip()) == (0, "True"), found.stderr
 
 
+@pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="this is the processor itself")
+def test_without_avx512_it_is_as_exact():
+    """The tests of this file that compare with float64, on a processor that is kept from AVX-512."""
+    code = (
+        "import pytest, torch; from atesd_kernels.cpp import library;"
+        "assert torch.backends.cpu.get_cpu_capability() == 'AVX2' and '-march=x86-64-v3' in library.FLAGS;"
+        f"raise SystemExit(pytest.main(['-q', '-p', 'no:cacheprovider', {__file__!r}, '-k', 'float or finite or nan']))"
+    )
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0 and " passed" in found.stdout, found.stdout + found.stderr
+
+
 def test_a_compiler_may_come_with_arguments(monkeypatch):
     (own,) = library.compiler()
     monkeypatch.setenv("CXX", f"{own} -g0")

@@ -41,15 +41,16 @@ def versions() -> dict[str, str]:
 def machine() -> dict:
     import torch
 
+    limited = torch.backends.cpu.get_cpu_capability() == "AVX2" and "avx512f" in cpuinfo()
     info = {
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "bf16_instructions": "avx512_bf16" in cpuinfo() or "amx_bf16" in cpuinfo(),
-        "amx": "amx_bf16" in cpuinfo(),
-        "limited": torch.backends.cpu.get_cpu_capability() == "AVX2" and "avx512f" in cpuinfo(),
+        "bf16_instructions": not limited and ("avx512_bf16" in cpuinfo() or "amx_bf16" in cpuinfo()),
+        "amx": not limited and "amx_bf16" in cpuinfo(),
+        "limited": limited,
         "os": platform.system(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "load_average": round(os.getloadavg()[0], 1),  # others' work on a shared machine; ours alone is `cores`
@@ -62,7 +63,7 @@ def machine() -> dict:
 def processor_kind(info: dict) -> str:
     """What decides about speed on a CPU: AVX2, AVX512, AVX512 with bf16, or AMX. `info` is that of `machine`.
 
-    "by limit": ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA kept torch from instructions that the processor has.
+    "by limit": ATEN_CPU_CAPABILITY=avx2 kept torch from instructions that the processor has.
     """
     if info.get("limited"):
         return f"{info['isa']} by limit"

@@ -42,6 +42,13 @@ def test_pages_and_plots_are_what_the_committed_results_say():
     assert table.main(["--check"]) == 0
 
 
+def test_a_processor_kept_from_its_instructions_is_its_own_kind(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    for flags, kind in (("avx2 avx512f avx512_bf16 amx_bf16", "AVX2 by limit"), ("avx2", "AVX2")):
+        monkeypatch.setattr(machine, "cpuinfo", lambda flags=flags: f"model name : X\nflags : {flags}")
+        assert machine.processor_kind(machine.machine()) == kind
+
+
 def test_the_check_fails_on_a_number_that_no_result_holds(tmp_path, capsys):
     readme = tmp_path / "README.md"
     text = table.PAGES[1].read_text(encoding="utf-8")

@@ -42,6 +42,11 @@ class PackedBatch:
     response_ids: tuple[int, ...]
     ids_after_rows: tuple[int, ...]
 
+    @property
+    def last_positions(self) -> Tensor:
+        """`(sequences,)` on the CPU: the position of the last token of each sequence."""
+        return self.ends.flatten().long() - 1
+
 
 def to_device(host: Tensor, device: torch.device | str) -> Tensor:
     """Copies `host` to `device` through pinned memory: a copy from pageable memory would synchronise with the GPU."""

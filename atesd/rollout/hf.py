@@ -2,8 +2,8 @@
 
 `generate` prepares prompts, masks and cache. The decoding loop is ours (`custom_generate`), because the built-in one
 sorts the full vocabulary for top-p and copies the cache at every token. On a CPU, decoding is bound by reading weights,
-so each call packs them once for the processor's matrix units, with adapters merged. It reads the prompts as one row
-without padding, as training does.
+so each call packs them once for the processor's matrix units, with adapters merged. There a student that trains on
+packed rows reads the prompts as one row too (`decoding/cache.py`).
 
 On a GPU the loop runs ahead of the device. It reads the decoded tokens only every `CHECK_INTERVAL` tokens, because each
 read synchronises with the GPU.
@@ -164,15 +164,17 @@ class HFEngine:
         responses = input_ids.new_full((len(input_ids), limit), self.pad_id)
         lengths = torch.full_like(running, limit)
         finite, counted = torch.ones_like(ended), len(input_ids)
-        packs_prompts = takes_packed_prompts(base, cache)
-        mask_of_layers = additive_mask if packs_prompts else (lambda mask, cache: mask)
+        packs_prompts = not self.runs_ahead and takes_packed_prompts(base, cache)
         for step in range(limit):
             if step == 0 and packs_prompts:
                 logits = read_prompts(model, input_ids, padding, name, cache, **no_aux_loss)
             else:
+                seen = None  # all keys
+                if any(padding):
+                    seen = additive_mask(mask, cache) if packs_prompts else mask
                 logits = model(
                     input_ids=tokens,
-                    attention_mask=mask_of_layers(mask, cache) if any(padding) else None,
+                    attention_mask=seen,
                     position_ids=position,
                     use_cache=True,
                     logits_to_keep=1,

@@ -23,9 +23,9 @@ from torch import Tensor
 
 LOG = logging.getLogger("atesd_kernels")
 SOURCES = Path(__file__).parent
-# ATEN_CPU_CAPABILITY=avx2, which keeps torch from AVX-512, keeps this code from it too.
-ARCHITECTURE = "x86-64-v3" if torch.backends.cpu.get_cpu_capability() == "AVX2" else "native"
-FLAGS = f"-O3 -std=c++17 -march={ARCHITECTURE} -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC".split()
+FLAGS = "-O3 -std=c++17 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC".split()
+if torch.backends.cpu.get_cpu_capability() == "AVX2":
+    FLAGS.append("-mno-avx512f")  # ATEN_CPU_CAPABILITY=avx2 keeps torch from AVX-512, and this code too
 if platform.machine() == "x86_64":
     FLAGS.append("-mprefer-vector-width=512")  # compilers prefer half of it on processors with AVX-512
 COMPILERS = ("g++", "clang++", "c++")

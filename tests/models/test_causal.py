@@ -70,6 +70,7 @@ def test_heads_in_parts_are_the_same(monkeypatch):
         sizes = [heads.stop - heads.start for heads, _, _ in causal.blocks(torch.empty(5, 2, 50, 16))]
         assert sizes[0] == max(1, together)
         assert_exact(inputs, of_out, 0.25)
+        assert_exact(*states(3 * BLOCK, heads=10, groups=5), 0.25)
 
 
 @pytest.mark.parametrize("length", [BLOCK, BLOCK + BLOCK // 2, BLOCK + BLOCK // 2 + 1, 2 * BLOCK, 3 * BLOCK - 1])
@@ -98,7 +99,7 @@ def test_nothing_of_the_scores_size_is_kept_for_backward():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         causal_attention(*leaves(inputs, torch.float32), 0.25)
-    assert kept and max(x.numel() for x in kept) < LONGEST * LONGEST
+    assert kept and max(x.numel() for x in kept) < BLOCK * LONGEST
 
 
 class Names(TorchDispatchMode):
@@ -149,11 +150,18 @@ def test_a_packed_row_takes_it_for_its_short_sequences_and_sdpa_for_the_others(m
 def test_whatever_it_cannot_do_stays_with_sdpa():
     query = torch.empty(1, 6, LONGEST, 16)
     assert serves(query, {})
-    assert not serves(torch.empty(1, 6, LONGEST + 1, 16), {}), "sdpa skips the masked half"
+    assert not serves(torch.empty(1, 6, LONGEST + 1, 16), {}), "sdpa is as fast"
     assert not serves(query.double(), {})
     assert not serves(query.to("meta"), {})
     assert not serves(query, {"dropout": 0.1})
     assert not serves(query, {"position_bias": torch.zeros(1, 6, LONGEST, LONGEST)})
+
+
+def test_what_is_traced_is_laid_out_as_what_is_computed():
+    inputs, of_out = states(BLOCK, value_dim=24)
+    torch.library.opcheck(causal_attention, (*leaves(inputs, torch.float32), 0.25))
+    of_out = of_out.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.library.opcheck(causal.causal_attention_backward, (of_out, *inputs, causal_attention(*inputs, 0.25), 0.25))
 
 
 def test_a_compiled_step_has_the_same_gradients_and_leaves_nothing_behind():

@@ -246,6 +246,12 @@ def test_a_model_that_forgets_or_was_not_made_for_packed_rows_reads_a_padded_bat
     assert takes_packed_prompts(model, buffered_cache(model.config, torch.float32, 4))
 
 
+def test_a_layer_that_the_model_does_not_run_stays_empty(model):
+    (layer, *_) = buffered_cache(model.config, torch.float32, 4).layers
+    layer.pad_left([2, 3])
+    assert not layer.is_initialized
+
+
 def test_a_cache_that_grows_on_the_way_changes_nothing(model, tokenizer, monkeypatch):
     engine = HFEngine(model, tokenizer, max_completion_length=24, top_k=1)
     engine.stop_ids = [-1]

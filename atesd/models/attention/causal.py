@@ -1,8 +1,8 @@
 """Causal attention of one short sequence in float32, for CPUs on which oneDNN multiplies faster than torch's kernel.
 
-Each block of positions is one product with all the keys that its last position sees. It is larger than the blocks of
-torch's kernel, and computes some masked scores. Yet in a training step on AMD with AVX-512 it is faster up to `LONGEST`
-tokens (`bench/attention_speed.py`). Nothing of the scores' size is kept for backward, which computes them again.
+A block of query positions is multiplied with all the keys that its last position sees, so some masked scores are
+computed. Yet in a training step on AMD with AVX-512 it is faster up to `LONGEST` tokens (`bench/attention_speed.py`).
+Backward computes the scores again: none are kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from atesd_kernels.backends import matmul
 
 LONGEST = 1024  # tokens of a sequence; our choice
-BLOCK = 128  # positions; the last block has half of them more at most; our choice
+BLOCK = 128  # query positions; the last block has up to 1.5 times as many; our choice
 SCORE_BYTES = 8 << 20  # of the key heads that are computed together
 
 
@@ -51,7 +51,7 @@ def causal_attention_backward(
     """Returns the gradients of `query`, `key` and `value` from that of the output `out`."""
     rows, keys, values, of_out = by_group(query, key).mul(scaling), key[0], value[0], by_group(of_out, key)
     mean = (of_out * by_group(out, key)).sum(-1, keepdim=True)  # of the gradient of the probabilities
-    of_rows, of_keys, of_values = torch.empty_like(rows), torch.zeros_like(keys), torch.zeros_like(values)
+    of_rows, of_keys, of_values = (x.new_zeros(x.shape) for x in (rows, keys, values))
     # a backward may be called inside autocast
     with matmul.low_precision_products(), torch.autocast("cpu", enabled=False):
         for heads, queries, seen in blocks(rows):
@@ -106,7 +106,10 @@ def blocks(rows: Tensor) -> list[tuple[slice, slice, int]]:
 
 
 def probabilities(rows: Tensor, keys: Tensor, queries: slice) -> Tensor:
-    """Returns those of the keys for the rows of positions `queries`, `(groups, heads of each * queries, keys)`."""
+    """Softmax over the keys up to `queries.stop` for `rows`, those of the positions `queries`.
+
+    Returns `(groups, heads of each * queries, keys)`.
+    """
     scores = torch.bmm(rows, keys.mT)
     count = queries.stop - queries.start
     scores.view(-1, count, queries.stop)[:, :, queries].add_(largest_mask()[:count, :count])

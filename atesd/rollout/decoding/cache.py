@@ -41,6 +41,8 @@ class BufferedLayer(DynamicLayer):
 
     def pad_left(self, lengths: list[int]) -> None:
         """Turns the keys and values of one packed row, `(1, heads, L, head_dim)` each, into those of its sequences."""
+        if not self.is_initialized:  # a layer that the model does not run
+            return
         width, packed = max(lengths), (self.keys, self.values)
         self.buffers = [self.allocate(row.expand(len(lengths), -1, -1, -1), width + self.room) for row in packed]
         for buffer, row in zip(self.buffers, packed, strict=True):
@@ -63,12 +65,9 @@ def buffered_cache(config: Any, dtype: torch.dtype, new_tokens: int) -> DynamicC
 
 
 def takes_packed_prompts(model: nn.Module, cache: Any) -> bool:
-    """Whether `read_prompts` serves: on a CPU, a model that trains on packed rows, and layers that keep every token."""
-    return (
-        next(model.parameters()).device.type == "cpu"
-        and model.config._attn_implementation == PACKED_SDPA
-        and {type(layer) for layer in cache.layers} == {BufferedLayer}
-    )
+    """Whether `read_prompts` serves: the model trains on packed rows, and its layers keep every token."""
+    layers = {type(layer) for layer in cache.layers}
+    return model.config._attn_implementation == PACKED_SDPA and layers == {BufferedLayer}
 
 
 def read_prompts(
@@ -85,7 +84,7 @@ def read_prompts(
         attention_mask=row.ends,
         position_ids=row.position_ids,
         use_cache=True,
-        logits_to_keep=row.ends.flatten().long() - 1,
+        logits_to_keep=row.last_positions,
         **{cache_name: cache},
         **options,
     ).logits[0]
@@ -95,7 +94,9 @@ def read_prompts(
 
 
 def additive_mask(mask: Tensor, cache: DynamicCache) -> Tensor:
-    """Returns `mask` `(batch, length)` as every layer's kernel would convert it for one new token, `(batch, 1, 1,
-    length)`: 0 where a key is seen and -inf elsewhere."""
+    """Converts `mask` `(batch, length)` once per token; otherwise every layer would.
+
+    Returns `(batch, 1, 1, length)`: 0 where the new token sees a key, and -inf elsewhere.
+    """
     dtype = cache.layers[0].wanted
     return mask.new_zeros(mask.shape, dtype=dtype).masked_fill_(mask == 0, -torch.inf)[:, None, None]

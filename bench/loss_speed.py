@@ -8,6 +8,10 @@ each entrant runs once (compilers compile) and its gradient's first rows are com
 these rows where that needs no second compilation; then the rounds, interleaved. `--eager` leaves out those that wait
 for a compiler. The result is saved after every round.
 
+A processor with AVX-512 is measured without it, as "AVX2 by limit", where the environment has ATEN_CPU_CAPABILITY=avx2,
+ONEDNN_MAX_CPU_ISA=AVX2, MKL_ENABLE_INSTRUCTIONS=AVX2 and a new folder as TORCHINDUCTOR_CACHE_DIR: in its usual folder
+Inductor finds the code it compiled for AVX-512, which then gives wrong numbers.
+
 On a processor without bf16 instructions torch's bf16 products run at a hundredth of their fp32 speed where the sum is
 over the vocabulary: there bf16 is measured at fewer tokens (`tokens_for`).
 """

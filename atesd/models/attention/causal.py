@@ -1,7 +1,7 @@
 """Causal attention of one short sequence in float32, for CPUs on which oneDNN multiplies faster than torch's kernel.
 
 A block of query positions is multiplied with all the keys that its last position sees, so some masked scores are
-computed. Yet in a training step on AMD with AVX-512 it is faster up to `LONGEST` tokens (`bench/attention_speed.py`).
+computed. Yet forward and backward of a training step are faster on AMD with AVX-512 (`bench/attention_speed.py`).
 Backward computes the scores again: none are kept.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from atesd_kernels.backends import matmul
 
-LONGEST = 1024  # tokens of a sequence; our choice
+LONGEST = 1024  # tokens of a sequence; our choice: forward alone is slower from 768 on
 BLOCK = 128  # query positions; the last block has up to 1.5 times as many; our choice
 SCORE_BYTES = 8 << 20  # of the key heads that are computed together
 

@@ -322,8 +322,8 @@ def kept_rows(name: str, shape: list) -> dict[str, dict]:
     if not machine.names_of(name):
         return {}
     old, here = load(name), machine.machine()
-    same = all(old["machine"].get(key) == here[key] for key in ("cpu", "cores", "isa", "ram_gib"))
-    same = same and old["machine"].get("limited", False) == here["limited"]
+    same = all(old["machine"][key] == here[key] for key in ("cpu", "cores", "ram_gib"))
+    same = same and machine.processor_kind(old["machine"]) == machine.processor_kind(here)
     same = same and old["versions"] == versions() and old["shape"] == shape
     return {row["name"]: row for row in old["rows"]} if same else {}
 

@@ -214,15 +214,19 @@ def test_prompts_read_as_one_row_leave_what_a_padded_batch_leaves(model, dtype):
     mask = torch.tensor([[0] * n + [1] * len(p) for n, p in zip(padding, PROMPTS, strict=True)])
     position = mask.cumsum(1).sub(1).clamp(min=0)
     ours, theirs = (buffered_cache(model.config, dtype, 4) for _ in range(2))
-    close = {"rtol": 0.0, "atol": 1e-4 if dtype == torch.float32 else 0.1}
+
+    def assert_close(got, want):  # some units in the last place of the largest entry
+        share = 1e-5 if dtype == torch.float32 else 2**-6
+        torch.testing.assert_close(got, want, rtol=0.0, atol=share * float(want.abs().max()))
+
     assert takes_packed_prompts(model, ours)
     logits = read_prompts(model, ids, padding, name, ours)
     expected = model(ids, attention_mask=mask, position_ids=position, **{name: theirs}).logits[:, -1]
-    torch.testing.assert_close(logits, expected, **close)
+    assert_close(logits, expected)
     seen = mask[:, None, :, None].bool()
     for a, b in zip(ours.layers, theirs.layers, strict=True):
         for got, want in ((a.keys, b.keys), (a.values, b.values)):
-            torch.testing.assert_close(got, torch.where(seen, want, 0), **close)
+            assert_close(got, torch.where(seen, want, 0))
     token, mask = logits.argmax(-1, keepdim=True), torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], 1)
     for _ in range(6):  # more than there is room for
         masks, at = (additive_mask(mask, ours), mask), mask.sum(1, keepdim=True) - 1
@@ -230,7 +234,7 @@ def test_prompts_read_as_one_row_leave_what_a_padded_batch_leaves(model, dtype):
             model(token, attention_mask=m, position_ids=at, **{name: c}).logits[:, -1]
             for m, c in zip(masks, (ours, theirs), strict=True)
         )
-        torch.testing.assert_close(got, want, **close)
+        assert_close(got, want)
         token, mask = want.argmax(-1, keepdim=True), torch.cat([mask, mask[:, -1:]], 1)
 
 

@@ -51,7 +51,7 @@ def causal_attention_backward(
     """Returns the gradients of `query`, `key` and `value` from that of the output `out`."""
     rows, keys, values, of_out = by_group(query, key).mul(scaling), key[0], value[0], by_group(of_out, key)
     mean = (of_out * by_group(out, key)).sum(-1, keepdim=True)  # of the gradient of the probabilities
-    of_rows, of_keys, of_values = (x.new_zeros(x.shape) for x in (rows, keys, values))
+    of_rows, of_keys, of_values = rows.new_empty(rows.shape), keys.new_zeros(keys.shape), values.new_zeros(values.shape)
     # a backward may be called inside autocast
     with matmul.low_precision_products(), torch.autocast("cpu", enabled=False):
         for heads, queries, seen in blocks(rows):

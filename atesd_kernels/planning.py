@@ -106,7 +106,7 @@ def chunk_plan(spec, source, num_rows: int, buffers: int, in_cpp: bool) -> Chunk
     itemsize = source.dtype.itemsize
     rows_bytes, block_bytes = buffers * itemsize, 4 * itemsize
     if in_cpp:
-        rows_bytes, block_bytes = rows_bytes + source.gradient_bytes, 2 * source.s_dtype.itemsize
+        block_bytes = 2 * source.s_dtype.itemsize
     plan = ChunkPlan.make(
         *(num_rows, source.vocab, rows_bytes, source.device, spec.chunk_bytes),
         block_bytes=block_bytes + source.mixing_bytes,

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 
 from atesd_kernels.backends import matmul
+from atesd_kernels.backends.workspace import Workspace
 from atesd_kernels.planning import CPP, ChunkPlan, choose_backend, gpu_chunk_bytes, gpu_memory
 from bench.entrants import Inputs
 
@@ -120,12 +121,12 @@ def cpu_gemms(x: Inputs, backward: bool, models: int, in_cpp: bool) -> None:
     results also of bf16 products."""
     device, vocab = x.student.device, len(x.weight)
     dtype = matmul.product_dtype(x.student.dtype, device)
-    width = 4 * models + (2 if in_cpp and backward and dtype == torch.bfloat16 else 0)
-    plan = ChunkPlan.make(len(x.student), vocab, width, device, None, block_bytes=8 if in_cpp else 16)
+    plan = ChunkPlan.make(len(x.student), vocab, 4 * models, device, None, block_bytes=8 if in_cpp else 16)
     whole = in_cpp and matmul.writes_in_place(x.weight.dtype, x.student.shape[1])
-    work = matmul.Workspace(device, in_cpp)
+    work = Workspace(device, in_cpp)
     difference = (x.teacher.float() - x.student.float()).to(dtype)
-    gradient = torch.full((plan.rows, vocab), 1e-3, dtype=dtype)
+    width = vocab * (4 // dtype.itemsize if in_cpp else 1)  # the gradient lies in rows of floats
+    gradient = torch.full((plan.rows, width), 1e-3, dtype=dtype)[:, :vocab]
     for rows in plan.row_chunks(len(x.student)):
         total, h = torch.zeros(x.student[rows].shape), x.student[rows]
         g = gradient[: len(h)]
@@ -139,7 +140,7 @@ def cpu_gemms(x: Inputs, backward: bool, models: int, in_cpp: bool) -> None:
                 out = torch.float32 if in_cpp else dtype
                 matmul.logits(difference[rows], work.cast("head", weight, dtype), out, work=work, use="difference")
         for cols in plan.blocks(vocab) if backward else ():
-            total += matmul.hidden_grad(g[:, cols], work.cast("head", x.weight[cols], dtype))
+            matmul.add_hidden_grad(total, g[:, cols], work.cast("head", x.weight[cols], dtype), work)
 
 
 def mm_gemms(x: Inputs, backward: bool, models: int = 2, rows: int = 512) -> None:

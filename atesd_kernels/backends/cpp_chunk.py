@@ -103,8 +103,8 @@ class CppChunk:
             elif kept is not None:
                 out *= kept[:, None].to(out.dtype)
             for cols in self.plan.blocks(source.vocab):  # oneDNN multiplies blocks faster than the whole
-                source.take_gradient(cols, out[:, cols], factor if late else None)
-            source.finish_rows()
+                source.take_gradient(cols, out[:, cols], None)
+            source.finish_rows(factor if late else None)
         return value if spec.token_clip is None else value.clamp_max(spec.token_clip)
 
     def gather(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from ..shards import Shards
 from ..spec import DivergenceSpec, LogprobSpec, accumulate_dtype, gradient_dtype
 from . import matmul
 from .scaling import Scaling
+from .workspace import Workspace
 
 # Our choice: a teacher's head is near the student's if no row differs by more than this share of the median row's norm.
 NEAR_HEAD = 2.0**-8
@@ -29,7 +30,7 @@ class LinearGradients:
         self.s_dtype = torch.float64 if spec.compute_dtype == torch.float64 else spec.logits_dtype
         # dtype of the GEMMs that multiply the logits' gradient by head and hidden states
         self.product_dtype = matmul.product_dtype(spec.compute_dtype, self.device)
-        self.work = matmul.Workspace(self.device, spec.in_cpp)
+        self.work = Workspace(self.device, spec.in_cpp)
         self.grad_scale: Tensor | None = None  # factor in take_gradient's input; `unscaled` divides by it
         self.hidden_grad = torch.zeros_like(hidden, dtype=gradient_dtype(hidden.dtype)) if spec.hidden_grad else None
         self.weight_grad = torch.empty(weight.shape, dtype=self.dtype, device=self.device) if spec.weight_grad else None
@@ -65,39 +66,36 @@ class LinearGradients:
         """Whether row factors may be applied to the `[R, H]` product: no head mixes rows, and nothing underflows."""
         return not (self.spec.weight_grad or self.spec.bias_grad) and self.product_dtype != torch.float16
 
-    @property
-    def gradient_bytes(self) -> int:
-        """Bytes an entry of `row_gradient` beside the buffers."""
-        own = self.spec.any_grad and self.product_dtype != self.dtype
-        return self.product_dtype.itemsize if own else 0
-
     def gradient_storage(self, block: Tensor) -> Tensor:
         """Returns a tensor for a block's gradient, in the products' dtype: `block` itself if its dtype matches."""
         same = block.dtype == self.product_dtype
         return block if same else torch.empty_like(block, dtype=self.product_dtype)
 
     def row_gradient(self, d: Tensor) -> Tensor:
-        """Returns a tensor for the gradient of whole rows, `[R, V]`, in the products' dtype: `d` itself if it is
-        fp32."""
-        if self.product_dtype == d.dtype:
-            return d
-        return self.work.empty("gradient of the rows", tuple(d.shape), self.product_dtype)
+        """Returns a tensor for the gradient of whole rows, `[R, V]`, in the products' dtype: `d` itself, or the first
+        half of each of its rows."""
+        return d.view(self.product_dtype)[:, : d.shape[1]]
 
     def take_gradient(self, cols: slice, g: Tensor, factor: Tensor | None) -> None:
         """Adds a block's gradient `g` `[R, C]` to those of hidden states (times row `factor` `[R]`), head and bias."""
         if self.rows_grad is not None:
-            product = matmul.hidden_grad(g, self.work.cast("head", self.weight[cols], g.dtype))
-            self.rows_grad += product if factor is None else product * factor[:, None]
+            total = self.rows_grad if factor is None else torch.zeros_like(self.rows_grad)
+            matmul.add_hidden_grad(total, g, self.work.cast("head", self.weight[cols], g.dtype), self.work)
+            if factor is not None:
+                self.rows_grad += total.mul_(factor[:, None])
         if self.weight_grad is not None:
             matmul.add_weight_grad(self.weight_grad[cols], g, self.rows, overwrite=not self.begun)
         if self.bias_grad is not None:
             self.bias_grad[cols] += g.sum(0, dtype=self.dtype)
 
-    def finish_rows(self) -> None:
-        """Ends a chunk, all blocks of which were taken."""
+    def finish_rows(self, factor: Tensor | None = None) -> None:
+        """Ends a chunk, all blocks of which were taken. Row `factor` `[R]` is another one of the hidden states'
+        gradient."""
         self.begun = True
         if self.rows_grad is not None:
             (grad,) = self.shards.sum(self.rows_grad)
+            if factor is not None:
+                grad.mul_(factor[:, None])
             self.hidden_grad[self.index] = self.unscaled(grad).to(self.hidden_grad.dtype)
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -278,11 +276,12 @@ class GivenLogits:
     """The interface of `LinearLogits` over the caller's logits. The gradient is `[N, V]`, like the logits."""
 
     is_delta = rounds_difference = is_plain = False
-    mixing_bytes = gradient_bytes = 0
-    may_be_infinite = scales_late = True
+    mixing_bytes = 0
+    may_be_infinite = True
+    scales_late = False  # no product sums the rows' gradients
     grad_scale = None
     shards = Shards(None, 0, torch.device("cpu"))
-    work = matmul.Workspace(torch.device("cpu"))
+    work = Workspace(torch.device("cpu"))
 
     def __init__(self, spec: DivergenceSpec, student_logits: Tensor, teacher_logits: Tensor):
         self.spec, self.student_logits, self.teacher_logits = spec, student_logits, teacher_logits
@@ -322,10 +321,10 @@ class GivenLogits:
     def row_gradient(self, d: Tensor) -> Tensor:
         return d
 
-    def take_gradient(self, cols: slice, g: Tensor, factor: Tensor | None) -> None:
-        self.grad[self.index, cols] = (g if factor is None else g * factor[:, None]).to(self.grad.dtype)
+    def take_gradient(self, cols: slice, g: Tensor, factor: None) -> None:
+        self.grad[self.index, cols] = g.to(self.grad.dtype)
 
-    def finish_rows(self) -> None:
+    def finish_rows(self, factor: None = None) -> None:
         pass
 
     def gradients(self) -> tuple[Tensor | None, None, None]:

@@ -16,51 +16,7 @@ from torch import Tensor
 from .. import planning
 from ..cpp import library
 from . import elementwise
-
-
-class Workspace:
-    """Reuses one buffer per use for all blocks of a call, on a CPU.
-
-    Allocating each block on a CPU costs as much as writing it: the system clears every page first. A GPU's allocator
-    does not clear, so there the workspace keeps no buffers.
-    """
-
-    def __init__(self, device: torch.device, in_cpp: bool = False):
-        self.buffers: dict[str, Tensor] | None = {} if device.type == "cpu" else None
-        self.in_cpp = in_cpp  # whether bf16 products may come from C++
-        self.lent: dict[str, Tensor] = {}  # by use: where the next result is wanted, for results of its shape and dtype
-
-    def empty(self, use: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
-        """Returns the buffer for `use`, valid until the next call for that use; on a GPU None: allocate it yourself."""
-        if self.buffers is None:
-            return None
-        lent = self.lent.get(use)
-        if lent is not None and lent.shape == shape and lent.dtype == dtype:
-            return lent
-        numel = shape[0] * shape[1]
-        buffer = self.buffers.get(use)
-        if buffer is None or buffer.numel() < numel or buffer.dtype != dtype:
-            buffer = self.buffers[use] = torch.empty(numel, dtype=dtype)
-        return buffer[:numel].view(shape)
-
-    def forget(self, *uses: str) -> None:
-        """Frees the buffers for `uses`, or all."""
-        for use in uses or tuple(self.buffers or ()):
-            (self.buffers or {}).pop(use, None)
-
-    @contextmanager
-    def lending(self, **places: Tensor):
-        """Lets the next results for these uses be written where they are wanted."""
-        self.lent = places
-        try:
-            yield
-        finally:
-            self.lent = {}
-
-    def cast(self, use: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns `x` in `dtype`; `x` itself if it already has that dtype."""
-        out = None if x.dtype == dtype else self.empty(use, tuple(x.shape), dtype)
-        return x.to(dtype) if out is None else out.copy_(x)
+from .workspace import Workspace
 
 
 def logits(
@@ -112,6 +68,16 @@ def hidden_grad(g: Tensor, w: Tensor, out_dtype: torch.dtype | None = None) -> T
     dtype = product_dtype(g.dtype, g.device)
     g, w = g.to(dtype), w.to(dtype)
     return _linear_fp32(g, w.T) if g.dtype == torch.float32 else torch.mm(g, w)
+
+
+def add_hidden_grad(acc: Tensor, g: Tensor, w: Tensor, work: Workspace) -> None:
+    """Adds `g @ w` to `acc` `[R, H]` (fp32 or fp64) in place. `g` is `[R, C]`, `w` is `[C, H]`."""
+    bf16 = g.dtype == w.dtype == torch.bfloat16 and acc.dtype == torch.float32
+    if bf16 and work.in_cpp and multiplies_bf16(w.shape[1]):
+        packed = work.empty("packed rows of the head", (library.PACKED_ROWS, w.shape[1]), w.dtype)
+        library.add_product(g, w, acc, packed)
+    else:
+        acc += hidden_grad(g, w)
 
 
 def add_weight_grad(acc: Tensor, g: Tensor, h: Tensor, overwrite: bool = False) -> None:

@@ -33,6 +33,9 @@ COMPILERS = ("g++", "clang++", "c++")
 TERMS = (
     *("forward_kl", "reverse_kl", "jeffreys", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha"),
 )  # fmt: skip
+# Of the head, for `add_product`: two groups, one of which is read while the other is written. Groups of 1,024 and 2,048
+# rows are equally fast (AMD, AVX-512), smaller ones slower.
+PACKED_ROWS = 2 * 1024
 VECTORS = ("value", "raw", "scale", "extreme", "c", "mean", "top", "lse", "entropy_s", "entropy_t")
 
 
@@ -72,8 +75,8 @@ def rows_library() -> ctypes.CDLL:
 
 @cache
 def product_library() -> ctypes.CDLL | None:
-    """Returns the library of `product`. None if it cannot be built, if this torch does not export what it calls, or if
-    the processor has no kernel for it."""
+    """Returns the library of `product` and `add_product`. None if it cannot be built, if this torch does not export
+    what it calls, or if the processor has no kernel for it."""
     folder = Path(torch.__file__).parent / "lib"
     try:
         library = ctypes.CDLL(str(built("product.cpp", (f"-L{folder}", "-ltorch_cpu", f"-Wl,-rpath,{folder}"))))
@@ -82,6 +85,8 @@ def product_library() -> ctypes.CDLL | None:
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     library.atesd_product.restype = ctypes.c_bool
     library.atesd_product.argtypes = [pointer, pointer, pointer, count, count, count, count]
+    library.atesd_add_product.restype = ctypes.c_bool
+    library.atesd_add_product.argtypes = [*(pointer, pointer, pointer, count, count, count, count), pointer, count]
     h, w, out = (
         torch.ones(3, 2, dtype=torch.bfloat16),
         torch.ones(2, 2, dtype=torch.bfloat16),
@@ -95,8 +100,21 @@ def product(h: Tensor, w: Tensor, out: Tensor) -> Tensor:
     """Writes `h @ w.T` of bf16 matrices to `out`, in fp32: `[R, K]`, `[V, K]`, `[R, V]`. K must be even."""
     library, h, w = product_library(), h.contiguous(), w.contiguous()
     if not library.atesd_product(h.data_ptr(), w.data_ptr(), out.data_ptr(), *out.shape, h.shape[1], out.stride(0)):
-        raise RuntimeError(f"oneDNN has no kernel for the product of {tuple(h.shape)} and {tuple(w.shape)} in bf16")
+        raise no_kernel(h, w)
     return out
+
+
+def add_product(g: Tensor, w: Tensor, acc: Tensor, packed: Tensor) -> None:
+    """Adds `g @ w` of bf16 matrices to `acc`, contiguous fp32: `[R, C]`, `[C, K]`, `[R, K]`. The rows of `g` may lie
+    apart. `packed`, bf16, is memory to work in: `[PACKED_ROWS, K]`."""
+    library, w = product_library(), w.contiguous()
+    pointers = g.data_ptr(), w.data_ptr(), acc.data_ptr()
+    if not library.atesd_add_product(*pointers, *g.shape, w.shape[1], g.stride(0), packed.data_ptr(), len(packed) // 2):
+        raise no_kernel(g, w)
+
+
+def no_kernel(x: Tensor, w: Tensor) -> RuntimeError:
+    return RuntimeError(f"oneDNN has no kernel for the product of {tuple(x.shape)} and {tuple(w.shape)} in bf16")
 
 
 def divergence(
@@ -105,9 +123,9 @@ def divergence(
 ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
     """Runs the rows of `s` and `d`, `[R, V]` fp32 with rows of one stride, which it overwrites.
 
-    Writes the gradient by the scaled logits, times `factor` `[R]`, to `out` (fp32, which may be `d`, or bf16). Without
-    `factor`, `scale` is still missing in it. Returns the VECTORS `[R]`, and both models' most likely tokens `[2, R]`.
-    Entropies and tokens are those of `stats` only.
+    Writes the gradient by the scaled logits, times `factor` `[R]`, to `out`: fp32 or bf16, with rows as many bytes
+    apart as those of `d`, in which it may lie. Without `factor`, `scale` is still missing in it. Returns the VECTORS
+    `[R]`, and both models' most likely tokens `[2, R]`. Entropies and tokens are those of `stats` only.
     """
     rows, vocab = s.shape
     vectors = torch.empty(len(VECTORS), rows, dtype=torch.float32)
@@ -123,7 +141,8 @@ def divergence(
 def logprobs(z: Tensor, out: Tensor | None, scale: float, factor: Tensor | None) -> Tensor:
     """Returns largest logit, log-sum-exp and entropy of each row of `z` `[R, V]` fp32: `[3, R]`.
 
-    Writes the gradient of -lse by the scaled logits, times `factor` `[R]`, to `out`, and overwrites `z` then.
+    Writes the gradient of -lse by the scaled logits, times `factor` `[R]`, to `out`, whose rows are as many bytes apart
+    as those of `z`, in which it may lie. Overwrites `z`.
     """
     vectors = torch.empty(3, len(z), dtype=torch.float32)
     bf16 = out is not None and out.dtype == torch.bfloat16

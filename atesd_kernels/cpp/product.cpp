@@ -1,9 +1,17 @@
-// bf16 times bf16 to fp32, which torch.mm has on a GPU only. The multiplication is oneDNN's, through the function that
-// libtorch exports for it; its declaration is repeated here so that no header of torch has to be compiled.
+// Products of bf16 matrices with fp32 results, which torch.mm has on a GPU only. The multiplication is oneDNN's, through
+// the function that libtorch exports for it; its declaration is repeated here so that no header of torch has to be
+// compiled. The second factor, the head, lies in memory as torch has it. Its parts are brought into the layout of bf16
+// instructions, pairs of factors beside each other, just before they are multiplied: with vectors this costs 3 % of
+// the product, so no packed head has to be kept.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
+#include <utility>
 #include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace c10 {
 struct BFloat16;
@@ -14,14 +22,93 @@ void brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t l
 void brgemm_release(bool is_vnni);
 }  // namespace at::native::cpublas
 
+namespace {
+
 constexpr int64_t COLUMNS = 64;  // of a block: 64 to 256 are equally fast (AMD, AVX-512), fewer are slower
-constexpr int64_t ROWS = 64;     // oneDNN keeps a kernel for each number of rows: few numbers, however long a chunk
+constexpr int64_t ROWS = 64;     // at most. oneDNN keeps a kernel for each number: few numbers, however long a chunk
+
+// Equal blocks: a last one of few rows multiplies slowly.
+int64_t row_block(int64_t rows) {
+  const int64_t blocks = std::max<int64_t>(1, (rows + ROWS - 1) / ROWS);
+  return (rows + blocks - 1) / blocks;
+}
+
+// c [m, n] = a [m, k] @ b, or added to it. False if oneDNN has no kernel: an exception must not leave a thread.
+bool multiply(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t stride_a, const uint32_t* b, float* c,
+              int64_t stride_c, bool add) {
+  try {
+    at::native::cpublas::brgemm(m, n, k, stride_a, n, stride_c, add, reinterpret_cast<const c10::BFloat16*>(a),
+                                reinterpret_cast<const c10::BFloat16*>(b), c, true);
+    return true;
+  } catch (...) {
+    return false;
+  }
+}
+
+#ifdef __AVX512F__
+// to[i, j] = from[j, i], 16 by 16.
+void transpose16(const uint32_t* from, int64_t stride_from, uint32_t* to, int64_t stride_to) {
+  __m512i rows[16], pairs[16];
+  for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(from + i * stride_from);
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // rows[i + c]: in its lane l, column 4 l + c of rows i to i + 3
+    for (int half = 0; half < 2; ++half) {
+      rows[i + 2 * half] = _mm512_unpacklo_epi64(pairs[i + half], pairs[i + half + 2]);
+      rows[i + 2 * half + 1] = _mm512_unpackhi_epi64(pairs[i + half], pairs[i + half + 2]);
+    }
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m512i even0 = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0x88);
+    const __m512i even8 = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0x88);
+    const __m512i odd0 = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0xdd);
+    const __m512i odd8 = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0xdd);
+    _mm512_storeu_si512(to + c * stride_to, _mm512_shuffle_i32x4(even0, even8, 0x88));
+    _mm512_storeu_si512(to + (4 + c) * stride_to, _mm512_shuffle_i32x4(odd0, odd8, 0x88));
+    _mm512_storeu_si512(to + (8 + c) * stride_to, _mm512_shuffle_i32x4(even0, even8, 0xdd));
+    _mm512_storeu_si512(to + (12 + c) * stride_to, _mm512_shuffle_i32x4(odd0, odd8, 0xdd));
+  }
+}
+#endif
+
+// to[i, j] = from[j, i]: from [n, m] and to [m, n], both contiguous.
+void transpose(const uint32_t* from, uint32_t* to, int64_t n, int64_t m) {
+  for (int64_t j = 0; j < n; j += 16) {
+    for (int64_t i = 0; i < m; i += 16) {
+      const int64_t last_i = std::min(m, i + 16), last_j = std::min(n, j + 16);
+#ifdef __AVX512F__
+      if (last_i == i + 16 && last_j == j + 16) {
+        transpose16(from + j * m + i, m, to + i * n + j, n);
+        continue;
+      }
+#endif
+      for (int64_t row = i; row < last_i; ++row) {
+        for (int64_t column = j; column < last_j; ++column) to[row * n + column] = from[column * m + row];
+      }
+    }
+  }
+}
+
+void interleave(const uint16_t* even, const uint16_t* odd, uint32_t* to, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) to[j] = even[j] | static_cast<uint32_t>(odd[j]) << 16;
+}
+
+float widened(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+}  // namespace
 
 // out [R, V], whose rows are `stride` apart, = h [R, K] @ w [V, K].T, both contiguous; K is even. Returns whether this
 // processor can: oneDNN throws where it has no kernel.
 extern "C" bool atesd_product(const void* h, const void* w, float* out, int64_t rows, int64_t vocab, int64_t k,
                               int64_t stride) {
-  const int64_t pairs = k / 2, blocks = (vocab + COLUMNS - 1) / COLUMNS;
+  const int64_t pairs = k / 2, blocks = (vocab + COLUMNS - 1) / COLUMNS, row_step = row_block(rows);
   const auto* entries = static_cast<const uint32_t*>(w);  // two bf16 numbers each
   const auto* states = static_cast<const uint16_t*>(h);
   std::atomic<bool> can{true};
@@ -31,25 +118,57 @@ extern "C" bool atesd_product(const void* h, const void* w, float* out, int64_t 
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t first = block * COLUMNS, n = std::min(COLUMNS, vocab - first);
-      // the layout of bf16 instructions: pairs of factors beside each other, column by column
-      for (int64_t j0 = 0; j0 < n; j0 += 16) {
-        const int64_t j1 = std::min(n, j0 + 16);
-        for (int64_t i = 0; i < pairs; ++i) {
-          for (int64_t j = j0; j < j1; ++j) packed[i * n + j] = entries[(first + j) * pairs + i];
-        }
-      }
-      try {  // an exception must not leave a thread
-        for (int64_t row = 0; row < rows && can; row += ROWS) {
-          at::native::cpublas::brgemm(std::min(ROWS, rows - row), n, k, k, n, stride, false,
-                                      reinterpret_cast<const c10::BFloat16*>(states + row * k),
-                                      reinterpret_cast<const c10::BFloat16*>(packed.data()),
-                                      out + row * stride + first, true);
-        }
-      } catch (...) {
-        can = false;
+      transpose(entries + first * pairs, packed.data(), n, pairs);
+      for (int64_t row = 0; row < rows && can; row += row_step) {
+        const int64_t m = std::min(row_step, rows - row);
+        float* to = out + row * stride + first;
+        if (!multiply(m, n, k, states + row * k, k, packed.data(), to, stride, false)) can = false;
       }
     }
     if (can) at::native::cpublas::brgemm_release(true);
+  }
+  return can;
+}
+
+// acc [R, K], contiguous, += g [R, C], whose rows are `stride` apart, @ w [C, K], contiguous. `packed` is memory to work
+// in: two times `group` rows of w, an even number.
+extern "C" bool atesd_add_product(const void* g, const void* w, float* acc, int64_t rows, int64_t common, int64_t k,
+                                  int64_t stride, uint32_t* packed, int64_t group) {
+  const auto* gradient = static_cast<const uint16_t*>(g);
+  const auto* head = static_cast<const uint16_t*>(w);
+  const int64_t column_blocks = (k + COLUMNS - 1) / COLUMNS, row_step = row_block(rows);
+  const int64_t blocks = rows == 0 ? 0 : (rows + row_step - 1) / row_step * column_blocks;
+  std::atomic<bool> can{true};
+#pragma omp parallel firstprivate(packed)
+  {
+    uint32_t* other = packed + group / 2 * k;
+    for (int64_t first = 0; first < common - 1; first += group) {
+      const int64_t n = std::min(group, common - first) / 2 * 2;
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < n / 2; ++i) {
+        const uint16_t *even = head + (first + 2 * i) * k, *odd = even + k;
+        for (int64_t begin = 0; begin < k; begin += COLUMNS) {
+          const int64_t width = std::min(COLUMNS, k - begin);
+          interleave(even + begin, odd + begin, packed + begin * (n / 2) + i * width, width);
+        }
+      }
+#pragma omp for schedule(static) nowait
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t begin = block % column_blocks * COLUMNS, row = block / column_blocks * row_step;
+        const int64_t m = std::min(row_step, rows - row), width = std::min(COLUMNS, k - begin);
+        const uint16_t* from = gradient + row * stride + first;
+        float* to = acc + row * k + begin;
+        if (can && !multiply(m, width, n, from, stride, packed + begin * (n / 2), to, k, true)) can = false;
+      }
+      std::swap(packed, other);  // others may still read it; all have left it when the next packing loop ends
+    }
+    if (can) at::native::cpublas::brgemm_release(true);
+  }
+  if (common % 2 == 0) return can;
+  const uint16_t* last = head + (common - 1) * k;
+  for (int64_t row = 0; row < rows; ++row) {
+    const float factor = widened(gradient[row * stride + common - 1]);
+    for (int64_t j = 0; j < k; ++j) acc[row * k + j] += factor * widened(last[j]);
   }
   return can;
 }

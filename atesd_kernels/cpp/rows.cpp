@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "terms.h"
 
@@ -34,6 +35,18 @@ constexpr int64_t BLOCK = 1024;
 template <class Body>
 ATESD_INLINE void over_blocks(int64_t n, const Body& body) {
   for (int64_t j = 0; j < n; j += BLOCK) body(j, std::min(n, j + BLOCK));
+}
+
+// Calls `value` for n entries and stores what it returns. `to` may be where `value` reads, also for BFloat16: the first
+// half of a row of floats.
+template <class Out, class Value>
+ATESD_INLINE void store_row(Out* to, int64_t n, const Value& value) {
+  over_blocks(n, [&](int64_t begin, int64_t end) {
+    Out block[BLOCK];
+#pragma omp simd
+    for (int64_t j = begin; j < end; ++j) store(block[j - begin], value(j));
+    std::memcpy(to + begin, block, (end - begin) * sizeof(Out));
+  });
 }
 
 // Returns the largest number, NaN if one of them is NaN.
@@ -123,11 +136,10 @@ double log1p_remainder(double E) {
   return E * h - 2 * h * s * (1 / 3. + s * (1 / 5. + s * (1 / 7. + s * (1 / 9. + s * (1 / 11. + s / 13.)))));
 }
 
-// Writes weight (centre + d) multiple to `out`, which may be d.
+// Writes weight (centre + d) multiple to `out`, which may lie in d.
 template <class Out>
 void gradient(const float* weight, const float* d, Out* out, int64_t n, float centre, float multiple) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) store(out[j], weight[j] * (centre + d[j]) * multiple);
+  store_row(out, n, [&](int64_t j) { return weight[j] * (centre + d[j]) * multiple; });
 }
 
 // A KL needs no sweep of its own for its terms: they follow from sums over y. The value is, with E and L the means of e
@@ -247,6 +259,12 @@ void divergence_row(int64_t row, float* s, float* d, Out* out, int64_t n, float 
   if (!finite) to.extreme[row] = NAN;  // min and max miss a NaN
 }
 
+// A row of Out lies where a row of floats would.
+template <class Out>
+Out* row_of(void* out, int64_t start) {
+  return reinterpret_cast<Out*>(static_cast<float*>(out) + start);
+}
+
 struct Call {
   float *s, *d;
   void* out;
@@ -262,7 +280,7 @@ void all_rows(const Call& call) {
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < call.rows; ++row) {
     const int64_t start = row * call.stride;
-    Out* out = call.out == nullptr ? nullptr : static_cast<Out*>(call.out) + start;
+    Out* out = call.out == nullptr ? nullptr : row_of<Out>(call.out, start);
     divergence_row<Term, SHIFTED, CLIPS>(row, call.s + start, call.d + start, out, call.n, call.scale_s, call.scale_d,
                                          call.beta, call.entry_clip, call.factor, call.stats, call.to);
   }
@@ -278,7 +296,7 @@ void run(const Call& call, bool clips, bool bf16) {
 }
 
 template <class Out>
-void logprob_rows(float* z, Out* out, int64_t rows, int64_t n, int64_t stride, float scale, const float* factor,
+void logprob_rows(float* z, void* out, int64_t rows, int64_t n, int64_t stride, float scale, const float* factor,
                   float* top, float* lse, float* entropy) {
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < rows; ++row) {
@@ -292,10 +310,8 @@ void logprob_rows(float* z, Out* out, int64_t rows, int64_t n, int64_t stride, f
     lse[row] = static_cast<float>(static_cast<double>(high) * scale + std::log(mass));
     entropy[row] = static_cast<float>(std::log(mass) - sum / mass);
     if (out == nullptr) continue;
-    Out* g = out + row * stride;
     const float multiple = static_cast<float>(-(factor == nullptr ? 1.0 : factor[row]) / mass);
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) store(g[j], s[j] * multiple);
+    store_row(row_of<Out>(out, row * stride), n, [&](int64_t j) { return s[j] * multiple; });
   }
 }
 
@@ -328,8 +344,8 @@ extern "C" void atesd_logprobs(bool bf16, float* z, void* out, int64_t rows, int
                                const float* factor, float* vectors) {
   float *top = vectors, *lse = vectors + rows, *entropy = vectors + 2 * rows;
   if (bf16) {
-    logprob_rows(z, static_cast<BFloat16*>(out), rows, n, stride, scale, factor, top, lse, entropy);
+    logprob_rows<BFloat16>(z, out, rows, n, stride, scale, factor, top, lse, entropy);
   } else {
-    logprob_rows(z, static_cast<float*>(out), rows, n, stride, scale, factor, top, lse, entropy);
+    logprob_rows<float>(z, out, rows, n, stride, scale, factor, top, lse, entropy);
   }
 }

@@ -154,6 +154,37 @@ def test_products_of_bf16_matrices_are_rounded_to_fp32_only(shape):
     assert (out[:, vocab:] == 0).all()
 
 
+@pytest.mark.skipif(not matmul.multiplies_bf16(64), reason="needs bf16 instructions")
+@pytest.mark.parametrize("shape", [(1, 64, 64), (67, 1009, 48), (130, 2050, 70), (129, 4099, 3), (5, 1, 16), (0, 8, 8)])
+def test_products_with_bf16_gradients_add_to_fp32_sums(shape):
+    rows, common, k = shape
+    apart = torch.full((rows, common + 5), torch.nan).bfloat16()  # what lies beside the factor is no part of it
+    g, w = apart[:, :common], vectors(common, k, 1).bfloat16()
+    g.copy_(vectors(rows, common))
+    before = vectors(rows, k, 2)
+    acc, packed = before.clone(), torch.full((library.PACKED_ROWS, k), torch.nan).bfloat16()
+    library.add_product(g, w, acc, packed)
+    assert rows == 0 or relative_l2(acc, before.double() + g.double() @ w.double()) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("vocab", [1, 1023, 1025, 5003])
+def test_a_bf16_gradient_may_lie_where_its_logits_were(name, vocab):
+    s, d = vectors(5, vocab), vectors(5, vocab, 1) * 0.1
+    apart, found = torch.empty(5, 2 * vocab).bfloat16()[:, :vocab], []
+    for out, place in ((apart, d.clone()), (None, d.clone())):
+        out = place.view(torch.bfloat16)[:, :vocab] if out is None else out
+        library.divergence(name, 0.5, s.clone(), place, out, 1.0, 1.0, None, None, False)
+        found.append(out.clone())
+    assert torch.equal(*found) and (found[0].any() or vocab == 1)
+    found = []
+    for z in (s.clone(), s.clone()):
+        out = apart if not found else z.view(torch.bfloat16)[:, :vocab]
+        library.logprobs(z, out, 1.0, None)
+        found.append(out.clone())
+    assert torch.equal(*found) and found[0].any()
+
+
 def test_one_thread_and_two_give_the_same_bits():
     pair = make_pair(n=40, v=1009)
     threads, found = torch.get_num_threads(), []

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
-from atesd_kernels.backends import matmul
+from atesd_kernels.backends import matmul, workspace
 from atesd_kernels.backends.workspace import Workspace
 from atesd_kernels.planning import CPP, ChunkPlan, choose_backend, gpu_chunk_bytes, gpu_memory
 from bench.entrants import Inputs
@@ -117,30 +118,36 @@ def own_gemms(x: Inputs, backward: bool, models: int = 2) -> None:
 
 
 def cpu_gemms(x: Inputs, backward: bool, models: int, in_cpp: bool) -> None:
-    """With `in_cpp` as `backends/cpp_chunk.py` multiplies: whole rows, one product for both models, and fp32
-    results also of bf16 products."""
+    """With `in_cpp` as `backends/cpp_chunk.py` multiplies: fp32 results in whole rows, one product for both models, and
+    for the gradient whatever bits lie in the rows."""
     device, vocab = x.student.device, len(x.weight)
     dtype = matmul.product_dtype(x.student.dtype, device)
     plan = ChunkPlan.make(len(x.student), vocab, 4 * models, device, None, block_bytes=8 if in_cpp else 16)
     whole = in_cpp and matmul.writes_in_place(x.weight.dtype, x.student.shape[1])
-    work = Workspace(device, in_cpp)
-    difference = (x.teacher.float() - x.student.float()).to(dtype)
-    width = vocab * (4 // dtype.itemsize if in_cpp else 1)  # the gradient lies in rows of floats
-    gradient = torch.full((plan.rows, width), 1e-3, dtype=dtype)[:, :vocab]
+    work, difference = Workspace(device, in_cpp), (x.teacher.float() - x.student.float()).to(dtype)
+    buffer = workspace.new(models * plan.rows * vocab, torch.float32, device)
     for rows in plan.row_chunks(len(x.student)):
         total, h = torch.zeros(x.student[rows].shape), x.student[rows]
-        g = gradient[: len(h)]
+        both = buffer[: models * len(h) * vocab].view(-1, vocab)
+        places = {"both": both, "student": both[: len(h)], "difference": both[-len(h) :]}
         for cols in [slice(0, vocab)] if whole else plan.blocks(vocab):
-            weight = x.weight[cols]
-            if models == 2 and in_cpp and h.dtype == dtype:
-                matmul.logits(torch.cat([h, difference[rows]]), weight, torch.float32, work=work, use="both")
-                continue
-            matmul.logits(h, weight, torch.float32, work=work, use="student")
-            if models == 2:
-                out = torch.float32 if in_cpp else dtype
-                matmul.logits(difference[rows], work.cast("head", weight, dtype), out, work=work, use="difference")
+            with work.lending(**{use: place[:, cols] for use, place in places.items()} if in_cpp else {}):
+                products(x.weight[cols], h, difference[rows] if models == 2 else None, dtype, work)
+        gradient = both[-len(h) :].view(dtype)[:, :vocab]
         for cols in plan.blocks(vocab) if backward else ():
-            matmul.add_hidden_grad(total, g[:, cols], work.cast("head", x.weight[cols], dtype), work)
+            w = work.cast("head", x.weight[cols], dtype)
+            matmul.add_hidden_grad(total, gradient[:, cols], w, work)
+
+
+def products(weight: Tensor, h: Tensor, difference: Tensor | None, dtype: torch.dtype, work: Workspace) -> None:
+    """The logits of `h`, and their differences to the teacher's."""
+    if difference is not None and work.in_cpp and h.dtype == dtype:
+        matmul.logits(torch.cat([h, difference]), weight, torch.float32, work=work, use="both")
+        return
+    matmul.logits(h, weight, torch.float32, work=work, use="student")
+    if difference is not None:
+        out = torch.float32 if work.in_cpp else dtype
+        matmul.logits(difference, work.cast("head", weight, dtype), out, work=work, use="difference")
 
 
 def mm_gemms(x: Inputs, backward: bool, models: int = 2, rows: int = 512) -> None:

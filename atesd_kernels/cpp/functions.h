@@ -1,6 +1,7 @@
 // exp, expm1, log and log1p of floats, without branches, so that a compiler can make vectors of them. Relative errors are
 // below 3e-7 (tests/kernels/test_cpp.py).
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -14,17 +15,25 @@ constexpr float LOG2E = 1.44269504f, LN2_HIGH = 0.693145752f, LN2_LOW = 1.428606
 ATESD_INLINE float smaller(float a, float b) { return a < b ? a : b; }  // std::min takes references, which no vector has
 ATESD_INLINE float larger(float a, float b) { return a > b ? a : b; }
 
-// 2^n for an integral n in [-126, 127].
-ATESD_INLINE float power_of_two(float n) {
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+ATESD_INLINE int32_t bits_of(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// 2^n, for n in [-126, 127] or the nearest of these. Limits of integers are one instruction each, those of floats many.
+ATESD_INLINE float power_of_two(int32_t n) {
+  const int32_t bits = (std::min(std::max(n, -126), 127) + 127) << 23;
   float power;
   std::memcpy(&power, &bits, sizeof power);
   return power;
 }
 
-// x = n ln 2 + r: returns exp(r) - 1 for |r| <= ln(2) / 2, and 2^n. x lies in [-87, 88].
+constexpr float ROUNDS = 12582912.0f;  // 1.5 2^23: the sum's last bits are the other number, rounded to an integer
+
+// x = n ln 2 + r: returns exp(r) - 1 for |r| <= ln(2) / 2, and 2^n. |x| lies below 10^6.
 ATESD_INLINE float reduced_expm1(float x, float& power) {
-  const float n = __builtin_rintf(x * LOG2E);
+  const float sum = x * LOG2E + ROUNDS, n = sum - ROUNDS;
   const float r = (x - n * LN2_HIGH) - n * LN2_LOW;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -32,26 +41,20 @@ ATESD_INLINE float reduced_expm1(float x, float& power) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  power = power_of_two(larger(smaller(n, 127.0f), -126.0f));  // NaN becomes a number: no integer is NaN
+  power = power_of_two(bits_of(sum) - bits_of(ROUNDS));
   return p * r * r + r;
-}
-
-// NaN stays NaN.
-ATESD_INLINE float clamped(float x) {
-  const float high = x > 88.0f ? 88.0f : x;
-  return high < -87.0f ? -87.0f : high;
 }
 
 // 0 below -87: such a probability is none.
 ATESD_INLINE float exp(float x) {
   float power;
-  const float e = reduced_expm1(clamped(x), power);
+  const float e = reduced_expm1(x, power);
   return x < -87.0f ? 0.0f : e * power + power;
 }
 
 ATESD_INLINE float expm1(float x) {
   float power;
-  const float e = reduced_expm1(clamped(x), power);
+  const float e = reduced_expm1(x, power);
   return e * power + (power - 1.0f);
 }
 
@@ -71,21 +74,18 @@ ATESD_INLINE float log_of(float f, float n) {
 }
 
 // The n of log_of for a positive normal number.
-ATESD_INLINE float exponent(float u) {
-  int32_t bits;
-  std::memcpy(&bits, &u, sizeof bits);
-  return static_cast<float>((bits - 0x3f3504f3) >> 23);  // 0x3f3504f3 is sqrt(1/2)
-}
+ATESD_INLINE int32_t exponent(float u) { return (bits_of(u) - 0x3f3504f3) >> 23; }  // 0x3f3504f3 is sqrt(1/2)
 
 ATESD_INLINE float log(float u) {
-  const float n = exponent(u);
-  return log_of(u * power_of_two(-n) - 1.0f, n);
+  const int32_t n = exponent(u);
+  return log_of(u * power_of_two(-n) - 1.0f, static_cast<float>(n));
 }
 
 // log(1 + z) for z > -1. f is formed without the rounding of 1 + z: for small z it is z.
 ATESD_INLINE float log1p(float z) {
-  const float n = exponent(1.0f + z), down = power_of_two(-n);
-  return log_of(z * down + (down - 1.0f), n);
+  const int32_t n = exponent(1.0f + z);
+  const float down = power_of_two(-n);
+  return log_of(z * down + (down - 1.0f), static_cast<float>(n));
 }
 
 }  // namespace atesd

@@ -102,10 +102,12 @@ ATESD_INLINE float teacher_logit(float weight, float d, float mean, float scale)
   return logarithm + (d - mean) * scale;
 }
 
-// Returns the teacher's entropy and most likely token.
+// Returns the teacher's entropy and most likely token, 0 where no logit is a number.
 float teacher(const float* weight, const float* d, int64_t n, float mean, float scale, int64_t& token) {
   double total = 0, moment = 0;
   float best = -INFINITY;
+  token = 0;
+  int64_t from = 0;  // the block with the largest logit
   over_blocks(n, [&](int64_t begin, int64_t end) {
     float mass = 0, sum = 0, high = -INFINITY;
 #pragma omp simd reduction(+ : mass, sum) reduction(max : high)
@@ -117,15 +119,17 @@ float teacher(const float* weight, const float* d, int64_t n, float mean, float 
     }
     total += mass;
     moment += sum;
-    if (high > best) {
-      best = high;
-      token = begin;
-      for (int64_t j = begin; j < end; ++j) {
-        const auto v = [&](int64_t i) { return teacher_logit(weight[i], d[i], mean, scale); };
-        if (v(j) > v(token)) token = j;
-      }
-    }
+    from = high > best ? begin : from;
+    best = std::max(best, high);
   });
+  best = -INFINITY;  // the compiler may round a vector's entries otherwise than a single one
+  for (int64_t j = from; j < std::min(n, from + BLOCK); ++j) {
+    const float v = teacher_logit(weight[j], d[j], mean, scale);
+    if (v > best) {
+      best = v;
+      token = j;
+    }
+  }
   return static_cast<float>(std::log(total) - moment / total);
 }
 

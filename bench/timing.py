@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from atesd_kernels.backends import matmul, workspace
+from atesd_kernels.backends import matmul
 from atesd_kernels.backends.workspace import Workspace
 from atesd_kernels.planning import CPP, ChunkPlan, choose_backend, gpu_chunk_bytes, gpu_memory
 from bench.entrants import Inputs
@@ -118,14 +118,19 @@ def own_gemms(x: Inputs, backward: bool, models: int = 2) -> None:
 
 
 def cpu_gemms(x: Inputs, backward: bool, models: int, in_cpp: bool) -> None:
-    """With `in_cpp` as `backends/cpp_chunk.py` multiplies: fp32 results in whole rows, one product for both models, and
-    for the gradient whatever bits lie in the rows."""
+    """Multiplies as the losses do, in memory that is new in each call, as theirs is.
+
+    With `in_cpp` that is as in `backends/cpp_chunk.py`: fp32 results in whole rows, and one product for both models.
+    The gradient is whatever bits then lie in the rows.
+    """
     device, vocab = x.student.device, len(x.weight)
     dtype = matmul.product_dtype(x.student.dtype, device)
     plan = ChunkPlan.make(len(x.student), vocab, 4 * models, device, None, block_bytes=8 if in_cpp else 16)
     whole = in_cpp and matmul.writes_in_place(x.weight.dtype, x.student.shape[1])
     work, difference = Workspace(device, in_cpp), (x.teacher.float() - x.student.float()).to(dtype)
-    buffer = workspace.new(models * plan.rows * vocab, torch.float32, device)
+    buffer = torch.empty(models * plan.rows * vocab)
+    if not in_cpp:
+        buffer.fill_(1e-3)  # the blocks' products are written elsewhere
     for rows in plan.row_chunks(len(x.student)):
         total, h = torch.zeros(x.student[rows].shape), x.student[rows]
         both = buffer[: models * len(h) * vocab].view(-1, vocab)
@@ -140,7 +145,7 @@ def cpu_gemms(x: Inputs, backward: bool, models: int, in_cpp: bool) -> None:
 
 
 def products(weight: Tensor, h: Tensor, difference: Tensor | None, dtype: torch.dtype, work: Workspace) -> None:
-    """The logits of `h`, and their differences to the teacher's."""
+    """Multiplies the head by `h`, and by the teacher's `difference` from it if there is one."""
     if difference is not None and work.in_cpp and h.dtype == dtype:
         matmul.logits(torch.cat([h, difference]), weight, torch.float32, work=work, use="both")
         return

@@ -79,18 +79,19 @@ class LinearGradients:
     def take_gradient(self, cols: slice, g: Tensor, factor: Tensor | None) -> None:
         """Adds a block's gradient `g` `[R, C]` to those of hidden states (times row `factor` `[R]`), head and bias."""
         if self.rows_grad is not None:
-            total = self.rows_grad if factor is None else torch.zeros_like(self.rows_grad)
-            matmul.add_hidden_grad(total, g, self.work.cast("head", self.weight[cols], g.dtype), self.work)
-            if factor is not None:
-                self.rows_grad += total.mul_(factor[:, None])
+            w = self.work.cast("head", self.weight[cols], g.dtype)
+            if factor is None:
+                matmul.add_hidden_grad(self.rows_grad, g, w, self.work)
+            else:
+                self.rows_grad += matmul.hidden_grad(g, w) * factor[:, None]
         if self.weight_grad is not None:
             matmul.add_weight_grad(self.weight_grad[cols], g, self.rows, overwrite=not self.begun)
         if self.bias_grad is not None:
             self.bias_grad[cols] += g.sum(0, dtype=self.dtype)
 
     def finish_rows(self, factor: Tensor | None = None) -> None:
-        """Ends a chunk, all blocks of which were taken. Row `factor` `[R]` is another one of the hidden states'
-        gradient."""
+        """Ends a chunk, all blocks of which were taken. Multiplies its gradient of the hidden states by row `factor`
+        `[R]`, if given."""
         self.begun = True
         if self.rows_grad is not None:
             (grad,) = self.shards.sum(self.rows_grad)

@@ -73,8 +73,8 @@ def hidden_grad(g: Tensor, w: Tensor, out_dtype: torch.dtype | None = None) -> T
 def add_hidden_grad(acc: Tensor, g: Tensor, w: Tensor, work: Workspace) -> None:
     """Adds `g @ w` to `acc` `[R, H]` (fp32 or fp64) in place. `g` is `[R, C]`, `w` is `[C, H]`."""
     bf16 = g.dtype == w.dtype == torch.bfloat16 and acc.dtype == torch.float32
-    if bf16 and work.in_cpp and multiplies_bf16(w.shape[1]):
-        packed = work.empty("packed rows of the head", (library.PACKED_ROWS, w.shape[1]), w.dtype)
+    if bf16 and work.in_cpp and multiplies_bf16(2):  # any width will do
+        packed = work.empty("packed rows of the head", (library.packed_rows(len(w)), w.shape[1]), w.dtype)
         library.add_product(g, w, acc, packed)
     else:
         acc += hidden_grad(g, w)

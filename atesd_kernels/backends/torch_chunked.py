@@ -23,7 +23,7 @@ from torch import Tensor
 from ..planning import ChunkPlan, chunk_plan
 from ..spec import DivergenceSpec, RowResult
 from ..stats import TokenStats
-from . import passes, workspace
+from . import passes
 from .cpp_chunk import CppChunk, cpp_fits
 from .logit_source import GivenLogits, LinearLogits
 from .passes import NEAR
@@ -71,7 +71,7 @@ def run(spec: DivergenceSpec, source, mask: Tensor | None, row_weight: Tensor | 
     counted = torch.arange(source.num_rows, device=source.device) if mask is None else mask.nonzero().squeeze(1)
     in_cpp = cpp_fits(spec, source)
     plan = chunk_plan(spec, source, len(counted), buffers=2, in_cpp=in_cpp)
-    buffers = workspace.new(2 * min(plan.rows, len(counted)) * source.vocab, value.dtype, source.device)
+    buffers = value.new_empty(2 * min(plan.rows, len(counted)) * source.vocab)
     source.scale_gradients(row_weight)
     near = spec.term.centred is not None
     for rows in plan.row_chunks(len(counted)):

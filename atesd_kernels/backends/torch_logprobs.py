@@ -8,7 +8,7 @@ from torch import Tensor
 from ..planning import ChunkPlan, chunk_plan
 from ..spec import LogprobSpec, RowResult
 from ..stats import TokenStats
-from . import passes, workspace
+from . import passes
 from .cpp_chunk import rows_fit
 from .cpp_logprobs import CppLogprobChunk
 from .logit_source import StudentLogits
@@ -29,7 +29,7 @@ def logprob_rows(
     counted = torch.arange(source.num_rows, device=source.device) if mask is None else mask.nonzero().squeeze(1)
     in_cpp = rows_fit(spec, source)
     plan = chunk_plan(spec, source, len(counted), buffers=1, in_cpp=in_cpp)
-    buffer = workspace.new(min(plan.rows, len(counted)) * source.vocab, value.dtype, source.device)
+    buffer = value.new_empty(min(plan.rows, len(counted)) * source.vocab)
     source.scale_gradients(row_weight)
     for rows in plan.row_chunks(len(counted)):
         index = counted[rows]

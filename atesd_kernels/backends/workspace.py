@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from torch import Tensor
-
-HUGE_PAGE = 2 << 20  # bytes; x86, and ARM with pages of 4 KiB
 
 
 class Workspace:
@@ -35,7 +30,7 @@ class Workspace:
         numel = shape[0] * shape[1]
         buffer = self.buffers.get(use)
         if buffer is None or buffer.numel() < numel or buffer.dtype != dtype:
-            buffer = self.buffers[use] = new(numel, dtype, torch.device("cpu"))
+            buffer = self.buffers[use] = torch.empty(numel, dtype=dtype)
         return buffer[:numel].view(shape)
 
     def forget(self, *uses: str) -> None:
@@ -56,28 +51,3 @@ class Workspace:
         """Returns `x` in `dtype`; `x` itself if it already has that dtype."""
         out = None if x.dtype == dtype else self.empty(use, tuple(x.shape), dtype)
         return x.to(dtype) if out is None else out.copy_(x)
-
-
-def new(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns an uninitialised vector, for a large one on a CPU in huge pages if the system grants them.
-
-    The system clears each page before a call may use it: 100 MiB take 25 ms in pages of 4 KiB and 5 ms in huge ones
-    (AMD EPYC, Linux). It grants them if /sys/kernel/mm/transparent_hugepage/enabled is "madvise" or "always".
-    """
-    x = torch.empty(numel, dtype=dtype, device=device)
-    if device.type == "cpu" and x.nbytes >= 2 * HUGE_PAGE and (advise := _madvise()):
-        start = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        advise(start, x.data_ptr() + x.nbytes - start, mmap.MADV_HUGEPAGE)  # a refusal changes nothing
-    return x
-
-
-@cache
-def _madvise():
-    """Returns madvise(2) where it knows huge pages, else None."""
-    try:
-        found = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_HUGEPAGE") else None
-    except (OSError, TypeError):
-        return None
-    if found is not None:
-        found.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return found

@@ -23,7 +23,8 @@ from torch import Tensor
 
 LOG = logging.getLogger("atesd_kernels")
 SOURCES = Path(__file__).parent
-FLAGS = "-O3 -std=c++17 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC".split()
+FLAGS = "-O3 -std=c++17 -march=native -fopenmp -shared -fPIC".split()
+FLAGS += "-fno-fast-math -fno-math-errno -fno-trapping-math".split()  # functions.h needs the order of its sums
 if torch.backends.cpu.get_cpu_capability() == "AVX2":
     FLAGS.append("-mno-avx512f")  # ATEN_CPU_CAPABILITY=avx2 keeps torch from AVX-512, and this code too
 if platform.machine() == "x86_64":
@@ -33,9 +34,8 @@ COMPILERS = ("g++", "clang++", "c++")
 TERMS = (
     *("forward_kl", "reverse_kl", "jeffreys", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha"),
 )  # fmt: skip
-# Of the head, for `add_product`: two groups, one of which is read while the other is written. Groups of 1,024 and 2,048
-# rows are equally fast (AMD, AVX-512), smaller ones slower.
-PACKED_ROWS = 2 * 1024
+# Rows of the head that `add_product` packs at a time. 2,048 rows are as fast (AMD, AVX-512), fewer are slower.
+GROUP = 1024
 VECTORS = ("value", "raw", "scale", "extreme", "c", "mean", "top", "lse", "entropy_s", "entropy_t")
 
 
@@ -87,13 +87,17 @@ def product_library() -> ctypes.CDLL | None:
     library.atesd_product.argtypes = [pointer, pointer, pointer, count, count, count, count]
     library.atesd_add_product.restype = ctypes.c_bool
     library.atesd_add_product.argtypes = [*(pointer, pointer, pointer, count, count, count, count), pointer, count]
-    h, w, out = (
-        torch.ones(3, 2, dtype=torch.bfloat16),
-        torch.ones(2, 2, dtype=torch.bfloat16),
-        torch.zeros(3, 2).float(),
-    )
-    can = library.atesd_product(h.data_ptr(), w.data_ptr(), out.data_ptr(), 3, 2, 2, 2)
-    return library if can and bool((out == 2).all()) else None
+    return library if _multiplies(library) else None
+
+
+def _multiplies(library: ctypes.CDLL) -> bool:
+    """Whether both products of a block's tail come out right: 3 rows, 34 common entries, 6 columns."""
+    x, w, out = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((3, 34), (34, 6), (3, 6)))
+    packed, out = torch.zeros(packed_rows(34), 6, dtype=torch.bfloat16), out.float()
+    pointers = x.data_ptr(), w.data_ptr(), out.data_ptr()
+    can = library.atesd_product(*pointers, 3, 6, 34, 6)  # w as [6, 34]
+    can = can and library.atesd_add_product(*pointers, 3, 34, 6, 34, packed.data_ptr(), len(packed) // 2)
+    return can and bool((out == 68).all())
 
 
 def product(h: Tensor, w: Tensor, out: Tensor) -> Tensor:
@@ -104,16 +108,24 @@ def product(h: Tensor, w: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def packed_rows(common: int) -> int:
+    """Returns the rows of `add_product`'s memory: two groups. One is read while the other is written."""
+    return 2 * min(GROUP, common + common % 2)
+
+
 def add_product(g: Tensor, w: Tensor, acc: Tensor, packed: Tensor) -> None:
     """Adds `g @ w` of bf16 matrices to `acc`, contiguous fp32: `[R, C]`, `[C, K]`, `[R, K]`. The rows of `g` may lie
-    apart. `packed`, bf16, is memory to work in: `[PACKED_ROWS, K]`."""
-    library, w = product_library(), w.contiguous()
-    pointers = g.data_ptr(), w.data_ptr(), acc.data_ptr()
-    if not library.atesd_add_product(*pointers, *g.shape, w.shape[1], g.stride(0), packed.data_ptr(), len(packed) // 2):
+    apart. `packed`, bf16, is memory to work in: `[packed_rows(C), K]`."""
+    library, w, (common, k) = product_library(), w.contiguous(), w.shape
+    assert g.stride(1) == 1 or common == 1, g.stride()
+    assert acc.is_contiguous() and acc.dtype == torch.float32 and packed.shape == (packed_rows(common), k)
+    pointers, sizes = (g.data_ptr(), w.data_ptr(), acc.data_ptr()), (len(g), common, k, g.stride(0))
+    if not library.atesd_add_product(*pointers, *sizes, packed.data_ptr(), len(packed) // 2):
         raise no_kernel(g, w)
 
 
 def no_kernel(x: Tensor, w: Tensor) -> RuntimeError:
+    """Returns the error to raise."""
     return RuntimeError(f"oneDNN has no kernel for the product of {tuple(x.shape)} and {tuple(w.shape)} in bf16")
 
 

@@ -1,8 +1,7 @@
 // Products of bf16 matrices with fp32 results, which torch.mm has on a GPU only. The multiplication is oneDNN's, through
 // the function that libtorch exports for it; its declaration is repeated here so that no header of torch has to be
-// compiled. The second factor, the head, lies in memory as torch has it. Its parts are brought into the layout of bf16
-// instructions, pairs of factors beside each other, just before they are multiplied: with vectors this costs 3 % of
-// the product, so no packed head has to be kept.
+// compiled. The second factor is the head. Each part of it is packed just before it is multiplied: bf16 instructions want
+// pairs of factors beside each other. With vectors this is as fast as a head packed once a call (AMD, AVX-512).
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -25,15 +24,17 @@ void brgemm_release(bool is_vnni);
 namespace {
 
 constexpr int64_t COLUMNS = 64;  // of a block: 64 to 256 are equally fast (AMD, AVX-512), fewer are slower
-constexpr int64_t ROWS = 64;     // at most. oneDNN keeps a kernel for each number: few numbers, however long a chunk
+constexpr int64_t ROWS = 64;     // of a block, at most
 
-// Equal blocks: a last one of few rows multiplies slowly.
+// Returns the rows of a block. Blocks are nearly equal, because few rows multiply slowly. They are multiples of 4,
+// because oneDNN compiles a kernel for each number.
 int64_t row_block(int64_t rows) {
   const int64_t blocks = std::max<int64_t>(1, (rows + ROWS - 1) / ROWS);
-  return (rows + blocks - 1) / blocks;
+  return ((rows + blocks - 1) / blocks + 3) / 4 * 4;
 }
 
-// c [m, n] = a [m, k] @ b, or added to it. False if oneDNN has no kernel: an exception must not leave a thread.
+// Writes a [m, k] @ b to c [m, n], or adds it with `add`. Returns false if oneDNN has no kernel: an exception must not
+// leave a thread.
 bool multiply(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t stride_a, const uint32_t* b, float* c,
               int64_t stride_c, bool add) {
   try {
@@ -131,13 +132,13 @@ extern "C" bool atesd_product(const void* h, const void* w, float* out, int64_t 
 }
 
 // acc [R, K], contiguous, += g [R, C], whose rows are `stride` apart, @ w [C, K], contiguous. `packed` is memory to work
-// in: two times `group` rows of w, an even number.
+// in, for 2 `group` rows of w. `group` is even.
 extern "C" bool atesd_add_product(const void* g, const void* w, float* acc, int64_t rows, int64_t common, int64_t k,
                                   int64_t stride, uint32_t* packed, int64_t group) {
   const auto* gradient = static_cast<const uint16_t*>(g);
   const auto* head = static_cast<const uint16_t*>(w);
   const int64_t column_blocks = (k + COLUMNS - 1) / COLUMNS, row_step = row_block(rows);
-  const int64_t blocks = rows == 0 ? 0 : (rows + row_step - 1) / row_step * column_blocks;
+  const int64_t blocks = (rows + row_step - 1) / std::max<int64_t>(1, row_step) * column_blocks;
   std::atomic<bool> can{true};
 #pragma omp parallel firstprivate(packed)
   {
@@ -160,7 +161,8 @@ extern "C" bool atesd_add_product(const void* g, const void* w, float* acc, int6
         float* to = acc + row * k + begin;
         if (can && !multiply(m, width, n, from, stride, packed + begin * (n / 2), to, k, true)) can = false;
       }
-      std::swap(packed, other);  // others may still read it; all have left it when the next packing loop ends
+      // Other threads may still read `packed`. They are through with it when the next group has been packed.
+      std::swap(packed, other);
     }
     if (can) at::native::cpublas::brgemm_release(true);
   }

@@ -65,9 +65,15 @@ def test_its_functions_keep_the_digits_of_a_float(tmp_path):
         exact = function(x.double())
         error = ((y.double() - exact) / exact)[exact != 0].abs().max()
         assert error < 3e-7, (function, error)
-    x, y = torch.tensor([-87.5, -1000.0]), torch.ones(2)
-    apply(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_long(2), 0)
-    assert y.tolist() == [0, 0]
+
+    def results(which, *numbers):
+        x, y = torch.tensor(numbers), torch.ones(len(numbers))
+        apply(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_long(len(numbers)), which)
+        return y
+
+    assert (results(0, -87.5, -1e3, -1e7, -1e30, -float("inf")) == 0).all()
+    assert (results(1, -87.5, -1e3, -1e5) == -1).all()
+    assert results(0, float("nan")).isnan().all() and results(1, float("nan")).isnan().all()
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 1024, 1025, 5003])  # below, at and beyond a block of the sums
@@ -143,6 +149,12 @@ def test_another_default_dtype_changes_nothing(dtype):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.skipif("avx512_bf16" not in library._processor().split(), reason="needs bf16 instructions")
+@pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="kept from bf16 instructions")
+def test_a_processor_with_bf16_instructions_multiplies_with_them():
+    assert matmul.multiplies_bf16(64) and not matmul.multiplies_bf16(63)
+
+
 @pytest.mark.skipif(not matmul.multiplies_bf16(64), reason="needs bf16 instructions")
 @pytest.mark.parametrize("shape", [(1, 64, 64), (67, 1009, 48), (130, 5, 2)])
 def test_products_of_bf16_matrices_are_rounded_to_fp32_only(shape):
@@ -161,42 +173,81 @@ def test_products_with_bf16_gradients_add_to_fp32_sums(shape):
     apart = torch.full((rows, common + 5), torch.nan).bfloat16()  # what lies beside the factor is no part of it
     g, w = apart[:, :common], vectors(common, k, 1).bfloat16()
     g.copy_(vectors(rows, common))
-    before = vectors(rows, k, 2)
-    acc, packed = before.clone(), torch.full((library.PACKED_ROWS, k), torch.nan).bfloat16()
-    library.add_product(g, w, acc, packed)
-    assert rows == 0 or relative_l2(acc, before.double() + g.double() @ w.double()) < 1e-6
+    acc, packed = vectors(rows + 2, k, 2), torch.full((library.packed_rows(common) + 2, k), torch.nan).bfloat16()
+    before = acc.clone()
+    library.add_product(g, w, acc[:rows], packed[:-2])
+    assert rows == 0 or relative_l2(acc[:rows], before[:rows].double() + g.double() @ w.double()) < 1e-6
+    assert torch.equal(acc[rows:], before[rows:]) and packed[-2:].isnan().all()
 
 
+def test_bf16_gradients_of_hidden_states_come_from_it(monkeypatch):
+    used, add = [], library.add_product
+    monkeypatch.setattr(library, "add_product", lambda *a: used.append(a[2].dtype) or add(*a))
+    pair = make_pair(n=40, v=1009, dtype=torch.bfloat16)
+    hidden = pair.student_hidden.requires_grad_()
+    linear_divergence(hidden, pair.student_weight, pair.teacher_hidden, backend="cpp").backward()
+    assert set(used) == ({torch.float32} if matmul.multiplies_bf16(2) else set())
+
+
+@pytest.mark.parametrize("options", [{}, {"clip": 1e-5}, {"stats": True}, {"factor": True}])
 @pytest.mark.parametrize("name", ["forward_kl", "jsd"])
 @pytest.mark.parametrize("vocab", [1, 1023, 1025, 5003])
-def test_a_bf16_gradient_may_lie_where_its_logits_were(name, vocab):
+def test_a_float_s_place_holds_its_bf16_gradient(name, vocab, options):
     s, d = vectors(5, vocab), vectors(5, vocab, 1) * 0.1
+    factor = vectors(1, 5)[0] if "factor" in options else None
     apart, found = torch.empty(5, 2 * vocab).bfloat16()[:, :vocab], []
-    for out, place in ((apart, d.clone()), (None, d.clone())):
-        out = place.view(torch.bfloat16)[:, :vocab] if out is None else out
-        library.divergence(name, 0.5, s.clone(), place, out, 1.0, 1.0, None, None, False)
+    for place in (d.clone(), d.clone()):
+        out = place.view(torch.bfloat16)[:, :vocab] if found else apart
+        arguments = 1.0, 1.0, options.get("clip"), factor, "stats" in options
+        library.divergence(name, 0.5, s.clone(), place, out, *arguments)
         found.append(out.clone())
     assert torch.equal(*found) and (found[0].any() or vocab == 1)
     found = []
     for z in (s.clone(), s.clone()):
-        out = apart if not found else z.view(torch.bfloat16)[:, :vocab]
-        library.logprobs(z, out, 1.0, None)
+        out = z.view(torch.bfloat16)[:, :vocab] if found else apart
+        library.logprobs(z, out, 1.0, factor)
         found.append(out.clone())
     assert torch.equal(*found) and found[0].any()
 
 
-def test_one_thread_and_two_give_the_same_bits():
-    pair = make_pair(n=40, v=1009)
+def with_threads(function) -> list[torch.Tensor]:
+    """Results with one thread, and often with more."""
     threads, found = torch.get_num_threads(), []
     try:
-        for count in (1, 2):
+        for count in (1, *[2, 4, 8] * 5):
             torch.set_num_threads(count)
-            hidden = pair.student_hidden.clone().requires_grad_()
-            linear_divergence(hidden, pair.student_weight, pair.teacher_hidden, backend="cpp").backward()
-            found.append(hidden.grad)
+            found.append(function())
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(*found) and found[0].any(1).all()
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_threads_gives_the_same_bits(dtype):
+    pair = make_pair(n=40, v=1009, dtype=dtype)
+
+    def gradient():
+        hidden = pair.student_hidden.clone().requires_grad_()
+        linear_divergence(hidden, pair.student_weight, pair.teacher_hidden, backend="cpp").backward()
+        return hidden.grad
+
+    first, *others = with_threads(gradient)
+    assert all(torch.equal(first, other) for other in others) and first.any(1).all()
+
+
+@pytest.mark.skipif(not matmul.multiplies_bf16(64), reason="needs bf16 instructions")
+def test_threads_wait_for_the_rows_that_others_pack():
+    common = 20 * library.GROUP
+    g, w = vectors(8, common).bfloat16(), vectors(common, 64, 1).bfloat16()
+    packed = torch.empty(library.packed_rows(common), 64, dtype=torch.bfloat16)
+
+    def total():
+        acc = torch.zeros(8, 64)
+        library.add_product(g, w, acc, packed)
+        return acc
+
+    first, *others = with_threads(total)
+    assert all(torch.equal(first, other) for other in others) and first.all()
 
 
 def test_large_calls_on_a_cpu_take_it(monkeypatch):

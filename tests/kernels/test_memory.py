@@ -1,12 +1,9 @@
 """Extra memory is the chunk and the results, whatever the number of tokens: every allocation of a call is counted."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from atesd_kernels import linear_divergence, linear_logprobs, planning
-from atesd_kernels.backends import workspace
 
 from .cases import DEVICE, make_pair
 
@@ -76,20 +73,3 @@ def test_backward_scales_the_gradient_where_it_lies_unless_the_graph_is_kept(red
 
     assert peak_bytes(lambda: backward(retain_graph=True)) >= size
     assert peak_bytes(backward) < 0.1 * size
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="the system does not say which pages are huge")
-def test_large_buffers_ask_for_huge_pages():
-    def flags(x) -> list[str]:
-        """Of the mapping in which x lies."""
-        here = False
-        for line in Path("/proc/self/smaps").read_text().splitlines():
-            if "-" in line.split()[0] and not line.split()[0].endswith(":"):
-                start, stop = (int(address, 16) for address in line.split()[0].split("-"))
-                here = start <= x.data_ptr() + x.nbytes // 2 < stop
-            elif here and line.startswith("VmFlags"):
-                return line.split()[1:]
-        raise AssertionError("not mapped")
-
-    x, plain = workspace.new(1 << 24, torch.float32, DEVICE), torch.empty(1 << 24)
-    assert x.numel() == 1 << 24 and "hg" in flags(x) and "hg" not in flags(plain)

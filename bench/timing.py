@@ -128,12 +128,12 @@ def cpu_gemms(x: Inputs, backward: bool, models: int, in_cpp: bool) -> None:
     plan = ChunkPlan.make(len(x.student), vocab, 4 * models, device, None, block_bytes=8 if in_cpp else 16)
     whole = in_cpp and matmul.writes_in_place(x.weight.dtype, x.student.shape[1])
     work, difference = Workspace(device, in_cpp), (x.teacher.float() - x.student.float()).to(dtype)
-    buffer = torch.empty(models * plan.rows * vocab)
+    buffer = torch.empty((models if in_cpp else 1) * plan.rows * vocab)
     if not in_cpp:
         buffer.fill_(1e-3)  # the blocks' products are written elsewhere
     for rows in plan.row_chunks(len(x.student)):
         total, h = torch.zeros(x.student[rows].shape), x.student[rows]
-        both = buffer[: models * len(h) * vocab].view(-1, vocab)
+        both = buffer[: (models if in_cpp else 1) * len(h) * vocab].view(-1, vocab)
         places = {"both": both, "student": both[: len(h)], "difference": both[-len(h) :]}
         for cols in [slice(0, vocab)] if whole else plan.blocks(vocab):
             with work.lending(**{use: place[:, cols] for use, place in places.items()} if in_cpp else {}):

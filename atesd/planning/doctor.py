@@ -78,7 +78,7 @@ def loss_backends(torch) -> dict[str, str]:
         found[CPP] += ", what auto takes for large calls; " + (
             "bf16 products with fp32 results"
             if multiplies_bf16(2)
-            else "bf16 products in fp32: no instructions for them"
+            else "bf16 products in fp32: no instructions for them, or torch's oneDNN cannot be called here"
         )
     elif device.type == "cpu":
         found[CPP] += ". So auto takes torch"

@@ -1,7 +1,7 @@
 """Backend "cpp": the near form of `torch_chunked` for rows of one chunk, with C++ for all that is not a product.
 
-A chunk's logits lie row by row, so that a thread reads a row from memory once for all of its loops. With bf16 inputs
-the products are bf16 ones with fp32 results, so the difference of logits is not rounded.
+A chunk's logits lie row by row, so that a thread reads a row from memory once for all of its loops. With bf16 inputs,
+and bf16 instructions, the products are bf16 ones with fp32 results, so the difference of logits is not rounded.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class CppChunk:
             elif kept is not None:
                 out *= kept[:, None].to(out.dtype)
             for cols in self.plan.blocks(source.vocab):  # oneDNN multiplies blocks faster than the whole
-                source.take_gradient(cols, out[:, cols], None)
+                source.take_gradient(cols, out[:, cols])
             source.finish_rows(factor if late else None)
         return value if spec.token_clip is None else value.clamp_max(spec.token_clip)
 

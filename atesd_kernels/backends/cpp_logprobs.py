@@ -51,5 +51,5 @@ class CppLogprobChunk:
     def gradient(self) -> None:
         """Passes d log q[target] / d z = (1[j = target] - q_j) / temperature, times the row's weight, to the source."""
         for cols in self.plan.blocks(self.source.vocab):
-            self.source.take_gradient(cols, self.out[:, cols], None)
+            self.source.take_gradient(cols, self.out[:, cols])
         self.source.finish_rows(self.factor if self.late else None)

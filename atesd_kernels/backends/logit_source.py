@@ -76,7 +76,7 @@ class LinearGradients:
         half of each of its rows."""
         return d.view(self.product_dtype)[:, : d.shape[1]]
 
-    def take_gradient(self, cols: slice, g: Tensor, factor: Tensor | None) -> None:
+    def take_gradient(self, cols: slice, g: Tensor, factor: Tensor | None = None) -> None:
         """Adds a block's gradient `g` `[R, C]` to those of hidden states (times row `factor` `[R]`), head and bias."""
         if self.rows_grad is not None:
             w = self.work.cast("head", self.weight[cols], g.dtype)
@@ -322,7 +322,7 @@ class GivenLogits:
     def row_gradient(self, d: Tensor) -> Tensor:
         return d
 
-    def take_gradient(self, cols: slice, g: Tensor, factor: None) -> None:
+    def take_gradient(self, cols: slice, g: Tensor, factor: None = None) -> None:
         self.grad[self.index, cols] = g.to(self.grad.dtype)
 
     def finish_rows(self, factor: None = None) -> None:

@@ -1,8 +1,9 @@
 """The three GEMMs of a linear loss. Each takes the fastest path that keeps its documented precision.
 
 The losses need fp32 logits from low-precision operands. A GPU's GEMM provides that (`out_dtype`). On a CPU torch
-rounds the result of a bf16 product to bf16, so the operands are widened block by block. A CPU multiplies fp16 slower
-and less exactly than fp32; so it does bf16 where oneDNN has no kernel for the processor (see `product_dtype`).
+rounds the result of a bf16 product to bf16. Backend "cpp" has products of its own there, with fp32 results
+(`cpp/product.cpp`); without it the operands are widened block by block. A CPU multiplies fp16 slower and less exactly
+than fp32; so it does bf16 where oneDNN has no kernel for the processor (see `product_dtype`).
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def hidden_grad(g: Tensor, w: Tensor, out_dtype: torch.dtype | None = None) -> T
 def add_hidden_grad(acc: Tensor, g: Tensor, w: Tensor, work: Workspace) -> None:
     """Adds `g @ w` to `acc` `[R, H]` (fp32 or fp64) in place. `g` is `[R, C]`, `w` is `[C, H]`."""
     bf16 = g.dtype == w.dtype == torch.bfloat16 and acc.dtype == torch.float32
-    if bf16 and work.in_cpp and multiplies_bf16(2):  # any width will do
+    if bf16 and work.in_cpp and multiplies_bf16(2):  # the width may be odd
         packed = work.empty("packed rows of the head", (library.packed_rows(len(w)), w.shape[1]), w.dtype)
         library.add_product(g, w, acc, packed)
     else:

@@ -182,5 +182,5 @@ class TopkChunk:
                 )
             which, where = self._listed_in(cols)
             out[where] = grad[self.row[which], self.place[which]].to(out.dtype)
-            self.source.take_gradient(cols, out, None)
+            self.source.take_gradient(cols, out)
         self.source.finish_rows()

@@ -34,7 +34,7 @@ COMPILERS = ("g++", "clang++", "c++")
 TERMS = (
     *("forward_kl", "reverse_kl", "jeffreys", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha"),
 )  # fmt: skip
-# Rows of the head that `add_product` packs at a time. 2,048 rows are as fast (AMD, AVX-512), fewer are slower.
+# Rows of the head that `add_product` packs at a time. When tried, 2,048 were as fast (AMD, AVX-512) and 512 slower.
 GROUP = 1024
 VECTORS = ("value", "raw", "scale", "extreme", "c", "mean", "top", "lse", "entropy_s", "entropy_t")
 
@@ -91,7 +91,8 @@ def product_library() -> ctypes.CDLL | None:
 
 
 def _multiplies(library: ctypes.CDLL) -> bool:
-    """Whether both products of a block's tail come out right: 3 rows, 34 common entries, 6 columns."""
+    """Whether both products come out right for sizes that are no multiple of a block: 3 rows, 34 common entries, 6
+    columns."""
     x, w, out = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((3, 34), (34, 6), (3, 6)))
     packed, out = torch.zeros(packed_rows(34), 6, dtype=torch.bfloat16), out.float()
     pointers = x.data_ptr(), w.data_ptr(), out.data_ptr()

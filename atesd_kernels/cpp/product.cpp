@@ -23,11 +23,11 @@ void brgemm_release(bool is_vnni);
 
 namespace {
 
-constexpr int64_t COLUMNS = 64;  // of a block: 64 to 256 are equally fast (AMD, AVX-512), fewer are slower
+constexpr int64_t COLUMNS = 64;  // of a block. When tried, 64 to 256 were equally fast (AMD, AVX-512), fewer slower
 constexpr int64_t ROWS = 64;     // of a block, at most
 
-// Returns the rows of a block. Blocks are nearly equal, because few rows multiply slowly. They are multiples of 4,
-// because oneDNN compiles a kernel for each number.
+// Returns the rows of a block. Equal blocks are faster than full ones and a small last one. Multiples of 4 are few
+// numbers, for each of which oneDNN compiles a kernel.
 int64_t row_block(int64_t rows) {
   const int64_t blocks = std::max<int64_t>(1, (rows + ROWS - 1) / ROWS);
   return ((rows + blocks - 1) / blocks + 3) / 4 * 4;

@@ -1,5 +1,5 @@
-// Loss and gradient of rows of logits, for backend "cpp". A row fits the second-level cache: it is read from memory
-// once and written once, however many loops go over it. The mathematics is that of `torch_chunked`'s near form.
+// Loss and gradient of rows of logits, for backend "cpp". Up to some 100,000 entries both models' rows fit a cache of
+// 1 MiB: they are read from memory once and written once, however many loops go over them. The mathematics is that of `torch_chunked`'s near form.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -37,8 +37,8 @@ ATESD_INLINE void over_blocks(int64_t n, const Body& body) {
   for (int64_t j = 0; j < n; j += BLOCK) body(j, std::min(n, j + BLOCK));
 }
 
-// Calls `value` for n entries and stores what it returns. `to` may be where `value` reads, also for BFloat16: the first
-// half of a row of floats.
+// Stores `value(j)` for n entries. `to` may overlap what `value` reads: a block is read before it is written, and a
+// bf16 block ends before the floats of the next one begin.
 template <class Out, class Value>
 ATESD_INLINE void store_row(Out* to, int64_t n, const Value& value) {
   over_blocks(n, [&](int64_t begin, int64_t end) {
@@ -102,7 +102,7 @@ ATESD_INLINE float teacher_logit(float weight, float d, float mean, float scale)
   return logarithm + (d - mean) * scale;
 }
 
-// Returns the teacher's entropy and most likely token, 0 where no logit is a number.
+// Returns the teacher's entropy. `token` is the most likely one, 0 if every logit is NaN.
 float teacher(const float* weight, const float* d, int64_t n, float mean, float scale, int64_t& token) {
   double total = 0, moment = 0;
   float best = -INFINITY;
@@ -122,7 +122,7 @@ float teacher(const float* weight, const float* d, int64_t n, float mean, float 
     from = high > best ? begin : from;
     best = std::max(best, high);
   });
-  best = -INFINITY;  // the compiler may round a vector's entries otherwise than a single one
+  best = -INFINITY;  // searched anew: scalar code may round differently from the vector loop
   for (int64_t j = from; j < std::min(n, from + BLOCK); ++j) {
     const float v = teacher_logit(weight[j], d[j], mean, scale);
     if (v > best) {

@@ -132,8 +132,8 @@ def linear_divergence(
         chunk_bytes: budget for the chunk of logits, the only vocabulary-sized temporary. Our choice: 128 MiB on a CPU.
             On a GPU, "torch" takes 1 GiB. "triton" takes 1,024 to 2,047 rows, or 4,096 to 8,191 with a trained head,
             within an eighth of the GPU's memory.
-        logits_dtype: dtype of the student's logits, and of separate teacher logits. bf16 is faster on a GPU. It
-            adds an error of 1.4 to 3 % to the gradient.
+        logits_dtype: dtype of the student's logits, and of separate teacher logits. bf16 is faster on a GPU. It adds
+            an error of 1.4 to 3 % to the gradient.
         group: process group over which the heads' rows are sharded. Each rank passes its rows (`[V_rank, H]`, any
             number, in rank order), its entries of the biases, and the same hidden states, mask, options and (global)
             targets. For backend "triton" the ranks' GPUs are of one kind: the number of multiprocessors decides how

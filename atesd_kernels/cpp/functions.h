@@ -1,7 +1,6 @@
 // exp, expm1, log and log1p of floats, without branches, so that a compiler can make vectors of them. Relative errors are
-// below 3e-7 (tests/kernels/test_cpp.py), those of exp and expm1 for -87 <= x <= 88. Below, exp is 0, and
-// expm1 is -1 down to -1e6. Elsewhere both may be any number, inf or NaN: rows with such differences are not near
-// (`passes.NEAR`).
+// below 3e-7 (tests/kernels/test_cpp.py), for exp and expm1 from -87 to 88. Below -87 exp is 0, and down to -1e5 expm1 is
+// -1. Elsewhere expm1, and above 88 exp too, may be any number, inf or NaN: such rows are not near (`passes.NEAR`).
 #pragma once
 #include <cstdint>
 #include <cstring>

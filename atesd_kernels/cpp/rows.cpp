@@ -1,5 +1,6 @@
 // Loss and gradient of rows of logits, for backend "cpp". Up to some 100,000 entries both models' rows fit a cache of
-// 1 MiB: they are read from memory once and written once, however many loops go over them. The mathematics is that of `torch_chunked`'s near form.
+// 1 MiB: they are read from memory once and written once, however many loops go over them. The mathematics is that of
+// the near form in `torch_chunked`.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
